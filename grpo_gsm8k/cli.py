@@ -1,0 +1,298 @@
+"""The door: parses, calls, prints. No logic, and nothing heavy is imported before a command needs it.
+
+Exit codes: 0 done; 2 a user's mistake, said in one line; 1 a job that failed; 130 Ctrl-C. A bug keeps its
+traceback. stdout is data, stderr is talk; `--json` prints exactly one JSON object on stdout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from grpo_gsm8k import config
+from grpo_gsm8k.errors import GrpoError, Interrupted, UserError
+
+app = typer.Typer(
+    help="SFT → expert iteration → GRPO on GSM8K, on one node.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={
+        "token_normalize_func": lambda token: token.replace("_", "-"),  # --model_id = --model-id
+        "help_option_names": ["-h", "--help"],
+    },
+)
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
+
+
+def flags_of(cls: type, skip: typing.Container[str] = ()) -> list[inspect.Parameter]:
+    """One optional keyword parameter per config field: its flag, its help, its default shown."""
+    hints = typing.get_type_hints(cls)
+    parameters = []
+    for field in dataclasses.fields(cls):
+        if field.name in skip:
+            continue
+        name = field.name.replace("_", "-")
+        hint = hints[field.name]
+        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        text = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
+        flag = f"--{name}/--no-{name}" if hint is bool else f"--{name}"
+        option = typer.Option(
+            flag, help=text, show_default=str(field.default) if field.default != "" else False
+        )
+        kind: Any = str if choices else hint  # choices are checked with all other values, in config.py
+        annotation: Any = Annotated[kind | None, option]
+        parameters.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
+    return parameters
+
+
+def stage_command(name: str, cls: type, run: Callable[[Any], Mapping[str, Any]], help: str) -> None:
+    """A command whose flags are the fields of `cls`, and which prints what `run(config)` returns."""
+
+    def command(
+        preset: str | None, config_file: Path | None, set_: list[str], as_json: bool, **flags: Any
+    ) -> None:
+        given = {key: value for key, value in flags.items() if value is not None}
+        show(
+            run(config.resolve(name, preset=preset, config_file=config_file, flags=given, sets=set_)), as_json
+        )
+
+    layers = [
+        _parameter(
+            "preset", str | None, typer.Option(help=f"one of {', '.join(config.preset_names())}"), None
+        ),
+        _parameter(
+            "config_file",
+            Path | None,
+            typer.Option("--config", help="TOML recipe laid over the preset"),
+            None,
+        ),
+        _parameter(
+            "set_", list[str], typer.Option("--set", help="key=value; may be given several times"), []
+        ),
+        _parameter("as_json", bool, typer.Option("--json", help="print one JSON object on stdout"), False),
+    ]
+    command.__signature__ = inspect.Signature([*flags_of(cls), *layers])  # type: ignore[attr-defined]
+    command.__doc__ = help
+    app.command(name)(command)
+
+
+def _parameter(name: str, kind: Any, option: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+    )
+
+
+def show(result: Mapping[str, Any], as_json: bool) -> None:
+    """A command's result on stdout: one JSON object, or a line per key."""
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+        return
+    for key, value in result.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            print(f"{key}:")
+            for item in value:
+                print("  " + "  ".join(f"{k}={_short(v)}" for k, v in item.items()))
+        else:
+            print(f"{key}: {_short(value)}")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_short(v) for v in value) + "]"
+    return str(value)
+
+
+# ---------------------------------------------------------------------------------------- training stages
+
+
+def _sft(cfg: Any) -> Mapping[str, Any]:
+    from grpo_gsm8k import sft
+
+    return sft.run(cfg)
+
+
+def _ei(cfg: Any) -> Mapping[str, Any]:
+    from grpo_gsm8k import ei
+
+    return ei.run(cfg)
+
+
+def _grpo(cfg: Any) -> Mapping[str, Any]:
+    from grpo_gsm8k import grpo
+
+    return grpo.run(cfg)
+
+
+def _eval(cfg: Any) -> Mapping[str, Any]:
+    from grpo_gsm8k import fast_eval_vllm
+
+    return fast_eval_vllm.run(cfg)
+
+
+stage_command("sft", config.SftConfig, _sft, "Supervised fine-tuning on worked solutions.")
+stage_command("ei", config.EiConfig, _ei, "Expert iteration: sample, keep what is right, fine-tune, again.")
+stage_command("grpo", config.GrpoConfig, _grpo, "Group relative policy optimisation.")
+stage_command("eval", config.EvalConfig, _eval, "Accuracy of a model on a file of problems.")
+
+
+# ------------------------------------------------------------------------------------------- the main path
+
+
+def _pipeline(flags: Mapping[str, Any], config_file: Path | None, sets: list[str], as_json: bool) -> None:
+    from grpo_gsm8k import pipeline
+
+    given = {key: value for key, value in flags.items() if value is not None}
+    show(pipeline.run(config.build(config.PipelineConfig, given), config_file, sets), as_json)
+
+
+def _add_pipeline(name: str, skip: tuple[str, ...], help: str) -> None:
+    def command(config_file: Path | None, set_: list[str], as_json: bool, **flags: Any) -> None:
+        _pipeline(flags, config_file, set_, as_json)
+
+    layers = [
+        _parameter(
+            "config_file",
+            Path | None,
+            typer.Option("--config", help="TOML recipe laid over the preset"),
+            None,
+        ),
+        _parameter("set_", list[str], typer.Option("--set", help="stage.key=value, as in grpo.lr=1e-6"), []),
+        _parameter("as_json", bool, typer.Option("--json", help="print one JSON object on stdout"), False),
+    ]
+    command.__signature__ = inspect.Signature([*flags_of(config.PipelineConfig, skip), *layers])  # type: ignore[attr-defined]
+    command.__doc__ = help
+    app.command(name)(command)
+
+
+_add_pipeline(
+    "demo", ("preset", "data", "model_id"), "A toy model learns to reason, on this machine, in minutes."
+)
+_add_pipeline("pipeline", (), "All stages: base → SFT → expert iteration → GRPO → report.")
+
+
+# ------------------------------------------------------------------------------------------------- the rest
+
+
+@app.command()
+def data(
+    out_dir: Annotated[
+        Path, typer.Option(help="where train.jsonl, val.jsonl, test.jsonl and the manifest go")
+    ],
+    source: Annotated[str, typer.Option(help="hub, or a folder with train.jsonl and test.jsonl")] = "hub",
+    eval_n: Annotated[int, typer.Option(help="validation problems reserved from train")] = 512,
+    seed: Annotated[int, typer.Option(help="of the reservation")] = 31415,
+    revision: Annotated[
+        str | None, typer.Option(help="of the hub's dataset; empty for the pinned one")
+    ] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="where downloads are kept")] = None,
+    snapshot_dir: Annotated[Path | None, typer.Option(help="keep the source files here as fetched")] = None,
+    as_json: Json = False,
+) -> None:
+    """GSM8K, pinned and split: train, validation, test, and a manifest."""
+    from grpo_gsm8k import data_prep
+
+    more = {} if revision is None else {"revision": revision}
+    summary = data_prep.prepare(
+        out_dir, source, eval_n=eval_n, seed=seed, cache_dir=cache_dir, snapshot_dir=snapshot_dir, **more
+    )
+    show({**dataclasses.asdict(summary), "manifest": str(summary.manifest)}, as_json)
+
+
+@app.command()
+def validate(
+    data: Annotated[Path, typer.Option(help="chat JSONL: one {messages: [...]} a line")],
+    as_json: Json = False,
+) -> None:
+    """Check a chat JSONL; every fault with its line."""
+    from grpo_gsm8k.gsm8k.chat import check_chat
+
+    found = check_chat(data)
+    show({"ok": found.ok, "rows": found.rows, "errors": found.errors, "stats": found.stats}, as_json)
+    if not found.ok:
+        raise typer.Exit(2)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="results file")],
+    b: Annotated[Path, typer.Argument(help="results file over the same problems")],
+    as_json: Json = False,
+) -> None:
+    """Two results files, paired: how much better is B, and is it noise?"""
+    from grpo_gsm8k.evals import accuracy, statistics
+
+    show(statistics.compare(accuracy.read_results(a), accuracy.read_results(b)).as_dict(), as_json)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run directories")],
+    out: Annotated[
+        Path | None, typer.Option(help="the page; by default report.html in the first run")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """One self-contained HTML page about one run or several."""
+    from grpo_gsm8k.report import write_report
+
+    show({"path": str(write_report(runs, out))}, as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine can run, and what to do about the rest."""
+    from grpo_gsm8k.doctor import checks
+
+    found = checks()
+    if as_json:
+        show({"checks": [dataclasses.asdict(check) for check in found]}, True)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "check", "detail", box=None)
+    for check in found:
+        table.add_row("[green]ok[/]" if check.ok else "[yellow]--[/]", check.name, check.detail)
+    Console().print(table)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The console script. Errors of `errors.py` become one line and an exit code."""
+    try:
+        app(argv, prog_name="grpo-gsm8k")
+    except Interrupted as stop:
+        _say(str(stop))
+        raise SystemExit(stop.exit_code) from None
+    except GrpoError as fault:
+        _say(f"{'error' if isinstance(fault, UserError) else 'failed'}: {fault}")
+        raise SystemExit(fault.exit_code) from None
+    except KeyboardInterrupt:
+        _say("interrupted; what was complete is kept, continue with --resume")
+        raise SystemExit(130) from None
+
+
+def run_command(name: str) -> None:
+    """`python -m grpo_gsm8k.<stage>`: the same command with the same flags."""
+    main([name, *sys.argv[1:]])
+
+
+def _say(message: str) -> None:
+    print(" ".join(message.split()), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,326 @@
+"""Every setting of every stage: declared once here, with its help and its default.
+
+From a field come the command-line flag, its help text and the TOML key. The layers, weakest first:
+the default here, the preset (`presets/<name>.toml`), `--config FILE`, the flags, `--set key=value`.
+An unknown key is an error that names the nearest known one.
+
+A TOML file has a table per stage (`[sft]`, `[ei]`, `[grpo]`, `[eval]`, `[tiny_model]`, `[toy]`) and a
+table `[common]` whose keys go to every stage that knows them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from grpo_gsm8k.errors import ConfigError
+
+T = TypeVar("T")
+C = TypeVar("C")
+
+PRESETS = Path(__file__).parent / "presets"
+STAGES = ("base", "sft", "ei", "grpo")
+
+
+def opt(default: T, help: str, *, runtime: bool = False) -> T:
+    """A field with its help. `runtime` fields may differ between a run and its continuation."""
+    return dataclasses.field(default=default, metadata={"help": help, "runtime": runtime})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, where, and how it is spoken to."""
+
+    model_id: str = opt("Qwen/Qwen2.5-Math-1.5B", "model folder, or a name on the hub")
+    revision: str = opt("", "revision of a model on the hub; empty for its default branch")
+    cache_dir: str = opt("", "where hub models are kept; empty for the hub's default", runtime=True)
+    device: str = opt("auto", "cpu, cuda, cuda:0, or auto")
+    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "auto: bfloat16 on a GPU, else float32")
+    prompt_style: Literal["qwen_boxed", "r1_zero", "gsm8k"] = opt("qwen_boxed", "how a problem is asked")
+    think_open: str = opt("<think>", "opens the reasoning (r1_zero)")
+    think_close: str = opt("</think>", "closes the reasoning (r1_zero)")
+    answer_open: str = opt("<answer>", "opens the answer (r1_zero); empty for think-only prompts")
+    answer_close: str = opt("</answer>", "closes the answer (r1_zero); empty for think-only prompts")
+    grading: Literal["strict", "flexible"] = opt("flexible", "strict demands a marked answer")
+    max_new_tokens: int = opt(1024, "longest completion in tokens")
+    sample_rows: int = opt(256, "completions decoded side by side")
+    seed: int = opt(0, "decides every random draw")
+    deterministic: bool = opt(False, "bitwise repeatable kernels, TF32 off")
+    wandb_project: str = opt(
+        "grpo-gsm8k", "W&B project; used when WANDB_API_KEY is set or WANDB_MODE=offline", runtime=True
+    )
+    run_name: str = opt("", "name of the run; empty for the run directory's", runtime=True)
+
+
+@dataclass(frozen=True)
+class TrainConfig(ModelConfig):
+    """What SFT, expert iteration and GRPO have in common."""
+
+    data: str = opt("artifacts/data", "folder with train.jsonl, val.jsonl and test.jsonl")
+    out_dir: str = opt("", "run directory; empty for artifacts/runs/<UTC stamp>_<git sha>", runtime=True)
+    resume: bool = opt(False, "continue the run if there is one, start it if there is none", runtime=True)
+    max_steps: int = opt(
+        0, "stop after this many steps; 0 for all. The schedule stays that of the whole run", runtime=True
+    )
+    save_every: int = opt(20, "steps between checkpoints", runtime=True)
+    keep_last: int = opt(2, "checkpoints kept, besides the best one on validation", runtime=True)
+    eval_every: int = opt(20, "steps between evaluations; 0 for none")
+    eval_examples: int = opt(100, "validation problems per evaluation, answered greedily")
+    eval_set_path: str = opt("", "evaluation set; empty for val.jsonl of --data")
+    lr: float = opt(1e-5, "peak learning rate")
+    lr_schedule: Literal["constant", "cosine", "linear"] = opt("constant", "what follows the warm-up")
+    warmup_steps: int = opt(0, "steps of linear warm-up")
+    weight_decay: float = opt(0.0, "AdamW weight decay, on matrices only")
+    beta1: float = opt(0.9, "AdamW beta1")
+    beta2: float = opt(0.95, "AdamW beta2")
+    grad_clip: float = opt(1.0, "largest gradient norm; 0 for no clipping")
+    max_tokens_per_microbatch: int = opt(8192, "padded cells (rows x longest) of one forward pass")
+
+
+@dataclass(frozen=True)
+class SftConfig(TrainConfig):
+    """Supervised fine-tuning on worked solutions."""
+
+    data_path: str = opt("", "JSONL of {prompt, response} or {messages}; empty for the solutions in --data")
+    train_on: Literal["last", "all"] = opt("last", "which assistant messages of a chat are trained")
+    max_length: int = opt(2048, "longer examples are left out, and counted")
+    epochs: int = opt(3, "passes over the data")
+    batch_size: int = opt(64, "examples per optimizer step")
+    lr: float = opt(1e-5, "peak learning rate")
+    lr_schedule: Literal["constant", "cosine", "linear"] = opt("cosine", "what follows the warm-up")
+    warmup_steps: int = opt(20, "steps of linear warm-up")
+
+
+@dataclass(frozen=True)
+class EiConfig(TrainConfig):
+    """Expert iteration: sample, keep what is right, fine-tune on it, again."""
+
+    rounds: int = opt(2, "rounds of sample, keep, fine-tune")
+    prompts_per_round: int = opt(2048, "training problems sampled in a round")
+    samples_per_prompt: int = opt(4, "completions per problem")
+    keep_per_problem: int = opt(2, "right and distinct completions kept per problem")
+    temperature: float = opt(1.0, "sampling temperature")
+    top_p: float = opt(1.0, "nucleus mass")
+    steps_per_round: int = opt(50, "optimizer steps of a round")
+    batch_size: int = opt(64, "examples per optimizer step")
+
+
+@dataclass(frozen=True)
+class GrpoConfig(TrainConfig):
+    """Group relative policy optimisation (arXiv 2402.03300)."""
+
+    steps: int = opt(200, "GRPO steps: sample, grade, update")
+    rollouts_per_step: int = opt(256, "completions per step; a multiple of the group size")
+    group_size: int = opt(8, "completions per prompt")
+    epochs: int = opt(1, "passes over a step's rollouts")
+    minibatches: int = opt(1, "optimizer steps per pass")
+    clip_eps: float = opt(0.2, "the ratio is clipped to [1 - clip_eps, 1 + clip_eps_high]")
+    clip_eps_high: float = opt(0.0, "upper clip, if it differs; 0 for the same as clip_eps")
+    std_norm: bool = opt(True, "divide advantages by the group's standard deviation")
+    advantage_eps: float = opt(1e-6, "added to the group's standard deviation")
+    aggregation: Literal["sequence", "token", "constant"] = opt(
+        "sequence", "mean over a response then over responses (GRPO); over all tokens; or over max_new_tokens"
+    )
+    old_logprobs: Literal["sampler", "recompute"] = opt(
+        "sampler", "denominator of the ratio: as sampled, or a frozen forward pass before the update"
+    )
+    mask_truncated: bool = opt(False, "leave completions cut at max_new_tokens out of the loss")
+    resample_zero_variance: int = opt(0, "times that groups with equal rewards are replaced by fresh prompts")
+    temperature: float = opt(1.0, "sampling temperature")
+    top_p: float = opt(1.0, "nucleus mass; below 1 it is refused, since ratios would be wrong")
+    reward: str = opt("default", "default, random (the control), or package.module:function")
+    format_weight: float = opt(0.2, "reward for the format")
+    answer_weight: float = opt(0.8, "reward for the right answer")
+
+
+@dataclass(frozen=True)
+class EvalConfig(ModelConfig):
+    """Accuracy of a model on a file of problems."""
+
+    eval_path: str = opt("artifacts/data/test.jsonl", "problems, or the rows that prep-eval writes")
+    engine: Literal["hf", "vllm"] = opt("hf", "who samples")
+    limit: int = opt(0, "only the first so many problems; 0 for all")
+    samples: int = opt(1, "completions per problem")
+    temperature: float = opt(0.0, "0 is greedy")
+    top_p: float = opt(1.0, "nucleus mass")
+    out_dir: str = opt("artifacts/baselines", "where the results file goes")
+
+
+@dataclass(frozen=True)
+class TinyModelConfig:
+    """The model that a pipeline makes on the spot when none is named."""
+
+    vocab_size: int = opt(512, "byte-level BPE tokens")
+    hidden_size: int = opt(128, "width")
+    layers: int = opt(3, "transformer layers")
+    heads: int = opt(4, "attention heads")
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    """The word problems that a pipeline makes on the spot when no data is named."""
+
+    train: int = opt(8000, "training problems")
+    val: int = opt(200, "validation problems")
+    test: int = opt(600, "held-out test problems")
+    terse_share: float = opt(0.5, "share of training solutions that give the answer without the work")
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """What the pipeline itself needs to know; the stages' settings come from the preset, `--set`, `--config`."""
+
+    preset: str = opt("tiny", "recipe: tiny, quick or full")
+    data: str = opt("", "folder with train.jsonl, val.jsonl, test.jsonl; empty makes word problems up")
+    model_id: str = opt("", "model to start from; empty for the preset's")
+    out_dir: str = opt("", "pipeline directory; empty for artifacts/runs/<UTC stamp>_<git sha>")
+    stop_after: str = opt("", "last stage to run: base, sft, ei or grpo")
+    max_steps: int = opt(0, "stop every training stage after this many steps; 0 for all")
+    seed: int = opt(0, "decides every random draw")
+    deterministic: bool = opt(False, "bitwise repeatable kernels, TF32 off")
+    resume: bool = opt(False, "continue where an earlier call stopped")
+
+
+SECTIONS: dict[str, type] = {
+    "sft": SftConfig,
+    "ei": EiConfig,
+    "grpo": GrpoConfig,
+    "eval": EvalConfig,
+    "tiny_model": TinyModelConfig,
+    "toy": ToyConfig,
+}
+
+
+def preset_names() -> list[str]:
+    """The presets that ship with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def read_toml(path: Path) -> dict[str, dict[str, Any]]:
+    """The tables of a recipe file, every key checked. Raises `ConfigError` naming the file and the key."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+        raise ConfigError(f"{path}: not a TOML file: {fault}") from None
+    everywhere = {name for cls in SECTIONS.values() for name in _fields(cls)}
+    for table, values in tables.items():
+        _known(table, [*SECTIONS, "common"], f"{path}: unknown table")
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: {table!r} must stand in a table such as [grpo] or [common]")
+        known = everywhere if table == "common" else _fields(SECTIONS[table])
+        for key in values:
+            _known(key, known, f"{path}: [{table}] unknown key")
+    return tables
+
+
+def resolve(
+    section: str,
+    *,
+    preset: str | None = None,
+    config_file: Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    sets: typing.Sequence[str] = (),
+) -> Any:
+    """The config of one stage from all layers (see the module's docstring).
+
+    Args:
+        section: a key of `SECTIONS`.
+        flags: only those that were given.
+        sets: `key=value` strings; `section.key=value` is for that section alone.
+
+    Raises:
+        ConfigError: for an unknown preset, key or value.
+    """
+    cls = SECTIONS[section]
+    values: dict[str, Any] = {}
+    if preset:
+        _known(preset, preset_names(), "unknown preset")
+    for path in [PRESETS / f"{preset}.toml"] if preset else []:
+        values |= _layer(read_toml(path), section)
+    if config_file:
+        values |= _layer(read_toml(config_file), section)
+    values |= flags or {}
+    for item in sets:
+        key, equals, text = item.partition("=")
+        table, dot, name = key.strip().rpartition(".")
+        if not equals:
+            raise ConfigError(f"--set {item}: must read key=value")
+        if dot:
+            _known(table, SECTIONS, f"--set {item}: unknown section")
+            _known(name, _fields(SECTIONS[table]), f"--set {item}: unknown key")
+        else:
+            _known(name, _fields(cls), f"--set {item}: unknown key")
+        if not dot or table == section:
+            values[name] = text.strip()
+    return build(cls, values)
+
+
+def build(cls: type[C], values: Mapping[str, Any]) -> C:
+    """`cls(**values)` with every key known and every value of its field's type."""
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        _known(key, _fields(cls), "unknown key")
+    return cls(**{key: _coerce(key, hints[key], value) for key, value in values.items()})
+
+
+def to_toml(config: Any, table: str) -> str:
+    """A config as one TOML table, every field spelled out."""
+    lines = [f"{name} = {json.dumps(value)}" for name, value in dataclasses.asdict(config).items()]
+    return f"[{table}]\n" + "\n".join(lines) + "\n"
+
+
+def differences(old: Mapping[str, Any], new: Any) -> list[str]:
+    """How a stored config differs from `new`, in the fields that a continuation must not change."""
+    fixed = [f for f in dataclasses.fields(new) if not f.metadata["runtime"]]
+    pairs = [(f.name, old.get(f.name), getattr(new, f.name)) for f in fixed]
+    return [f"{name}: {before!r} then, {now!r} now" for name, before, now in pairs if before != now]
+
+
+def _fields(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _layer(tables: Mapping[str, dict[str, Any]], section: str) -> dict[str, Any]:
+    known = _fields(SECTIONS[section])
+    common = {key: value for key, value in tables.get("common", {}).items() if key in known}
+    return common | tables.get(section, {})
+
+
+def _known(name: str, names: typing.Iterable[str], message: str) -> None:
+    names = sorted(names)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
+        raise ConfigError(f"{message} {name!r}{hint}")
+
+
+def _coerce(key: str, hint: Any, value: Any) -> Any:
+    """`value` as the field's type; text (from `--set`) is parsed, nothing else is converted silently."""
+    wrong = ConfigError(f"{key} = {value!r}: must be {getattr(hint, '__name__', str(hint).split('.')[-1])}")
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            raise ConfigError(f"{key} = {value!r}: must be one of {', '.join(typing.get_args(hint))}")
+        return value
+    if hint is bool and isinstance(value, str):
+        if value.lower() not in ("true", "false"):
+            raise wrong
+        return value.lower() == "true"
+    if hint in (int, float) and isinstance(value, str):
+        try:
+            return hint(value)
+        except ValueError:
+            raise wrong from None
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise wrong
+    return value

@@ -1,0 +1,192 @@
+"""The embedded sampler: transformers, on a CPU or a GPU, in this process.
+
+Each prompt is read once and its cache repeated for its n completions; rows that have ended leave the batch.
+Every completion draws from its own stream of uniform numbers, seeded by (params.seed, problem, sample), by
+inversion of the cumulative distribution: what it draws does not depend on what is sampled beside it.
+
+Convention of the log-probabilities: log-softmax(logits / temperature) in float32, before any top-p
+truncation; with temperature 0 (greedy) those of temperature 1.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from grpo_gsm8k.datatypes import Completion, FinishReason, Prompt, SamplingParams
+from grpo_gsm8k.errors import ModelError, NonFiniteError
+from grpo_gsm8k.gsm8k.prompts import Renderer
+from grpo_gsm8k.repro import derive_seed
+
+
+@dataclass
+class _Row:
+    """One completion in the making."""
+
+    prompt: Prompt
+    seed: int
+    uniforms: torch.Tensor  # (max_new_tokens,) float64
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+class HFSampler:
+    """Implements `datatypes.Sampler` with a transformers model of its own."""
+
+    def __init__(self, model: Any, renderer: Renderer, rows: int = 256) -> None:
+        """`model` is copied, so that training never changes what is being sampled from.
+
+        Args:
+            rows: completions decoded side by side.
+        """
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.renderer, self.rows, self.version = renderer, rows, 0
+        self.device: torch.device = next(model.parameters()).device
+        ends = model.generation_config.eos_token_id if model.generation_config else None
+        # A model may have several ends of sequence, of which the tokenizer names one.
+        self.stop_ids = renderer.stop_ids | set([ends] if isinstance(ends, int) else ends or [])
+
+    def load_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy new weights in. Raises `ModelError` when a weight is missing, strange, or of another shape."""
+        mine = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in tensors:
+                target = mine.pop(name, None)
+                if target is None or target.shape != tensor.shape:
+                    raise ModelError(f"hand-over of weights: {name} does not fit into the sampler's model")
+                target.copy_(tensor)
+        if mine:
+            raise ModelError(
+                f"hand-over of weights: {len(mine)} weights are missing, {next(iter(mine))} first"
+            )
+        self.version = version
+
+    def weights(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """The weights that are being sampled from."""
+        return self.model.named_parameters()  # type: ignore[no-any-return]
+
+    def sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
+        """`params.n` completions of each prompt. Raises `NonFiniteError` when the model yields no numbers."""
+        per_chunk = max(1, self.rows // params.n)
+        # Neighbours of similar length waste the fewest cells on padding; the order is undone at the end.
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
+        done: dict[int, list[Completion]] = {}
+        for start in range(0, len(order), per_chunk):
+            chunk = order[start : start + per_chunk]
+            rows = [self._row(prompts[i], sample, params) for i in chunk for sample in range(params.n)]
+            self._decode([prompts[i] for i in chunk], rows, params)
+            completions = [self._completion(row) for row in rows]
+            for k, i in enumerate(chunk):
+                done[i] = completions[k * params.n : (k + 1) * params.n]
+        return [done[i] for i in range(len(prompts))]
+
+    @torch.inference_mode()
+    def _decode(self, prompts: Sequence[Prompt], rows: list[_Row], params: SamplingParams) -> None:
+        """Fill `rows`, which belong to `prompts` in order, n each."""
+        logits, cache, attention, positions = self._prefill(prompts, params.n)
+        alive = rows
+        for t in range(params.max_new_tokens):
+            chosen, logp = _draw(logits, torch.stack([row.uniforms[t] for row in alive]), params)
+            for row, token, value in zip(alive, chosen.tolist(), logp.tolist(), strict=True):
+                row.token_ids.append(token)
+                row.logprobs.append(value)
+                if token in self.stop_ids or self._hit_stop(row, params.stop):
+                    row.finish_reason = "stop"
+            keep = [k for k, row in enumerate(alive) if row.finish_reason is None]
+            if not keep or t + 1 == params.max_new_tokens:
+                break
+            if len(keep) < len(alive):
+                index = torch.tensor(keep, device=self.device)
+                cache.batch_select_indices(index)
+                chosen, attention, positions = chosen[index], attention[index], positions[index]
+                alive = [alive[k] for k in keep]
+            attention = torch.cat([attention, attention.new_ones(len(alive), 1)], 1)
+            positions = positions + 1
+            out = self.model(
+                input_ids=chosen.unsqueeze(1),
+                attention_mask=attention,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits = out.logits[:, -1]  # (rows, V)
+
+    def _prefill(
+        self, prompts: Sequence[Prompt], n: int
+    ) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor]:
+        """Read each prompt once; logits, cache, attention mask and positions come back repeated n times."""
+        from transformers import DynamicCache
+
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+        pads = [longest - len(prompt.token_ids) for prompt in prompts]
+        ids = [[self.renderer.pad_id] * pad + list(p.token_ids) for pad, p in zip(pads, prompts, strict=True)]
+        input_ids = torch.tensor(ids, device=self.device)  # (P, T), padded on the left
+        columns = torch.arange(longest, device=self.device)
+        attention = (columns >= torch.tensor(pads, device=self.device).unsqueeze(1)).long()
+        positions = (attention.cumsum(1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.model.config)
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        if n > 1:
+            cache.batch_repeat_interleave(n)
+        logits = out.logits[:, -1].repeat_interleave(n, 0)
+        return logits, cache, attention.repeat_interleave(n, 0), positions[:, -1:].repeat_interleave(n, 0)
+
+    def _row(self, prompt: Prompt, sample: int, params: SamplingParams) -> _Row:
+        seed = derive_seed(params.seed, prompt.problem.id, sample)
+        generator = torch.Generator().manual_seed(seed)
+        return _Row(prompt, seed, torch.rand(params.max_new_tokens, generator=generator, dtype=torch.float64))
+
+    def _hit_stop(self, row: _Row, stop: tuple[str, ...]) -> bool:
+        if not stop:
+            return False
+        window = max(len(s.encode()) for s in stop) + 4  # a token is at least a byte
+        tail = self.renderer.decode(row.token_ids[-window:])
+        return any(s in tail for s in stop)
+
+    def _completion(self, row: _Row) -> Completion:
+        return Completion(
+            token_ids=tuple(row.token_ids),
+            logprobs=tuple(row.logprobs),
+            text=self.renderer.decode(row.token_ids),
+            finish_reason=row.finish_reason or "length",
+            policy_version=self.version,
+            seed=row.seed,
+        )
+
+
+def _draw(
+    logits: torch.Tensor, uniforms: torch.Tensor, params: SamplingParams
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token a row and its log-probability.
+
+    Args:
+        logits: `(rows, V)`.
+        uniforms: `(rows,)` float64 in [0, 1).
+    """
+    logp = torch.log_softmax(logits.float() / (params.temperature or 1.0), -1)
+    if not torch.isfinite(logp.amax(-1)).all():
+        raise NonFiniteError("the model's logits are not finite while sampling")
+    if params.temperature == 0:
+        chosen = logp.argmax(-1)
+    else:
+        probs = logp.double().exp()
+        if params.top_p < 1:
+            ranked, order = probs.sort(dim=-1, descending=True, stable=True)
+            ranked[ranked.cumsum(-1) - ranked >= params.top_p] = 0.0  # the first to reach the mass stays
+            probs = torch.zeros_like(probs).scatter(-1, order, ranked)
+        mass = probs.cumsum(-1)
+        threshold = uniforms.to(mass.device).unsqueeze(-1) * mass[:, -1:]
+        chosen = torch.searchsorted(mass, threshold, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    return chosen, logp.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)

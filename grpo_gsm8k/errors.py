@@ -1,0 +1,78 @@
+"""The errors that a person may meet, and the exit code of each.
+
+Everything raised on purpose descends from one base, so the command line can print one clear line
+for it. Whatever is not in this tree is a bug and keeps its traceback.
+
+    GrpoError                   exit 1   the job failed
+    ├── UserError               exit 2   what was asked cannot be done; says what, where, and what to do
+    │   ├── ConfigError                  unknown key, value of the wrong type, impossible combination
+    │   ├── DataError                    a file or a row of it; names the file and the line
+    │   ├── ModelError                   a model that cannot be found or loaded, a prompt beyond its context
+    │   ├── RunDirError                  a run directory that exists, or belongs to another config
+    │   ├── CheckpointError              a checkpoint that is damaged or of another model
+    │   ├── DiskError                    the disk is full or cannot be written
+    │   └── NonFiniteError               a loss or gradient that is not a number; the batch was kept
+    └── Interrupted             exit 130 Ctrl-C (143 on SIGTERM); a checkpoint was written first
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class GrpoError(Exception):
+    """The base of the tree in this module's docstring."""
+
+    exit_code = 1
+
+
+class UserError(GrpoError):
+    """What was asked cannot be done, and the user can mend it."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """An unknown key, a value of the wrong type, or an impossible combination."""
+
+
+class DataError(UserError):
+    """A data file or one of its rows is unusable.
+
+    Args:
+        path: the file.
+        what: what is wrong, and what to do about it.
+        line: 1-based line number, where the fault is in one row.
+    """
+
+    def __init__(self, path: Path | str, what: str, line: int | None = None) -> None:
+        self.path, self.what, self.line = Path(path), what, line
+        super().__init__(f"{path}:{line}: {what}" if line is not None else f"{path}: {what}")
+
+
+class ModelError(UserError):
+    """A model that cannot be found or loaded, or a prompt that does not fit into its context."""
+
+
+class RunDirError(UserError):
+    """A run directory that exists already, or that belongs to another config."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is damaged, or that belongs to another model or config."""
+
+
+class DiskError(UserError):
+    """The disk is full or cannot be written; whatever was complete before is untouched."""
+
+
+class NonFiniteError(UserError):
+    """A loss or a gradient is NaN or infinite. Raised before the optimizer steps."""
+
+
+class Interrupted(GrpoError):
+    """SIGINT (exit 130) or SIGTERM (exit 143) arrived, and a checkpoint was written."""
+
+    def __init__(self, message: str, exit_code: int = 130) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

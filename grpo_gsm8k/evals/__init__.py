@@ -1,0 +1,1 @@
+"""Accuracy, and what may be said of it."""

@@ -1,0 +1,227 @@
+"""How a problem is asked, how a solution is written, and the one place where ids and mask are born.
+
+A `Style` is a few lines of text; to add one, add an entry to `STYLES`. A `Renderer` binds a style to a
+tokenizer. It returns token ids and response mask together, so that nothing downstream has to guess from
+text or from padding which tokens are the response's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grpo_gsm8k.datatypes import Problem, Prompt, TokenRow
+from grpo_gsm8k.errors import ConfigError, DataError
+from grpo_gsm8k.gsm8k.grading import Tags, extract, parse_number
+
+Message = tuple[str, str]  # (role, content)
+
+
+@dataclass(frozen=True)
+class Style:
+    """One way to ask and to answer.
+
+    Attributes:
+        ask: question → chat messages, or → plain text for a model without chat turns.
+        reference: problem → the response that a teacher would write, from GSM8K's reference solution.
+        format_ok: response → whether it has the form that was asked for, whatever its answer.
+        stop: strings that end a completion.
+    """
+
+    ask: Callable[[str], list[Message] | str]
+    reference: Callable[[Problem], str]
+    format_ok: Callable[[str], bool]
+    stop: tuple[str, ...] = ()
+
+
+def working(problem: Problem) -> str:
+    """The reference solution without GSM8K's `<<a+b=c>>` annotations and without its `####` line."""
+    body = problem.answer.rpartition("####")[0]
+    return re.sub(r"<<[^<>\n]*>>", "", body).strip()
+
+
+def _gsm8k_format_ok(response: str) -> bool:
+    last = response.rstrip().rpartition("\n")[2]
+    return response.count("####") == 1 and last.startswith("#### ") and parse_number(last[5:]) is not None
+
+
+def _gsm8k(tags: Tags) -> Style:
+    return Style(
+        ask=lambda question: [("user", question)],
+        reference=lambda problem: problem.answer,
+        format_ok=_gsm8k_format_ok,
+    )
+
+
+def _qwen_boxed(tags: Tags) -> Style:
+    system = "Please reason step by step, and put your final answer within \\boxed{}."
+    return Style(
+        ask=lambda question: [("system", system), ("user", question)],
+        reference=lambda p: f"{working(p)}\n\nThe final answer is $\\boxed{{{p.gold}}}$.".strip(),
+        format_ok=lambda response: "\\boxed{" in response and extract(response, "strict") is not None,
+    )
+
+
+def _r1_zero(tags: Tags) -> Style:
+    """Raw text for a base model; the prompt opens the thought, so the response starts inside it."""
+    answered = bool(tags.answer_open and tags.answer_close)
+    form = f"{tags.think_open} the reasoning {tags.think_close} "
+    form += (
+        f"{tags.answer_open} the answer {tags.answer_close}" if answered else "the answer within \\boxed{}"
+    )
+
+    def ask(question: str) -> str:
+        return (
+            "A user asks a question and an assistant solves it. The assistant first thinks the reasoning "
+            f"through and then gives the answer, in this form: {form}\n"
+            f"User: {question}\nAssistant: {tags.think_open}"
+        )
+
+    def reference(problem: Problem) -> str:
+        gold = (
+            f"{tags.answer_open} {problem.gold} {tags.answer_close}"
+            if answered
+            else f"The final answer is $\\boxed{{{problem.gold}}}$."
+        )
+        return f" {working(problem)} {tags.think_close} {gold}"
+
+    def format_ok(response: str) -> bool:
+        thought, closed, rest = response.partition(tags.think_close)
+        if not closed or tags.think_open in response or tags.think_close in rest:
+            return False
+        if not answered:
+            return "\\boxed{" in rest and extract(rest, "strict", tags=tags) is not None
+        rest = rest.strip()
+        inner = rest.removeprefix(tags.answer_open or "").removesuffix(tags.answer_close or "")
+        return rest == f"{tags.answer_open}{inner}{tags.answer_close}" and not any(
+            tag in inner for tag in (tags.answer_open or "", tags.answer_close or "")
+        )
+
+    return Style(
+        ask, reference, format_ok, stop=(tags.answer_close,) if answered and tags.answer_close else ()
+    )
+
+
+STYLES: dict[str, Callable[[Tags], Style]] = {"gsm8k": _gsm8k, "qwen_boxed": _qwen_boxed, "r1_zero": _r1_zero}
+
+
+def make_tags(think_open: str, think_close: str, answer_open: str, answer_close: str) -> Tags:
+    """Tags from configured strings; empty answer tags mean think-only. Raises `ConfigError` for half a pair."""
+    if not think_open or not think_close or bool(answer_open) != bool(answer_close):
+        raise ConfigError("tags come in pairs: think_open with think_close, answer_open with answer_close")
+    given = [tag for tag in (think_open, think_close, answer_open, answer_close) if tag]
+    if len(set(given)) < len(given):
+        raise ConfigError(f"tags must differ from each other: {', '.join(given)}")
+    return Tags(think_open, think_close, answer_open or None, answer_close or None)
+
+
+class Renderer:
+    """A style bound to a tokenizer: problems and chats in, token ids with their mask out."""
+
+    def __init__(self, tokenizer: Any, style: str = "gsm8k", tags: Tags | None = None) -> None:
+        """`tokenizer` is a transformers tokenizer; `tags` are those of the r1_zero style and of grading."""
+        self.tokenizer = tokenizer
+        self.tags = tags or Tags()
+        self.style = STYLES[style](self.tags)
+        self.end_id = self._end_of_turn()
+        self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id
+
+    def prompt(self, problem: Problem) -> Prompt:
+        """What the model sees before it answers."""
+        return Prompt(problem, tuple(self._prompt_ids(self.style.ask(problem.question))))
+
+    def example(self, problem: Problem) -> TokenRow:
+        """A problem with its reference solution; mask 1 on the solution and on the end-of-turn id."""
+        prompt = list(self.prompt(problem).token_ids)
+        return self._join([(prompt, 0), (self._encode(self.style.reference(problem)) + [self.end_id], 1)])
+
+    def chat(self, messages: Sequence[Message], train_on: str = "last") -> TokenRow:
+        """A conversation that ends with the assistant.
+
+        Args:
+            messages: (role, content) pairs.
+            train_on: "last" masks in the last assistant message; "all" every one.
+
+        The trained part of an assistant message is its content and the end-of-turn id: exactly what a
+        sampler would have drawn after the same prompt. Raises `ConfigError` where "all" is asked of a
+        chat template that rewrites earlier turns.
+        """
+        if train_on == "last":
+            prompt = self._prompt_ids(list(messages[:-1]))
+            return self._join([(prompt, 0), ([*self._encode(messages[-1][1]), self.end_id], 1)])
+        parts: list[tuple[list[int], int]] = []
+        done = ""
+        for i, (role, content) in enumerate(messages):
+            if role != "assistant":
+                continue
+            prefix = self._template(messages[:i], generation=True)
+            if not prefix.startswith(done):
+                raise ConfigError("this chat template rewrites earlier turns; use train_on = 'last'")
+            parts.append((self._encode(prefix[len(done) :]), 0))
+            parts.append(([*self._encode(content), self.end_id], 1))
+            done = prefix + content + self.tokenizer.decode([self.end_id])
+        return self._join(parts)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Every id that ends a completion: the template's end of turn and the tokenizer's own."""
+        return frozenset(i for i in (self.end_id, self.tokenizer.eos_token_id) if i is not None)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text for graders and people; special tokens left out."""
+        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return text
+
+    def _prompt_ids(self, asked: list[Message] | str) -> list[int]:
+        if isinstance(asked, list) and self.tokenizer.chat_template:
+            return self._encode(self._template(asked, generation=True))
+        if isinstance(asked, list):
+            asked = "\n\n".join(content for _, content in asked) + "\n\nAnswer: "
+        bos = self.tokenizer.bos_token_id
+        return ([] if bos is None else [bos]) + self._encode(asked)
+
+    def _template(self, messages: Sequence[Message], generation: bool) -> str:
+        chat = [{"role": role, "content": content} for role, content in messages]
+        text: str = self.tokenizer.apply_chat_template(chat, add_generation_prompt=generation, tokenize=False)
+        return text
+
+    def _encode(self, text: str) -> list[int]:
+        # A template spells its special tokens out, and a second BOS must never appear.
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _end_of_turn(self) -> int:
+        """The id that follows an assistant's words: read off the chat template, else the tokenizer's EOS."""
+        eos = self.tokenizer.eos_token_id
+        if self.tokenizer.chat_template:
+            probe = "an answer"
+            turn = self._template([("user", "a question"), ("assistant", probe)], generation=False)
+            after = self._encode(turn.rpartition(probe)[2].strip())
+            if after and after[0] in self.tokenizer.all_special_ids:
+                return after[0]
+        if eos is None:
+            raise ConfigError(
+                "this tokenizer has neither an end-of-sequence token nor a chat template with one"
+            )
+        return int(eos)
+
+    @staticmethod
+    def _join(parts: Sequence[tuple[list[int], int]]) -> TokenRow:
+        ids = tuple(i for part, _ in parts for i in part)
+        return TokenRow(ids, tuple(flag for part, flag in parts for _ in part))
+
+
+def check_lengths(prompts: Sequence[Prompt], max_new_tokens: int, context: int, source: str) -> None:
+    """Raise `DataError` if a prompt and its completion cannot fit into the model's context."""
+    longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
+    length = len(longest.token_ids)
+    if length + max_new_tokens > context:
+        room = context - length
+        mend = f"lower --max_new_tokens to {room}" if room > 0 else "leave this problem out"
+        raise DataError(
+            source,
+            f"problem {longest.problem.id}: a prompt of {length} tokens and {max_new_tokens} new ones exceed "
+            f"the model's context of {context}; {mend}",
+        )

@@ -1,0 +1,101 @@
+"""What is rewarded. To change it, pass `--reward package.module:function`, or edit `default_reward`.
+
+A reward function takes the completion and its problem and returns a number, or a mapping of named
+components whose sum is the reward; each component is logged by itself.
+
+    def reward(completion: Completion, problem: Problem) -> float | dict[str, float]: ...
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from random import Random
+from typing import Literal
+
+from grpo_gsm8k.datatypes import Completion, Problem, Reward, RewardFn
+from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.gsm8k.grading import Tags, grade
+
+
+def default_reward(
+    completion: Completion,
+    problem: Problem,
+    *,
+    format_ok: Callable[[str], bool],
+    format_weight: float,
+    answer_weight: float,
+    grading: Literal["strict", "flexible"],
+    tags: Tags,
+) -> dict[str, float]:
+    """`format_weight` for the form that the prompt asked for, `answer_weight` for the right answer."""
+    return {
+        "format": format_weight * format_ok(completion.text),
+        "answer": answer_weight * grade(completion.text, problem.gold, grading, tags=tags),
+    }
+
+
+def random_reward(completion: Completion, problem: Problem) -> dict[str, float]:
+    """The control: a fair coin, decided by the sample's seed and blind to its text (arXiv 2506.10947)."""
+    return {"random": float(Random(completion.seed).random() < 0.5)}
+
+
+def make_reward(
+    spec: str,
+    *,
+    format_ok: Callable[[str], bool],
+    format_weight: float = 0.2,
+    answer_weight: float = 0.8,
+    grading: Literal["strict", "flexible"] = "flexible",
+    tags: Tags | None = None,
+) -> RewardFn:
+    """The reward function that `spec` names: `default`, `random`, or `package.module:function`.
+
+    Raises:
+        ConfigError: when there is no such module or function.
+    """
+    if spec == "random":
+        return random_reward
+    if spec == "default":
+        return functools.partial(
+            default_reward,
+            format_ok=format_ok,
+            format_weight=format_weight,
+            answer_weight=answer_weight,
+            grading=grading,
+            tags=tags or Tags(),
+        )
+    module_name, colon, name = spec.partition(":")
+    if not colon or not module_name or not name:
+        raise ConfigError(f"reward {spec!r}: must be default, random, or package.module:function")
+    here = str(Path.cwd())
+    if here not in sys.path:  # the user's module lies where the command was typed
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as fault:
+        if fault.name is None or not module_name.startswith(fault.name):
+            raise  # the module is there, and something that it imports is not: that is its own bug
+        raise ConfigError(f"reward {spec!r}: no module {module_name!r} (looked in {here} too)") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ConfigError(f"reward {spec!r}: {module_name} has no function {name!r}")
+    return function  # type: ignore[no-any-return]  # the user's own; its result is checked at each call
+
+
+def score(reward: RewardFn, completion: Completion, problem: Problem) -> Reward:
+    """Call a reward function and check what it returns. Raises `ConfigError` if that is not a finite number."""
+    value = reward(completion, problem)
+    if isinstance(value, Reward):
+        parts: Mapping[str, float] = value.components or {"reward": value.total}
+    else:
+        parts = value if isinstance(value, Mapping) else {"reward": value}
+    for name, number in parts.items():
+        if not isinstance(number, int | float) or not math.isfinite(number):
+            raise ConfigError(f"the reward's component {name!r} is {number!r} for problem {problem.id}")
+    components = {name: float(number) for name, number in parts.items()}
+    return Reward(sum(components.values()), components)

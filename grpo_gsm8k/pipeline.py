@@ -1,0 +1,187 @@
+"""All stages: base → SFT → expert iteration → GRPO, each evaluated on the same held-out problems.
+
+    grpo-gsm8k demo                                           the tiny preset, nothing needed but this package
+    grpo-gsm8k pipeline --preset full --data artifacts/data   Qwen2.5-Math-1.5B on the real GSM8K
+
+Nothing here is special to the demo. Where no data is named, word problems are made up and written as the same
+three JSONL files; where no model is named (and the preset names none), a tiny one is made as the same kind of
+folder. From there on it is a model folder and three files like any other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from grpo_gsm8k import config, data_prep, ei, fast_eval_vllm, grpo, report, sft
+from grpo_gsm8k.config import STAGES, EvalConfig, PipelineConfig, TinyModelConfig, ToyConfig
+from grpo_gsm8k.errors import ConfigError, RunDirError
+from grpo_gsm8k.evals.accuracy import read_results
+from grpo_gsm8k.evals.statistics import compare
+from grpo_gsm8k.gsm8k import toy
+from grpo_gsm8k.gsm8k.problems import load_split
+from grpo_gsm8k.runs.directory import RUNS, new_path
+from grpo_gsm8k.runs.files import read_json, write_json
+from grpo_gsm8k.runs.progress import talk
+
+TRAINERS: dict[str, Callable[[Any], dict[str, Any]]] = {"sft": sft.run, "ei": ei.run, "grpo": grpo.run}
+
+
+def run(cfg: PipelineConfig, config_file: Path | None = None, sets: Sequence[str] = ()) -> dict[str, Any]:
+    """All stages up to `cfg.stop_after`; returns what the command prints."""
+    if cfg.stop_after and cfg.stop_after not in STAGES:
+        raise ConfigError(f"--stop_after {cfg.stop_after!r}: must be one of {', '.join(STAGES)}")
+    resolve = _resolver(cfg, config_file, sets)
+    resolve("grpo", {})  # a mistake in a recipe shows before any work is done
+    folder = _open(cfg, sets)
+    began = time.monotonic() - _seconds_so_far(folder)
+    data = Path(cfg.data) if cfg.data else make_toy_data(folder / "data", resolve("toy", {}), cfg.seed)
+    load_split(data, "test")
+    model = cfg.model_id or resolve("sft", {}).model_id
+    if not model:
+        model = str(make_tiny(folder / "model", resolve("tiny_model", {}), data, cfg.seed))
+    result: dict[str, Any] = {
+        "run_dir": str(folder),
+        "data": str(data),
+        "preset": cfg.preset,
+        "seed": cfg.seed,
+    }
+    result |= {"model_id": model, "seconds": 0.0, "stages": [], "comparisons": []}
+    for stage in STAGES:
+        started = time.monotonic()
+        if stage in TRAINERS:
+            flags = {"model_id": model, "data": str(data), "out_dir": str(folder / stage), "resume": True}
+            trained = TRAINERS[stage](resolve(stage, flags | {"max_steps": cfg.max_steps}))
+            model = trained["model"]
+        row = evaluate_stage(stage, model, data, folder, resolve)
+        result["stages"].append(row | {"seconds": _stage_seconds(folder, stage, started)})
+        result["comparisons"] = comparisons(result["stages"])
+        result["seconds"] = round(time.monotonic() - began, 1)
+        write_json(folder / "pipeline.json", result)
+        low, high = row["ci95"]
+        talk(
+            f"{stage}: {row['accuracy']:.1%} right on {row['n']} test problems (95 % {low:.1%} to {high:.1%})"
+        )
+        if stage == cfg.stop_after:
+            break
+    result["report"] = str(report.write_report([folder]))
+    return result
+
+
+def make_toy_data(folder: Path, cfg: ToyConfig, seed: int) -> Path:
+    """Word problems in GSM8K's format, as three JSONL files and a manifest."""
+    problems = toy.make_problems(
+        seed, {"train": cfg.train, "val": cfg.val, "test": cfg.test}, cfg.terse_share
+    )
+    data_prep.write_splits(folder, problems, {"source": "toy", "seed": seed, "terse_share": cfg.terse_share})
+    return folder
+
+
+def make_tiny(folder: Path, cfg: TinyModelConfig, data: Path, seed: int) -> Path:
+    """A tiny model with random weights and a tokenizer trained on the training problems."""
+    from grpo_gsm8k.trainer.tiny_model import make_tiny_model
+
+    if not (folder / "config.json").is_file():
+        texts = [text for problem in load_split(data, "train") for text in (problem.question, problem.answer)]
+        make_tiny_model(folder, texts, seed, **vars(cfg))
+    return folder
+
+
+def evaluate_stage(
+    stage: str, model: str, data: Path, folder: Path, resolve: Callable[[str, Mapping[str, Any]], Any]
+) -> dict[str, Any]:
+    """Greedy accuracy of a stage's model on the test split; read back if these weights were evaluated before."""
+    results = folder / "evals" / f"{stage}.jsonl"
+    summary_path = results.with_suffix(".json")
+    cfg: EvalConfig = resolve("eval", {"model_id": model, "eval_path": str(data / "test.jsonl")})
+    if summary_path.is_file() and read_json(summary_path)["model_id"] == model:
+        summary = read_json(summary_path)
+    else:
+        summary = fast_eval_vllm.run(cfg, results, f"{stage}: test")
+    keys = (
+        "accuracy",
+        "ci95",
+        "n",
+        "format_accuracy",
+        "truncated",
+        "mean_tokens",
+        "weights_sha256",
+        "results_path",
+    )
+    return {"name": stage, "model": model, **{key: summary[key] for key in keys}}
+
+
+def comparisons(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each stage against the one before it, and the last against SFT, paired over the test problems."""
+    pairs = list(pairwise(stages))
+    if len(stages) == len(STAGES):
+        pairs.append((stages[1], stages[-1]))
+    return [
+        {"a": a["name"], "b": b["name"]}
+        | compare(read_results(Path(a["results_path"])), read_results(Path(b["results_path"]))).as_dict()
+        for a, b in pairs
+    ]
+
+
+def _resolver(
+    cfg: PipelineConfig, config_file: Path | None, sets: Sequence[str]
+) -> Callable[[str, Mapping[str, Any]], Any]:
+    """Section and flags → that stage's config, with the pipeline's own settings laid over the preset."""
+    scoped = [item for item in sets if "." in item.partition("=")[0]]
+    if plain := [item for item in sets if item not in scoped]:
+        raise ConfigError(f"--set {plain[0]}: say which stage, as in --set grpo.{plain[0]}")
+
+    def resolve(section: str, flags: Mapping[str, Any]) -> Any:
+        own = {"seed": cfg.seed, "deterministic": cfg.deterministic} if section in (*TRAINERS, "eval") else {}
+        return config.resolve(
+            section, preset=cfg.preset, config_file=config_file, flags={**own, **flags}, sets=scoped
+        )
+
+    return resolve
+
+
+def _open(cfg: PipelineConfig, sets: Sequence[str]) -> Path:
+    """The pipeline's folder: new, or with `--resume` the one of the same settings."""
+    mine = {**vars(replace(cfg, resume=False, stop_after="", max_steps=0, out_dir="")), "set": list(sets)}
+    folder = Path(cfg.out_dir) if cfg.out_dir else _unfinished(mine) if cfg.resume else new_path()
+    stored = folder / "pipeline_config.json"
+    if stored.is_file():
+        if not cfg.resume:
+            raise RunDirError(f"{folder}: exists already; pass --resume to continue it, or another --out_dir")
+        before = read_json(stored)
+        changed = [f"{k}: {before.get(k)!r} then, {v!r} now" for k, v in mine.items() if before.get(k) != v]
+        if changed:
+            raise RunDirError(
+                f"{folder}: was begun differently ({'; '.join(changed)}); pick another --out_dir"
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunDirError(f"{folder}: is not empty and holds no pipeline; pick another --out_dir")
+    else:
+        write_json(stored, mine)
+    return folder
+
+
+def _unfinished(mine: Mapping[str, Any]) -> Path:
+    """The newest pipeline of these settings that has not ended; a new folder when there is none."""
+    for stored in sorted(RUNS.glob("*/pipeline_config.json"), reverse=True):
+        result = stored.with_name("pipeline.json")
+        ended = result.is_file() and len(read_json(result)["stages"]) == len(STAGES)
+        if read_json(stored) == mine and not ended:
+            return stored.parent
+    return new_path()
+
+
+def _seconds_so_far(folder: Path) -> float:
+    path = folder / "pipeline.json"
+    return float(read_json(path)["seconds"]) if path.is_file() else 0.0
+
+
+def _stage_seconds(folder: Path, stage: str, started: float) -> float:
+    """This stage's time; a stage that was complete before keeps the time it took then."""
+    path = folder / "pipeline.json"
+    before = {row["name"]: row["seconds"] for row in read_json(path)["stages"]} if path.is_file() else {}
+    return max(float(before.get(stage, 0.0)), round(time.monotonic() - started, 1))

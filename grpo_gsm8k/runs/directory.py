@@ -1,0 +1,194 @@
+"""A run directory: created, resumed or refused, never silently overwritten.
+
+config.toml    resolved config              metrics.jsonl               one object a step
+command.txt    as it was typed              samples/step_000020.jsonl   graded completions
+code.diff      what was not committed       checkpoints/step_000020/    see trainer/checkpoint.py
+sys/           packages, machine            evals/                      see evals/accuracy.py
+data.json      sha256 of every input        result.json                 written when the run is done
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+import time
+import tomllib
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from grpo_gsm8k import config, repro
+from grpo_gsm8k.config import TrainConfig
+from grpo_gsm8k.errors import DataError, RunDirError
+from grpo_gsm8k.runs import wandb_sink
+from grpo_gsm8k.runs.files import (
+    append_jsonl,
+    disk_errors,
+    read_json,
+    read_jsonl,
+    sha256_file,
+    write_atomic,
+    write_json,
+    write_jsonl,
+)
+from grpo_gsm8k.runs.progress import talk
+
+RUNS = Path("artifacts/runs")
+
+
+class Run:
+    """One training run's folder. Make it with `open_run`."""
+
+    def __init__(self, path: Path, stage: str, cfg: TrainConfig, lock: int) -> None:
+        self.path, self.stage, self.cfg, self._lock = path, stage, cfg, lock
+        self.started = time.monotonic()
+        self.checkpoints = path / "checkpoints"
+        self._wandb = None
+        if wandb_sink.wanted():
+            name = cfg.run_name or f"{path.parent.name}-{path.name}"
+            self._wandb = wandb_sink.WandbSink(cfg.wandb_project, name, path, vars(cfg))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One row of metrics.jsonl, and of W&B when that is wanted."""
+        append_jsonl(self.path / "metrics.jsonl", {"step": step, **metrics})
+        if self._wandb:
+            self._wandb.log(step, metrics)
+
+    def samples(self, step: int, rows: Iterable[Mapping[str, Any]], folder: str = "samples") -> None:
+        """What was sampled at a step, one row a completion."""
+        write_jsonl(self.path / folder / f"step_{step:06d}.jsonl", rows)
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged beyond `step`: a resumed run says it again, and nothing stands twice."""
+        log = self.path / "metrics.jsonl"
+        if log.is_file() and log.stat().st_size:
+            whole = log.read_bytes()
+            if not whole.endswith(b"\n"):  # a kill cut the last line
+                write_atomic(log, whole[: whole.rfind(b"\n") + 1])
+        if log.is_file() and log.stat().st_size:
+            write_jsonl(log, [row for _, row in read_jsonl(log) if row["step"] <= step])
+        for folder in ("samples", "evals"):
+            for path in (self.path / folder).glob("step_*"):
+                if int(path.stem.removeprefix("step_")) > step:
+                    path.unlink()
+
+    def metric_history(self, name: str) -> dict[int, float]:
+        """Step → value, of every row that has the metric."""
+        log = self.path / "metrics.jsonl"
+        if not log.is_file() or not log.stat().st_size:
+            return {}
+        return {row["step"]: row[name] for _, row in read_jsonl(log) if name in row}
+
+    def finish(self, step: int, model: Path, weights_sha256: str) -> dict[str, Any]:
+        """Write and return the run's result, with the keys that the command line prints."""
+        result = {
+            "run_dir": str(self.path),
+            "model": str(model),
+            "step": step,
+            "weights_sha256": weights_sha256,
+            "seconds": round(time.monotonic() - self.started, 3),
+        }
+        write_json(self.path / "result.json", result)
+        return result
+
+    def close(self) -> None:
+        """Let go of W&B and of the lock."""
+        if self._wandb:
+            self._wandb.close()
+        os.close(self._lock)
+
+
+def open_run(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path]) -> Run:
+    """Create the run directory of `cfg`, or continue it.
+
+    Args:
+        inputs: name → file that the run reads; their hashes are kept, and must not change under a run.
+
+    Raises:
+        RunDirError: it exists and `--resume` was not given; it is another stage's or another config's; or
+            another process is writing it.
+        DataError: an input is missing, or differs from what the run began with.
+    """
+    path = Path(cfg.out_dir) if cfg.out_dir else _default_path(cfg, stage)
+    hashes = {name: {"path": str(file), "sha256": _hash(file)} for name, file in inputs.items()}
+    exists = path.is_dir() and any(path.iterdir())
+    if path.exists() and not path.is_dir():
+        raise RunDirError(f"{path}: is a file, not a run directory")
+    if exists and not cfg.resume:
+        raise RunDirError(f"{path}: exists already; pass --resume to continue it, or another --out_dir")
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _lock(path)
+    try:
+        if (path / "config.toml").is_file():
+            _same_run(path, stage, cfg, hashes)
+        else:
+            left = [
+                p.name
+                for p in path.iterdir()
+                if p.name not in (".lock", "sys", "command.txt", "code.diff", "data.json")
+            ]
+            if [name for name in left if not name.startswith(".tmp-")]:
+                raise RunDirError(
+                    f"{path}: holds other files ({sorted(left)[0]}) and no run; pick another --out_dir"
+                )
+            repro.snapshot(path, sys.argv)
+            write_json(path / "data.json", hashes)
+            # The config comes last: a folder without one is a run that never began.
+            write_atomic(path / "config.toml", config.to_toml(cfg, stage))
+        return Run(path, stage, cfg, lock)
+    except BaseException:
+        os.close(lock)
+        raise
+
+
+def _same_run(path: Path, stage: str, cfg: TrainConfig, hashes: Mapping[str, Mapping[str, str]]) -> None:
+    stored = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
+    if stage not in stored:
+        raise RunDirError(f"{path}: is a run of {', '.join(stored)}, not of {stage}")
+    if changed := config.differences(stored[stage], cfg):
+        raise RunDirError(
+            f"{path}: was begun with another config ({'; '.join(changed)}); pick another --out_dir"
+        )
+    before = read_json(path / "data.json")
+    for name, entry in hashes.items():
+        if before.get(name, {}).get("sha256") != entry["sha256"]:
+            raise DataError(
+                entry["path"], f"has changed since the run in {path} began; pick another --out_dir"
+            )
+
+
+def _hash(file: Path) -> str:
+    if not file.is_file():
+        raise DataError(file, "does not exist; make it with `grpo-gsm8k data --out_dir DIR`")
+    return sha256_file(file)
+
+
+def _lock(path: Path) -> int:
+    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise RunDirError(f"{path}: another process is writing this run") from None
+    return descriptor
+
+
+def _default_path(cfg: TrainConfig, stage: str) -> Path:
+    """A new stamped folder; with `--resume`, the newest unfinished one of the same stage and config."""
+    if cfg.resume:
+        for path in sorted(RUNS.glob("*"), reverse=True):
+            stored = path / "config.toml"
+            if stored.is_file() and not (path / "result.json").is_file():
+                table = tomllib.loads(stored.read_text(encoding="utf-8")).get(stage)
+                if table is not None and not config.differences(table, cfg):
+                    talk(f"resuming {path}")
+                    return path
+    return new_path()
+
+
+def new_path() -> Path:
+    """`artifacts/runs/<UTC stamp>_<git sha>`."""
+    return RUNS / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}_{repro.git_commit()}"

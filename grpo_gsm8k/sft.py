@@ -1,0 +1,98 @@
+"""Stage 4: supervised fine-tuning on worked solutions.
+
+Simplified on purpose: one device, no packing, one pass order per epoch. What is trained is the response and
+its end-of-turn id; the loss is the mean over the response tokens of the whole update.
+
+    grpo-gsm8k sft --model_id MODEL --data DIR                         # the reference solutions of train.jsonl
+    grpo-gsm8k sft --model_id MODEL --data_path pairs.jsonl --eval_set_path DIR/val.jsonl
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo_gsm8k.config import SftConfig, TrainConfig
+from grpo_gsm8k.datatypes import TokenRow
+from grpo_gsm8k.errors import DataError
+from grpo_gsm8k.gsm8k.chat import Example, load_pairs
+from grpo_gsm8k.gsm8k.problems import load_split
+from grpo_gsm8k.repro import derive_seed, shuffled
+from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.trainer import loop
+from grpo_gsm8k.trainer.batch import make_batch
+from grpo_gsm8k.trainer.objectives import Objective
+from grpo_gsm8k.trainer.optimizer import lr_at
+from grpo_gsm8k.workbench import Bench, open_bench, result_of
+
+
+def train(cfg: SftConfig, bench: Bench, rows: Sequence[TokenRow]) -> None:
+    """Fine-tune on `rows` for `cfg.epochs` epochs, validating as it goes."""
+    total = cfg.epochs * updates_per_epoch(len(rows), cfg.batch_size)
+    for step in loop.steps(bench.run, bench.learner, total, state := {"note": ""}):
+        started = time.perf_counter()
+        metrics = fit_step(cfg, bench, rows, step, lr_at(step, total, cfg), seed=cfg.seed)
+        metrics |= {"progress/sft_step": step, "progress/done_frac": step / total}
+        if bench.due(step, total):
+            bench.sync(step)
+            metrics |= bench.validate(step)
+        bench.run.log(step, metrics | {"time/total": time.perf_counter() - started})
+        state["note"] = f"loss {metrics['loss']:.3f}"
+
+
+def fit_step(
+    cfg: TrainConfig,
+    bench: Bench,
+    rows: Sequence[TokenRow],
+    step: int,
+    lr: float,
+    *,
+    seed: int,
+    start: int = 0,
+) -> dict[str, float]:
+    """One update on the rows whose turn it is. Expert iteration uses the same one.
+
+    Args:
+        step: 1-based; `step - start` counts within these rows.
+        seed: of the order of the rows, a fresh shuffle every epoch.
+    """
+    batch_size: int = cfg.batch_size  # type: ignore[attr-defined]  # SFT and EI have one, GRPO has rollouts
+    epoch, k = divmod(step - start - 1, updates_per_epoch(len(rows), batch_size))
+    order = shuffled(len(rows), derive_seed(seed, "order", epoch))
+    chosen = [rows[i] for i in order[k * batch_size : (k + 1) * batch_size]]
+    batch = make_batch(chosen, bench.renderer.pad_id, "token")
+    return loop.update(bench.run, bench.learner, batch, Objective("cross_entropy"), lr, step)
+
+
+def updates_per_epoch(rows: int, batch_size: int) -> int:
+    """Updates of one pass; the last may be smaller, no row is left out."""
+    return -(-rows // batch_size)
+
+
+def run(cfg: SftConfig) -> dict[str, Any]:
+    """The stage as a command: load, train, return the result."""
+    source = Path(cfg.data_path or Path(cfg.data) / "train.jsonl")
+    examples = load_pairs(source) if cfg.data_path else load_split(Path(cfg.data), "train")
+    bench = open_bench(cfg, "sft", {"train": source})
+    rows = [
+        bench.renderer.chat(item.messages, cfg.train_on)
+        if isinstance(item, Example)
+        else bench.renderer.example(item)
+        for item in examples
+    ]
+    longest = min(cfg.max_length, bench.context)
+    fitting = [row for row in rows if len(row.token_ids) <= longest]
+    if not fitting:
+        raise DataError(source, f"no example fits into {longest} tokens; raise --max_length")
+    if left_out := len(rows) - len(fitting):
+        talk(f"sft: {left_out} of {len(rows)} examples are longer than {longest} tokens and are left out")
+    train(cfg, bench, fitting)
+    return result_of(bench, {"examples": len(fitting), "left_out": left_out})
+
+
+if __name__ == "__main__":
+    from grpo_gsm8k.cli import run_command
+
+    run_command("sft")

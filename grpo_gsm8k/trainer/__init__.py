@@ -1,0 +1,1 @@
+"""Who learns: batches, log-probabilities, objectives, the optimizer, checkpoints, the step loop."""

@@ -1,0 +1,143 @@
+"""Rows of token ids become tensors. The only place in the repository that shifts.
+
+A model that reads `input_ids[:, t]` predicts `targets[:, t]`, the token that follows. Mask,
+log-probabilities, advantages and weights are all `(B, T)` and aligned **to targets**: `mask[b, t]` says
+whether the prediction of `targets[b, t]` is trained. So the first response token and the end-of-turn id are
+trained, no prompt token and no padding ever is, and whether padding shares an id with the end of turn does
+not matter, since the mask comes from the rows and never from `id != pad`.
+
+Rows are padded on the right. A causal model never sees what follows, so no attention mask is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from grpo_gsm8k.datatypes import TokenRow
+
+Aggregation = Literal["sequence", "token", "constant"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One whole update, or a slice of it.
+
+    Attributes:
+        input_ids, targets: `(B, T)` int64.
+        mask: `(B, T)` float32, 1 where the target is trained.
+        old_logprobs: `(B, T)` float32, of the policy that drew the target; 0 where masked out.
+        advantages: `(B, T)` float32.
+        weights: `(B, T)` float32; the loss is the sum of weight x per-token loss. They are set from the
+            whole update before it is split, so any split, order or packing gives the same gradient.
+        lengths: true length of each row of `input_ids`.
+    """
+
+    input_ids: torch.Tensor
+    targets: torch.Tensor
+    mask: torch.Tensor
+    old_logprobs: torch.Tensor
+    advantages: torch.Tensor
+    weights: torch.Tensor
+    lengths: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def select(self, rows: Sequence[int]) -> Batch:
+        """Some rows, cut to the longest of them."""
+        index, longest = list(rows), max(self.lengths[r] for r in rows)
+
+        def cut(x: torch.Tensor) -> torch.Tensor:
+            return x[index, :longest]
+
+        return Batch(
+            cut(self.input_ids),
+            cut(self.targets),
+            cut(self.mask),
+            cut(self.old_logprobs),
+            cut(self.advantages),
+            cut(self.weights),
+            tuple(self.lengths[r] for r in rows),
+        )
+
+    def microbatches(self, max_tokens: int) -> Iterator[tuple[list[int], Batch]]:
+        """Slices of at most `max_tokens` padded cells, longest rows first; with the rows' numbers.
+
+        Rows without a trained token cost nothing: they are left out. A single row longer than the budget
+        is a microbatch of its own.
+        """
+        trained = self.weights.abs().sum(1).gt(0) | self.mask.sum(1).gt(0)
+        order = sorted((r for r in range(len(self)) if trained[r]), key=lambda r: (-self.lengths[r], r))
+        start = 0
+        while start < len(order):
+            rows = max(1, max_tokens // self.lengths[order[start]])
+            chosen = order[start : start + rows]
+            yield chosen, self.select(chosen)
+            start += rows
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        names = ("input_ids", "targets", "mask", "old_logprobs", "advantages", "weights")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+
+
+def make_batch(
+    rows: Sequence[TokenRow], pad_id: int, aggregation: Aggregation = "token", max_tokens: int = 0
+) -> Batch:
+    """Pad, shift and weigh the rows of one update.
+
+    Args:
+        rows: at least one.
+        aggregation: see `loss_weights`.
+        max_tokens: the constant of the "constant" aggregation.
+    """
+    lengths = tuple(len(row.token_ids) - 1 for row in rows)
+    shape = (len(rows), max(lengths))
+    input_ids = torch.full(shape, pad_id)
+    targets = torch.full(shape, pad_id)
+    mask, old_logprobs, advantages = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape)
+    for b, row in enumerate(rows):
+        assert len(row.mask) == len(row.token_ids) and len(row.logprobs) in (0, len(row.token_ids))
+        ids = torch.tensor(row.token_ids)
+        input_ids[b, : lengths[b]] = ids[:-1]
+        targets[b, : lengths[b]] = ids[1:]
+        mask[b, : lengths[b]] = torch.tensor(row.mask[1:], dtype=torch.float32)
+        if row.logprobs:
+            old_logprobs[b, : lengths[b]] = torch.tensor(row.logprobs[1:], dtype=torch.float32)
+        advantages[b] = row.advantage
+    advantages *= mask
+    return Batch(
+        input_ids,
+        targets,
+        mask,
+        old_logprobs,
+        advantages,
+        loss_weights(mask, aggregation, max_tokens),
+        lengths,
+    )
+
+
+def loss_weights(mask: torch.Tensor, aggregation: Aggregation, max_tokens: int = 0) -> torch.Tensor:
+    """What each token's loss counts in the whole update, `(B, T)`; all zero for an all-masked update.
+
+    "sequence": mean over a response's tokens, then over the responses that have any (GRPO, arXiv
+    2402.03300 eq. 3). "token": mean over all tokens of the update (DAPO, arXiv 2503.14476 eq. 8).
+    "constant": sum over tokens / `max_tokens`, mean over responses (Dr.GRPO, arXiv 2503.20783).
+    A row that is masked out counts in no denominator.
+    """
+    tokens = mask.sum(1, keepdim=True)  # (B, 1)
+    responses = tokens.gt(0).sum().clamp(min=1)
+    if aggregation == "sequence":
+        return mask / tokens.clamp(min=1) / responses
+    if aggregation == "constant":
+        return mask / max_tokens / responses
+    return mask / tokens.sum().clamp(min=1)
+
+
+def with_old_logprobs(batch: Batch, logprobs: torch.Tensor) -> Batch:
+    """The same batch with the log-probabilities of a frozen pass, `(B, T)`, as its old ones."""
+    return replace(batch, old_logprobs=logprobs * batch.mask)

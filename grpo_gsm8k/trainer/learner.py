@@ -1,0 +1,107 @@
+"""The local learner: one torch model on one device."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from grpo_gsm8k.config import TrainConfig
+from grpo_gsm8k.errors import CheckpointError, NonFiniteError
+from grpo_gsm8k.trainer.batch import Batch
+from grpo_gsm8k.trainer.logprobs import token_logprobs
+from grpo_gsm8k.trainer.objectives import LOSSES, Objective, add_sums, policy_metrics, policy_sums
+from grpo_gsm8k.trainer.optimizer import MasterAdamW
+
+
+class TorchLearner:
+    """Implements `datatypes.Learner` for a transformers model."""
+
+    def __init__(self, model: Any, tokenizer: Any, cfg: TrainConfig) -> None:
+        """`model` stays where it is and is trained in place; `tokenizer` is saved beside its weights."""
+        self.model, self.tokenizer, self.cfg = model, tokenizer, cfg
+        self.device: torch.device = next(model.parameters()).device
+        self.model.train()
+        self.optimizer = MasterAdamW(model, cfg)
+
+    def forward_backward(self, batch: Batch, objective: Objective) -> dict[str, float]:
+        """Accumulate the gradient of one whole update, microbatch by microbatch.
+
+        Returns:
+            the loss, `objectives.policy_metrics`, and `perf/` figures, all of the whole update.
+
+        Raises:
+            NonFiniteError: when the loss is NaN or infinite. No gradient is kept.
+        """
+        started, loss_total, sums, cells = time.perf_counter(), 0.0, dict[str, float](), 0
+        for _, part in batch.microbatches(self.cfg.max_tokens_per_microbatch):
+            part = part.to(self.device)
+            logp, entropies = token_logprobs(self.model, part, objective.temperature)
+            loss = (part.weights * LOSSES[objective.loss](logp, part, objective)).sum()
+            if not math.isfinite(value := float(loss.detach())):
+                self.optimizer.zero_grad()
+                raise NonFiniteError(f"the loss is {value}")
+            loss.backward()
+            loss_total += value
+            cells += part.input_ids.numel()
+            add_sums(sums, policy_sums(logp, entropies, part, objective))
+        seconds = time.perf_counter() - started
+        return {
+            "loss": loss_total,
+            **policy_metrics(sums),
+            "perf/tokens_per_s": sum(batch.lengths) / seconds,
+            "perf/padding_frac": 1 - min(sum(batch.lengths) / max(cells, 1), 1.0),
+        }
+
+    def step(self, lr: float) -> dict[str, float]:
+        """One optimizer step; see `MasterAdamW.step`."""
+        return self.optimizer.step(lr)
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+        """Log-probabilities of the targets from a frozen pass, `(B, T)` on the CPU."""
+        out = torch.zeros_like(batch.mask)
+        for rows, part in batch.microbatches(self.cfg.max_tokens_per_microbatch):
+            logp, _ = token_logprobs(self.model, part.to(self.device), temperature, entropy=False)
+            out[rows, : logp.shape[1]] = logp.cpu()
+        return out
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and tensors of the weights, tied ones once."""
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.detach()
+
+    def save(self, folder: Path) -> None:
+        """A model folder that transformers loads, with the optimizer and the generator's state beside it."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        rng = {"rng.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        state = {name: t.detach().cpu().contiguous() for name, t in self.optimizer.state().items()}
+        save_file(state | rng, folder / "optimizer.safetensors")
+
+    def load(self, folder: Path) -> None:
+        """Continue from what `save` wrote. Raises `CheckpointError` when it is of another model."""
+        stored = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
+        fresh, mine = dict(stored.named_parameters()), dict(self.model.named_parameters())
+        strange = [
+            n
+            for n in mine.keys() | fresh.keys()
+            if n not in mine or n not in fresh or mine[n].shape != fresh[n].shape
+        ]
+        if strange:
+            raise CheckpointError(f"{folder}: a checkpoint of another model; differs in {sorted(strange)[0]}")
+        with torch.no_grad():
+            for name, parameter in mine.items():
+                parameter.copy_(fresh[name])
+        flat = load_file(folder / "optimizer.safetensors")
+        torch.set_rng_state(flat.pop("rng.cpu"))
+        if "rng.cuda" in flat:
+            torch.cuda.set_rng_state(flat.pop("rng.cuda"), self.device)
+        self.optimizer.load_state(flat)

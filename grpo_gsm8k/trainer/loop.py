@@ -1,0 +1,131 @@
+"""The step loop that every training stage runs in: resume, checkpoints, interrupts, progress.
+
+    for step in steps(run, learner, total, state):
+        ...                         # the stage's own work for this step
+        run.log(step, metrics)
+
+When control comes back from the body, the step is complete: only there is a checkpoint written, so a run
+that is killed anywhere continues from a step's end and says and draws the same as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from safetensors.torch import save_file
+
+from grpo_gsm8k.datatypes import Learner
+from grpo_gsm8k.errors import Interrupted, NonFiniteError
+from grpo_gsm8k.runs.directory import Run
+from grpo_gsm8k.runs.files import disk_errors
+from grpo_gsm8k.runs.progress import progress, talk
+from grpo_gsm8k.trainer import checkpoint
+from grpo_gsm8k.trainer.batch import Batch
+from grpo_gsm8k.trainer.objectives import Objective
+from grpo_gsm8k.trainer.policy import weights_sha256
+
+
+def steps(run: Run, learner: Learner, total: int, state: dict[str, Any]) -> Iterator[int]:
+    """Yield the steps that are left, 1-based, of a run of `total`.
+
+    Args:
+        state: the stage's counters. Filled from the checkpoint on resume, stored with each one.
+
+    Raises:
+        Interrupted: after Ctrl-C or SIGTERM, once the step is complete and its checkpoint is written.
+    """
+    cfg = run.cfg
+    last = min(total, cfg.max_steps or total)
+    first = resume(run, learner, state)
+    if first == 0 and last == 0:
+        save(run, learner, 0, state)
+    with _signals() as received, progress(run.stage, last, first) as bar:
+        for step in range(first + 1, last + 1):
+            yield step
+            bar.update(step, state.get("note", ""))
+            if step % cfg.save_every == 0 or step == last or received:
+                save(run, learner, step, state)
+            if received:
+                name = signal.Signals(received[0]).name
+                message = f"{name}: step {step} of {last} is saved in {run.path}; continue with --resume"
+                raise Interrupted(message, 128 + received[0])
+
+
+def resume(run: Run, learner: Learner, state: dict[str, Any]) -> int:
+    """Load the newest whole checkpoint, rewind the logs to it, and return its step; 0 when there is none."""
+    found = checkpoint.newest(run.checkpoints, talk)
+    step = 0
+    if found:
+        folder, stored = found
+        learner.load(folder)
+        step = stored.pop("step")
+        state.update(stored)
+        talk(f"{run.stage}: continuing from step {step} in {run.path}")
+    run.rewind(step)
+    return step
+
+
+def save(run: Run, learner: Learner, step: int, state: dict[str, Any]) -> Path:
+    """Write the checkpoint of a complete step and retire old ones."""
+    folder = checkpoint.write(run.checkpoints, step, learner.save, state)
+    scores = run.metric_history("val/accuracy")
+    kept = [s for s in checkpoint.steps_present(run.checkpoints) if s in scores]
+    best = max(kept, key=lambda s: (scores[s], s), default=None)
+    checkpoint.retain(run.checkpoints, run.cfg.keep_last, best)
+    return folder
+
+
+def finish(run: Run, learner: Learner) -> dict[str, Any]:
+    """The run's result: its last checkpoint and the hash of the weights in it."""
+    step = checkpoint.steps_present(run.checkpoints)[-1]
+    return run.finish(step, run.checkpoints / f"step_{step:06d}", weights_sha256(learner.weights()))
+
+
+def update(
+    run: Run, learner: Learner, batch: Batch, objective: Objective, lr: float, step: int
+) -> dict[str, float]:
+    """One optimizer step on one whole update.
+
+    Raises:
+        NonFiniteError: before the weights change. The batch is kept in the run directory.
+    """
+    try:
+        metrics = learner.forward_backward(batch, objective)
+        return metrics | learner.step(lr)
+    except NonFiniteError as fault:
+        kept = run.path / f"nonfinite_step_{step:06d}.safetensors"
+        tensors = {name: t.contiguous() for name, t in vars(batch).items() if name != "lengths"}
+        with disk_errors(kept):
+            save_file(tensors, kept)
+        raise NonFiniteError(
+            f"step {step}: {fault}; stopped before the optimizer stepped, the batch is in {kept}, earlier "
+            "checkpoints are good; try a lower --lr or --dtype float32"
+        ) from None
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying; the second one dies."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        talk("finishing this step, then writing a checkpoint; once more to stop at once")
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,93 @@
+"""Loading a policy and naming its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo_gsm8k.config import ModelConfig
+from grpo_gsm8k.errors import ConfigError, ModelError
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a device. Raises `ConfigError` for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device {name!r}: must be cpu, cuda, cuda:N or auto") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device {name!r}: this machine has {torch.cuda.device_count()} GPUs; try --device cpu"
+        )
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def load_tokenizer(cfg: ModelConfig) -> Any:
+    """The tokenizer of `cfg.model_id`. Raises `ModelError` if there is none."""
+    from transformers import AutoTokenizer
+
+    return _load(AutoTokenizer, cfg)
+
+
+def load_model(cfg: ModelConfig) -> Any:
+    """The causal language model of `cfg.model_id` on its device. Raises `ModelError` if there is none."""
+    from transformers import AutoModelForCausalLM
+
+    device = pick_device(cfg.device)
+    model = _load(AutoModelForCausalLM, cfg, dtype=pick_dtype(cfg.dtype, device))
+    return model.to(device)
+
+
+def context_length(model: Any) -> int:
+    """How many tokens the model's positions reach."""
+    return int(model.config.get_text_config().max_position_embeddings)
+
+
+def weights_sha256(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Names, types, shapes and bytes of all weights as one hash; tied weights count once.
+
+    It depends on the weights alone, not on the file that holds them, so a record of an evaluation can be
+    held against a checkpoint or a live model alike.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        flat = tensor.detach().to("cpu").contiguous()
+        digest.update(f"{name}|{flat.dtype}|{tuple(flat.shape)}|".encode())
+        digest.update(flat.view(torch.uint8).numpy().data if flat.ndim else flat.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _load(factory: Any, cfg: ModelConfig, **kwargs: Any) -> Any:
+    """`from_pretrained`, with what a user can mend said in one line."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # ours are on stderr, and theirs would stand between them
+    where = cfg.model_id
+    if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
+        raise ModelError(f"{where}: this folder holds no model (no config.json)")
+    if cfg.revision and not Path(where).is_dir():
+        kwargs["revision"] = cfg.revision
+    try:
+        return factory.from_pretrained(where, cache_dir=cfg.cache_dir or None, **kwargs)
+    except OSError as fault:  # what transformers raises for unknown names, no network and missing files alike
+        reason = " ".join(str(fault).split())
+        raise ModelError(
+            f"cannot load model {where!r}: neither a model folder nor a model that the hub gave us "
+            f"(pass a folder, check the name, or see `grpo-gsm8k doctor`): {reason[:300]}"
+        ) from None
+    except ValueError as fault:
+        raise ModelError(f"cannot load model {where!r}: {' '.join(str(fault).split())[:300]}") from None

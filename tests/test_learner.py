@@ -1,0 +1,161 @@
+"""The learner: one update is one gradient however it is split, and small steps are not lost."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grpo_gsm8k.errors import NonFiniteError
+from grpo_gsm8k.trainer.batch import make_batch
+from grpo_gsm8k.trainer.learner import TorchLearner
+from grpo_gsm8k.trainer.objectives import Objective
+from grpo_gsm8k.trainer.optimizer import MasterAdamW, lr_at
+from grpo_gsm8k.trainer.policy import weights_sha256
+from tests.toys import gradient, rows, train_config
+
+SEQUENCES = [(range(3, 3 + n), p) for n, p in [(9, 4), (4, 1), (13, 6), (6, 2), (11, 3), (5, 4)]]
+POLICY = Objective("grpo_clip", 0.2, 0.2, temperature=0.7)
+
+
+@pytest.fixture
+def make_learner(tiny):
+    def make(dtype=torch.float32, **flags):
+        model = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=dtype)
+        return TorchLearner(model, AutoTokenizer.from_pretrained(tiny.model), train_config(**flags))
+
+    return make
+
+
+def policy_rows():
+    out = []
+    for i, sequence in enumerate(SEQUENCES):
+        out += rows(sequence, advantage=(-1) ** i * (0.3 + i), logprob=-5.8)
+    return out
+
+
+@pytest.mark.parametrize("objective", [Objective(), POLICY], ids=["cross_entropy", "grpo_clip"])
+@pytest.mark.parametrize("how", ["sequence", "token", "constant"])
+def test_gradient_is_the_same_for_any_split_and_order(make_learner, objective, how):
+    whole, data = make_learner(max_tokens_per_microbatch=10_000), policy_rows()
+    whole_metrics = whole.forward_backward(make_batch(data, 0, how, 20), objective)
+    for budget, order in [(1, data), (13, data), (30, data[::-1]), (10_000, data[::-1])]:
+        other = make_learner(max_tokens_per_microbatch=budget)
+        metrics = other.forward_backward(make_batch(order, 0, how, 20), objective)
+        for name, expected in gradient(whole).items():
+            assert torch.allclose(gradient(other)[name], expected, rtol=1e-4, atol=1e-7), (budget, name)
+        for name in ("loss", "policy/entropy", "policy/approx_kl", "mismatch/ratio_max"):
+            assert metrics[name] == pytest.approx(whole_metrics[name], rel=1e-4), name
+
+
+def test_a_masked_row_changes_neither_numerator_nor_denominator(make_learner):
+    data = policy_rows()
+    silent = [r.__class__(r.token_ids, (0,) * len(r.mask), r.logprobs, r.advantage) for r in data[:2]]
+    for how in ("sequence", "token", "constant"):
+        a, b = make_learner(), make_learner()
+        loss_a = a.forward_backward(make_batch(data, 0, how, 20), POLICY)["loss"]
+        loss_b = b.forward_backward(make_batch(data + silent, 0, how, 20), POLICY)["loss"]
+        assert loss_a == pytest.approx(loss_b, rel=1e-6)
+        assert all(torch.allclose(x, gradient(b)[name], atol=1e-7) for name, x in gradient(a).items())
+
+
+def test_an_all_masked_update_is_a_finite_zero(make_learner):
+    learner = make_learner()
+    silent = [r.__class__(r.token_ids, (0,) * len(r.mask), r.logprobs, r.advantage) for r in policy_rows()]
+    before = weights_sha256(learner.weights())
+    metrics = learner.forward_backward(make_batch(silent, 0), POLICY) | learner.step(0.1)
+    assert metrics["loss"] == 0.0 and all(math.isfinite(v) for v in metrics.values())
+    assert weights_sha256(learner.weights()) == before
+
+
+def test_old_logprobs_of_a_frozen_pass_make_the_ratio_one(make_learner):
+    learner = make_learner()
+    batch = make_batch(policy_rows(), 0)
+    frozen = learner.logprobs(batch, POLICY.temperature)
+    assert not frozen.requires_grad
+    from grpo_gsm8k.trainer.batch import with_old_logprobs
+
+    metrics = learner.forward_backward(with_old_logprobs(batch, frozen), POLICY)
+    assert metrics["mismatch/logp_abs_max"] < 1e-5 and metrics["mismatch/ess"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_tiny_updates_accumulate_in_bfloat16(make_learner):
+    """areal#1369: at 1.0 bfloat16 has steps of 2^-7; a thousand updates of 1e-5 must still move it by 1e-2."""
+    layer = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    torch.nn.init.ones_(layer.weight)
+    optimizer = MasterAdamW(layer, train_config(grad_clip=0.0))
+    for _ in range(1000):
+        layer(torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()
+        optimizer.step(1e-5)
+    assert float(optimizer.masters["weight"]) == pytest.approx(0.99, abs=1e-4)
+    assert float(layer.weight) == pytest.approx(0.99, abs=2**-8)
+
+
+def test_bfloat16_gradients_are_accumulated_in_float32(make_learner):
+    learner = make_learner(torch.bfloat16, max_tokens_per_microbatch=1)
+    learner.forward_backward(make_batch(policy_rows(), 0), Objective())
+    assert all(grad.dtype == torch.float32 for grad in gradient(learner).values())
+    assert all(parameter.grad is None for parameter in learner.model.parameters())
+
+
+def test_log_probabilities_are_float32_in_a_bfloat16_model(make_learner):
+    assert make_learner(torch.bfloat16).logprobs(make_batch(policy_rows(), 0)).dtype == torch.float32
+
+
+def test_adamw_follows_the_formula_by_hand():
+    """Two steps of AdamW (arXiv 1711.05101) on one weight, computed by hand with beta1 = 0.9, beta2 = 0.95."""
+    layer = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(layer.weight, 2.0)
+    optimizer = MasterAdamW(layer, train_config(grad_clip=0.0, weight_decay=0.1))
+    layer(torch.tensor([[3.0]])).sum().backward()  # gradient 3
+    optimizer.step(0.5)
+    assert float(layer.weight) == pytest.approx(2.0 * (1 - 0.05) - 0.5, abs=1e-5)  # the first step is lr * sign
+    layer(torch.tensor([[1.0]])).sum().backward()  # gradient 1
+    m, v = (0.9 * 0.3 + 0.1) / (1 - 0.81), (0.95 * 0.45 + 0.05) / (1 - 0.9025)
+    expected = 1.4 * 0.95 - 0.5 * m / math.sqrt(v)
+    metrics = optimizer.step(0.5)
+    assert float(layer.weight) == pytest.approx(expected, abs=1e-5)
+    assert metrics["policy/grad_norm"] == pytest.approx(1.0)
+    assert metrics["policy/update_to_weight"] == pytest.approx(abs(expected - 1.4) / 1.4, abs=1e-5)
+
+
+def test_clipping_scales_the_gradient_to_the_limit():
+    layer = torch.nn.Linear(2, 1, bias=False)
+    optimizer = MasterAdamW(layer, train_config(grad_clip=1.0))
+    seen = []
+    optimizer.inner.step = lambda: seen.append(layer.weight.grad.clone())  # what the inner optimizer gets
+    layer(torch.tensor([[3.0, 4.0]])).sum().backward()
+    assert optimizer.step(0.1)["policy/grad_norm"] == pytest.approx(5.0)
+    assert seen[0].tolist()[0] == pytest.approx([0.6, 0.8], abs=1e-4)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_gradient_that_is_no_number_stops_before_the_step(poison):
+    layer = torch.nn.Linear(1, 1, bias=False)
+    before = layer.weight.detach().clone()
+    optimizer = MasterAdamW(layer, train_config())
+    layer(torch.tensor([[poison]])).sum().backward()
+    with pytest.raises(NonFiniteError):
+        optimizer.step(0.1)
+    assert torch.equal(layer.weight, before) and layer.weight.grad is None
+
+
+def test_schedules_by_hand():
+    cfg = train_config(lr=1.0, lr_schedule="linear", warmup_steps=1)
+    assert [lr_at(s, 3, cfg) for s in (1, 2, 3)] == pytest.approx([0.5, 2 / 3, 1 / 3])
+    cfg = train_config(lr=2.0, lr_schedule="cosine", warmup_steps=0)
+    assert [lr_at(s, 3, cfg) for s in (1, 2, 3)] == pytest.approx([2 * 0.8535534, 1.0, 2 * 0.1464466], abs=1e-6)
+    cfg = train_config(lr=1.0, lr_schedule="constant", warmup_steps=3)
+    assert [lr_at(s, 9, cfg) for s in (1, 3, 4, 9)] == pytest.approx([0.25, 0.75, 1.0, 1.0])
+
+
+def test_hash_of_weights_counts_tied_ones_once_and_sees_every_bit(make_learner):
+    learner = make_learner()
+    first = weights_sha256(learner.weights())
+    assert first == weights_sha256(reversed(list(learner.weights())))
+    with torch.no_grad():
+        weight = learner.model.base_model.norm.weight
+        weight[0] = torch.nextafter(weight[0], torch.tensor(2.0))
+    assert weights_sha256(learner.weights()) != first
