@@ -46,9 +46,7 @@ def flags_of(cls: type, skip: typing.Container[str] = ()) -> list[inspect.Parame
         choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
         text = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
         flag = f"--{name}/--no-{name}" if hint is bool else f"--{name}"
-        option = typer.Option(
-            flag, help=text, show_default=str(field.default) if field.default != "" else False
-        )
+        option = typer.Option(flag, help=text, show_default=str(field.default) if field.default != "" else False)
         kind: Any = str if choices else hint  # choices are checked with all other values, in config.py
         annotation: Any = Annotated[kind | None, option]
         parameters.append(
@@ -60,27 +58,19 @@ def flags_of(cls: type, skip: typing.Container[str] = ()) -> list[inspect.Parame
 def stage_command(name: str, cls: type, run: Callable[[Any], Mapping[str, Any]], help: str) -> None:
     """A command whose flags are the fields of `cls`, and which prints what `run(config)` returns."""
 
-    def command(
-        preset: str | None, config_file: Path | None, set_: list[str], as_json: bool, **flags: Any
-    ) -> None:
+    def command(preset: str | None, config_file: Path | None, set_: list[str], as_json: bool, **flags: Any) -> None:
         given = {key: value for key, value in flags.items() if value is not None}
-        show(
-            run(config.resolve(name, preset=preset, config_file=config_file, flags=given, sets=set_)), as_json
-        )
+        show(run(config.resolve(name, preset=preset, config_file=config_file, flags=given, sets=set_)), as_json)
 
     layers = [
-        _parameter(
-            "preset", str | None, typer.Option(help=f"one of {', '.join(config.preset_names())}"), None
-        ),
+        _parameter("preset", str | None, typer.Option(help=f"one of {', '.join(config.preset_names())}"), None),
         _parameter(
             "config_file",
             Path | None,
             typer.Option("--config", help="TOML recipe laid over the preset"),
             None,
         ),
-        _parameter(
-            "set_", list[str], typer.Option("--set", help="key=value; may be given several times"), []
-        ),
+        _parameter("set_", list[str], typer.Option("--set", help="key=value; may be given several times"), []),
         _parameter("as_json", bool, typer.Option("--json", help="print one JSON object on stdout"), False),
     ]
     command.__signature__ = inspect.Signature([*flags_of(cls), *layers])  # type: ignore[attr-defined]
@@ -89,9 +79,7 @@ def stage_command(name: str, cls: type, run: Callable[[Any], Mapping[str, Any]],
 
 
 def _parameter(name: str, kind: Any, option: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
-    )
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 
 def show(result: Mapping[str, Any], as_json: bool) -> None:
@@ -178,9 +166,7 @@ def _add_pipeline(name: str, skip: tuple[str, ...], help: str) -> None:
     app.command(name)(command)
 
 
-_add_pipeline(
-    "demo", ("preset", "data", "model_id"), "A toy model learns to reason, on this machine, in minutes."
-)
+_add_pipeline("demo", ("preset", "data", "model_id"), "A toy model learns to reason, on this machine, in minutes.")
 _add_pipeline("pipeline", (), "All stages: base → SFT → expert iteration → GRPO → report.")
 
 
@@ -189,15 +175,11 @@ _add_pipeline("pipeline", (), "All stages: base → SFT → expert iteration →
 
 @app.command()
 def data(
-    out_dir: Annotated[
-        Path, typer.Option(help="where train.jsonl, val.jsonl, test.jsonl and the manifest go")
-    ],
+    out_dir: Annotated[Path, typer.Option(help="where train.jsonl, val.jsonl, test.jsonl and the manifest go")],
     source: Annotated[str, typer.Option(help="hub, or a folder with train.jsonl and test.jsonl")] = "hub",
     eval_n: Annotated[int, typer.Option(help="validation problems reserved from train")] = 512,
     seed: Annotated[int, typer.Option(help="of the reservation")] = 31415,
-    revision: Annotated[
-        str | None, typer.Option(help="of the hub's dataset; empty for the pinned one")
-    ] = None,
+    revision: Annotated[str | None, typer.Option(help="of the hub's dataset; empty for the pinned one")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="where downloads are kept")] = None,
     snapshot_dir: Annotated[Path | None, typer.Option(help="keep the source files here as fetched")] = None,
     as_json: Json = False,
@@ -233,17 +215,15 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Two results files, paired: how much better is B, and is it noise?"""
-    from grpo_gsm8k.evals import accuracy, statistics
+    from grpo_gsm8k.evals import accuracy, stats
 
-    show(statistics.compare(accuracy.read_results(a), accuracy.read_results(b)).as_dict(), as_json)
+    show(stats.compare(accuracy.read_results(a), accuracy.read_results(b)).as_dict(), as_json)
 
 
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="run directories")],
-    out: Annotated[
-        Path | None, typer.Option(help="the page; by default report.html in the first run")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="the page; by default report.html in the first run")] = None,
     as_json: Json = False,
 ) -> None:
     """One self-contained HTML page about one run or several."""

@@ -24,7 +24,7 @@ from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.sft import fit_step
 from grpo_gsm8k.trainer import loop
 from grpo_gsm8k.trainer.optimizer import lr_at
-from grpo_gsm8k.workbench import Bench, open_bench, result_of
+from grpo_gsm8k.workbench import Bench, open_bench
 
 
 def train(cfg: EiConfig, bench: Bench, prompts: Sequence[Prompt]) -> None:
@@ -81,9 +81,7 @@ def round_rows(
     return [TokenRow(tuple(r["token_ids"]), tuple(r["mask"])) for r in (_row(p, c) for p, c in kept)], metrics
 
 
-def keep_right(
-    cfg: EiConfig, bench: Bench, prompt: Prompt, completions: Sequence[Completion]
-) -> list[Completion]:
+def keep_right(cfg: EiConfig, bench: Bench, prompt: Prompt, completions: Sequence[Completion]) -> list[Completion]:
     """The right, finished and distinct completions of one problem, at most `cfg.keep_per_problem`, as drawn."""
     kept: dict[tuple[int, ...], Completion] = {}
     for completion in completions:
@@ -112,9 +110,10 @@ def yield_metrics(
 def run(cfg: EiConfig) -> dict[str, Any]:
     """The stage as a command: load, train, return the result."""
     problems = load_split(Path(cfg.data), "train")
-    bench = open_bench(cfg, "ei", {"train": Path(cfg.data) / "train.jsonl"})
-    train(cfg, bench, bench.prompts(problems, Path(cfg.data) / "train.jsonl"))
-    return result_of(bench)
+    source = Path(cfg.data) / "train.jsonl"
+    with open_bench(cfg, "ei", {"train": source}) as bench:
+        train(cfg, bench, bench.prompts(problems, source))
+        return loop.finish(bench.run, bench.learner)
 
 
 def _row(prompt: Prompt, completion: Completion) -> dict[str, Any]:

@@ -34,9 +34,7 @@ def run(cfg: EvalConfig, results_path: Path | None = None, title: str = "eval") 
     if cfg.engine != "hf":
         raise ConfigError(f"engine {cfg.engine!r} is not part of this version; use --engine hf")
     if cfg.samples > 1 and cfg.temperature == 0:
-        raise ConfigError(
-            "--samples above 1 needs --temperature above 0: greedy completions are all the same"
-        )
+        raise ConfigError("--samples above 1 needs --temperature above 0: greedy completions are all the same")
     if cfg.samples < 1:
         raise ConfigError("--samples must be at least 1")
     problems = load_problems(Path(cfg.eval_path))[: cfg.limit or None]

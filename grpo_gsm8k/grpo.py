@@ -32,7 +32,7 @@ from grpo_gsm8k.trainer import loop
 from grpo_gsm8k.trainer.batch import Batch, make_batch, with_old_logprobs
 from grpo_gsm8k.trainer.objectives import Objective
 from grpo_gsm8k.trainer.optimizer import lr_at
-from grpo_gsm8k.workbench import Bench, open_bench, result_of
+from grpo_gsm8k.workbench import Bench, open_bench
 
 
 def train(cfg: GrpoConfig, bench: Bench, prompts: Sequence[Prompt], reward: RewardFn) -> None:
@@ -98,9 +98,7 @@ def collect(
         first = len(groups) + len(spare)
         for p, (prompt, completions_G) in enumerate(zip(asked, sampled_P_G, strict=True)):
             group = [
-                grade_one(
-                    cfg, bench, Rollout(prompt, c, score(reward, c, prompt.problem), first + p, False, False)
-                )
+                grade_one(cfg, bench, Rollout(prompt, c, score(reward, c, prompt.problem), first + p, False, False))
                 for c in completions_G
             ]
             flat = len({rollout.reward.total for rollout in group}) == 1
@@ -145,8 +143,7 @@ def with_advantages(cfg: GrpoConfig, rollouts: Sequence[Rollout]) -> list[Rollou
     for rollout in rollouts:
         by_group.setdefault(rollout.group, []).append(rollout.reward.total)
     advantages = {
-        group: iter(group_advantages(rewards, cfg.std_norm, cfg.advantage_eps))
-        for group, rewards in by_group.items()
+        group: iter(group_advantages(rewards, cfg.std_norm, cfg.advantage_eps)) for group, rewards in by_group.items()
     }
     return [replace(rollout, advantage=next(advantages[rollout.group])) for rollout in rollouts]
 
@@ -212,9 +209,7 @@ def minibatches(cfg: GrpoConfig, bench: Bench, rows: Sequence[TokenRow], step: i
     order = shuffled(len(rows), derive_seed(cfg.seed, "minibatches", step))
     batches = [build([rows[r] for r in order[i : i + size]]) for i in range(0, len(rows), size)]
     if cfg.old_logprobs == "recompute":  # all of them before the first update moves the weights
-        batches = [
-            with_old_logprobs(batch, bench.learner.logprobs(batch, cfg.temperature)) for batch in batches
-        ]
+        batches = [with_old_logprobs(batch, bench.learner.logprobs(batch, cfg.temperature)) for batch in batches]
     for _ in range(cfg.epochs):
         yield from batches
 
@@ -248,9 +243,7 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "outcome/format_error_frac": [
             not r.correct and not c and not r.format_ok for r, c in zip(rollouts, cut, strict=True)
         ],
-        "outcome/wrong_frac": [
-            not r.correct and not c and r.format_ok for r, c in zip(rollouts, cut, strict=True)
-        ],
+        "outcome/wrong_frac": [not r.correct and not c and r.format_ok for r, c in zip(rollouts, cut, strict=True)],
         "reward/mean": rewards,
         "length/mean": lengths,
         "length/clipped_frac": cut,
@@ -313,17 +306,17 @@ def run(cfg: GrpoConfig) -> dict[str, Any]:
     check(cfg)
     source = Path(cfg.data) / "train.jsonl"
     problems = load_split(Path(cfg.data), "train")
-    bench = open_bench(cfg, "grpo", {"train": source})
-    reward = make_reward(
-        cfg.reward,
-        format_ok=bench.renderer.style.format_ok,
-        format_weight=cfg.format_weight,
-        answer_weight=cfg.answer_weight,
-        grading=cfg.grading,
-        tags=bench.renderer.tags,
-    )
-    train(cfg, bench, bench.prompts(problems, source), reward)
-    return result_of(bench)
+    with open_bench(cfg, "grpo", {"train": source}) as bench:
+        reward = make_reward(
+            cfg.reward,
+            format_ok=bench.renderer.style.format_ok,
+            format_weight=cfg.format_weight,
+            answer_weight=cfg.answer_weight,
+            grading=cfg.grading,
+            tags=bench.renderer.tags,
+        )
+        train(cfg, bench, bench.prompts(problems, source), reward)
+        return loop.finish(bench.run, bench.learner)
 
 
 if __name__ == "__main__":

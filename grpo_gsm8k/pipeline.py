@@ -21,7 +21,7 @@ from grpo_gsm8k import config, data_prep, ei, fast_eval_vllm, grpo, report, sft
 from grpo_gsm8k.config import STAGES, EvalConfig, PipelineConfig, TinyModelConfig, ToyConfig
 from grpo_gsm8k.errors import ConfigError, RunDirError
 from grpo_gsm8k.evals.accuracy import read_results
-from grpo_gsm8k.evals.statistics import compare
+from grpo_gsm8k.evals.stats import compare
 from grpo_gsm8k.gsm8k import toy
 from grpo_gsm8k.gsm8k.problems import load_split
 from grpo_gsm8k.runs.directory import RUNS, new_path
@@ -63,9 +63,7 @@ def run(cfg: PipelineConfig, config_file: Path | None = None, sets: Sequence[str
         result["seconds"] = round(time.monotonic() - began, 1)
         write_json(folder / "pipeline.json", result)
         low, high = row["ci95"]
-        talk(
-            f"{stage}: {row['accuracy']:.1%} right on {row['n']} test problems (95 % {low:.1%} to {high:.1%})"
-        )
+        talk(f"{stage}: {row['accuracy']:.1%} right on {row['n']} test problems (95 % {low:.1%} to {high:.1%})")
         if stage == cfg.stop_after:
             break
     result["report"] = str(report.write_report([folder]))
@@ -74,9 +72,7 @@ def run(cfg: PipelineConfig, config_file: Path | None = None, sets: Sequence[str
 
 def make_toy_data(folder: Path, cfg: ToyConfig, seed: int) -> Path:
     """Word problems in GSM8K's format, as three JSONL files and a manifest."""
-    problems = toy.make_problems(
-        seed, {"train": cfg.train, "val": cfg.val, "test": cfg.test}, cfg.terse_share
-    )
+    problems = toy.make_problems(seed, {"train": cfg.train, "val": cfg.val, "test": cfg.test}, cfg.terse_share)
     data_prep.write_splits(folder, problems, {"source": "toy", "seed": seed, "terse_share": cfg.terse_share})
     return folder
 
@@ -137,9 +133,7 @@ def _resolver(
 
     def resolve(section: str, flags: Mapping[str, Any]) -> Any:
         own = {"seed": cfg.seed, "deterministic": cfg.deterministic} if section in (*TRAINERS, "eval") else {}
-        return config.resolve(
-            section, preset=cfg.preset, config_file=config_file, flags={**own, **flags}, sets=scoped
-        )
+        return config.resolve(section, preset=cfg.preset, config_file=config_file, flags={**own, **flags}, sets=scoped)
 
     return resolve
 
@@ -155,9 +149,7 @@ def _open(cfg: PipelineConfig, sets: Sequence[str]) -> Path:
         before = read_json(stored)
         changed = [f"{k}: {before.get(k)!r} then, {v!r} now" for k, v in mine.items() if before.get(k) != v]
         if changed:
-            raise RunDirError(
-                f"{folder}: was begun differently ({'; '.join(changed)}); pick another --out_dir"
-            )
+            raise RunDirError(f"{folder}: was begun differently ({'; '.join(changed)}); pick another --out_dir")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunDirError(f"{folder}: is not empty and holds no pipeline; pick another --out_dir")
     else:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_gsm8k.config import SftConfig, TrainConfig
-from grpo_gsm8k.datatypes import TokenRow
+from grpo_gsm8k.datatypes import Problem, TokenRow
 from grpo_gsm8k.errors import DataError
 from grpo_gsm8k.gsm8k.chat import Example, load_pairs
 from grpo_gsm8k.gsm8k.problems import load_split
@@ -25,7 +25,7 @@ from grpo_gsm8k.trainer import loop
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.objectives import Objective
 from grpo_gsm8k.trainer.optimizer import lr_at
-from grpo_gsm8k.workbench import Bench, open_bench, result_of
+from grpo_gsm8k.workbench import Bench, open_bench
 
 
 def train(cfg: SftConfig, bench: Bench, rows: Sequence[TokenRow]) -> None:
@@ -75,21 +75,23 @@ def run(cfg: SftConfig) -> dict[str, Any]:
     """The stage as a command: load, train, return the result."""
     source = Path(cfg.data_path or Path(cfg.data) / "train.jsonl")
     examples = load_pairs(source) if cfg.data_path else load_split(Path(cfg.data), "train")
-    bench = open_bench(cfg, "sft", {"train": source})
-    rows = [
-        bench.renderer.chat(item.messages, cfg.train_on)
-        if isinstance(item, Example)
-        else bench.renderer.example(item)
-        for item in examples
-    ]
-    longest = min(cfg.max_length, bench.context)
-    fitting = [row for row in rows if len(row.token_ids) <= longest]
-    if not fitting:
-        raise DataError(source, f"no example fits into {longest} tokens; raise --max_length")
-    if left_out := len(rows) - len(fitting):
-        talk(f"sft: {left_out} of {len(rows)} examples are longer than {longest} tokens and are left out")
-    train(cfg, bench, fitting)
-    return result_of(bench, {"examples": len(fitting), "left_out": left_out})
+    with open_bench(cfg, "sft", {"train": source}) as bench:
+        rows = [render(cfg, bench, item) for item in examples]
+        longest = min(cfg.max_length, bench.context)
+        fitting = [row for row in rows if len(row.token_ids) <= longest]
+        if not fitting:
+            raise DataError(source, f"no example fits into {longest} tokens; raise --max_length")
+        if left_out := len(rows) - len(fitting):
+            talk(f"sft: {left_out} of {len(rows)} examples are longer than {longest} tokens and are left out")
+        train(cfg, bench, fitting)
+        return {**loop.finish(bench.run, bench.learner), "examples": len(fitting), "left_out": left_out}
+
+
+def render(cfg: SftConfig, bench: Bench, item: Example | Problem) -> TokenRow:
+    """A chat or a problem with its reference solution, as ids and mask."""
+    if isinstance(item, Example):
+        return bench.renderer.chat(item.messages, cfg.train_on)
+    return bench.renderer.example(item)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ The stages' `train` functions receive these; a test hands them toys instead.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from grpo_gsm8k import repro
 from grpo_gsm8k.config import ModelConfig, TrainConfig
@@ -58,7 +58,7 @@ class Bench:
     def due(self, step: int, total: int) -> bool:
         """Whether this step ends with a validation: every `eval_every`, and the last."""
         every = self.run.cfg.eval_every
-        return bool(every) and (step % every == 0 or step == min(total, self.run.cfg.max_steps or total))
+        return bool(every) and (step % every == 0 or step == total)
 
     def prompts(self, problems: Sequence[Problem], source: Path | str) -> list[Prompt]:
         """Rendered problems, each known to fit into the context with its completion."""
@@ -67,7 +67,8 @@ class Bench:
         return prompts
 
 
-def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path]) -> Bench:
+@contextmanager
+def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path]) -> Iterator[Bench]:
     """Everything ready-made from a config; what is cheap to refuse is refused before the model is loaded.
 
     Args:
@@ -76,8 +77,7 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path]) -> Benc
     eval_path = Path(cfg.eval_set_path or Path(cfg.data) / "val.jsonl")
     problems = load_problems(eval_path)
     tags = make_tags(cfg.think_open, cfg.think_close, cfg.answer_open, cfg.answer_close)
-    run = open_run(cfg, stage, {**inputs, "eval_set": eval_path})
-    try:
+    with open_run(cfg, stage, {**inputs, "eval_set": eval_path}) as run:
         repro.set_deterministic(cfg.deterministic)
         repro.seed_everything(cfg.seed)
         tokenizer = load_tokenizer(cfg)
@@ -86,10 +86,7 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path]) -> Benc
         sampler = HFSampler(model, renderer, cfg.sample_rows)
         bench = Bench(run, TorchLearner(model, tokenizer, cfg), sampler, renderer, [], context_length(model))
         bench.val = bench.prompts(problems[: cfg.eval_examples], eval_path)
-    except BaseException:
-        run.close()
-        raise
-    return bench
+        yield bench
 
 
 def evaluate_model(
@@ -106,13 +103,3 @@ def evaluate_model(
     sampler = HFSampler(model, renderer, cfg.sample_rows)
     digest = weights_sha256(model.named_parameters())
     return evaluate(sampler, prompts, params, renderer, digest, cfg.grading, title)
-
-
-def result_of(bench: Bench, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Close a finished run and return what the command prints."""
-    from grpo_gsm8k.trainer import loop
-
-    try:
-        return {**loop.finish(bench.run, bench.learner), **(extra or {})}
-    finally:
-        bench.run.close()

@@ -15,11 +15,12 @@ from torch import nn
 from grpo_gsm8k import config
 from grpo_gsm8k.config import TrainConfig
 from grpo_gsm8k.data_prep import write_splits
-from grpo_gsm8k.datatypes import TokenRow
+from grpo_gsm8k.datatypes import Completion, Problem, TokenRow
 from grpo_gsm8k.gsm8k.toy import make_problems
 from grpo_gsm8k.trainer.batch import Batch
 from grpo_gsm8k.trainer.tiny_model import make_tiny_model
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 SMALL = {"vocab_size": 320, "hidden_size": 32, "layers": 2, "heads": 2}
 
 
@@ -39,7 +40,9 @@ def make_model(folder: Path, data: Path, **sizes: int) -> Path:
 def cli(*args: str | Path, cwd: Path | None = None, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own."""
     command = [sys.executable, "-m", "grpo_gsm8k.cli", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=600, check=False, **kwargs)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd or REPOSITORY, timeout=600, check=False, **kwargs
+    )
 
 
 def stage_config(section: str, **flags: Any) -> Any:
@@ -85,6 +88,11 @@ class TableModel(nn.Module):
     def get_output_embeddings(self) -> nn.Module:
         """The head that turns hidden states into logits."""
         return self.head
+
+
+def even_tokens(completion: Completion, problem: Problem) -> float:
+    """A reward that varies within the groups of a random model: the share of even ids."""
+    return sum(i % 2 == 0 for i in completion.token_ids) / len(completion.token_ids)
 
 
 def gradient(learner: Any) -> dict[str, torch.Tensor]:

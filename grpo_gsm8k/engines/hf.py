@@ -61,9 +61,7 @@ class HFSampler:
                     raise ModelError(f"hand-over of weights: {name} does not fit into the sampler's model")
                 target.copy_(tensor)
         if mine:
-            raise ModelError(
-                f"hand-over of weights: {len(mine)} weights are missing, {next(iter(mine))} first"
-            )
+            raise ModelError(f"hand-over of weights: {len(mine)} weights are missing, {next(iter(mine))} first")
         self.version = version
 
     def weights(self) -> Iterable[tuple[str, torch.Tensor]]:
@@ -116,9 +114,7 @@ class HFSampler:
             )
             logits = out.logits[:, -1]  # (rows, V)
 
-    def _prefill(
-        self, prompts: Sequence[Prompt], n: int
-    ) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor]:
+    def _prefill(self, prompts: Sequence[Prompt], n: int) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor]:
         """Read each prompt once; logits, cache, attention mask and positions come back repeated n times."""
         from transformers import DynamicCache
 
@@ -166,9 +162,7 @@ class HFSampler:
         )
 
 
-def _draw(
-    logits: torch.Tensor, uniforms: torch.Tensor, params: SamplingParams
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _draw(logits: torch.Tensor, uniforms: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
     """One token a row and its log-probability.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from grpo_gsm8k.datatypes import Completion, Prompt, Sampler, SamplingParams
 from grpo_gsm8k.errors import DataError
-from grpo_gsm8k.evals.statistics import bootstrap_mean, pass_at_k, wilson
+from grpo_gsm8k.evals.stats import bootstrap_mean, pass_at_k, wilson
 from grpo_gsm8k.gsm8k.grading import extract, grade
 from grpo_gsm8k.gsm8k.prompts import Renderer
 from grpo_gsm8k.runs.files import read_jsonl

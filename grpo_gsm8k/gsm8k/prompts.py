@@ -68,9 +68,7 @@ def _r1_zero(tags: Tags) -> Style:
     """Raw text for a base model; the prompt opens the thought, so the response starts inside it."""
     answered = bool(tags.answer_open and tags.answer_close)
     form = f"{tags.think_open} the reasoning {tags.think_close} "
-    form += (
-        f"{tags.answer_open} the answer {tags.answer_close}" if answered else "the answer within \\boxed{}"
-    )
+    form += f"{tags.answer_open} the answer {tags.answer_close}" if answered else "the answer within \\boxed{}"
 
     def ask(question: str) -> str:
         return (
@@ -88,7 +86,7 @@ def _r1_zero(tags: Tags) -> Style:
         return f" {working(problem)} {tags.think_close} {gold}"
 
     def format_ok(response: str) -> bool:
-        thought, closed, rest = response.partition(tags.think_close)
+        _thought, closed, rest = response.partition(tags.think_close)
         if not closed or tags.think_open in response or tags.think_close in rest:
             return False
         if not answered:
@@ -99,9 +97,7 @@ def _r1_zero(tags: Tags) -> Style:
             tag in inner for tag in (tags.answer_open or "", tags.answer_close or "")
         )
 
-    return Style(
-        ask, reference, format_ok, stop=(tags.answer_close,) if answered and tags.answer_close else ()
-    )
+    return Style(ask, reference, format_ok, stop=(tags.answer_close,) if answered and tags.answer_close else ())
 
 
 STYLES: dict[str, Callable[[Tags], Style]] = {"gsm8k": _gsm8k, "qwen_boxed": _qwen_boxed, "r1_zero": _r1_zero}
@@ -135,7 +131,7 @@ class Renderer:
     def example(self, problem: Problem) -> TokenRow:
         """A problem with its reference solution; mask 1 on the solution and on the end-of-turn id."""
         prompt = list(self.prompt(problem).token_ids)
-        return self._join([(prompt, 0), (self._encode(self.style.reference(problem)) + [self.end_id], 1)])
+        return self._join([(prompt, 0), ([*self._encode(self.style.reference(problem)), self.end_id], 1)])
 
     def chat(self, messages: Sequence[Message], train_on: str = "last") -> TokenRow:
         """A conversation that ends with the assistant.
@@ -202,9 +198,7 @@ class Renderer:
             if after and after[0] in self.tokenizer.all_special_ids:
                 return after[0]
         if eos is None:
-            raise ConfigError(
-                "this tokenizer has neither an end-of-sequence token nor a chat template with one"
-            )
+            raise ConfigError("this tokenizer has neither an end-of-sequence token nor a chat template with one")
         return int(eos)
 
     @staticmethod

@@ -10,11 +10,13 @@ data.json      sha256 of every input        result.json                 written 
 from __future__ import annotations
 
 import fcntl
-import os
+import itertools
+import shutil
 import sys
 import time
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,13 +38,15 @@ from grpo_gsm8k.runs.files import (
 from grpo_gsm8k.runs.progress import talk
 
 RUNS = Path("artifacts/runs")
+OWN = frozenset({".lock", "sys", "command.txt", "code.diff", "data.json", "config.toml"})
+"""What a run directory holds before its first step."""
 
 
 class Run:
     """One training run's folder. Make it with `open_run`."""
 
-    def __init__(self, path: Path, stage: str, cfg: TrainConfig, lock: int) -> None:
-        self.path, self.stage, self.cfg, self._lock = path, stage, cfg, lock
+    def __init__(self, path: Path, stage: str, cfg: TrainConfig) -> None:
+        self.path, self.stage, self.cfg = path, stage, cfg
         self.started = time.monotonic()
         self.checkpoints = path / "checkpoints"
         self._wandb = None
@@ -94,14 +98,14 @@ class Run:
         return result
 
     def close(self) -> None:
-        """Let go of W&B and of the lock."""
+        """Let go of W&B."""
         if self._wandb:
             self._wandb.close()
-        os.close(self._lock)
 
 
-def open_run(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path]) -> Run:
-    """Create the run directory of `cfg`, or continue it.
+@contextmanager
+def open_run(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path]) -> Iterator[Run]:
+    """Create the run directory of `cfg`, or continue it; it is locked until the context ends.
 
     Args:
         inputs: name → file that the run reads; their hashes are kept, and must not change under a run.
@@ -113,35 +117,36 @@ def open_run(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path]) -> Run:
     """
     path = Path(cfg.out_dir) if cfg.out_dir else _default_path(cfg, stage)
     hashes = {name: {"path": str(file), "sha256": _hash(file)} for name, file in inputs.items()}
-    exists = path.is_dir() and any(path.iterdir())
     if path.exists() and not path.is_dir():
         raise RunDirError(f"{path}: is a file, not a run directory")
-    if exists and not cfg.resume:
+    if path.is_dir() and any(path.iterdir()) and not cfg.resume:
         raise RunDirError(f"{path}: exists already; pass --resume to continue it, or another --out_dir")
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-        lock = _lock(path)
-    try:
+    with _lock(path):
         if (path / "config.toml").is_file():
             _same_run(path, stage, cfg, hashes)
         else:
-            left = [
-                p.name
-                for p in path.iterdir()
-                if p.name not in (".lock", "sys", "command.txt", "code.diff", "data.json")
-            ]
-            if [name for name in left if not name.startswith(".tmp-")]:
-                raise RunDirError(
-                    f"{path}: holds other files ({sorted(left)[0]}) and no run; pick another --out_dir"
-                )
-            repro.snapshot(path, sys.argv)
-            write_json(path / "data.json", hashes)
-            # The config comes last: a folder without one is a run that never began.
-            write_atomic(path / "config.toml", config.to_toml(cfg, stage))
-        return Run(path, stage, cfg, lock)
-    except BaseException:
-        os.close(lock)
-        raise
+            _begin(path, stage, cfg, hashes)
+        run = Run(path, stage, cfg)
+        try:
+            yield run
+        except BaseException:
+            if {p.name for p in path.iterdir()} <= OWN:  # it never took a step: leave no trace to stumble over
+                shutil.rmtree(path)
+            raise
+        finally:
+            run.close()
+
+
+def _begin(path: Path, stage: str, cfg: TrainConfig, hashes: Mapping[str, Any]) -> None:
+    """What every run starts with. The config comes last: a folder without one is a run that never began."""
+    strange = sorted(p.name for p in path.iterdir() if p.name not in OWN and not p.name.startswith(".tmp-"))
+    if strange:
+        raise RunDirError(f"{path}: holds other files ({strange[0]}) and no run; pick another --out_dir")
+    repro.snapshot(path, sys.argv)
+    write_json(path / "data.json", hashes)
+    write_atomic(path / "config.toml", config.to_toml(cfg, stage))
 
 
 def _same_run(path: Path, stage: str, cfg: TrainConfig, hashes: Mapping[str, Mapping[str, str]]) -> None:
@@ -149,15 +154,11 @@ def _same_run(path: Path, stage: str, cfg: TrainConfig, hashes: Mapping[str, Map
     if stage not in stored:
         raise RunDirError(f"{path}: is a run of {', '.join(stored)}, not of {stage}")
     if changed := config.differences(stored[stage], cfg):
-        raise RunDirError(
-            f"{path}: was begun with another config ({'; '.join(changed)}); pick another --out_dir"
-        )
+        raise RunDirError(f"{path}: was begun with another config ({'; '.join(changed)}); pick another --out_dir")
     before = read_json(path / "data.json")
     for name, entry in hashes.items():
         if before.get(name, {}).get("sha256") != entry["sha256"]:
-            raise DataError(
-                entry["path"], f"has changed since the run in {path} began; pick another --out_dir"
-            )
+            raise DataError(entry["path"], f"has changed since the run in {path} began; pick another --out_dir")
 
 
 def _hash(file: Path) -> str:
@@ -166,14 +167,14 @@ def _hash(file: Path) -> str:
     return sha256_file(file)
 
 
-def _lock(path: Path) -> int:
-    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise RunDirError(f"{path}: another process is writing this run") from None
-    return descriptor
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with disk_errors(path), (path / ".lock").open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunDirError(f"{path}: another process is writing this run") from None
+        yield
 
 
 def _default_path(cfg: TrainConfig, stage: str) -> Path:
@@ -190,5 +191,7 @@ def _default_path(cfg: TrainConfig, stage: str) -> Path:
 
 
 def new_path() -> Path:
-    """`artifacts/runs/<UTC stamp>_<git sha>`."""
-    return RUNS / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}_{repro.git_commit()}"
+    """`artifacts/runs/<UTC stamp>_<git sha>`, with a number behind it where two begin in the same second."""
+    path = RUNS / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}_{repro.git_commit()}"
+    numbered = (path.with_name(f"{path.name}_{n}") for n in itertools.count(2))
+    return next(p for p in itertools.chain([path], numbered) if not p.exists())

@@ -85,9 +85,7 @@ class Batch:
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
-def make_batch(
-    rows: Sequence[TokenRow], pad_id: int, aggregation: Aggregation = "token", max_tokens: int = 0
-) -> Batch:
+def make_batch(rows: Sequence[TokenRow], pad_id: int, aggregation: Aggregation = "token", max_tokens: int = 0) -> Batch:
     """Pad, shift and weigh the rows of one update.
 
     Args:

@@ -47,9 +47,7 @@ def write(root: Path, step: int, fill: Callable[[Path], None], state: dict[str, 
                 shutil.rmtree(final)
             temporary.rename(final)
         except SafetensorError as fault:  # its writer is not Python's, and wraps the operating system's error
-            raise DiskError(
-                f"{final}: cannot be written: {fault}; earlier checkpoints are untouched"
-            ) from fault
+            raise DiskError(f"{final}: cannot be written: {fault}; earlier checkpoints are untouched") from fault
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return final

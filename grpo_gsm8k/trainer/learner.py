@@ -91,9 +91,7 @@ class TorchLearner:
         stored = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
         fresh, mine = dict(stored.named_parameters()), dict(self.model.named_parameters())
         strange = [
-            n
-            for n in mine.keys() | fresh.keys()
-            if n not in mine or n not in fresh or mine[n].shape != fresh[n].shape
+            n for n in mine.keys() | fresh.keys() if n not in mine or n not in fresh or mine[n].shape != fresh[n].shape
         ]
         if strange:
             raise CheckpointError(f"{folder}: a checkpoint of another model; differs in {sorted(strange)[0]}")

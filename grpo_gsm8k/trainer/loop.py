@@ -87,9 +87,7 @@ def finish(run: Run, learner: Learner) -> dict[str, Any]:
     return run.finish(step, run.checkpoints / f"step_{step:06d}", weights_sha256(learner.weights()))
 
 
-def update(
-    run: Run, learner: Learner, batch: Batch, objective: Objective, lr: float, step: int
-) -> dict[str, float]:
+def update(run: Run, learner: Learner, batch: Batch, objective: Objective, lr: float, step: int) -> dict[str, float]:
     """One optimizer step on one whole update.
 
     Raises:

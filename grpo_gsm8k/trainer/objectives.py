@@ -57,9 +57,7 @@ def importance_ratio(logp: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def policy_sums(
-    logp: torch.Tensor, entropies: torch.Tensor, batch: Batch, objective: Objective
-) -> dict[str, float]:
+def policy_sums(logp: torch.Tensor, entropies: torch.Tensor, batch: Batch, objective: Objective) -> dict[str, float]:
     """Sums (and maxima) over a slice's trained tokens, from which `policy_metrics` makes the update's figures."""
     mask, delta = batch.mask, (logp - batch.old_logprobs) * batch.mask
     ratio = importance_ratio(logp, batch)
@@ -84,9 +82,7 @@ def policy_sums(
 def add_sums(total: dict[str, float], part: dict[str, float]) -> None:
     """Add a slice's `policy_sums` to the update's, in place."""
     for name, value in part.items():
-        total[name] = (
-            max(total.get(name, 0.0), value) if name.startswith("max_") else total.get(name, 0.0) + value
-        )
+        total[name] = max(total.get(name, 0.0), value) if name.startswith("max_") else total.get(name, 0.0) + value
 
 
 def policy_metrics(sums: dict[str, float]) -> dict[str, float]:

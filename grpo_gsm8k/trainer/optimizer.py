@@ -91,9 +91,7 @@ class MasterAdamW:
         with torch.no_grad():
             for name, master in self.masters.items():
                 state = {
-                    key: flat[f"{key}.{name}"]
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                    if f"{key}.{name}" in flat
+                    key: flat[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in flat
                 }
                 if state and state["exp_avg"].shape != master.shape:
                     raise CheckpointError(f"optimizer state of {name} has another shape than the model's")

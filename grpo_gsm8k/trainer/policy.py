@@ -22,9 +22,7 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         raise ConfigError(f"device {name!r}: must be cpu, cuda, cuda:N or auto") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device {name!r}: this machine has {torch.cuda.device_count()} GPUs; try --device cpu"
-        )
+        raise ConfigError(f"device {name!r}: this machine has {torch.cuda.device_count()} GPUs; try --device cpu")
     return device
 
 

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable
 from itertools import chain, repeat
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -60,7 +61,7 @@ def make_tiny_model(
     if hidden_size % (2 * heads):
         raise ConfigError(f"hidden_size is {hidden_size}; it must be a multiple of 2 * heads = {2 * heads}")
     tokenizer = train_tokenizer(texts, vocab_size, context)
-    stop_ids = tokenizer.convert_tokens_to_ids([END, PAD])
+    pad_id, end_id = tokenizer.get_vocab()[PAD], tokenizer.get_vocab()[END]
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -72,13 +73,13 @@ def make_tiny_model(
         tie_word_embeddings=True,
         use_cache=True,
         bos_token_id=None,
-        eos_token_id=stop_ids[0],
-        pad_token_id=stop_ids[1],
+        eos_token_id=end_id,
+        pad_token_id=pad_id,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=stop_ids[1], do_sample=False)
+    model.generation_config = GenerationConfig(eos_token_id=[end_id, pad_id], pad_token_id=pad_id, do_sample=False)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
@@ -98,10 +99,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, context: int = 1024) 
     )
     roles = repeat("system\nuser\nassistant\n", 1000)  # often enough that each role becomes one token
     bpe.train_from_iterator(chain(texts, roles), trainer)
-    learned = json.loads(bpe.to_str())["model"]
+    learned: dict[str, Any] = json.loads(bpe.to_str())["model"]
+    merges: Any = [tuple(pair) for pair in learned["merges"]]
     return Qwen2Tokenizer(
         vocab=learned["vocab"],
-        merges=[tuple(pair) for pair in learned["merges"]],
+        merges=merges,
         eos_token=END,
         pad_token=PAD,
         additional_special_tokens=[START],

@@ -1,0 +1,1 @@
+"""The task: problems, prompts, grading, rewards and toy problems, without torch."""

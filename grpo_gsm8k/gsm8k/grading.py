@@ -1,0 +1,1063 @@
+r"""Is the response right? Reads a model's answer as a careful person would, and compares it exactly.
+
+Four layers, each small enough to check by eye:
+
+1. *Thoughts* are removed. What stands between the think tags never counts, closed or not.
+2. *Marked commitments*: `#### 18`, `\boxed{18}`, `<answer>18</answer>`. The last one that says anything wins,
+   whatever remarks follow it, unless the model takes it back in so many words.
+3. *Unmarked answers*, in flexible mode only: "The answer is 18", then the statement the text ends on.
+4. *One quantity*, parsed to a `Fraction`. Two candidates, a range, an estimate, a sum left to do: no answer.
+
+`strict` stops after layer 2: it demands a marker outside the thoughts, and "the answer is 18" is prose.
+Nothing is evaluated but a plain fraction and a power of ten; there is no `eval`, no float, no symbolic algebra.
+
+House rulings on what people may debate:
+- Units and currency are ignored, and percent is a unit: `50%` is 50, not 1/2. "2 dozen" is 2; "2 thousand" is 2000.
+- `20 - 2 = 18` is 18 (the last side of an equation); a bare `20 - 2` is work left to do, and no answer.
+- "18 apples and 3 pears", "17, 18", "15-18", "about 18", "at least 18", "maybe 18", "18?" commit to no number.
+- `3,14` is no number in English; a comma groups thousands (western or Indian), as do a space, `\,`, `{,}`, `'`, `_`.
+- A box or an answer tag that is never closed was cut off, and so was a text that ends in mid-calculation.
+- Inventing another question after the answer ("Question: ...") does not replace the answer.
+
+Simplified: English only, beyond digits and signs; the reading of free prose is a set of rules of thumb.
+Every step is linear in the response, or works on a bounded excerpt of it.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from typing import Literal, NamedTuple
+
+Mode = Literal["flexible", "strict"]
+
+
+@dataclass(frozen=True)
+class Tags:
+    """The tags that a prompt asks for. `answer_open=None`: the prompt has think tags only."""
+
+    think_open: str = "<think>"
+    think_close: str = "</think>"
+    answer_open: str | None = "<answer>"
+    answer_close: str | None = "</answer>"
+
+
+DEFAULT_TAGS = Tags()
+
+MAX_DIGITS = 400  # a longer number, or a larger exponent, is no answer to a word problem
+MAX_STATEMENT = 1_000  # characters of one statement that are read
+MAX_WINDOW = 20_000  # characters from which unmarked answers are read
+MAX_TOKENS = 250  # tokens of one statement that are read
+MAX_MARKERS = 64  # markers without content that are passed over before giving up
+
+
+class Quantity(NamedTuple):
+    """A number as the model wrote it (LaTeX, markdown and currency removed), and its exact value."""
+
+    text: str
+    value: Fraction
+
+
+def grade(response: str, gold: str, mode: Mode = "flexible", *, tags: Tags = DEFAULT_TAGS) -> bool:
+    """Whether `response` commits to exactly the number `gold`.
+
+    Args:
+        response: what the model wrote, thoughts included. Anything but a string is wrong.
+        gold: a number ("18", "1,000", "-3.5", "1/2", "$18"), or a text that ends in `#### 18`.
+        mode: "strict" demands a marker; "flexible" also takes the answer from plain prose.
+        tags: the tags of the prompt.
+
+    Raises:
+        ValueError: if `gold` is not a number, or `mode` is unknown. A broken reference never counts as right.
+    """
+    gold_value = parse_number(str(gold).rpartition("####")[2])
+    if gold_value is None:
+        raise ValueError(f"gold is not a number: {str(gold)[:80]!r}")
+    answer = _answer(response, mode, tags)
+    return answer is not None and answer.value == gold_value
+
+
+def extract(response: str, mode: Mode = "flexible", *, tags: Tags = DEFAULT_TAGS) -> str | None:
+    """The number that `response` commits to, as text that `parse_number` accepts; None if there is none."""
+    answer = _answer(response, mode, tags)
+    return answer.text if answer else None
+
+
+def parse_number(text: str) -> Fraction | None:
+    """The exact value of a text that is one quantity and nothing else (units and currency allowed)."""
+    if not isinstance(text, str) or len(text := text.strip()) > MAX_STATEMENT:
+        return None
+    quantity = _whole(_tokens(text))
+    return quantity.value if quantity else None
+
+
+def parse_gold(answer: str) -> str:
+    """The gold of a GSM8K `answer` field: what follows its last `####`, thousands commas removed.
+
+    Raises:
+        ValueError: if there is no `####`, or no number after it.
+    """
+    _, marker, tail = answer.rpartition("####")
+    gold = re.sub(r"(?<=\d),(?=\d)", "", tail.strip())
+    if not marker:
+        raise ValueError(f"no '####' in the answer: {answer[-80:]!r}")
+    if parse_number(tail) is None:
+        raise ValueError(f"no number after the last '####': {tail[:80]!r}")
+    return gold
+
+
+def _answer(response: str, mode: Mode, tags: Tags) -> Quantity | None:
+    """The one path from a response to its answer."""
+    if mode not in ("flexible", "strict"):
+        raise ValueError(f"mode must be 'flexible' or 'strict', not {mode!r}")
+    if not isinstance(response, str):
+        return None
+    text = _own_turn(_without_thoughts(response, tags).strip(), tags)
+    text, fragment = _without_fragment(text, tags)
+    found = _last_marked(text, tags)
+    tail = text[found.end :] if found else text
+    if mode == "flexible":
+        tail = _prose(tail, tags)
+        if spoken := _last_spoken(tail):
+            found, tail = spoken, tail[spoken.end :]
+    elif not found:
+        return None
+    if found:
+        answer = found.quantity
+        taken_back, new = _correction(tail)
+        if taken_back and new != answer:
+            answer = new if mode == "flexible" else None
+    else:
+        answer = _final_statement(tail)
+    # A marker that was cut off may repeat the answer so far, and must not contradict it.
+    return answer if answer and (fragment is None or answer.text.startswith(fragment)) else None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Layer 1: what the model said, without what it thought
+
+
+def _tag_pattern(tag: str) -> str:
+    """Matches the tag, with a blank allowed inside its angle brackets."""
+    return re.sub(r"^<(/?)|(?=>$)", lambda m: rf"{m[0][:1]}\s?{m[1] or ''}", re.escape(tag))
+
+
+def _without_thoughts(text: str, tags: Tags) -> str:
+    """The text outside the thoughts, its answer tags spelled as in `tags`.
+
+    Thoughts nest. One that is never closed runs to the end. A closing tag without an opening one ends a
+    thought that the prompt began: all before it was thought.
+    """
+    kinds = (tags.think_open, tags.think_close, tags.answer_open, tags.answer_close)
+    pattern = re.compile("|".join(_tag_pattern(tag) for tag in kinds if tag) or r"(?!)", re.IGNORECASE)
+    said: list[str] = []
+    depth = position = opened_at = 0
+    for match in pattern.finditer(text):
+        tag = re.sub(r"\s", "", match.group()).lower()
+        kind = next(kind for kind in kinds if kind and re.sub(r"\s", "", kind).lower() == tag)
+        if depth == 0:
+            said.append(text[position : match.start()])
+        position = match.end()
+        if kind == tags.think_open:
+            # `<think>` twice in a row is a stutter (prompt templates cause it), not a thought in a thought.
+            stutter = depth > 0 and not text[opened_at : match.start()].strip()
+            depth, opened_at = depth + (not stutter), match.end()
+        elif kind == tags.think_close:
+            if depth == 0:
+                said.clear()
+            depth = max(depth - 1, 0)
+        elif depth == 0:
+            said.append(kind)
+    if depth == 0:
+        said.append(text[position:])
+    return "".join(said)
+
+
+_NEXT_TURN = re.compile(
+    r"<\|[a-z_]{2,24}\|>|</s>"
+    r"|\n[ #*]{0,8}(?:question|q|problem|exercise|human|user|instruction)\b[ \d*]{0,6}:",
+    re.IGNORECASE,
+)
+
+
+def _own_turn(text: str, tags: Tags) -> str:
+    """Drops what a model makes up after its turn: an end-of-turn token, or a new question once it answered."""
+    spoken = _SPOKEN.search(text[:MAX_WINDOW])
+    starts = [position for mark in _literals(tags) if (position := text.find(mark)) >= 0]
+    answered = min([*starts, spoken.end() if spoken else len(text)])
+    for match in _NEXT_TURN.finditer(text):
+        if match.start() > (0 if match.group()[0] == "<" else answered):
+            return text[: match.start()].rstrip()
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Layer 2: marked commitments
+
+
+class _Found(NamedTuple):
+    """Where an answer was committed to, and what it is (None: to no single number)."""
+
+    quantity: Quantity | None
+    end: int
+
+
+def _literals(tags: Tags) -> list[str]:
+    return ["####", "boxed", "fbox", *([tags.answer_open] if tags.answer_open else [])]
+
+
+def _without_fragment(text: str, tags: Tags) -> tuple[str, str | None]:
+    """Splits off a box or an answer tag that the end of the text cut off, and returns its content so far."""
+    starts = [text.rfind(mark) for mark in ("boxed{", "fbox{", tags.answer_open) if mark]
+    start = max(starts)
+    if start < 0:
+        return text, None
+    if tags.answer_open and start == starts[-1] and text.startswith(tags.answer_open, start):
+        closed, inside = text.find(tags.answer_close or "\n", start) >= 0, start + len(tags.answer_open)
+    else:
+        inside = text.index("{", start) + 1
+        closed = _closing_brace(text, inside) >= 0
+    fragment = text[inside : inside + MAX_STATEMENT].strip()
+    # With further lines after it, the marker was merely malformed: it marks nothing, but the text goes on.
+    if closed or "\n" in fragment:
+        return text, None
+    return text[:start].rstrip("\\ "), _plain(fragment).strip()
+
+
+def _last_marked(text: str, tags: Tags) -> _Found | None:
+    """The last marker that says anything. Empty boxes and headings are passed over."""
+    last = {mark: text.rfind(mark) for mark in _literals(tags)}
+    for _ in range(MAX_MARKERS):
+        mark, start = max(last.items(), key=lambda item: item[1])
+        if start < 0:
+            return None
+        inside = start + len(mark)
+        if mark == "####":
+            found = _hashed(text, inside, tags)
+        elif mark == tags.answer_open:
+            found = _tagged(text, inside, tags)
+        else:
+            found = _boxed(text, start, inside)
+        if found:
+            return found
+        last[mark] = text.rfind(mark, 0, start)
+    return None
+
+
+def _closing_brace(text: str, inside: int) -> int:
+    """The position of the brace that closes the group starting at `inside`; -1 if there is none in reach."""
+    depth = 1
+    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, inside, inside + MAX_STATEMENT):
+        depth += {"{": 1, "}": -1}.get(match.group(), 0)
+        if depth == 0:
+            return match.start()
+    return -1
+
+
+_ALTERNATIVE_AFTER = re.compile(r"[\s$.)\]\\*}]{0,8}(?:\bor\b|\bto\b|±|\\pm)[^.\n]{0,20}?(?:\d|boxed)")
+_ALTERNATIVE_BEFORE = re.compile(
+    r"(?:[\d}][\s$*)\]\\]{0,8}(?:\w{1,9} )?,?\s{0,2}\bor|\}[\s$*)\]\\]{0,8}(?:,|,?\s?\band\b))[\s$*([\\]{0,8}$"
+)
+
+
+_REJECTED = re.compile(r"\b(?:not|instead of|rather than|isn't)[\s$*(\[\\]{0,8}$", re.IGNORECASE)
+
+
+def _boxed(text: str, start: int, inside: int) -> _Found | None:
+    r"""Reads `\boxed{18}`, `\boxed 18`, and `boxed{18}` whose backslash was lost on the way."""
+    if text.startswith("{", inside) or text.startswith(" {", inside):
+        inside = text.index("{", inside) + 1
+        end = _closing_brace(text, inside)
+        content = text[inside:end] if end >= 0 else ""
+    else:
+        bare = re.compile(r"\s?([^\s{}$\\]{1,40})").match(text, inside)
+        end = bare.end() if bare else inside
+        content = bare.group(1) if bare and text[start - 1 : start] in ("\\", "f") else ""
+    if not _says_anything(content) or _REJECTED.search(text[max(0, start - 40) : start]):
+        return None
+    hedged = _ALTERNATIVE_AFTER.match(text, end) or _ALTERNATIVE_BEFORE.search(text[max(0, start - 40) : start])
+    return _Found(None if hedged else _read(content, leading=True), end)
+
+
+def _tagged(text: str, inside: int, tags: Tags) -> _Found | None:
+    """Reads what stands between answer tags: a number, a phrase, or a whole solution."""
+    end = text.find(tags.answer_close, inside) if tags.answer_close else -1
+    content = text[inside:end].strip() if end >= 0 else ""
+    if not _says_anything(content[:MAX_WINDOW]):
+        return None
+    content = _prose(content, tags)
+    sentences = [sentence for sentence, _ in _sentences(content) if _says_anything(sentence)]
+    if len(sentences) < 2:
+        return _Found(_read(content, leading=True), end)
+    stated = {q.value: q for s in sentences[:20] if (q := _whole(_without_remarks(_tokens(s))))}
+    if len(stated) == 1 and _whole(_without_remarks(_tokens(sentences[0]))):
+        return _Found(next(iter(stated.values())), end)
+    spoken = _last_spoken(content)
+    return _Found(spoken.quantity if spoken else _final_statement(content, closed=True), end)
+
+
+_STEP = re.compile(r"\W*(?:step|part|case|method|option|problem|question|example|stage|phase|day|week)\b", re.I)
+_ANSWER_HEADING = re.compile(r"\W*(?:the\s+)?(?:final\s+)?answer\W*", re.IGNORECASE)
+
+
+def _hashed(text: str, inside: int, tags: Tags) -> _Found | None:
+    """Reads the line after `####`, or the next one if it is empty. None for a markdown heading."""
+    if text[inside : inside + 1] == "#" or text[inside - 5 : inside - 4] == "#":
+        return None
+    line = re.compile(r"[^\n]{0,%d}" % MAX_STATEMENT).match(text, inside)
+    assert line
+    if not _says_anything(line.group()) or _ANSWER_HEADING.fullmatch(line.group()):
+        line = re.compile(r"\s{0,9}([^\n]{0,%d})" % MAX_STATEMENT).match(text, line.end()) or line
+    content, end = line.group().strip(" #\n"), line.end()
+    if tags.answer_close and tags.answer_close in content:
+        content = content[: content.index(tags.answer_close)]
+    follows = bool(text[end : end + MAX_WINDOW].strip())
+    numbered = re.match(r"\d{1,2}[.)]\s+[A-Z*]", content) and follows and content[-1] not in ".!"
+    if _STEP.match(content) or numbered or content.endswith(":") or not _says_anything(content):
+        return None
+    if not re.search(r"\d", _plain(content)) and not _REFUSAL.search(content):
+        quantity = _read(content, leading=True)
+        return _Found(quantity, end) if quantity else None
+    for sentence, _ in _sentences(content):
+        if _quantities(_tokens(sentence)):
+            return _Found(_read(sentence, leading=True), end)
+    return _Found(None, end)
+
+
+def _says_anything(content: str) -> bool:
+    return any(character.isalnum() for character in content)
+
+
+_TAKEN_BACK = re.compile(
+    r"(?:^|[.!?\n)}])[\s*>($]{0,6}(?:but\s+)?"
+    r"(?:wait|actually|no|oops|hmm+|hold on|sorry|correction|scratch that|on second thought|my mistake|edit)"
+    r"\b[\s,.:!…—–-]{0,6}",
+    re.IGNORECASE,
+)
+_DISOWNED = re.compile(
+    r"(?:^|[.!?\n)}]|\b(?:wait|actually|no|oops|sorry|hmm+),?)\s{0,3}(?:but\s+)?(?:"
+    r"(?:that|this|it|the above|my (?:previous )?answer|the (?:answer|result) above|the previous answer)"
+    r"(?: answer| result)?\s?(?:is|was|'s|’s)\s(?:actually )?(?:wrong|incorrect|not right|not correct|a mistake)"
+    r"|i (?:made|have made) an? (?:\w+ )?(?:mistake|error)|scratch that|i meant)",
+    re.IGNORECASE,
+)
+_RESTATED = re.compile(r"(?:(?:it|this|that|the \w+)\s?(?:is|'s|’s|should be|must be|equals|=)\s)?", re.IGNORECASE)
+
+
+def _correction(tail: str) -> tuple[bool, Quantity | None]:
+    """Whether the text after an answer takes it back in so many words, and the new answer if it gives one."""
+    tail = tail[:MAX_WINDOW]
+    for match in list(_TAKEN_BACK.finditer(tail))[:-9:-1]:
+        rest = tail[match.end() : match.end() + MAX_STATEMENT]
+        if spoken := _last_spoken(rest):
+            return True, spoken.quantity
+        sentence = next((sentence for sentence, _ in _sentences(rest)), "")
+        restated = _whole(_without_remarks(_tokens(sentence[_RESTATED.match(sentence).end() :])))  # type: ignore[union-attr]
+        if restated:
+            return True, restated
+    if disowned := _DISOWNED.search(tail):
+        return True, _final_statement(tail[disowned.end() :])
+    return False, None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Layer 3: unmarked answers
+
+_SPOKEN = re.compile(
+    r"\b(?:answer|ans|result|solution)\b[^\n.:=?!]{0,80}?"
+    r"(?P<link>\bis\b|\bare\b|\bequals\b|\b(?:should|must|would|will) be\b|[:=]|\s[-–—]\s|[^\w\n]{0,12}$)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_LEAD_IN = re.compile(
+    r"[\s*:]*(?:(?:therefore|thus|simply|just|exactly|equal to|a total of|then|indeed|now)\b[\s,:]*)*", re.I
+)
+_DOUBT = re.compile(
+    r"\b(?:maybe|perhaps|possibly|might|could be|may be|guess|unsure|not (?:\w+ )?(?:sure|certain))\b", re.I
+)
+_REFUSAL = re.compile(
+    r"\b(?:(?:do not|don['’]t|cannot|can['’]t|could not|couldn['’]t) (?:\w+ )?"
+    r"(?:know|determine|say|tell|answer|solve|be (?:determined|solved|found|answered))"
+    r"|unable to|not enough information|insufficient|impossible to|unknown|none|null|n/a|undefined|no answer)\b",
+    re.IGNORECASE,
+)
+
+
+def _prose(text: str, tags: Tags) -> str:
+    """The end of the text, long enough for any statement, with answer tags blanked."""
+    text = text.strip()
+    if len(text) > MAX_WINDOW:
+        text = text[-MAX_WINDOW:].partition(" ")[2]
+    text = re.sub(r"\\(?:begin|end)\{[^{}\n]*\}", " ", text)
+    for tag in (tags.answer_open, tags.answer_close):
+        text = text.replace(tag, " ") if tag else text
+    return text
+
+
+_HEADING = re.compile(r"\s*#{1,6}\s*(?:step|part|case|method|\d{1,2}[.)]\s)", re.IGNORECASE)
+
+
+def _sentences(text: str) -> Iterator[tuple[str, bool]]:
+    """The sentences of a text, and of each whether it is finished (by punctuation, or by the line's end)."""
+    lines = [line for line in text.split("\n") if _says_anything(line) and not _HEADING.match(line)]
+    for number, line in enumerate(lines, 1):
+        line = re.sub(r"^\s*(?:>|[-*•]\s|#{1,6}\s)\s*", "", line)
+        parts = re.split(r"(?<=[.!?。])(?<!\bapprox\.)(?<!\bRs\.)(?<!\bvs\.)[\"'”’)*\]$]{0,4}\s+", line.strip())
+        for index, part in enumerate(parts, 1):
+            ended = re.search(r"[.!?。][\"'”’)*\]$\\`_]{0,6}$", part) and not part.endswith("...")
+            yield part, bool(ended) or number < len(lines) or index < len(parts)
+
+
+def _last_spoken(text: str) -> _Found | None:
+    """The last "the answer is 18", "Answer: 18" or answer heading with a number under it."""
+    for match in list(_SPOKEN.finditer(text))[:-33:-1]:
+        start = match.end()
+        clause = text[start : start + 300]
+        if not _says_anything(clause.partition("\n")[0]):
+            clause = clause.strip()
+        clause, _ = next(_sentences(clause), ("", True))
+        clause = clause[_LEAD_IN.match(clause).end() :]  # type: ignore[union-attr]
+        if clause.endswith("?"):
+            continue
+        tokens = _tokens(clause)
+        opens = bool(_quantities(tokens[:4]) and _quantities(tokens)[0].start == 0)
+        end = start + len(clause)
+        if _DOUBT.search(match.group()) or re.match(r"(?:either|between|about|approx|around|roughly)", clause, re.I):
+            return _Found(None, end)
+        if match["link"].strip()[-1:].isalpha():
+            if opens or any(token.text == "=" for token in tokens):
+                return _Found(_read(clause, leading=True), end)
+        elif opens:
+            # After a colon there may stand a whole solution; only a lone quantity is an answer here.
+            quantity = _whole(_without_remarks(tokens))
+            if quantity or any(token.text in ("or", "to") for token in tokens):
+                return _Found(quantity, end)
+    return None
+
+
+_WORKING = re.compile(
+    r"^\W*(?:first\b(?! ?,? ?\w+ and)|firstly|let\b(?! me know)|let['’]s|suppose|assume|step 1\b|to (?:find|solve|calculate|get))"
+    r"|\b(?:need(?:s)? to|have to|has to|must now|let['’]s|let us|going to|remains to be|next,? we|will now|now we)\b",
+    re.IGNORECASE,
+)
+_CONCLUDING = re.compile(
+    r"=|\b(?:so|therefore|thus|hence|total|altogether|in all|answer|left|remain\w*|finally|conclu\w+)\b", re.I
+)
+_DANGLING = re.compile(
+    r"(?:\b(?:the|an?|of|to|and|or|in|for|is|are|was|were|has|have|had|with|by|from|then|so|that|which|who|she|he|they"
+    r"|we|you|it|her|his|their|its|needs?|will|can|at|as|on|per|be|but|if|because|since|when|each|every)"
+    r"|[-+/^=×÷≈,:;(\[{<>&…−–]|\s\*|\\(?:times|cdot|div|frac)|<<[^<>]*|\.\.\.)[\s$*\\(\[]*$",
+    re.IGNORECASE,
+)
+
+
+def _final_statement(text: str, closed: bool = False) -> Quantity | None:
+    """The number in the statement that an unmarked text ends on, unless it ends in mid-work.
+
+    Closing remarks (in parentheses, or whole sentences without a number) are passed over. `closed` says that
+    the end of the text is known to be its end, so a missing full stop means nothing.
+    """
+    sentences = list(_sentences(text[-MAX_STATEMENT * 2 :]))
+    opening = _whole(_tokens(sentences[0][0])) if len(sentences) > 1 and len(text) < MAX_STATEMENT else None
+    if not closed and _DANGLING.search(text[-80:]):
+        return None
+    for sentence, finished in sentences[:-5:-1]:
+        if re.fullmatch(r"\(.*\)\W*", sentence) or re.match(r"(?:because|since|note)\b[^,]*$", sentence, re.I):
+            continue
+        sentence = sentence if len(sentence) < MAX_STATEMENT // 2 else sentence[-MAX_STATEMENT // 2 :].partition(" ")[2]
+        tokens = _tokens(sentence)
+        quantities = _quantities(tokens)
+        asks = sentence.rstrip("*_ \"')").endswith("?")
+        if _WORKING.search(sentence) or _REFUSAL.search(sentence) or (asks and quantities):
+            return None
+        if quantities:
+            answer = _read(sentence)
+            trailing = len(tokens) - quantities[-1].end
+            terse = len(tokens) <= 6 or _CONCLUDING.search(sentence)
+            if not (finished or closed) and (trailing > 5 or not terse):
+                return None
+            return opening if opening and not _CONCLUDING.search(sentence) else answer
+        if not (finished or closed):
+            return None
+    return opening
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Layer 4: one statement, one quantity
+
+
+class _Token(NamedTuple):
+    kind: Literal["num", "word", "op", "stop"]
+    text: str  # lower case
+    start: int
+    end: int
+    source: str
+    value: Fraction | None = None  # of a number; None if it is malformed (3,14 or 3:30)
+
+
+class _Span(NamedTuple):
+    """A quantity within a list of tokens."""
+
+    start: int
+    end: int
+    value: Fraction | None
+    text: str
+
+    @property
+    def quantity(self) -> Quantity | None:
+        return None if self.value is None else Quantity(self.text, self.value)
+
+
+_COMMANDS = {
+    **dict.fromkeys(["times", "cdot", "ast"], "*"),
+    **dict.fromkeys(["approx", "sim", "simeq", "approxeq"], "≈"),
+    **dict.fromkeys(["implies", "Rightarrow", "rightarrow", "to", "Longrightarrow", "longrightarrow"], " = "),
+    **dict.fromkeys(["circ", "degree"], "° "),
+    **dict.fromkeys(["left", "right", "big", "Big", "bigl", "bigr", "displaystyle", "boxed", "fbox", "framebox"], ""),
+    **dict.fromkeys(["bf", "rm", "it", "mbox", "operatorname", "underline", "emph", "color", "Large", "large"], ""),
+    **dict.fromkeys(["quad", "qquad", "therefore", "pounds", "euro", "(", ")", "[", "]", "{", "}"], " "),
+    **dict.fromkeys([",", ";", ":", ">", " ", "\\", "\n", "n"], " "),
+    **dict.fromkeys(["dots", "ldots", "cdots"], "…"),
+    **{"div": "÷", "pm": "±", "!": "", "%": "%", "$": "$", "#": "", "&": " and ", "_": "_", "*": "*", "-": "-"},
+}
+_FOLDED = str.maketrans(
+    dict.fromkeys("−–‐‑‒﹣－", "-") | dict.fromkeys("×✕∙⋅·", "*") | dict.fromkeys("→⇒⟹", "=") | dict.fromkeys("€£¥₹₩₽", "$")
+    | {"⁄": "/", "∕": "/", "٫": ".", "٬": ",", "’": "'", "—": " — ", "º": "°", "≃": "≈", "，": ",", "¢": " cents"}
+    | dict.fromkeys("\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\u00ad")
+)  # fmt: skip
+_SUPERSCRIPT = re.compile(r"[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
+_VULGAR = re.compile(r"[¼-¾⅐-⅞]")
+_FRACTION = re.compile(r"\\[dtc]?frac\s*(\{[^{}]*\}|\d)\s*(\{[^{}]*\}|\d)")
+
+
+def _plain(text: str) -> str:
+    """One spelling for what reads the same: Unicode, LaTeX and markdown folded into plain ASCII arithmetic."""
+    text = _SUPERSCRIPT.sub(lambda m: "^" + unicodedata.normalize("NFKC", m.group()), text)
+    text = _VULGAR.sub(lambda m: " " + unicodedata.normalize("NFKC", m.group()), text)
+    text = unicodedata.normalize("NFKC", text).translate(_FOLDED)
+    if not text.isascii():
+        text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
+    text = re.sub(r"<<[^<>]*>>|~~[^~]*~~|</?[A-Za-z][^<>]{0,40}>", "", text)  # calculator notes, struck out, HTML
+    text = re.sub(r"&\s?=", "=", text)
+    text = text.replace("{,}", ",").replace("\\!", "").replace("\\,", " ")
+    text = re.sub(r"\\(?:text\w*|math\w+|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 ", text)
+    text = _FRACTION.sub(lambda m: f" {m[1].strip('{} ')}/{m[2].strip('{} ')} ", text)
+    text = re.sub(r"\\([A-Za-z]+|.)", _command, text, flags=re.DOTALL)
+    text = re.sub(r"\^\s*\{\s*([-+]?\w+|°)\s*\}", r"^\1", text).replace("^°", "°").replace("^ °", "°")
+    text = re.sub(r"(?<=[\d)])\s?\*\*\s?(?=[\d(])", "^", text)  # Python's power, before bold is dropped
+    text = re.sub(r"(?<![\w*])\*([^*\s][^*]*)\*(?![\w*])|\*\*|`|[{}]", lambda m: m[1] or " " * (m[0] in "{}"), text)
+    text = re.sub(r"(?<!\w)_+|_+(?!\w)", "", text)
+    text = re.sub(r"(?<=\w)~\s?(?=\w)", " ", text)
+    text = re.sub(r"(?<=\d)\s?[xX]\s?(?=\d)", "*", text)
+    text = re.sub(
+        r"(?<=\d)-(?=[A-Za-z]{2})|\s-+\s(?=[A-Za-z]{2})|(?<=[\sA-Za-z])--+(?=[\sA-Za-z])",
+        lambda m: " " if m[0] == "-" else " — ",
+        text,
+    )
+    text = re.sub(r"\b(?:US|AU|CA|NZ|HK|A|C|S)\$|\b(?:USD|EUR|GBP|INR|CAD|AUD|Rs\.?)\s?(?=-?\d)", "$", text)
+    return re.sub(r"-\s?\$\s?(?=[\d.])", "$-", text)
+
+
+def _command(match: re.Match[str]) -> str:
+    """What a LaTeX command contributes. An unknown one becomes an operator, which nothing parses."""
+    name = match[1]
+    if name.startswith(("text", "math")):
+        return ""
+    return _COMMANDS.get(name, "�" if name.isalpha() else " ")
+
+
+_TOKEN = re.compile(
+    r"(?P<num>[1-9]\d{0,2}(?:\ \d{3})+(?![\d,:]|\.\d)(?:\.\d+)?|\.?\d+(?:[.,:'_]\d+)*(?:[eE][-+]?\d+)?)"
+    r"|(?P<word>(?:[kcm]?m|ft|in)[23]\b|[^\W\d_]+(?:['-][^\W\d_]+)*|[%°])"
+    r"|(?P<op>[-+*/^=×÷±≈<>~_√∞≠≤≥:|�])"
+    r"|(?P<stop>[,;.()!?…—&\[\]])"
+)
+_NUMBER = re.compile(
+    r"(\d+|[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+|(?:'\d{3})+|(?:_\d{3})+)|[1-9]\d?(?:,\d\d)+,\d{3})?(\.\d+)?(?:[eE]([-+]?\d+))?"
+)
+
+
+def _number_value(text: str) -> Fraction | None:
+    """The value of one run of digits and separators; None if it is malformed, or absurdly long or large."""
+    match = _NUMBER.fullmatch(text)
+    if not match or len(text) > MAX_DIGITS or len(match[3] or "") > 4 or abs(int(match[3] or 0)) > MAX_DIGITS:
+        return None
+    digits = re.sub(r"[, '_]", "", match[1] or "0") + (match[2] or "")
+    return Fraction(digits) * Fraction(10) ** int(match[3] or 0)
+
+
+def _tokens(text: str) -> list[_Token]:
+    """The numbers, words, operators and stops of a statement. Dollar signs and stray symbols are dropped."""
+    if len(text) > MAX_STATEMENT:
+        text = text[:MAX_STATEMENT].rpartition(" ")[0]
+    source = _plain(text)
+    tokens = []
+    for m in islice(_TOKEN.finditer(source), MAX_TOKENS):
+        value = _number_value(m.group()) if m.lastgroup == "num" else None
+        tokens.append(_Token(m.lastgroup, m.group().lower(), m.start(), m.end(), source, value))  # type: ignore[arg-type]
+    return tokens if any(token.kind == "num" for token in tokens) else _spelled(tokens)
+
+
+_SMALL = {
+    word: number
+    for number, word in enumerate(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+    )
+} | {
+    word: 10 * number
+    for number, word in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], 2)
+}  # fmt: skip
+_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+
+
+def _spelled(tokens: list[_Token]) -> list[_Token]:
+    """Joins number words ("twenty-one", "two hundred and five") into number tokens."""
+    merged: list[_Token] = []
+    index = 0
+    while index < len(tokens):
+        end, total, group, open_to = index, 0, 0, 10**15
+        while end < len(tokens):
+            parts = tokens[end].text.split("-")
+            if parts == ["and"] and end > index and tokens[end - 1].text in _SCALES:
+                end += 1
+                continue
+            if not all(part in _SMALL or (part in _SCALES and end > index) for part in parts):
+                break
+            for part in parts:
+                if part == "hundred":
+                    group, open_to = group * 100, 100
+                elif part in _SCALES:
+                    total, group, open_to = total + group * _SCALES[part], 0, 1000
+                elif _SMALL[part] < open_to:
+                    group += _SMALL[part]
+                    open_to = 10 if _SMALL[part] >= 20 else 1
+                else:
+                    return tokens  # "one two": not a number
+            end += 1
+        first = tokens[index]
+        pronoun = first.text == "one" and end == index + 1 and (
+            (index and tokens[index - 1].text in ("no", "any", "every", "each", "this", "that", "which", "the"))
+            or (end < len(tokens) and tokens[end].text == "of")
+        )  # fmt: skip
+        if end > index and not pronoun:
+            text = first.source[first.start : tokens[end - 1].end].lower()
+            merged.append(_Token("num", text, first.start, tokens[end - 1].end, first.source, Fraction(total + group)))
+            index = end
+        else:
+            merged.append(first)
+            index += 1
+    return merged
+
+
+_GLUED_UNITS = frozenset(
+    [
+        "k",
+        "kg",
+        "g",
+        "mg",
+        "km",
+        "m",
+        "cm",
+        "mm",
+        "mi",
+        "ft",
+        "in",
+        "yd",
+        "lb",
+        "oz",
+        "l",
+        "ml",
+        "h",
+        "hr",
+        "s",
+        "am",
+        "pm",
+        "c",
+        "f",
+        "st",
+        "nd",
+        "rd",
+        "th",
+        "m2",
+        "m3",
+        "cm2",
+        "cm3",
+        "km2",
+    ]
+)
+
+
+def _quantity_at(tokens: list[_Token], start: int) -> _Span | None:
+    """The quantity that starts at this token: a sign, then an integer, decimal, fraction, mixed number, ..."""
+
+    def text(i: int) -> str:
+        return tokens[i].text if i < len(tokens) else ""
+
+    def number(i: int) -> Fraction | None:
+        return tokens[i].value if i < len(tokens) else None
+
+    def fraction(i: int) -> tuple[Fraction, int] | None:
+        negative = text(i + 2) == "-"
+        over = number(i + 2 + negative) if text(i + 1) == "/" else None
+        top = number(i)
+        return (top / (-over if negative else over), i + 3 + negative) if over and top is not None else None
+
+    i = start + (text(start) in ("+", "-"))
+    if i >= len(tokens) or tokens[i].kind != "num":
+        return None
+    value, end = tokens[i].value, i + 1
+    mixed = fraction(end + (text(end) == "and"))
+    if part := fraction(i):
+        value, end = part
+    elif value is not None and value.denominator == 1 and mixed and 0 < mixed[0] < 1:
+        value, end = value + mixed[0], mixed[1]
+    elif (text(end), text(end + 1), text(end + 2)) == ("*", "10", "^"):
+        negative = text(end + 3) == "-"
+        power = number(end + 3 + negative)
+        if value is not None and power is not None and power.denominator == 1 and power <= MAX_DIGITS:
+            value *= Fraction(10) ** (-int(power) if negative else int(power))
+            end += 4 + negative
+    glued = end < len(tokens) and tokens[end].start == tokens[end - 1].end and tokens[end].kind == "word"
+    if value is not None and (text(end) in _SCALES or (glued and text(end) == "k")):
+        value, end = value * _SCALES.get(text(end), 1000), end + 1
+    elif (
+        glued and text(end).isascii() and text(end) not in _GLUED_UNITS and len(text(end)) < 3 and text(end) not in "%°"
+    ):
+        value = None  # 18x, 0b1: algebra, or another base
+    if value is not None and text(start) == "-":
+        value = -value
+    return _Span(start, end, value, tokens[start].source[tokens[start].start : tokens[end - 1].end])
+
+
+def _quantities(tokens: list[_Token]) -> list[_Span]:
+    """Every quantity in the statement, signs included where they are signs and not subtractions."""
+    spans: list[_Span] = []
+    i = 0
+    while i < len(tokens):
+        span = _quantity_at(tokens, i) if tokens[i].kind == "num" or _is_sign(tokens, i) else None
+        if span:
+            spans.append(span)
+        i = span.end if span else i + 1
+    return spans
+
+
+def _is_sign(tokens: list[_Token], i: int) -> bool:
+    if tokens[i].text not in ("+", "-"):
+        return False
+    if i == 0 or tokens[i - 1].kind == "op" or tokens[i - 1].text in ("(", "[", ",", ";"):
+        return True
+    before = tokens[i - 1]
+    spaced = i + 1 < len(tokens) and tokens[i].source[tokens[i].end : tokens[i + 1].start].strip("$") != ""
+    return before.kind == "word" and (
+        before.text in ("is", "are", "be", "equals") or (before.end < tokens[i].start and not spaced)
+    )
+
+
+_NOT_UNITS = frozenset(
+    [
+        "is",
+        "are",
+        "was",
+        "were",
+        "be",
+        "has",
+        "have",
+        "had",
+        "do",
+        "does",
+        "or",
+        "and",
+        "to",
+        "but",
+        "not",
+        "plus",
+        "minus",
+        "times",
+        "divided",
+        "multiplied",
+        "equals",
+        "than",
+        "less",
+        "more",
+        "because",
+        "since",
+        "as",
+        "after",
+        "before",
+        "if",
+        "so",
+        "then",
+        "which",
+        "therefore",
+        "thus",
+    ]
+)
+
+
+def _units_end(tokens: list[_Token], i: int) -> int:
+    """Where the unit words that follow a quantity end ("dollars per day", "km/h", "m^2")."""
+    while i < len(tokens):
+        if (
+            (tokens[i].kind == "word" and tokens[i].text not in _NOT_UNITS)
+            or (tokens[i].text == "more" and (i + 1 == len(tokens) or tokens[i + 1].text != "than"))
+            or (tokens[i].text == "times" and (i + 1 == len(tokens) or tokens[i + 1].kind == "stop"))
+        ):
+            i += 1
+        elif (i + 1 < len(tokens) and tokens[i].text == "/" and tokens[i + 1].kind == "word") or (
+            i + 1 < len(tokens)
+            and tokens[i].text == "^"
+            and tokens[i + 1].kind == "num"
+            and tokens[i - 1].kind == "word"
+        ):
+            i += 2
+        else:
+            break
+    return i
+
+
+def _whole(tokens: list[_Token]) -> Quantity | None:
+    """The quantity that the tokens are, with at most a few unit words; None if there is anything else."""
+    while tokens and tokens[-1].kind == "stop" and tokens[-1].text in ".!,;":
+        tokens = tokens[:-1]
+    while len(tokens) > 2 and (tokens[0].text + tokens[-1].text) in ("()", "[]"):
+        tokens = tokens[1:-1]
+    span = _quantity_at(tokens, 0)
+    if not span or _units_end(tokens, span.end) < len(tokens) or len(tokens) - span.end > 5:
+        return None
+    lone_variable = len(tokens) - span.end == 1 and tokens[-1].text in tuple("xyzn")
+    return None if lone_variable else span.quantity
+
+
+_CLAUSE = frozenset(
+    [
+        "because",
+        "since",
+        "as",
+        "after",
+        "before",
+        "when",
+        "while",
+        "if",
+        "given",
+        "where",
+        "once",
+        "until",
+        "unless",
+        "considering",
+        "due",
+    ]
+)
+_RESULT = frozenset(
+    [
+        "so",
+        "thus",
+        "hence",
+        "therefore",
+        "then",
+        "which",
+        "giving",
+        "leaving",
+        "meaning",
+        "making",
+        "totaling",
+        "totalling",
+    ]
+)
+
+
+def _without_remarks(tokens: list[_Token]) -> list[_Token]:
+    """Drops parentheses, subordinate clauses and "not 17", as long as a number remains."""
+    kept: list[_Token] = []
+    depth = 0
+    for i, token in enumerate(tokens):
+        if token.text in ("(", "["):
+            operand = i and (tokens[i - 1].kind == "op" or tokens[i - 1].end == token.start)
+            depth += 1 if depth or not (operand or "or" in (t.text for t in tokens[i : i + 3])) else 0
+        if not depth:
+            kept.append(token)
+        elif token.text in (")", "]"):
+            depth -= 1
+    tokens = kept if any(token.kind == "num" for token in kept) else tokens
+    i = 0
+    while i < len(tokens):
+        end = i
+        if tokens[i].text in _CLAUSE or [t.text for t in tokens[i : i + 2]] in (["out", "of"], ["instead", "of"]):
+            end = next((j for j in range(i, len(tokens)) if tokens[j].text in ",;"), len(tokens))
+        elif (tokens[i].text in ("not", "than") and i and tokens[i - 1].text in (",", "rather")) or tokens[i].text in (
+            "not",
+            "isn't",
+            "wasn't",
+        ):
+            end = next((j for j in range(i + 1, len(tokens)) if tokens[j].kind == "num"), i) + 1
+        elif tokens[i].text == "of" and i and tokens[i - 1].kind == "num":
+            end = next((j for j in range(i + 1, min(i + 4, len(tokens))) if tokens[j].kind == "num"), i - 1) + 1
+        rest = tokens[:i] + tokens[end:]
+        if end > i and any(token.kind == "num" for token in rest):
+            tokens = rest
+        else:
+            i += 1
+    return tokens
+
+
+def _read(text: str, leading: bool = False) -> Quantity | None:
+    """The one quantity that a statement commits to.
+
+    Args:
+        leading: a quantity at the start of the statement is the answer, and what follows a remark. Right for
+            text after a marker ("18, which is 3 more than 15"), wrong for free prose ("3 eggs cost $18").
+    """
+    tokens = _tokens(text)
+    while tokens and tokens[-1].text in (".", "!", ",", ";"):
+        tokens.pop()
+    if _DOUBT.search(text) or (tokens and tokens[-1].text == "?"):
+        return None
+    tokens = _without_remarks(tokens)
+    if leading and (quantity := _head(tokens)):
+        return quantity
+    for i in range(len(tokens) - 1, -1, -1):
+        if tokens[i].text in _RESULT and any(token.kind == "num" for token in tokens[i:]):
+            tokens = tokens[i + 1 :]
+            break
+    sides = [i for i, token in enumerate(tokens) if token.text in ("=", "equals")]
+    if sides:
+        return _head(tokens[sides[-1] + 1 :]) or (_whole(tokens[: sides[0]]) if sides[-1] + 1 < len(tokens) else None)
+    return _last_candidate(tokens)
+
+
+def _head(tokens: list[_Token]) -> Quantity | None:
+    """The quantity at the start, if what follows is units or a remark, and no second candidate or operation."""
+    if whole := _whole(tokens):
+        return whole
+    span = _quantity_at(tokens, 0)
+    if not span:
+        return None
+    i = span.end
+    while (
+        i < len(tokens)
+        and tokens[i].kind == "word"
+        and tokens[i].text not in ("or", "to", "and", "than", "times", "plus", "minus")
+    ):
+        i += 1
+    i = max(i, _units_end(tokens, span.end))
+    if i == len(tokens):
+        return span.quantity
+    following = tokens[i + 1] if i + 1 < len(tokens) else None
+    candidate = following and (following.kind == "num" or following.text in ("or", "-", "maybe"))
+    boundary = tokens[i].text in (*",;:.(!—", "and", "but", "…") and tokens[i].text != "…"
+    return span.quantity if boundary and following and not candidate else None
+
+
+_BEFORE_ESTIMATE = frozenset(
+    [
+        "about",
+        "approximately",
+        "approx",
+        "around",
+        "roughly",
+        "nearly",
+        "almost",
+        "least",
+        "most",
+        "not",
+        "isn't",
+        "never",
+        "between",
+        "circa",
+        "than",
+        "times",
+        "plus",
+        "minus",
+    ]
+)
+_CIRCUMSTANCE = frozenset(
+    [
+        "after",
+        "in",
+        "within",
+        "during",
+        "over",
+        "every",
+        "each",
+        "per",
+        "from",
+        "than",
+        "at",
+        "with",
+        "among",
+        "by",
+        "on",
+        "until",
+        "before",
+        "for",
+    ]
+)
+_DETERMINERS = frozenset(
+    [
+        "the",
+        "all",
+        "these",
+        "those",
+        "her",
+        "his",
+        "their",
+        "its",
+        "only",
+        "just",
+        "another",
+        "next",
+        "first",
+        "last",
+        "past",
+        "a",
+        "an",
+    ]
+)
+
+
+def _last_candidate(tokens: list[_Token]) -> Quantity | None:
+    """The last number of a prose statement that is not a mere circumstance ("after 3 days"), if it stands alone."""
+    spans = _quantities(tokens)
+    main = [span for span in spans if not _is_circumstance(tokens, span)] or spans[-1:]
+    if not main:
+        return None
+    chosen = main[-1]
+    before = tokens[chosen.start - 1] if chosen.start else None
+    after = _units_end(tokens, chosen.end)
+    if before and ((before.kind == "op" and before.text not in ":=|") or before.text in _BEFORE_ESTIMATE):
+        return None
+    if after < len(tokens) and (tokens[after].kind == "op" or tokens[after].text in ("or", "times", "plus", "minus")):
+        return None
+    if [t.text for t in tokens[after : after + 2]][1:] == ["than"] and len(spans) > 1:
+        return None
+    if before and before.end == tokens[chosen.start].start and len(before.text) == 1 and before.text.isalpha():
+        return None  # x1, A18
+    if before and before.text == "(" and chosen.start > 1 and tokens[chosen.start - 2].end == before.start:
+        return None
+    for other in spans:
+        first, second = sorted((other, chosen))
+        between = [token.text for token in tokens[first.end : second.start]]
+        if other is not chosen and other.value != chosen.value and _is_alternative(between):
+            return None
+    return chosen.quantity
+
+
+def _is_alternative(between: list[str]) -> bool:
+    """Whether the words between two numbers make them alternatives, a range or a list."""
+    links = [word for word in between if word in (",", "and", "or", "to", "&", "-", "/", ";")]
+    return bool(links) and len(between) - len(links) <= (2 if "or" in links or "to" in links else 1)
+
+
+def _is_circumstance(tokens: list[_Token], span: _Span) -> bool:
+    i = span.start - 1
+    if i >= 2 and tokens[i].text == "of" and tokens[i - 1].text not in ("total", "sum"):
+        i -= 2  # "on an investment of $130"
+    while i >= 0 and tokens[i].text in _DETERMINERS:
+        i -= 1
+    if i < 0 or tokens[i].text not in _CIRCUMSTANCE:
+        return False
+    source = tokens[span.start].source
+    priced = source[: tokens[span.start].start].rstrip().endswith("$")
+    return not (tokens[i].text == "for" and priced)

@@ -1,0 +1,334 @@
+"""What a run directory holds, read for the report, and its numbers in words. Knows files, no markup.
+
+A run that is still going or was killed is read as far as it went; what is missing or broken becomes a note.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from grpo_gsm8k.errors import RunDirError
+from grpo_gsm8k.report_figures import TIMES, Curves
+
+STAGES = {"base": "Base", "sft": "SFT", "ei": "EI", "grpo": "GRPO"}
+TRAINING = ("sft", "ei", "grpo")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was found in one directory: the stages of a pipeline, or one training run."""
+
+    path: Path
+    summary: dict[str, Any]  # pipeline.json
+    parts: dict[str, Curves]  # sft | ei | grpo -> its metrics
+    folders: dict[str, Path]  # sft | ei | grpo -> its run directory
+    evals: dict[str, list[dict[str, Any]]]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        """The evaluated stages in order; where pipeline.json lacks one, counted from its eval rows."""
+        listed = [s for s in _dicts(self.summary.get("stages")) if number(s.get("accuracy")) and "name" in s]
+        known = {s.get("name") for s in listed}
+        counted = [_count(name, rows) for name, rows in self.evals.items() if rows and name not in known]
+        order = list(STAGES)
+        return sorted(listed + counted, key=lambda s: order.index(s["name"]) if s["name"] in order else 99)
+
+    @property
+    def comparisons(self) -> list[dict[str, Any]]:
+        """The paired comparisons between stages."""
+        return [c for c in _dicts(self.summary.get("comparisons")) if pair(c.get("ci95"))]
+
+
+def _dicts(value: object) -> list[dict[str, Any]]:
+    return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
+
+
+def _count(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def share(key: str, value: object) -> float:
+        return sum(1 for row in rows if row.get(key) == value) / len(rows)
+
+    tokens = [row["tokens"] for row in rows if isinstance(row.get("tokens"), int)]
+    return {
+        "name": name,
+        "accuracy": share("correct", True),
+        "n": len(rows),
+        "format_accuracy": share("format_ok", True),
+        "truncated": share("finish_reason", "length"),
+        "mean_tokens": sum(tokens) / len(tokens) if tokens else None,
+        "weights_sha256": rows[0].get("weights_sha256"),
+    }
+
+
+def read_run(path: Path) -> Run:
+    """Everything the page needs from one directory.
+
+    Raises:
+        RunDirError: there is no such directory, or no run wrote it.
+    """
+    if not path.is_dir():
+        raise RunDirError(f"{path}: no such directory; give the directory that a run wrote")
+    notes: list[str] = []
+    summary = _read_json(path / "pipeline.json", notes)
+    folders = {name: path / name for name in TRAINING if _is_run(path / name)}
+    evals = {f.stem: read_lines(f, notes) for f in sorted(path.glob("evals/*.jsonl")) if f.stem in STAGES}
+    if not (folders or evals or (path / "pipeline.json").exists()):
+        if not _is_run(path):
+            raise RunDirError(f"{path}: not a run directory: neither pipeline.json nor metrics.jsonl is in it")
+        curves = _read_curves(path, notes)
+        kind = _kind(curves)
+        return Run(path, {}, {kind: curves}, {kind: path}, {}, notes)
+    parts = {name: _read_curves(folder, notes, f"{name}/") for name, folder in folders.items()}
+    run = Run(path, summary, parts, folders, evals, notes)
+    stages = run.stages
+    absent = [label for name, label in STAGES.items() if name not in {s["name"] for s in stages}]
+    if absent:
+        notes.append(f"No evaluation yet of {', '.join(absent)}: the run was stopped before, or is still going.")
+    for stage in stages:
+        rows = evals.get(stage["name"], [])
+        if not rows:
+            notes.append(f"evals/{stage['name']}.jsonl is missing, so its answers are not shown.")
+        elif stage.get("weights_sha256") not in (None, rows[0].get("weights_sha256")):
+            notes.append(f"evals/{stage['name']}.jsonl was written by other weights than pipeline.json names.")
+    return run
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "metrics.jsonl").is_file() or (path / "config.toml").is_file()
+
+
+def _kind(curves: Curves) -> str:
+    names = curves.names()
+    if any(n.startswith(("progress/grpo", "groups/", "reward/")) for n in names):
+        return "grpo"
+    return "ei" if any(n.startswith(("ei/", "progress/ei")) for n in names) else "sft"
+
+
+def read_text(path: Path) -> str:
+    return path.read_text("utf-8", errors="replace") if path.is_file() else ""
+
+
+def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        value = json.loads(read_text(path) or "{}")
+    except ValueError as error:
+        notes.append(f"{path.name} cannot be read ({error}); shown without it.")
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_lines(path: Path, notes: list[str], where: str = "") -> list[dict[str, Any]]:
+    """The objects in a JSONL file; lines that are none are counted in `notes`."""
+    rows, broken = [], 0
+    for line in read_text(path).splitlines():
+        try:
+            row = json.loads(line or "null")
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        elif line.strip():
+            broken += 1
+    if broken:
+        notes.append(f"{where}{path.name}: {broken} unreadable line{'s'[: broken > 1]} skipped.")
+    return rows
+
+
+def _read_curves(folder: Path, notes: list[str], where: str = "") -> Curves:
+    steps: dict[float, dict[str, float]] = {}
+    for row in read_lines(folder / "metrics.jsonl", notes, where):
+        numbers = {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
+        if math.isfinite(numbers.get("step", math.nan)):
+            steps.setdefault(numbers["step"], {}).update(numbers)  # a resumed step, or a late evaluation
+    bad = sum(not math.isfinite(v) for row in steps.values() for v in row.values())
+    if bad:
+        notes.append(f"{where}metrics.jsonl: {bad} values are NaN or infinite and not drawn.")
+    if not steps:
+        notes.append(f"{where}metrics.jsonl has no steps yet.")
+    return Curves(tuple(_derive(steps[step]) for step in sorted(steps)))
+
+
+def _derive(row: dict[str, float]) -> dict[str, float]:
+    """The row with what follows from it: mixed groups, and time that no part accounts for."""
+    if "groups/all_right_frac" in row and "groups/all_wrong_frac" in row:
+        row["groups/mixed_frac"] = 1 - row["groups/all_right_frac"] - row["groups/all_wrong_frac"]
+    if "time/total" in row:
+        named = sum(row.get(f"time/{name}", 0.0) for name in TIMES)
+        row["time/other"] = max(0.0, row["time/total"] - named)
+    return row
+
+
+# -- numbers in words ---------------------------------------------------------------------------------
+
+
+def number(value: object, form: str = "{:.4g}") -> str:
+    """A finite number as text, else ''."""
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return form.format(value).replace("e-0", "e-").replace("-", "−") if ok else ""
+
+
+def percent(share: object) -> str:
+    """0.123 -> '12.3 %', with a space that does not break."""
+    return number(100 * share, "{:.1f}\u00a0%") or "–" if isinstance(share, int | float) else "–"
+
+
+def duration(seconds: object) -> str:
+    """3700 -> '1 h 2 min', 95 -> '1 min 35 s'."""
+    if not isinstance(seconds, int | float) or not math.isfinite(seconds):
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.{0 if seconds >= 10 else 1}f}\u00a0s"
+    large, small, units = (round(seconds), 60, "min s") if seconds < 3600 else (round(seconds / 60), 60, "h min")
+    unit, rest = units.split()
+    return f"{large // small}\u00a0{unit} {large % small}\u00a0{rest}"
+
+
+def label(stage: object) -> str:
+    return STAGES.get(str(stage), str(stage))
+
+
+def pair(value: object) -> tuple[float, float] | None:
+    if isinstance(value, list) and len(value) == 2 and all(number(v) for v in value):
+        return float(value[0]), float(value[1])
+    return None
+
+
+def p_value(p: object) -> str:
+    if not isinstance(p, int | float) or not number(p):
+        return "not recorded"
+    if p >= 0.001:
+        return f"=\u00a0{p:.3f}"
+    if p < 1e-12:
+        return "<\u00a010⁻¹²"
+    mantissa, exponent = f"{p:.1e}".split("e")
+    return (
+        f"=\u00a0{mantissa}\u00a0×\u00a010{str(int(exponent)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
+    )
+
+
+def points(interval: tuple[float, float]) -> str:
+    return f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}".replace("-", "−")
+
+
+def change(first: Mapping[str, Any], last: Mapping[str, Any], paired: Mapping[str, Any] | None, where: str) -> str:
+    """One honest sentence on two scores: the paired interval decides, else whether their own overlap."""
+    a, b = percent(first["accuracy"]), percent(last["accuracy"])
+    on = f"on {number(last.get('n'), '{:,.0f}') or 'an unknown number of'} {where}"
+    ci_a, ci_b, ci = pair(first.get("ci95")), pair(last.get("ci95")), pair((paired or {}).get("ci95"))
+    gain = last["accuracy"] - first["accuracy"]
+    if ci:
+        clear = ci[0] > 0 or ci[1] < 0
+    elif ci_a and ci_b:
+        clear = ci_a[1] < ci_b[0] or ci_b[1] < ci_a[0]
+    else:
+        return f"From {a} to {b} {on} (no intervals recorded)"
+    if not clear:
+        return f"No measurable change: {a} before, {b} after, {on}"
+    return f"From {a} to {b} {on}" if gain > 0 else f"It got worse: from {a} to {b} {on}"
+
+
+def headline(run: Run) -> str:
+    """The result of a run in one sentence."""
+    stages = run.stages
+    if len(stages) > 1:
+        ends = (stages[0]["name"], stages[-1]["name"])
+        paired = next((c for c in run.comparisons if (c.get("a"), c.get("b")) == ends), None)
+        return change(stages[0], stages[-1], paired, "held-out problems")
+    if stages:
+        score = f"{label(stages[0]['name'])}: {percent(stages[0]['accuracy'])}"
+        count = number(stages[0].get("n"), "{:,.0f}") or "an unknown number of"
+        return f"{score} on {count} held-out problems; nothing to compare it with yet"
+    for curves in reversed(run.parts.values()):
+        scores = [_score(row) for row in curves.rows if number(row.get("val/accuracy"))]
+        if len(scores) > 1:
+            return change(scores[0], scores[-1], None, "validation problems")
+        if scores:
+            return f"{percent(scores[0]['accuracy'])} on the validation problems; one evaluation so far"
+        for metric, name in (("reward/mean", "Mean reward"), ("loss", "Loss")):
+            if values := curves.ends(metric):
+                steps = len(curves.series(metric)[0])
+                return f"{name} from {values[0]:.3g} to {values[1]:.3g} in {steps:,} steps; accuracy not evaluated"
+    return "Nothing recorded yet"
+
+
+def _score(row: Mapping[str, float]) -> dict[str, Any]:
+    """A validation row in the form of a stage."""
+    interval = [row.get("val/ci_low"), row.get("val/ci_high")]
+    return {"accuracy": row["val/accuracy"], "n": row.get("val/n"), "ci95": interval}
+
+
+def stage_story(run: Run) -> str:
+    """Which stage brought how much, and whether the last one is the best."""
+    stages = run.stages
+    steps = [
+        f"{label(b['name'])} {100 * (b['accuracy'] - a['accuracy']):+.1f}".replace("-", "−")
+        for a, b in pairwise(stages)
+    ]
+    if not steps:
+        return ""
+    best = max(stages, key=lambda s: float(s["accuracy"]))
+    behind = best["accuracy"] - stages[-1]["accuracy"]
+    story = f"Change at each stage, in points: {', '.join(steps)}."
+    return story + (f" The best stage was {label(best['name'])}, not the last." if behind > 0 else "")
+
+
+def comparison_sentence(c: Mapping[str, Any]) -> str:
+    """A paired comparison between two stages in words."""
+    a, b, ci = label(c.get("a")), label(c.get("b")), pair(c.get("ci95")) or (0.0, 0.0)
+    gain = number(100 * c["difference"], "{:+.1f}") if number(c.get("difference")) else "?"
+    counts = f"{b} solved {number(c.get('won'), '{:,.0f}') or '?'} that {a} missed"
+    counts += f" and missed {number(c.get('lost'), '{:,.0f}') or '?'} that {a} solved"
+    clear = "" if ci[0] > 0 or ci[1] < 0 else " This may be luck: the interval includes zero."
+    p = f"exact McNemar p\u00a0{p_value(c.get('p_value'))}"
+    n = f"n\u00a0=\u00a0{number(c.get('n'), '{:,.0f}') or '?'}"
+    return f"{counts}: {gain} points (95 % CI {points(ci)}; {p}; {n}).{clear}"
+
+
+# -- what the GRPO curves say -------------------------------------------------------------------------
+
+
+def readings(curves: Curves) -> list[tuple[bool, str]]:
+    """The signals in plain sentences: (nothing to worry about, sentence)."""
+    said = []
+    rewards = curves.series("reward/mean")[1]
+    if ends := curves.ends("reward/mean"):
+        span = f"{ends[0]:.3g} to {ends[1]:.3g}"
+        if len(rewards) < 10:
+            said.append((False, f"Only {len(rewards)} steps: too few to say whether the reward moves ({span})."))
+        elif abs(ends[1] - ends[0]) <= 2 * _noise(rewards):
+            said.append((False, f"The reward did not move beyond its step-to-step noise ({span})."))
+        else:
+            way = "rose" if ends[1] > ends[0] else "fell"
+            said.append((way == "rose", f"The reward {way} from {span}, beyond its step-to-step noise."))
+    right, mixed = curves.ends("groups/all_right_frac"), curves.ends("groups/mixed_frac")
+    if right and mixed:
+        text = f"{percent(mixed[1])} of the groups at the end are mixed and still carry a gradient"
+        why = "too easy now" if right[1] > 1 - right[1] - mixed[1] else "too hard"
+        said.append((mixed[1] >= 0.1, text + (f": most problems are {why}." if mixed[1] < 0.1 else ".")))
+    entropy = curves.ends("policy/entropy")
+    if entropy and entropy[0] > 0:
+        text = f"Entropy went from {entropy[0]:.3g} to {entropy[1]:.3g} nats per token"
+        collapsed = entropy[1] < 0.2 * entropy[0]
+        said.append((not collapsed, text + (": the samples of a group become alike." if collapsed else ".")))
+    if gaps := curves.series("mismatch/logp_abs_mean")[1]:
+        worst = max(gaps)
+        good = f"Sampler and trainer agree: their mean |Δ log p| never exceeded {worst:.2g}."
+        bad = f"Sampler and trainer disagree: mean |Δ log p| reached {worst:.2g}; check precision and weight sync."
+        exact = "Sampler and trainer agree to the bit."
+        said.append((worst < 0.02, exact if worst == 0 else good if worst < 0.02 else bad))
+    cut = curves.ends("outcome/truncated_frac")
+    if cut and cut[1] > 0.05:
+        said.append((False, f"{percent(cut[1])} of the responses at the end ran into the token limit."))
+    return said
+
+
+def _noise(ys: list[float]) -> float:
+    """Standard error of `ends`' difference, from neighbouring steps (so that a trend does not count)."""
+    jumps = [(b - a) ** 2 for a, b in pairwise(ys)]
+    return math.sqrt(sum(jumps) / (2 * len(jumps)) * 2 / (len(ys) // 10))

@@ -1,0 +1,208 @@
+"""Durable files: the one place that writes them, and the reader of JSON lines. Standard library only.
+
+A file is either the old one or the complete new one, also after a kill or a power cut: everything goes to a
+temporary sibling, is synced, and is then renamed. A full or read-only disk raises `DiskError`.
+
+    with atomic_path(folder / "weights.safetensors") as temporary:
+        save_file(tensors, temporary)
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from grpo_gsm8k.errors import DataError, DiskError
+
+_DISK_ERRNOS = frozenset(
+    {
+        errno.ENOSPC,  # disk full
+        errno.EDQUOT,  # quota used up
+        errno.EFBIG,  # beyond the limit for one file
+        errno.EIO,
+        errno.EROFS,  # read-only file system
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENOTDIR,  # a parent is a file
+        errno.EEXIST,  # as above, where the parent itself was to be made
+        errno.EISDIR,  # the target is a folder
+    }
+)
+_NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP})  # some network file systems
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn an `OSError` that means "cannot be written" into a `DiskError` about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRNOS:
+            raise
+        named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else path
+        other = f" ({named})" if named.parent != path.parent else ""
+        raise DiskError(
+            f"{path}: cannot be written: {error.strerror}{other}; whatever was complete before is untouched"
+        ) from error
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; on success sync it and rename it to `path`, else remove it.
+
+    Missing parent folders are made. The temporary name ends with the final one, so that writers which look
+    at the suffix behave.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            _sync(temporary)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        try:
+            _sync(path.parent)
+        except OSError as error:
+            if error.errno not in _NO_FOLDER_SYNC:
+                raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path | str, data: bytes | str) -> None:
+    """Replace the file by `data` (text as UTF-8, its newlines as they are)."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def write_json(path: Path | str, obj: Any) -> None:
+    """Indented JSON in the order of `obj`. NaN and infinity are a `ValueError`."""
+    write_atomic(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def json_line(row: Mapping[str, Any]) -> bytes:
+    """One line of a JSON lines file, newline included. NaN and infinity are a `ValueError`."""
+    return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def write_jsonl(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object a line."""
+    with atomic_path(path) as temporary, temporary.open("wb") as handle:
+        handle.writelines(json_line(row) for row in rows)
+
+
+def sha256_file(path: Path | str) -> str:
+    """The sha256 of a file's bytes, in hex."""
+    with Path(path).open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def read_lines(path: Path | str) -> Iterator[tuple[int, bytes]]:
+    """The raw lines of a file with their 1-based numbers; an empty or unreadable file is a `DataError`."""
+    path = Path(path)
+    number = 0
+    try:
+        with path.open("rb") as handle:
+            for number, raw in enumerate(handle, 1):
+                yield number, raw
+    except FileNotFoundError:
+        raise DataError(path, "does not exist") from None
+    except OSError as error:
+        raise DataError(path, f"cannot be read: {error.strerror}") from error
+    if number == 0:
+        raise DataError(path, "is empty")
+
+
+def read_jsonl(path: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of every line; the first fault is a `DataError` with file and line."""
+    for number, raw in read_lines(path):
+        try:
+            row = parse_line(raw)
+        except ValueError as fault:
+            raise DataError(path, str(fault), number) from None
+        yield number, row
+
+
+def read_json(path: Path | str) -> dict[str, Any]:
+    """The one object of a JSON file; a missing file or a fault in it is a `DataError`."""
+    raw = b"".join(line for _, line in read_lines(path))
+    try:
+        return parse_line(raw)
+    except ValueError as fault:
+        raise DataError(path, str(fault)) from None
+
+
+def parse_line(raw: bytes) -> dict[str, Any]:
+    """The JSON object in `raw`.
+
+    Raises:
+        ValueError: says what is wrong with it, for a person.
+    """
+    if not raw.strip():
+        raise ValueError("blank line")
+    try:
+        row = json.loads(raw.decode(), parse_constant=_refuse_constant, parse_float=_finite)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"invalid UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"broken JSON: {error.msg} at character {error.pos}") from None
+    except RecursionError:
+        raise ValueError("broken JSON: nested too deeply") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"a JSON object is needed, not {json_type(row)}")
+    if b"\\u" in raw:  # an escaped half of a surrogate pair is legal JSON but cannot be written or tokenised
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("invalid text: half of a surrogate pair") from None
+    return row
+
+
+def json_type(value: Any) -> str:
+    """What JSON calls the type of a parsed value, for messages."""
+    names = {dict: "an object", list: "an array", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{text} is beyond the range of a number")
+    return value
+
+
+def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
+    """Add one line to a log. It reaches the operating system at once; a kill can cut only this line."""
+    with disk_errors(path), path.open("ab") as handle:
+        handle.write(json_line(row))
+
+
+def sync_tree(folder: Path) -> None:
+    """Sync every file below a folder, and the folders themselves, before it is renamed or relied upon."""
+    for path in [*folder.rglob("*"), folder]:
+        try:
+            _sync(path)
+        except OSError as error:
+            if not path.is_dir() or error.errno not in _NO_FOLDER_SYNC:
+                raise

@@ -1,0 +1,104 @@
+"""Settings: declared once, layered, and never silently wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+
+import pytest
+
+from grpo_gsm8k import config
+from grpo_gsm8k.errors import ConfigError
+
+
+def test_layers_from_weak_to_strong(tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("[common]\nseed = 4\nlr = 0.25\n[grpo]\nlr = 0.5\ngroup_size = 4\n")
+    cfg = config.resolve("grpo", preset="quick", config_file=recipe, flags={"group_size": 2})
+    assert (cfg.seed, cfg.lr, cfg.group_size, cfg.steps) == (4, 0.5, 2, 100)
+    assert config.resolve("sft", preset="quick", config_file=recipe).lr == 0.25
+    assert config.resolve("grpo", flags={"lr": 1e-3}, sets=["lr=2e-3"]).lr == 2e-3
+
+
+def test_sets_may_name_a_section():
+    assert config.resolve("grpo", sets=["grpo.lr=0.5", "sft.lr=0.25"]).lr == 0.5
+    assert config.resolve("sft", sets=["grpo.lr=0.5", "sft.lr=0.25"]).lr == 0.25
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[grpo]\nlearning_rate = 1.0\n", ["[grpo]", "learning_rate"]),
+        ("[grpo]\ngroupsize = 1\n", ["group_size"]),
+        ("[grop]\nlr = 1.0\n", ["grop", "grpo"]),
+        ("[common]\nlearningrate = 1.0\n", ["learningrate"]),
+        ("lr = 1.0\n", ["lr", "unknown table"]),
+        ("[grpo\n", ["not a TOML file"]),
+    ],
+)
+def test_a_wrong_recipe_names_file_and_key(tmp_path, text, words):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        config.resolve("grpo", config_file=recipe)
+    assert all(word in str(caught.value) for word in [*words, "mine.toml"])
+
+
+@pytest.mark.parametrize(
+    ("sets", "word"),
+    [
+        (["lr"], "key=value"),
+        (["lr=fast"], "float"),
+        (["group_size=2.5"], "int"),
+        (["std_norm=maybe"], "bool"),
+        (["aggregation=mean"], "sequence"),
+        (["lrr=1"], "'lr'"),
+        (["grop.lr=1"], "grpo"),
+        (["sft.group_size=1"], "group_size"),
+    ],
+)
+def test_a_wrong_set_is_refused(sets, word):
+    with pytest.raises(ConfigError, match=word):
+        config.resolve("grpo", sets=sets)
+
+
+def test_unknown_preset():
+    with pytest.raises(ConfigError, match="tiny"):
+        config.resolve("grpo", preset="tinny")
+
+
+def test_the_settings_that_users_of_the_original_expect():
+    grpo = config.resolve("grpo")
+    expected = {"steps": 200, "lr": 1e-5, "rollouts_per_step": 256, "group_size": 8, "advantage_eps": 1e-6}
+    expected |= {"std_norm": True, "clip_eps": 0.2, "temperature": 1.0, "max_new_tokens": 1024}
+    expected |= {"save_every": 20, "eval_every": 20, "eval_examples": 100}
+    expected |= {"format_weight": 0.2, "answer_weight": 0.8}
+    assert {key: getattr(grpo, key) for key in expected} == expected
+    full = {name: config.resolve(name, preset="full") for name in ("sft", "grpo")}
+    assert full["sft"].model_id == "Qwen/Qwen2.5-Math-1.5B"
+    assert (full["sft"].batch_size, full["sft"].epochs, full["grpo"].steps) == (64, 3, 500)
+    quick = {name: config.resolve(name, preset="quick") for name in ("sft", "grpo")}
+    assert (quick["sft"].batch_size, quick["sft"].epochs, quick["grpo"].steps) == (32, 1, 100)
+
+
+def test_every_field_has_help_and_every_preset_resolves():
+    for cls in (*config.SECTIONS.values(), config.PipelineConfig):
+        for field in dataclasses.fields(cls):
+            assert len(field.metadata["help"]) >= 5, (cls, field.name)
+    for preset in config.preset_names():
+        for section in config.SECTIONS:
+            config.resolve(section, preset=preset)
+    assert config.preset_names() == ["full", "quick", "tiny"]
+
+
+def test_a_config_written_as_toml_reads_back():
+    cfg = config.resolve("grpo", flags={"think_open": 'a "quoted" \\ tag\n', "lr": 1e-7})
+    table = tomllib.loads(config.to_toml(cfg, "grpo"))["grpo"]
+    assert config.build(config.GrpoConfig, table) == cfg
+    assert config.differences(table, cfg) == []
+
+
+def test_differences_ignore_what_may_change_between_a_run_and_its_continuation():
+    before = dataclasses.asdict(config.resolve("grpo"))
+    now = config.resolve("grpo", flags={"max_steps": 3, "resume": True, "save_every": 1, "lr": 0.5})
+    assert config.differences(before, now) == ["lr: 1e-05 then, 0.5 now"]

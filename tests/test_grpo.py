@@ -1,0 +1,269 @@
+"""GRPO with toys: groups, resampling, truncation, several updates per rollout, and the whole loop."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import random
+from dataclasses import replace
+
+import pytest
+
+from grpo_gsm8k import grpo
+from grpo_gsm8k.datatypes import Completion, Problem, Prompt, Reward, Rollout
+from grpo_gsm8k.errors import ConfigError, NonFiniteError
+from grpo_gsm8k.gsm8k.problems import load_split
+from grpo_gsm8k.gsm8k.rewards import make_reward, score
+from grpo_gsm8k.trainer import checkpoint
+from grpo_gsm8k.workbench import open_bench
+from tests.toys import even_tokens, stage_config
+
+
+def rollout(group: int, reward: float, n: int = 3, finish="stop", correct=False, format_ok=True) -> Rollout:
+    problem = Problem(f"p{group}", "q", "#### 1", "1")
+    completion = Completion(tuple(range(3, 3 + n)), (-1.0,) * n, "text", finish)
+    return Rollout(Prompt(problem, (1, 2)), completion, Reward(reward, {"answer": reward}), group, correct, format_ok)
+
+
+@pytest.fixture
+def bench_of(tiny, tmp_path):
+    """A workbench for GRPO on the tiny model; flags change its config."""
+    numbers = itertools.count()
+    with contextlib.ExitStack() as opened:
+
+        def make(**flags):
+            small = {"rollouts_per_step": 8, "group_size": 4, "steps": 3, "eval_every": 0, "save_every": 1}
+            small |= {"lr": 1e-3, "out_dir": str(tmp_path / f"run{next(numbers)}")}
+            where = {"model_id": str(tiny.model), "data": str(tiny.data)}
+            cfg = stage_config("grpo", **(small | where | flags))
+            bench = opened.enter_context(open_bench(cfg, "grpo", {"train": tiny.data / "train.jsonl"}))
+            return cfg, bench, bench.prompts(load_split(tiny.data, "train"), tiny.data)
+
+        yield make
+
+
+def metrics_of(bench):
+    return [json.loads(line) for line in (bench.run.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_advantages_follow_the_group_not_the_order_or_the_text():
+    """Search-R1#88: groups were told apart by the text of the prompt."""
+    cfg = stage_config("grpo")
+    rewards = {0: [1.0, 0.0, 0.0, 0.5], 1: [0.2, 0.4, 0.6, 0.8], 2: [0.3] * 4}
+    ordered = [rollout(g, r) for g, rs in rewards.items() for r in rs]
+    # The same problem twice in a step is still two groups.
+    twins = [replace(r, prompt=ordered[0].prompt) for r in ordered]
+    expected = {(r.group, r.reward.total): r.advantage for r in grpo.with_advantages(cfg, ordered)}
+    for variant in (ordered, twins):
+        shuffled = random.Random(1).sample(variant, len(variant))
+        for r in grpo.with_advantages(cfg, shuffled):
+            assert r.advantage == pytest.approx(expected[r.group, r.reward.total], abs=1e-12)
+    assert {a for (g, _), a in expected.items() if g == 2} == {0.0}
+
+
+def test_token_rows_hold_the_sampled_ids_and_log_probabilities():
+    cfg = stage_config("grpo")
+    row = grpo.token_row(cfg, replace(rollout(0, 1.0), advantage=0.5))
+    assert row.token_ids == (1, 2, 3, 4, 5)
+    assert row.mask == (0, 0, 1, 1, 1)
+    assert row.logprobs == (0, 0, -1.0, -1.0, -1.0)
+    assert row.advantage == 0.5
+
+
+def test_truncated_completions_are_left_out_by_choice_only():
+    cut = rollout(0, 1.0, finish="length")
+    assert grpo.token_row(stage_config("grpo"), cut) is not None
+    assert grpo.token_row(stage_config("grpo", mask_truncated=True), cut) is None
+    assert grpo.token_row(stage_config("grpo", mask_truncated=True), rollout(0, 1.0)) is not None
+
+
+def test_outcomes_partition_the_rollouts_by_hand():
+    metrics = grpo.rollout_metrics(
+        [
+            rollout(0, 1.0, n=2, correct=True),
+            rollout(0, 0.2, n=4),
+            rollout(1, 0.0, n=9, finish="length", format_ok=False),
+            rollout(1, 0.0, n=5, format_ok=False),
+        ]
+    )
+    expected = {
+        "outcome/right_frac": 0.25,
+        "outcome/wrong_frac": 0.25,
+        "outcome/truncated_frac": 0.25,
+        "outcome/format_error_frac": 0.25,
+        "groups/zero_std_frac": 0.5,
+        "groups/all_wrong_frac": 0.5,
+        "groups/all_right_frac": 0.0,
+        "length/mean": 5.0,
+        "length/terminated_mean": 11 / 3,
+        "length/right_mean": 2.0,
+        "length/wrong_mean": 6.0,
+        "length/clipped_frac": 0.25,
+        "reward/mean": 0.3,
+        "reward/answer": 0.3,
+        "reward/min": 0.0,
+        "reward/max": 1.0,
+    }
+    assert {key: metrics[key] for key in expected} == pytest.approx(expected)
+
+
+def test_prompts_come_once_per_epoch_in_a_fresh_order():
+    prompts = [Prompt(Problem(str(i), "q", "", "1"), (i,)) for i in range(7)]
+    drawn = [grpo.prompt_at(prompts, k, seed=3).token_ids[0] for k in range(21)]
+    epochs = [drawn[:7], drawn[7:14], drawn[14:]]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert drawn == [grpo.prompt_at(prompts, k, seed=3).token_ids[0] for k in range(21)]
+
+
+def test_the_clip_bites_only_from_the_second_update_on(bench_of):
+    """`old = live.detach()` never clips; ours keeps the sampled ones through every epoch."""
+    cfg, bench, prompts = bench_of(epochs=1, steps=1, lr=0.05)
+    grpo.train(cfg, bench, prompts, even_tokens)
+    cfg2, bench2, prompts = bench_of(epochs=3, steps=1, lr=0.05)
+    grpo.train(cfg2, bench2, prompts, even_tokens)
+    one, three = metrics_of(bench)[0], metrics_of(bench2)[0]
+    assert one["policy/clip_frac"] == 0.0 and one["mismatch/logp_abs_max"] < 1e-4
+    assert three["policy/clip_frac"] > 0.0
+    assert three["mismatch/logp_abs_max"] < 1e-4  # of the first update, where nothing has moved yet
+
+
+def test_recomputed_old_logprobs_agree_with_the_sampled_ones(bench_of):
+    results = []
+    for how in ("sampler", "recompute"):
+        cfg, bench, prompts = bench_of(old_logprobs=how, epochs=2, temperature=0.7)
+        grpo.train(cfg, bench, prompts, even_tokens)
+        results.append([row["loss"] for row in metrics_of(bench)])
+    assert results[0] == pytest.approx(results[1], abs=1e-4)
+
+
+def test_minibatches_cover_every_rollout_once_per_epoch(bench_of):
+    cfg, bench, _prompts = bench_of(minibatches=3, epochs=2)
+    data = [grpo.token_row(cfg, rollout(0, 1.0, n=n)) for n in range(1, 9)]
+    batches = list(grpo.minibatches(cfg, bench, data, step=1))
+    assert [len(b) for b in batches] == [3, 3, 2, 3, 3, 2]
+    lengths = [sorted(n for b in half for n in b.lengths) for half in (batches[:3], batches[3:])]
+    assert lengths[0] == lengths[1] == [len(r.token_ids) - 1 for r in data]
+
+
+def test_groups_without_variance_are_replaced_and_nothing_is_drawn_twice(bench_of):
+    cfg, bench, prompts = bench_of(resample_zero_variance=3, rollouts_per_step=16)
+    flat = {prompt.problem.id for prompt in prompts[::2]}
+
+    def reward(completion, problem):
+        return 1.0 if problem.id in flat else even_tokens(completion, problem)
+
+    state, clock = {"cursor": 0}, grpo.Clock()
+    rollouts = grpo.collect(cfg, bench, prompts, reward, 1, state, clock)
+    groups = {r.group: r.prompt.problem.id for r in rollouts}
+    assert len(rollouts) == 16 and len(groups) == 4
+    assert len(set(groups.values())) == 4 and not flat & set(groups.values())
+    drawn = [grpo.prompt_at(prompts, k, cfg.seed).problem.id for k in range(state["cursor"])]
+    assert len(set(drawn)) == len(drawn) and set(groups.values()) <= set(drawn)
+
+
+def test_when_every_group_is_flat_the_step_goes_on_and_learns_nothing(bench_of):
+    cfg, bench, prompts = bench_of(resample_zero_variance=1, steps=1)
+    weights = {name: w.clone() for name, w in bench.learner.weights()}
+    grpo.train(cfg, bench, prompts, lambda completion, problem: 0.1 + 0.2)
+    assert all((w == weights[name]).all() for name, w in bench.learner.weights())
+    row = metrics_of(bench)[0]
+    assert row["groups/zero_std_frac"] == 1.0 and row["policy/grad_norm"] == 0.0 and row["reward/mean"] == 0.1 + 0.2
+
+
+def test_a_reward_on_ids_is_learned(bench_of):
+    """The loop climbs a reward that a random model can change at once."""
+    cfg, bench, prompts = bench_of(steps=12, rollouts_per_step=32, group_size=8, lr=2e-2, max_new_tokens=8)
+    grpo.train(cfg, bench, prompts, even_tokens)
+    rewards = [row["reward/mean"] for row in metrics_of(bench)]
+    assert sum(rewards[-3:]) / 3 > rewards[0] + 0.2, rewards
+
+
+def test_metrics_carry_the_names_that_are_relied_upon(bench_of):
+    cfg, bench, prompts = bench_of(steps=2, eval_every=1)
+    reward = make_reward("default", format_ok=bench.renderer.style.format_ok)
+    grpo.train(cfg, bench, prompts, reward)
+    names = set(metrics_of(bench)[-1])
+    times = {f"time/{t}" for t in ("sampling", "compute_rewards", "build_data", "training", "sync", "total")}
+    assert names >= times | {"progress/grpo_step", "progress/done_frac", "val/accuracy", "val/format_accuracy"}
+    assert names >= {f"reward/{r}" for r in ("mean", "std", "min", "max", "format", "answer")}
+    assert names >= {"policy/entropy", "policy/grad_norm", "policy/lr", "policy/approx_kl", "policy/update_to_weight"}
+    assert names >= {"mismatch/logp_abs_mean", "mismatch/logp_abs_max", "mismatch/ess", "groups/zero_std_frac"}
+
+
+def test_evaluation_records_carry_the_hash_of_the_weights_of_their_step(bench_of):
+    from grpo_gsm8k.trainer.policy import weights_sha256
+
+    cfg, bench, prompts = bench_of(steps=2, eval_every=1, keep_last=5)
+    seen = {}
+    validate = bench.validate
+    bench.validate = lambda step: (seen.update({step: weights_sha256(bench.learner.weights())}), validate(step))[1]
+    grpo.train(cfg, bench, prompts, even_tokens)
+    assert len(set(seen.values())) == 2
+    for step, digest in seen.items():
+        rows = [json.loads(line) for line in (bench.run.path / f"evals/step_{step:06d}.jsonl").read_text().splitlines()]
+        assert {row["weights_sha256"] for row in rows} == {digest}
+        from transformers import AutoModelForCausalLM
+
+        stored = AutoModelForCausalLM.from_pretrained(bench.run.checkpoints / f"step_{step:06d}")
+        assert weights_sha256(stored.named_parameters()) == digest
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        ({"rollouts_per_step": 10, "group_size": 4}, "multiple"),
+        ({"rollouts_per_step": 4, "group_size": 1}, "group_size"),
+        ({"top_p": 0.9}, "top_p"),
+        ({"temperature": 0.0}, "temperature"),
+    ],
+)
+def test_settings_that_cannot_mean_what_they_say_are_refused(flags, word):
+    with pytest.raises(ConfigError, match=word):
+        grpo.check(stage_config("grpo", **flags))
+
+
+def test_a_loss_that_is_no_number_keeps_the_batch_and_the_last_checkpoint(bench_of):
+    from safetensors.torch import load_file
+
+    cfg, bench, prompts = bench_of(steps=4)
+    calls = itertools.count()
+    forward = bench.learner.forward_backward
+
+    def poisoned(batch, objective):
+        if next(calls) == 2:
+            batch.advantages[0] = float("nan")
+        return forward(batch, objective)
+
+    bench.learner.forward_backward = poisoned
+    with pytest.raises(NonFiniteError, match="step 3"):
+        grpo.train(cfg, bench, prompts, even_tokens)
+    kept = load_file(bench.run.path / "nonfinite_step_000003.safetensors")
+    assert kept["advantages"].isnan().any() and kept["input_ids"].shape == kept["mask"].shape
+    folder, state = checkpoint.newest(bench.run.checkpoints, print)
+    assert state["step"] == 2 and checkpoint.verify(folder)
+
+
+def test_random_reward_is_a_fair_coin_that_sees_no_text():
+    problem = Problem("p", "q", "#### 1", "1")
+    draws = [Completion((1,), (0.0,), text, "stop", seed=s) for s in range(4000) for text in ("right", "wrong")]
+    values = [score(make_reward("random", format_ok=bool), c, problem).total for c in draws]
+    assert values[::2] == values[1::2]
+    assert abs(sum(values) / len(values) - 0.5) < 0.03
+
+
+def test_a_users_own_reward(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(
+        "def short(completion, problem):\n    return {'short': 1.0 / len(completion.token_ids), 'x': 0.5}\n"
+        "def broken(completion, problem):\n    return float('nan')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    problem, completion = Problem("p7", "q", "#### 1", "1"), Completion((1, 2), (0.0, 0.0), "", "stop")
+    result = score(make_reward("my_rewards:short", format_ok=bool), completion, problem)
+    assert result == Reward(1.0, {"short": 0.5, "x": 0.5})
+    with pytest.raises(ConfigError, match="p7"):
+        score(make_reward("my_rewards:broken", format_ok=bool), completion, problem)
+    for spec in ("my_rewards:nothing", "no_such_module:f", "defualt", "my_rewards:"):
+        with pytest.raises(ConfigError, match="reward"):
+            make_reward(spec, format_ok=bool)

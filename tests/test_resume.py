@@ -1,0 +1,253 @@
+"""Runs that stop anywhere go on as if nothing had happened; damage is noticed; a full disk harms nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from grpo_gsm8k import ei, grpo, sft
+from grpo_gsm8k.errors import CheckpointError, DataError, DiskError, Interrupted, RunDirError
+from grpo_gsm8k.gsm8k.problems import load_split
+from grpo_gsm8k.gsm8k.rewards import make_reward
+from grpo_gsm8k.runs.directory import open_run
+from grpo_gsm8k.trainer import checkpoint, loop
+from grpo_gsm8k.workbench import open_bench
+from tests.toys import REPOSITORY, cli, stage_config
+
+REWARD = "tests.toys:even_tokens"  # varies within the groups of a random model, so that every step moves the weights
+STAGES = {"sft": sft.run, "ei": ei.run, "grpo": grpo.run}
+FLAGS = {
+    "sft": {"epochs": 1, "batch_size": 8, "lr": 1e-3},
+    "ei": {"rounds": 2, "steps_per_round": 3, "prompts_per_round": 12, "batch_size": 4, "lr": 1e-3},
+    "grpo": {"steps": 6, "rollouts_per_step": 8, "group_size": 4, "epochs": 2, "lr": 1e-3, "reward": REWARD},
+}
+
+
+def config_of(stage, tiny, out, **flags):
+    common = {"model_id": str(tiny.model), "data": str(tiny.data), "out_dir": str(out), "resume": True}
+    common |= {"eval_every": 2, "save_every": 1, "keep_last": 10, "deterministic": True}
+    return stage_config(stage, **{**common, **FLAGS[stage], **flags})
+
+
+def story(run: Path):
+    """What a run said and drew, without the clock."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
+    files = sorted(p for folder in ("samples", "evals", "rounds") for p in (run / folder).glob("*"))
+    return metrics, {p.relative_to(run): p.read_bytes() for p in files}
+
+
+@pytest.fixture
+def every_answer_right(monkeypatch):
+    """A random model solves nothing; for expert iteration to have something to learn from, say it does."""
+    monkeypatch.setattr(ei, "keep_right", lambda cfg, bench, prompt, completions: list(completions[:2]))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_in_pieces_is_the_run_in_one(stage, tiny, tmp_path, every_answer_right):
+    whole = STAGES[stage](config_of(stage, tiny, tmp_path / "whole"))
+    assert whole["step"] == 6
+    for stop in (1, 2, 4, 5, 0):
+        pieces = STAGES[stage](config_of(stage, tiny, tmp_path / "pieces", max_steps=stop))
+    assert pieces["weights_sha256"] == whole["weights_sha256"]
+    assert story(tmp_path / "pieces") == story(tmp_path / "whole")
+    assert (
+        whole["weights_sha256"] != STAGES[stage](config_of(stage, tiny, tmp_path / "other", seed=1))["weights_sha256"]
+    )
+
+
+def test_what_was_logged_after_the_checkpoint_is_said_once(tiny, tmp_path):
+    """A kill between checkpoints: the log runs ahead, half a line at its end."""
+    whole = grpo.run(config_of("grpo", tiny, tmp_path / "whole"))
+    run = tmp_path / "killed"
+    grpo.run(config_of("grpo", tiny, run, max_steps=4))
+    for step in (3, 4):
+        shutil.rmtree(run / f"checkpoints/step_{step:06d}")
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 5, "reward/me')
+    (run / "checkpoints" / ".writing_000003").mkdir()
+    again = grpo.run(config_of("grpo", tiny, run))
+    assert again["weights_sha256"] == whole["weights_sha256"] and story(run) == story(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "lose", "manifest"])
+def test_a_damaged_newest_checkpoint_is_refused_and_the_one_before_it_used(tiny, tmp_path, damage, capsys):
+    whole = grpo.run(config_of("grpo", tiny, tmp_path / "whole"))
+    run = tmp_path / "damaged"
+    grpo.run(config_of("grpo", tiny, run, max_steps=4))
+    weights = run / "checkpoints/step_000004/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        weights.write_bytes(content)
+    elif damage == "cut":
+        weights.write_bytes(content[:-1])
+    elif damage == "lose":
+        weights.unlink()
+    else:
+        (run / "checkpoints/step_000004/manifest.json").write_text("{")
+    again = grpo.run(config_of("grpo", tiny, run))
+    assert "step_000004" in capsys.readouterr().err
+    assert again["weights_sha256"] == whole["weights_sha256"] and story(run) == story(tmp_path / "whole")
+
+
+def test_when_every_checkpoint_is_damaged_the_run_says_so(tiny, tmp_path):
+    grpo.run(config_of("grpo", tiny, tmp_path / "run", max_steps=2))
+    for folder in (tmp_path / "run/checkpoints").iterdir():
+        (folder / "optimizer.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no checkpoint is whole"):
+        grpo.run(config_of("grpo", tiny, tmp_path / "run"))
+
+
+def test_another_stage_config_or_input_is_refused(tiny, tmp_path):
+    run = tmp_path / "run"
+    grpo.run(config_of("grpo", tiny, run, max_steps=1))
+    with pytest.raises(RunDirError, match="a run of grpo, not of sft"):
+        sft.run(config_of("sft", tiny, run))
+    with pytest.raises(RunDirError, match="clip_eps: 0.2 then, 0.3 now"):
+        grpo.run(config_of("grpo", tiny, run, clip_eps=0.3))
+    other = tmp_path / "data"
+    shutil.copytree(tiny.data, other)
+    lines = (other / "train.jsonl").read_text().splitlines(keepends=True)
+    (other / "train.jsonl").write_text("".join(lines[1:]))
+    cfg = config_of("grpo", tiny, run, data=str(other))
+    stored = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(stored.replace(str(tiny.data), str(other)))  # the folder moved, the data changed
+    with pytest.raises(DataError, match="has changed since"):
+        grpo.run(cfg)
+
+
+def test_two_processes_never_write_one_run(tiny, tmp_path):
+    cfg = config_of("grpo", tiny, tmp_path / "run")
+    with open_run(cfg, "grpo", {}), pytest.raises(RunDirError, match="another process"), open_run(cfg, "grpo", {}):
+        pass
+    with open_run(cfg, "grpo", {}):
+        pass
+
+
+def test_a_folder_with_other_files_is_left_alone(tiny, tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(RunDirError, match="thesis"):
+        grpo.run(config_of("grpo", tiny, tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) in (["thesis.txt"], [".lock", "thesis.txt"])
+
+
+def test_retention_keeps_the_last_and_the_best(tmp_path):
+    for step in (1, 2, 3, 4, 5):
+        checkpoint.write(tmp_path, step, lambda folder: (folder / "w").write_text("x"), {})
+    checkpoint.retain(tmp_path, keep_last=2, best=2)
+    assert checkpoint.steps_present(tmp_path) == [2, 4, 5]
+
+
+def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stays_good(tiny, tmp_path):
+    """On a real, tiny file system where the machine allows one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = sum(p.stat().st_size for p in tiny.model.glob("*"))
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={8 * size}", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs rights that this process lacks")
+    try:
+        run = disk / "run"
+        with pytest.raises(DiskError, match="cannot be written"):
+            grpo.run(config_of("grpo", tiny, run))
+        _folder, state = checkpoint.newest(run / "checkpoints", print)
+        assert state["step"] >= 1 and not list((run / "checkpoints").glob(".writing*"))
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_while_weights_are_written(tmp_path):
+    from safetensors import SafetensorError
+
+    checkpoint.write(tmp_path, 1, lambda folder: (folder / "w").write_text("x"), {})
+
+    def full(folder):
+        (folder / "half").write_text("half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(DiskError, match="No space left"):
+        checkpoint.write(tmp_path, 2, full, {})
+    assert checkpoint.newest(tmp_path, print)[1]["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
+
+
+def test_an_interrupt_finishes_the_step_and_writes_its_checkpoint(tiny, tmp_path):
+    whole = grpo.run(config_of("grpo", tiny, tmp_path / "whole"))
+    run = tmp_path / "run"
+    with pytest.raises(Interrupted) as caught:
+        interrupted_at(3, config_of("grpo", tiny, run, save_every=100))
+    assert caught.value.exit_code == 130 and "--resume" in str(caught.value)
+    assert checkpoint.steps_present(run / "checkpoints") == [3]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    again = grpo.run(config_of("grpo", tiny, run, save_every=100))
+    assert again["weights_sha256"] == whole["weights_sha256"] and story(run) == story(tmp_path / "whole")
+
+
+def interrupted_at(step, cfg):
+    """Run GRPO, with Ctrl-C pressed in the middle of a step."""
+    with open_bench(cfg, "grpo", {"train": Path(cfg.data) / "train.jsonl"}) as bench:
+        sample = bench.sampler.sample
+
+        def pressing(prompts, params):
+            if bench.sampler.version == step - 1 and params.n > 1:
+                signal.raise_signal(signal.SIGINT)
+            return sample(prompts, params)
+
+        bench.sampler.sample = pressing
+        prompts = bench.prompts(load_split(Path(cfg.data), "train"), cfg.data)
+        grpo.train(cfg, bench, prompts, make_reward("default", format_ok=bench.renderer.style.format_ok))
+
+
+def grpo_flags(tiny, out):
+    flags = ["--model_id", tiny.model, "--data", tiny.data, "--out_dir", out, "--device", "cpu"]
+    flags += ["--prompt_style", "gsm8k", "--max_new_tokens", "12", "--rollouts_per_step", "16", "--group_size", "4"]
+    flags += ["--eval_examples", "4", "--eval_every", "2", "--save_every", "2", "--deterministic", "--lr", "1e-3"]
+    flags += ["--reward", REWARD]
+    return [*map(str, flags), "--set", "steps=12", "--resume", "--json"]
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_kill_9_and_resume_is_bitwise_the_uninterrupted_run(kills, tiny, tmp_path):
+    """One command line in a restart loop; killed at moments spread over sampling, updates and checkpoints."""
+    whole = cli("grpo", *grpo_flags(tiny, tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    run, killed = tmp_path / "killed", 0
+    command = [sys.executable, "-m", "grpo_gsm8k.cli", "grpo", *grpo_flags(tiny, run)]
+    while killed < kills:
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        goal = size_of(run) + 1 + killed % 5
+        while process.poll() is None and size_of(run) < goal:
+            time.sleep(0.002)
+        time.sleep(0.013 * (killed % 7))  # not always at the same place of a step
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.wait()
+        killed += 1
+    assert killed >= min(kills, 2)
+    again = cli("grpo", *grpo_flags(tiny, run))
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["weights_sha256"] == json.loads(whole.stdout)["weights_sha256"]
+    assert story(run) == story(tmp_path / "whole")
+
+
+def size_of(run: Path) -> int:
+    """Rows logged so far."""
+    log = run / "metrics.jsonl"
+    return log.read_bytes().count(b"\n") if log.is_file() else 0
+
+
+def test_step_zero_is_a_checkpoint_when_there_is_nothing_to_do(tiny, tmp_path):
+    cfg = config_of("grpo", tiny, tmp_path / "run")
+    with open_bench(cfg, "grpo", {}) as bench:
+        assert list(loop.steps(bench.run, bench.learner, 0, {})) == []
+        assert checkpoint.steps_present(bench.run.checkpoints) == [0]
