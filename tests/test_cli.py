@@ -6,6 +6,7 @@ import inspect
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -40,7 +41,8 @@ def one_line(err):
 
 
 def test_help_needs_nothing_heavy():
-    code = "import sys, grpo_gsm8k.cli; print(*[m for m in ('torch', 'transformers', 'datasets', 'wandb') if m in sys.modules])"
+    heavy = "('torch', 'transformers', 'datasets', 'wandb', 'matplotlib', 'scipy')"
+    code = f"import sys, grpo_gsm8k.cli; print(*[m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 
@@ -88,7 +90,7 @@ def test_sft_prints_one_object_and_both_spellings_of_a_flag_do(call, tiny, tmp_p
     scored = json.loads(out)
     assert code == 0 and scored["weights_sha256"] == result["weights_sha256"] and scored["n"] == 3
     assert scored.keys() >= {"accuracy", "ci95", "pass_at_k", "tokens_per_s", "seconds", "results_path"}
-    rows = [json.loads(line) for line in open(scored["results_path"])]
+    rows = [json.loads(line) for line in Path(scored["results_path"]).read_text().splitlines()]
     assert len(rows) == 3 and rows[0].keys() >= {"id", "prompt", "response", "extracted", "correct"}
     # An existing run directory is refused, and nothing in it changes.
     before = sorted((p, p.stat().st_mtime_ns) for p in out_dir.rglob("*") if p.name != ".lock")

@@ -112,7 +112,7 @@ def test_another_stage_config_or_input_is_refused(tiny, tmp_path):
     grpo.run(config_of("grpo", tiny, run, max_steps=1))
     with pytest.raises(RunDirError, match="a run of grpo, not of sft"):
         sft.run(config_of("sft", tiny, run))
-    with pytest.raises(RunDirError, match="clip_eps: 0.2 then, 0.3 now"):
+    with pytest.raises(RunDirError, match=r"clip_eps: 0\.2 then, 0\.3 now"):
         grpo.run(config_of("grpo", tiny, run, clip_eps=0.3))
     other = tmp_path / "data"
     shutil.copytree(tiny.data, other)

@@ -146,6 +146,10 @@ def _tag_pattern(tag: str) -> str:
     return re.sub(r"^<(/?)|(?=>$)", lambda m: rf"{m[0][:1]}\s?{m[1] or ''}", re.escape(tag))
 
 
+def _bare(tag: str) -> str:
+    return re.sub(r"\s", "", tag).lower()
+
+
 def _without_thoughts(text: str, tags: Tags) -> str:
     """The text outside the thoughts, its answer tags spelled as in `tags`.
 
@@ -154,11 +158,13 @@ def _without_thoughts(text: str, tags: Tags) -> str:
     """
     kinds = (tags.think_open, tags.think_close, tags.answer_open, tags.answer_close)
     pattern = re.compile("|".join(_tag_pattern(tag) for tag in kinds if tag) or r"(?!)", re.IGNORECASE)
+    spellings: dict[str, str] = {}
     said: list[str] = []
     depth = position = opened_at = 0
     for match in pattern.finditer(text):
-        tag = re.sub(r"\s", "", match.group()).lower()
-        kind = next(kind for kind in kinds if kind and re.sub(r"\s", "", kind).lower() == tag)
+        if match[0] not in spellings:
+            spellings[match[0]] = next(tag for tag in kinds if tag and _bare(tag) == _bare(match[0]))
+        kind = spellings[match[0]]
         if depth == 0:
             said.append(text[position : match.start()])
         position = match.end()
@@ -262,8 +268,6 @@ _ALTERNATIVE_AFTER = re.compile(r"[\s$.)\]\\*}]{0,8}(?:\bor\b|\bto\b|±|\\pm)[^.
 _ALTERNATIVE_BEFORE = re.compile(
     r"(?:[\d}][\s$*)\]\\]{0,8}(?:\w{1,9} )?,?\s{0,2}\bor|\}[\s$*)\]\\]{0,8}(?:,|,?\s?\band\b))[\s$*([\\]{0,8}$"
 )
-
-
 _REJECTED = re.compile(r"\b(?:not|instead of|rather than|isn't)[\s$*(\[\\]{0,8}$", re.IGNORECASE)
 
 
@@ -308,11 +312,11 @@ def _hashed(text: str, inside: int, tags: Tags) -> _Found | None:
     """Reads the line after `####`, or the next one if it is empty. None for a markdown heading."""
     if text[inside : inside + 1] == "#" or text[inside - 5 : inside - 4] == "#":
         return None
-    line = re.compile(r"[^\n]{0,%d}" % MAX_STATEMENT).match(text, inside)
-    assert line
-    if not _says_anything(line.group()) or _ANSWER_HEADING.fullmatch(line.group()):
-        line = re.compile(r"\s{0,9}([^\n]{0,%d})" % MAX_STATEMENT).match(text, line.end()) or line
-    content, end = line.group().strip(" #\n"), line.end()
+    end = _line_end(text, inside)
+    if not _says_anything(text[inside:end]) or _ANSWER_HEADING.fullmatch(text[inside:end]):
+        inside = end
+        end = _line_end(text, end + 1 + len(text[end : end + 9]) - len(text[end : end + 9].lstrip()))
+    content = text[inside:end].strip(" #\n\r\t")
     if tags.answer_close and tags.answer_close in content:
         content = content[: content.index(tags.answer_close)]
     follows = bool(text[end : end + MAX_WINDOW].strip())
@@ -326,6 +330,12 @@ def _hashed(text: str, inside: int, tags: Tags) -> _Found | None:
         if _quantities(_tokens(sentence)):
             return _Found(_read(sentence, leading=True), end)
     return _Found(None, end)
+
+
+def _line_end(text: str, start: int) -> int:
+    """Where the line ends, or where as much of it as is read."""
+    end = text.find("\n", start, start + MAX_STATEMENT)
+    return end if end >= 0 else min(len(text), start + MAX_STATEMENT)
 
 
 def _says_anything(content: str) -> bool:
@@ -439,8 +449,8 @@ def _last_spoken(text: str) -> _Found | None:
 
 
 _WORKING = re.compile(
-    r"^\W*(?:first\b(?! ?,? ?\w+ and)|firstly|let\b(?! me know)|let['’]s|suppose|assume|step 1\b|to (?:find|solve|calculate|get))"
-    r"|\b(?:need(?:s)? to|have to|has to|must now|let['’]s|let us|going to|remains to be|next,? we|will now|now we)\b",
+    r"^\W*(?:first\b|firstly|let\b(?! me know)|let['’]s|suppose|assume|step 1\b|to (?:find|solve|calculate|get))"
+    r"|\b(?:(?:we|i)(?: \w+)? (?:need|have to|must|will now|can now)|let['’]s|let us|next,? we|now we)\b",
     re.IGNORECASE,
 )
 _CONCLUDING = re.compile(
@@ -448,7 +458,7 @@ _CONCLUDING = re.compile(
 )
 _DANGLING = re.compile(
     r"(?:\b(?:the|an?|of|to|and|or|in|for|is|are|was|were|has|have|had|with|by|from|then|so|that|which|who|she|he|they"
-    r"|we|you|it|her|his|their|its|needs?|will|can|at|as|on|per|be|but|if|because|since|when|each|every)"
+    r"|we|you|it|her|his|their|its|needs?|will|can|at|as|on|per|be|but|if|because|since|when|every)"
     r"|[-+/^=×÷≈,:;(\[{<>&…−–]|\s\*|\\(?:times|cdot|div|frac)|<<[^<>]*|\.\.\.)[\s$*\\(\[]*$",
     re.IGNORECASE,
 )
@@ -471,13 +481,13 @@ def _final_statement(text: str, closed: bool = False) -> Quantity | None:
         tokens = _tokens(sentence)
         quantities = _quantities(tokens)
         asks = sentence.rstrip("*_ \"')").endswith("?")
-        if _WORKING.search(sentence) or _REFUSAL.search(sentence) or (asks and quantities):
+        if (_WORKING.search(sentence) and "=" not in sentence) or _REFUSAL.search(sentence) or (asks and quantities):
             return None
         if quantities:
             answer = _read(sentence)
             trailing = len(tokens) - quantities[-1].end
             terse = len(tokens) <= 6 or _CONCLUDING.search(sentence)
-            if not (finished or closed) and (trailing > 5 or not terse):
+            if not (finished or closed) and (trailing > (12 if "=" in sentence else 5) or not terse):
                 return None
             return opening if opening and not _CONCLUDING.search(sentence) else answer
         if not (finished or closed):
@@ -486,7 +496,7 @@ def _final_statement(text: str, closed: bool = False) -> Quantity | None:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Layer 4: one statement, one quantity
+# Layer 4a: from text to tokens
 
 
 class _Token(NamedTuple):
@@ -494,12 +504,172 @@ class _Token(NamedTuple):
     text: str  # lower case
     start: int
     end: int
-    source: str
+    source: str  # the whole statement, so that a quantity can be shown as it was written
     value: Fraction | None = None  # of a number; None if it is malformed (3,14 or 3:30)
 
 
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_COMMANDS = {
+    **dict.fromkeys(_words("times cdot ast"), "*"),
+    **dict.fromkeys(_words("approx sim simeq approxeq"), "≈"),
+    **dict.fromkeys(_words("implies Rightarrow rightarrow to Longrightarrow longrightarrow"), " = "),
+    **dict.fromkeys(_words("circ degree"), "° "),
+    **dict.fromkeys(_words("left right big Big bigl bigr displaystyle boxed fbox framebox"), ""),
+    **dict.fromkeys(_words("bf rm it underline emph color large Large"), ""),
+    **dict.fromkeys(_words("quad qquad therefore pounds euro"), " "),
+    **dict.fromkeys(_words("dots ldots cdots"), "…"),
+    **{"div": "÷", "pm": "±", "!": "", "%": "%", "$": "$", "#": "", "&": " and ", "_": "_", "*": "*", "-": "-"},
+}
+_FOLDED = str.maketrans(
+    dict.fromkeys("−–‐‑‒﹣－", "-")
+    | dict.fromkeys("×✕∙⋅·", "*")
+    | dict.fromkeys("→⇒⟹", "=")
+    | dict.fromkeys("€£¥₹₩₽", "$")
+    | {"⁄": "/", "∕": "/", "٫": ".", "٬": ",", "’": "'", "—": " — ", "º": "°", "≃": "≈", "，": ",", "¢": " cents"}
+    | dict.fromkeys("\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\u00ad")
+)
+
+
+def _plain(text: str) -> str:
+    """One spelling for what reads the same: Unicode, LaTeX and markdown folded into plain ASCII arithmetic."""
+    text = re.sub("[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda m: "^" + unicodedata.normalize("NFKC", m[0]), text)
+    text = re.sub("[¼-¾⅐-⅞]", lambda m: " " + unicodedata.normalize("NFKC", m[0]), text)
+    text = unicodedata.normalize("NFKC", text).translate(_FOLDED)
+    if not text.isascii():
+        text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
+    text = re.sub(r"<<[^<>]*>>|~~[^~]*~~|</?[A-Za-z][^<>]{0,40}>", "", text)  # calculator notes, struck out, HTML
+    # LaTeX
+    text = re.sub(r"&\s?=", "=", text).replace("{,}", ",").replace("\\!", "").replace("\\,", " ")
+    text = re.sub(r"\\(?:text\w*|math\w+|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 ", text)
+    text = re.sub(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))", _fraction_text, text)
+    text = re.sub(r"\\([A-Za-z]+|.)", _command_text, text, flags=re.DOTALL)
+    text = re.sub(r"\^\s*\{\s*([-+]?\w+|°)\s*\}", r"^\1", text).replace("^°", "°").replace("^ °", "°")
+    # Markdown, once Python's power is out of the way
+    text = re.sub(r"(?<=[\d)])\s?\*\*\s?(?=[\d(])", "^", text)
+    text = re.sub(r"(?<![\w*])\*([^*\s][^*]*)\*(?![\w*])|\*\*|`|[{}]", lambda m: m[1] or " " * (m[0] in "{}"), text)
+    text = re.sub(r"(?<!\w)_+|_+(?!\w)", "", text)
+    # Signs that look like operators
+    text = re.sub(r"(?<=\w)~\s?(?=\w)", " ", text)
+    text = re.sub(r"(?<=\d)\s?[xX]\s?(?=\d)", "*", text)
+    text = re.sub(r"(?<=\d)-(?=[A-Za-z]{2})", " ", text)
+    text = re.sub(r"\s-+\s(?=[A-Za-z]{2})|(?<=[\sA-Za-z])--+(?=[\sA-Za-z])", " — ", text)
+    text = re.sub(r"\b(?:US|AU|CA|NZ|HK|A|C|S)\$|\b(?:USD|EUR|GBP|INR|CAD|AUD|Rs\.?)\s?(?=-?\d)", "$", text)
+    return re.sub(r"-\s?\$\s?(?=[\d.])", "$-", text)
+
+
+def _fraction_text(match: re.Match[str]) -> str:
+    return f" {(match[1] or match[2] or '').strip()}/{(match[3] or match[4] or '').strip()} "
+
+
+def _command_text(match: re.Match[str]) -> str:
+    """What a LaTeX command contributes. An unknown one becomes an operator, which nothing parses."""
+    name = match[1]
+    if name.startswith(("text", "math")):
+        return ""
+    return _COMMANDS.get(name, "�" if name.isalpha() and len(name) > 1 else " ")
+
+
+_TOKEN = re.compile(
+    r"(?P<num>[1-9]\d{0,2}(?:\ \d{3})+(?![\d,:]|\.\d)(?:\.\d+)?|\.?\d+(?:[.,:'_]\d+)*(?:[eE][-+]?\d+)?)"
+    r"|(?P<word>(?:[kcm]?m|ft|in)[23]\b|[^\W\d_]+(?:['-][^\W\d_]+)*|[%°])"
+    r"|(?P<op>[-+*/^=÷±≈<>~_√∞≠≤≥:|�])"
+    r"|(?P<stop>[,;.()!?…—&\[\]])"
+)
+_NUMBER = re.compile(
+    r"(\d+|[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+|(?:'\d{3})+|(?:_\d{3})+)|[1-9]\d?(?:,\d\d)+,\d{3})?"
+    r"(\.\d+)?(?:[eE]([-+]?\d{1,4}))?"
+)
+
+
+def _number_value(text: str) -> Fraction | None:
+    """The value of one run of digits and separators; None if it is malformed, or absurdly long or large."""
+    match = _NUMBER.fullmatch(text) if len(text) <= MAX_DIGITS else None
+    power = int(match[3] or 0) if match else 0
+    if not match or abs(power) > MAX_DIGITS:
+        return None
+    return Fraction(re.sub(r"[, '_]", "", match[1] or "0") + (match[2] or "")) * Fraction(10) ** power
+
+
+def _tokens(text: str) -> list[_Token]:
+    """The numbers, words, operators and stops of a statement. Dollar signs and stray symbols are dropped."""
+    if len(text) > MAX_STATEMENT:
+        text = text[:MAX_STATEMENT].rpartition(" ")[0]
+    source = _plain(text)
+    tokens = []
+    for m in islice(_TOKEN.finditer(source), MAX_TOKENS):
+        value = _number_value(m[0]) if m.lastgroup == "num" else None
+        tokens.append(_Token(m.lastgroup, m[0].lower(), m.start(), m.end(), source, value))  # type: ignore[arg-type]
+    return tokens if _has_number(tokens) else _spelled(tokens)
+
+
+def _at(tokens: list[_Token], i: int) -> str:
+    """The text of a token, empty beyond either end."""
+    return tokens[i].text if 0 <= i < len(tokens) else ""
+
+
+def _has_number(tokens: list[_Token]) -> bool:
+    return any(token.kind == "num" for token in tokens)
+
+
+_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen \
+seventeen eighteen nineteen"
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_SMALL = {word: number for number, word in enumerate(_ONES.split())}
+_SMALL |= {word: 10 * number for number, word in enumerate(_TENS.split(), 2)}
+_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+
+
+def _spelled(tokens: list[_Token]) -> list[_Token]:
+    """Joins number words ("twenty-one", "two hundred and five") into number tokens."""
+    merged: list[_Token] = []
+    i = 0
+    while i < len(tokens):
+        end = i
+        while set(_at(tokens, end).split("-")) <= (_SMALL.keys() | _SCALES.keys() if end > i else _SMALL.keys()) or (
+            _at(tokens, end) == "and" and _at(tokens, end - 1) in _SCALES and _at(tokens, end + 1) in _SMALL
+        ):
+            end += 1
+        words = "-".join(token.text for token in tokens[i:end] if token.text != "and").split("-")
+        pronoun = words == ["one"] and (
+            _at(tokens, i - 1) in ("no", "any", "every", "each", "this", "that", "which", "the")
+            or _at(tokens, end) == "of"
+        )
+        value = _words_value(words) if end > i and not pronoun else None
+        if value is not None:
+            first, last = tokens[i], tokens[end - 1]
+            text = first.source[first.start : last.end].lower()
+            merged.append(_Token("num", text, first.start, last.end, first.source, Fraction(value)))
+        else:
+            merged += tokens[i : max(end, i + 1)]
+        i = max(end, i + 1)
+    return merged
+
+
+def _words_value(words: list[str]) -> int | None:
+    """twenty, one → 21; None for a mere sequence such as "two three"."""
+    total = group = 0
+    below = 10**15  # what may still be added to the group: after "twenty" ones only, after "two" nothing
+    for word in words:
+        if word == "hundred":
+            group, below = group * 100, 100
+        elif word in _SCALES:
+            total, group, below = total + group * _SCALES[word], 0, 1000
+        elif _SMALL[word] < below:
+            group, below = group + _SMALL[word], 10 if _SMALL[word] >= 20 else 1
+        else:
+            return None
+    return total + group
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Layer 4b: quantities among tokens
+
+
 class _Span(NamedTuple):
-    """A quantity within a list of tokens."""
+    """A quantity within a list of tokens; its value is None where the number is malformed."""
 
     start: int
     end: int
@@ -511,225 +681,52 @@ class _Span(NamedTuple):
         return None if self.value is None else Quantity(self.text, self.value)
 
 
-_COMMANDS = {
-    **dict.fromkeys(["times", "cdot", "ast"], "*"),
-    **dict.fromkeys(["approx", "sim", "simeq", "approxeq"], "≈"),
-    **dict.fromkeys(["implies", "Rightarrow", "rightarrow", "to", "Longrightarrow", "longrightarrow"], " = "),
-    **dict.fromkeys(["circ", "degree"], "° "),
-    **dict.fromkeys(["left", "right", "big", "Big", "bigl", "bigr", "displaystyle", "boxed", "fbox", "framebox"], ""),
-    **dict.fromkeys(["bf", "rm", "it", "mbox", "operatorname", "underline", "emph", "color", "Large", "large"], ""),
-    **dict.fromkeys(["quad", "qquad", "therefore", "pounds", "euro", "(", ")", "[", "]", "{", "}"], " "),
-    **dict.fromkeys([",", ";", ":", ">", " ", "\\", "\n", "n"], " "),
-    **dict.fromkeys(["dots", "ldots", "cdots"], "…"),
-    **{"div": "÷", "pm": "±", "!": "", "%": "%", "$": "$", "#": "", "&": " and ", "_": "_", "*": "*", "-": "-"},
-}
-_FOLDED = str.maketrans(
-    dict.fromkeys("−–‐‑‒﹣－", "-") | dict.fromkeys("×✕∙⋅·", "*") | dict.fromkeys("→⇒⟹", "=") | dict.fromkeys("€£¥₹₩₽", "$")
-    | {"⁄": "/", "∕": "/", "٫": ".", "٬": ",", "’": "'", "—": " — ", "º": "°", "≃": "≈", "，": ",", "¢": " cents"}
-    | dict.fromkeys("\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\u00ad")
-)  # fmt: skip
-_SUPERSCRIPT = re.compile(r"[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
-_VULGAR = re.compile(r"[¼-¾⅐-⅞]")
-_FRACTION = re.compile(r"\\[dtc]?frac\s*(\{[^{}]*\}|\d)\s*(\{[^{}]*\}|\d)")
-
-
-def _plain(text: str) -> str:
-    """One spelling for what reads the same: Unicode, LaTeX and markdown folded into plain ASCII arithmetic."""
-    text = _SUPERSCRIPT.sub(lambda m: "^" + unicodedata.normalize("NFKC", m.group()), text)
-    text = _VULGAR.sub(lambda m: " " + unicodedata.normalize("NFKC", m.group()), text)
-    text = unicodedata.normalize("NFKC", text).translate(_FOLDED)
-    if not text.isascii():
-        text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
-    text = re.sub(r"<<[^<>]*>>|~~[^~]*~~|</?[A-Za-z][^<>]{0,40}>", "", text)  # calculator notes, struck out, HTML
-    text = re.sub(r"&\s?=", "=", text)
-    text = text.replace("{,}", ",").replace("\\!", "").replace("\\,", " ")
-    text = re.sub(r"\\(?:text\w*|math\w+|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 ", text)
-    text = _FRACTION.sub(lambda m: f" {m[1].strip('{} ')}/{m[2].strip('{} ')} ", text)
-    text = re.sub(r"\\([A-Za-z]+|.)", _command, text, flags=re.DOTALL)
-    text = re.sub(r"\^\s*\{\s*([-+]?\w+|°)\s*\}", r"^\1", text).replace("^°", "°").replace("^ °", "°")
-    text = re.sub(r"(?<=[\d)])\s?\*\*\s?(?=[\d(])", "^", text)  # Python's power, before bold is dropped
-    text = re.sub(r"(?<![\w*])\*([^*\s][^*]*)\*(?![\w*])|\*\*|`|[{}]", lambda m: m[1] or " " * (m[0] in "{}"), text)
-    text = re.sub(r"(?<!\w)_+|_+(?!\w)", "", text)
-    text = re.sub(r"(?<=\w)~\s?(?=\w)", " ", text)
-    text = re.sub(r"(?<=\d)\s?[xX]\s?(?=\d)", "*", text)
-    text = re.sub(
-        r"(?<=\d)-(?=[A-Za-z]{2})|\s-+\s(?=[A-Za-z]{2})|(?<=[\sA-Za-z])--+(?=[\sA-Za-z])",
-        lambda m: " " if m[0] == "-" else " — ",
-        text,
-    )
-    text = re.sub(r"\b(?:US|AU|CA|NZ|HK|A|C|S)\$|\b(?:USD|EUR|GBP|INR|CAD|AUD|Rs\.?)\s?(?=-?\d)", "$", text)
-    return re.sub(r"-\s?\$\s?(?=[\d.])", "$-", text)
-
-
-def _command(match: re.Match[str]) -> str:
-    """What a LaTeX command contributes. An unknown one becomes an operator, which nothing parses."""
-    name = match[1]
-    if name.startswith(("text", "math")):
-        return ""
-    return _COMMANDS.get(name, "�" if name.isalpha() else " ")
-
-
-_TOKEN = re.compile(
-    r"(?P<num>[1-9]\d{0,2}(?:\ \d{3})+(?![\d,:]|\.\d)(?:\.\d+)?|\.?\d+(?:[.,:'_]\d+)*(?:[eE][-+]?\d+)?)"
-    r"|(?P<word>(?:[kcm]?m|ft|in)[23]\b|[^\W\d_]+(?:['-][^\W\d_]+)*|[%°])"
-    r"|(?P<op>[-+*/^=×÷±≈<>~_√∞≠≤≥:|�])"
-    r"|(?P<stop>[,;.()!?…—&\[\]])"
-)
-_NUMBER = re.compile(
-    r"(\d+|[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+|(?:'\d{3})+|(?:_\d{3})+)|[1-9]\d?(?:,\d\d)+,\d{3})?(\.\d+)?(?:[eE]([-+]?\d+))?"
-)
-
-
-def _number_value(text: str) -> Fraction | None:
-    """The value of one run of digits and separators; None if it is malformed, or absurdly long or large."""
-    match = _NUMBER.fullmatch(text)
-    if not match or len(text) > MAX_DIGITS or len(match[3] or "") > 4 or abs(int(match[3] or 0)) > MAX_DIGITS:
-        return None
-    digits = re.sub(r"[, '_]", "", match[1] or "0") + (match[2] or "")
-    return Fraction(digits) * Fraction(10) ** int(match[3] or 0)
-
-
-def _tokens(text: str) -> list[_Token]:
-    """The numbers, words, operators and stops of a statement. Dollar signs and stray symbols are dropped."""
-    if len(text) > MAX_STATEMENT:
-        text = text[:MAX_STATEMENT].rpartition(" ")[0]
-    source = _plain(text)
-    tokens = []
-    for m in islice(_TOKEN.finditer(source), MAX_TOKENS):
-        value = _number_value(m.group()) if m.lastgroup == "num" else None
-        tokens.append(_Token(m.lastgroup, m.group().lower(), m.start(), m.end(), source, value))  # type: ignore[arg-type]
-    return tokens if any(token.kind == "num" for token in tokens) else _spelled(tokens)
-
-
-_SMALL = {
-    word: number
-    for number, word in enumerate(
-        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
-    )
-} | {
-    word: 10 * number
-    for number, word in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], 2)
-}  # fmt: skip
-_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-
-
-def _spelled(tokens: list[_Token]) -> list[_Token]:
-    """Joins number words ("twenty-one", "two hundred and five") into number tokens."""
-    merged: list[_Token] = []
-    index = 0
-    while index < len(tokens):
-        end, total, group, open_to = index, 0, 0, 10**15
-        while end < len(tokens):
-            parts = tokens[end].text.split("-")
-            if parts == ["and"] and end > index and tokens[end - 1].text in _SCALES:
-                end += 1
-                continue
-            if not all(part in _SMALL or (part in _SCALES and end > index) for part in parts):
-                break
-            for part in parts:
-                if part == "hundred":
-                    group, open_to = group * 100, 100
-                elif part in _SCALES:
-                    total, group, open_to = total + group * _SCALES[part], 0, 1000
-                elif _SMALL[part] < open_to:
-                    group += _SMALL[part]
-                    open_to = 10 if _SMALL[part] >= 20 else 1
-                else:
-                    return tokens  # "one two": not a number
-            end += 1
-        first = tokens[index]
-        pronoun = first.text == "one" and end == index + 1 and (
-            (index and tokens[index - 1].text in ("no", "any", "every", "each", "this", "that", "which", "the"))
-            or (end < len(tokens) and tokens[end].text == "of")
-        )  # fmt: skip
-        if end > index and not pronoun:
-            text = first.source[first.start : tokens[end - 1].end].lower()
-            merged.append(_Token("num", text, first.start, tokens[end - 1].end, first.source, Fraction(total + group)))
-            index = end
-        else:
-            merged.append(first)
-            index += 1
-    return merged
-
-
-_GLUED_UNITS = frozenset(
-    [
-        "k",
-        "kg",
-        "g",
-        "mg",
-        "km",
-        "m",
-        "cm",
-        "mm",
-        "mi",
-        "ft",
-        "in",
-        "yd",
-        "lb",
-        "oz",
-        "l",
-        "ml",
-        "h",
-        "hr",
-        "s",
-        "am",
-        "pm",
-        "c",
-        "f",
-        "st",
-        "nd",
-        "rd",
-        "th",
-        "m2",
-        "m3",
-        "cm2",
-        "cm3",
-        "km2",
-    ]
+_GLUED_UNITS = _words(
+    "% ° kg g mg km m cm mm mi ft in yd lb oz l ml h hr s am pm mb gb kb c f st nd rd th m2 m3 cm2 cm3 km2 ft2 in2"
 )
 
 
 def _quantity_at(tokens: list[_Token], start: int) -> _Span | None:
-    """The quantity that starts at this token: a sign, then an integer, decimal, fraction, mixed number, ..."""
-
-    def text(i: int) -> str:
-        return tokens[i].text if i < len(tokens) else ""
-
-    def number(i: int) -> Fraction | None:
-        return tokens[i].value if i < len(tokens) else None
-
-    def fraction(i: int) -> tuple[Fraction, int] | None:
-        negative = text(i + 2) == "-"
-        over = number(i + 2 + negative) if text(i + 1) == "/" else None
-        top = number(i)
-        return (top / (-over if negative else over), i + 3 + negative) if over and top is not None else None
-
-    i = start + (text(start) in ("+", "-"))
-    if i >= len(tokens) or tokens[i].kind != "num":
+    """The quantity that starts at this token: sign, then integer, decimal, a/b, mixed number, a*10^b, or 2 million."""
+    first = start + (_at(tokens, start) in ("+", "-"))
+    if first >= len(tokens) or tokens[first].kind != "num":
         return None
-    value, end = tokens[i].value, i + 1
-    mixed = fraction(end + (text(end) == "and"))
-    if part := fraction(i):
+    value, end = tokens[first].value, first + 1
+    if part := _fraction_at(tokens, first):
         value, end = part
-    elif value is not None and value.denominator == 1 and mixed and 0 < mixed[0] < 1:
-        value, end = value + mixed[0], mixed[1]
-    elif (text(end), text(end + 1), text(end + 2)) == ("*", "10", "^"):
-        negative = text(end + 3) == "-"
-        power = number(end + 3 + negative)
-        if value is not None and power is not None and power.denominator == 1 and power <= MAX_DIGITS:
-            value *= Fraction(10) ** (-int(power) if negative else int(power))
-            end += 4 + negative
-    glued = end < len(tokens) and tokens[end].start == tokens[end - 1].end and tokens[end].kind == "word"
-    if value is not None and (text(end) in _SCALES or (glued and text(end) == "k")):
-        value, end = value * _SCALES.get(text(end), 1000), end + 1
     elif (
-        glued and text(end).isascii() and text(end) not in _GLUED_UNITS and len(text(end)) < 3 and text(end) not in "%°"
+        value is not None
+        and value.denominator == 1
+        and (part := _fraction_at(tokens, end + (_at(tokens, end) == "and")))
     ):
-        value = None  # 18x, 0b1: algebra, or another base
-    if value is not None and text(start) == "-":
+        if 0 < part[0] < 1:
+            value, end = value + part[0], part[1]
+    elif value is not None and [_at(tokens, end + i) for i in range(3)] == ["*", "10", "^"]:
+        power = re.fullmatch(
+            r"(-?)(\d{1,3})", _at(tokens, end + 3) + (_at(tokens, end + 4) if _at(tokens, end + 3) == "-" else "")
+        )
+        if power and int(power[2]) <= MAX_DIGITS:
+            value, end = value * Fraction(10) ** int(power[0]), end + 4 + len(power[1])
+    unit = _at(tokens, end)
+    glued = bool(unit) and tokens[end].kind == "word" and tokens[end].start == tokens[end - 1].end
+    if value is not None and (unit in _SCALES or (glued and unit == "k")):
+        value, end = value * _SCALES.get(unit, 1000), end + 1
+    elif glued and unit.isascii() and len(unit) < 3 and unit not in _GLUED_UNITS:
+        value = None  # 18x, 0x12: algebra, or another base
+    if value is not None and tokens[start].text == "-":
         value = -value
     return _Span(start, end, value, tokens[start].source[tokens[start].start : tokens[end - 1].end])
+
+
+def _fraction_at(tokens: list[_Token], i: int) -> tuple[Fraction, int] | None:
+    """The value of `a/b` at this token, and where it ends."""
+    below = i + 2 + (_at(tokens, i + 2) == "-")
+    if _at(tokens, i + 1) != "/" or below >= len(tokens):
+        return None
+    top, bottom = tokens[i].value, tokens[below].value
+    if top is None or not bottom:
+        return None
+    return top / (-bottom if below > i + 2 else bottom), below + 1
 
 
 def _quantities(tokens: list[_Token]) -> list[_Span]:
@@ -745,72 +742,36 @@ def _quantities(tokens: list[_Token]) -> list[_Span]:
 
 
 def _is_sign(tokens: list[_Token], i: int) -> bool:
-    if tokens[i].text not in ("+", "-"):
+    """Whether a plus or minus belongs to the number after it: "is -5", but not "20 - 5"."""
+    if tokens[i].text not in ("+", "-") or i + 1 == len(tokens):
         return False
-    if i == 0 or tokens[i - 1].kind == "op" or tokens[i - 1].text in ("(", "[", ",", ";"):
+    if i == 0 or tokens[i - 1].kind == "op" or tokens[i - 1].text in ("(", "[", ",", ";", "is", "are", "be", "equals"):
         return True
-    before = tokens[i - 1]
-    spaced = i + 1 < len(tokens) and tokens[i].source[tokens[i].end : tokens[i + 1].start].strip("$") != ""
-    return before.kind == "word" and (
-        before.text in ("is", "are", "be", "equals") or (before.end < tokens[i].start and not spaced)
-    )
+    attached = tokens[i].source[tokens[i].end : tokens[i + 1].start].strip("$") == ""
+    return tokens[i - 1].kind == "word" and attached and tokens[i - 1].end < tokens[i].start
 
 
-_NOT_UNITS = frozenset(
-    [
-        "is",
-        "are",
-        "was",
-        "were",
-        "be",
-        "has",
-        "have",
-        "had",
-        "do",
-        "does",
-        "or",
-        "and",
-        "to",
-        "but",
-        "not",
-        "plus",
-        "minus",
-        "times",
-        "divided",
-        "multiplied",
-        "equals",
-        "than",
-        "less",
-        "more",
-        "because",
-        "since",
-        "as",
-        "after",
-        "before",
-        "if",
-        "so",
-        "then",
-        "which",
-        "therefore",
-        "thus",
-    ]
+_NOT_UNITS = _words(
+    "is are was were be has have had do does or and to but not plus minus times divided multiplied equals than less"
+    " more because since as after before if so then which therefore thus"
 )
+
+_MULTIPLIED = _words("as the that a an his her its their")  # "3 times as many", but "3 times per week"
 
 
 def _units_end(tokens: list[_Token], i: int) -> int:
-    """Where the unit words that follow a quantity end ("dollars per day", "km/h", "m^2")."""
+    """Where the unit words that follow a quantity end ("dollars per day", "km/h", "m^2", "more eggs", "times")."""
     while i < len(tokens):
+        text, following = tokens[i].text, tokens[i + 1] if i + 1 < len(tokens) else None
         if (
-            (tokens[i].kind == "word" and tokens[i].text not in _NOT_UNITS)
-            or (tokens[i].text == "more" and (i + 1 == len(tokens) or tokens[i + 1].text != "than"))
-            or (tokens[i].text == "times" and (i + 1 == len(tokens) or tokens[i + 1].kind == "stop"))
+            (tokens[i].kind == "word" and text not in _NOT_UNITS)
+            or (text == "more" and _at(tokens, i + 1) != "than")
+            or (text == "times" and not (following and (following.kind == "num" or following.text in _MULTIPLIED)))
         ):
             i += 1
-        elif (i + 1 < len(tokens) and tokens[i].text == "/" and tokens[i + 1].kind == "word") or (
-            i + 1 < len(tokens)
-            and tokens[i].text == "^"
-            and tokens[i + 1].kind == "num"
-            and tokens[i - 1].kind == "word"
+        elif following and (
+            (text == "/" and following.kind == "word")
+            or (text == "^" and following.kind == "num" and tokens[i - 1].kind == "word")
         ):
             i += 2
         else:
@@ -820,86 +781,26 @@ def _units_end(tokens: list[_Token], i: int) -> int:
 
 def _whole(tokens: list[_Token]) -> Quantity | None:
     """The quantity that the tokens are, with at most a few unit words; None if there is anything else."""
-    while tokens and tokens[-1].kind == "stop" and tokens[-1].text in ".!,;":
+    while tokens and tokens[-1].text in (".", "!", ",", ";"):
         tokens = tokens[:-1]
-    while len(tokens) > 2 and (tokens[0].text + tokens[-1].text) in ("()", "[]"):
+    while len(tokens) > 2 and tokens[0].text + tokens[-1].text in ("()", "[]"):
         tokens = tokens[1:-1]
     span = _quantity_at(tokens, 0)
     if not span or _units_end(tokens, span.end) < len(tokens) or len(tokens) - span.end > 5:
         return None
-    lone_variable = len(tokens) - span.end == 1 and tokens[-1].text in tuple("xyzn")
-    return None if lone_variable else span.quantity
+    variable = len(tokens) == span.end + 1 and tokens[-1].text in ("x", "y", "z", "n")
+    return None if variable else span.quantity
 
 
-_CLAUSE = frozenset(
-    [
-        "because",
-        "since",
-        "as",
-        "after",
-        "before",
-        "when",
-        "while",
-        "if",
-        "given",
-        "where",
-        "once",
-        "until",
-        "unless",
-        "considering",
-        "due",
-    ]
-)
-_RESULT = frozenset(
-    [
-        "so",
-        "thus",
-        "hence",
-        "therefore",
-        "then",
-        "which",
-        "giving",
-        "leaving",
-        "meaning",
-        "making",
-        "totaling",
-        "totalling",
-    ]
-)
+# ---------------------------------------------------------------------------------------------------------
+# Layer 4c: the one quantity that a statement commits to
 
-
-def _without_remarks(tokens: list[_Token]) -> list[_Token]:
-    """Drops parentheses, subordinate clauses and "not 17", as long as a number remains."""
-    kept: list[_Token] = []
-    depth = 0
-    for i, token in enumerate(tokens):
-        if token.text in ("(", "["):
-            operand = i and (tokens[i - 1].kind == "op" or tokens[i - 1].end == token.start)
-            depth += 1 if depth or not (operand or "or" in (t.text for t in tokens[i : i + 3])) else 0
-        if not depth:
-            kept.append(token)
-        elif token.text in (")", "]"):
-            depth -= 1
-    tokens = kept if any(token.kind == "num" for token in kept) else tokens
-    i = 0
-    while i < len(tokens):
-        end = i
-        if tokens[i].text in _CLAUSE or [t.text for t in tokens[i : i + 2]] in (["out", "of"], ["instead", "of"]):
-            end = next((j for j in range(i, len(tokens)) if tokens[j].text in ",;"), len(tokens))
-        elif (tokens[i].text in ("not", "than") and i and tokens[i - 1].text in (",", "rather")) or tokens[i].text in (
-            "not",
-            "isn't",
-            "wasn't",
-        ):
-            end = next((j for j in range(i + 1, len(tokens)) if tokens[j].kind == "num"), i) + 1
-        elif tokens[i].text == "of" and i and tokens[i - 1].kind == "num":
-            end = next((j for j in range(i + 1, min(i + 4, len(tokens))) if tokens[j].kind == "num"), i - 1) + 1
-        rest = tokens[:i] + tokens[end:]
-        if end > i and any(token.kind == "num" for token in rest):
-            tokens = rest
-        else:
-            i += 1
-    return tokens
+_CLAUSE = _words("because since as after before when while if given where once until unless considering due")
+_RESULT = _words("so thus hence therefore then which giving leaving meaning making totaling totalling")
+_ESTIMATE = _words("about approximately approx around roughly nearly almost least most circa between")
+_SPOILS = _ESTIMATE | _words("not isn't never than times plus minus")  # directly before a number: not its value
+_CIRCUMSTANCE = _words("after in within during over every each per from than at with among by on until before for")
+_DETERMINERS = _words("the all these those her his their its only just another next first last past a an")
 
 
 def _read(text: str, leading: bool = False) -> Quantity | None:
@@ -910,154 +811,149 @@ def _read(text: str, leading: bool = False) -> Quantity | None:
             text after a marker ("18, which is 3 more than 15"), wrong for free prose ("3 eggs cost $18").
     """
     tokens = _tokens(text)
-    while tokens and tokens[-1].text in (".", "!", ",", ";"):
+    while _at(tokens, len(tokens) - 1) in (".", "!", ",", ";"):
         tokens.pop()
-    if _DOUBT.search(text) or (tokens and tokens[-1].text == "?"):
+    if _DOUBT.search(text) or _at(tokens, len(tokens) - 1) == "?":
         return None
-    tokens = _without_remarks(tokens)
-    if leading and (quantity := _head(tokens)):
+    if leading and (quantity := _leading(_without_remarks(tokens))):
         return quantity
-    for i in range(len(tokens) - 1, -1, -1):
-        if tokens[i].text in _RESULT and any(token.kind == "num" for token in tokens[i:]):
-            tokens = tokens[i + 1 :]
+    tokens = _last_clause(tokens)
+    equals = [i for i, token in enumerate(tokens) if token.text in ("=", "equals")]
+    if not equals:
+        return _last_candidate(_without_remarks(tokens))
+    right = tokens[equals[-1] + 1 :]
+    span = _quantity_at(right, 0)
+    if span and not _is_entangled(right, span):
+        return span.quantity
+    return _whole(_without_remarks(tokens[: equals[0]])) if right else None  # "18 = 9 * 2"
+
+
+def _last_clause(tokens: list[_Token]) -> list[_Token]:
+    """Drops "Since she had 20 eggs, " from the front, and reasons; what follows a last "so" or "leaving" is left."""
+    for i, token in enumerate(tokens):
+        if token.text in ("because", "since") and _has_number(tokens[:i]):
+            tokens = tokens[:i]
             break
-    sides = [i for i, token in enumerate(tokens) if token.text in ("=", "equals")]
-    if sides:
-        return _head(tokens[sides[-1] + 1 :]) or (_whole(tokens[: sides[0]]) if sides[-1] + 1 < len(tokens) else None)
-    return _last_candidate(tokens)
+    if _at(tokens, 0) in _CLAUSE:
+        comma = next((i for i, token in enumerate(tokens) if token.text == ","), None)
+        if comma and _has_number(tokens[comma:]):
+            tokens = tokens[comma + 1 :]
+    for i in range(len(tokens) - 1, -1, -1):
+        if tokens[i].text in _RESULT and _has_number(tokens[i:]):
+            return tokens[i + 1 :]
+    return tokens
 
 
-def _head(tokens: list[_Token]) -> Quantity | None:
-    """The quantity at the start, if what follows is units or a remark, and no second candidate or operation."""
+def _without_remarks(tokens: list[_Token]) -> list[_Token]:
+    """Drops parentheses, subordinate clauses, "not 17" and "of the 20", as long as a number remains."""
+    tokens = _without_parentheses(tokens)
+    i = 0
+    while i < len(tokens):
+        word, following = tokens[i].text, _at(tokens, i + 1)
+        numbers = (j for j in range(i + 1, len(tokens)) if tokens[j].kind == "num")
+        end = i
+        if word in _CLAUSE or (word in ("out", "instead") and following == "of"):
+            end = next((j for j in range(i, len(tokens)) if tokens[j].text in (",", ";")), len(tokens))
+        elif word in ("not", "isn't", "wasn't") or (word == "than" and _at(tokens, i - 1) == "rather"):
+            end = next(numbers, i - 1) + 1
+        elif word == "of" and i and tokens[i - 1].kind == "num" and (number := next(numbers, len(tokens))) < i + 4:
+            end = number + 1
+        rest = tokens[:i] + tokens[end:]
+        if end > i and _has_number(rest):
+            tokens = rest
+        else:
+            i += 1
+    return tokens
+
+
+def _without_parentheses(tokens: list[_Token]) -> list[_Token]:
+    """Drops remarks in parentheses; keeps operands ("2(9)", "20 - (2)") and alternatives ("(or 19)")."""
+    kept: list[_Token] = []
+    depth = 0
+    for i, token in enumerate(tokens):
+        if token.text in ("(", "["):
+            operand = i > 0 and (tokens[i - 1].kind == "op" or tokens[i - 1].end == token.start)
+            depth += bool(depth or not (operand or _at(tokens, i + 1) == "or"))
+        if not depth:
+            kept.append(token)
+        elif token.text in (")", "]"):
+            depth -= 1
+    return kept if _has_number(kept) else tokens
+
+
+def _leading(tokens: list[_Token]) -> Quantity | None:
+    """The quantity at the start, if what follows are units or a remark, and no second number or operation."""
     if whole := _whole(tokens):
         return whole
     span = _quantity_at(tokens, 0)
-    if not span:
+    if not span or _is_entangled(tokens, span):
         return None
-    i = span.end
-    while (
-        i < len(tokens)
-        and tokens[i].kind == "word"
-        and tokens[i].text not in ("or", "to", "and", "than", "times", "plus", "minus")
-    ):
-        i += 1
-    i = max(i, _units_end(tokens, span.end))
+    for token in tokens[span.end :]:
+        if token.kind == "num":  # "3 dozen eggs cost $18"
+            return None
+        if token.text in (",", ";", ":", ".", "(", "!", "—", "and", "but"):  # a remark begins
+            break
+    return span.quantity
+
+
+def _is_entangled(tokens: list[_Token], span: _Span) -> bool:
+    """Whether an operation or an alternative follows the quantity, so that it is no result by itself."""
+    i = _units_end(tokens, span.end)
     if i == len(tokens):
-        return span.quantity
-    following = tokens[i + 1] if i + 1 < len(tokens) else None
-    candidate = following and (following.kind == "num" or following.text in ("or", "-", "maybe"))
-    boundary = tokens[i].text in (*",;:.(!—", "and", "but", "…") and tokens[i].text != "…"
-    return span.quantity if boundary and following and not candidate else None
-
-
-_BEFORE_ESTIMATE = frozenset(
-    [
-        "about",
-        "approximately",
-        "approx",
-        "around",
-        "roughly",
-        "nearly",
-        "almost",
-        "least",
-        "most",
-        "not",
-        "isn't",
-        "never",
-        "between",
-        "circa",
-        "than",
-        "times",
-        "plus",
-        "minus",
-    ]
-)
-_CIRCUMSTANCE = frozenset(
-    [
-        "after",
-        "in",
-        "within",
-        "during",
-        "over",
-        "every",
-        "each",
-        "per",
-        "from",
-        "than",
-        "at",
-        "with",
-        "among",
-        "by",
-        "on",
-        "until",
-        "before",
-        "for",
-    ]
-)
-_DETERMINERS = frozenset(
-    [
-        "the",
-        "all",
-        "these",
-        "those",
-        "her",
-        "his",
-        "their",
-        "its",
-        "only",
-        "just",
-        "another",
-        "next",
-        "first",
-        "last",
-        "past",
-        "a",
-        "an",
-    ]
-)
+        return False
+    text = tokens[i].text
+    if text == "(":
+        return tokens[i].start == tokens[i - 1].end  # 2(9), but not 18 (in dollars)
+    if text in (",", "to", "and", "&"):
+        return _at(tokens, i + 1) in ("or", "maybe") or _quantity_at(tokens, i + 1) is not None
+    comparison = text in ("more", "less", "fewer") and _at(tokens, i + 1) == "than" and _has_number(tokens[i:])
+    juxtaposed = i == span.end and tokens[i].kind == "num"
+    return (
+        comparison or juxtaposed or tokens[i].kind == "op" or text in ("or", "plus", "minus", "times", "divided", "…")
+    )
 
 
 def _last_candidate(tokens: list[_Token]) -> Quantity | None:
-    """The last number of a prose statement that is not a mere circumstance ("after 3 days"), if it stands alone."""
+    """The last number of a prose statement that is no mere circumstance ("after 3 days"), if it stands alone."""
     spans = _quantities(tokens)
     main = [span for span in spans if not _is_circumstance(tokens, span)] or spans[-1:]
-    if not main:
+    if not main or _is_spoilt(tokens, main[-1]):
         return None
     chosen = main[-1]
-    before = tokens[chosen.start - 1] if chosen.start else None
-    after = _units_end(tokens, chosen.end)
-    if before and ((before.kind == "op" and before.text not in ":=|") or before.text in _BEFORE_ESTIMATE):
-        return None
-    if after < len(tokens) and (tokens[after].kind == "op" or tokens[after].text in ("or", "times", "plus", "minus")):
-        return None
-    if [t.text for t in tokens[after : after + 2]][1:] == ["than"] and len(spans) > 1:
-        return None
-    if before and before.end == tokens[chosen.start].start and len(before.text) == 1 and before.text.isalpha():
-        return None  # x1, A18
-    if before and before.text == "(" and chosen.start > 1 and tokens[chosen.start - 2].end == before.start:
-        return None
     for other in spans:
         first, second = sorted((other, chosen))
-        between = [token.text for token in tokens[first.end : second.start]]
-        if other is not chosen and other.value != chosen.value and _is_alternative(between):
+        if other.value != chosen.value and _is_alternative(tokens[first.end : second.start]):
             return None
     return chosen.quantity
 
 
-def _is_alternative(between: list[str]) -> bool:
+def _is_spoilt(tokens: list[_Token], span: _Span) -> bool:
+    """Whether the number is an operand, an estimate, a bound or a label, not a value that is stated."""
+    before = tokens[span.start - 1] if span.start else None
+    follower = _at(tokens, _units_end(tokens, span.end))
+    # Lists and ranges are judged by `_is_alternative`, with the units in between.
+    if follower not in (",", "to", "and", "&") and _is_entangled(tokens, span):
+        return True
+    if not before:
+        return False
+    glued = before.end == tokens[span.start].start and len(before.text) == 1 and before.text.isalpha()  # x1, A18
+    argument = before.text == "(" and span.start > 1 and tokens[span.start - 2].end == before.start  # f(18)
+    return glued or argument or (before.kind == "op" and before.text not in ":=|") or before.text in _SPOILS
+
+
+def _is_alternative(between: list[_Token]) -> bool:
     """Whether the words between two numbers make them alternatives, a range or a list."""
-    links = [word for word in between if word in (",", "and", "or", "to", "&", "-", "/", ";")]
-    return bool(links) and len(between) - len(links) <= (2 if "or" in links or "to" in links else 1)
+    words = [token.text for token in between]
+    links = [word for word in words if word in (",", "and", "or", "to", "&", "-", "/", ";")]
+    return bool(links) and len(words) - len(links) <= (2 if "or" in links or "to" in links else 1)
 
 
 def _is_circumstance(tokens: list[_Token], span: _Span) -> bool:
+    """Whether the number says when, where, or from what ("in 3 days", "at $2 each"), but not "for $18"."""
     i = span.start - 1
     if i >= 2 and tokens[i].text == "of" and tokens[i - 1].text not in ("total", "sum"):
         i -= 2  # "on an investment of $130"
-    while i >= 0 and tokens[i].text in _DETERMINERS:
+    while _at(tokens, i) in _DETERMINERS:
         i -= 1
-    if i < 0 or tokens[i].text not in _CIRCUMSTANCE:
-        return False
-    source = tokens[span.start].source
-    priced = source[: tokens[span.start].start].rstrip().endswith("$")
-    return not (tokens[i].text == "for" and priced)
+    priced = tokens[span.start].source[: tokens[span.start].start].rstrip().endswith("$")
+    return _at(tokens, i) in _CIRCUMSTANCE and not (_at(tokens, i) == "for" and priced)

@@ -195,7 +195,7 @@ class Renderer:
             probe = "an answer"
             turn = self._template([("user", "a question"), ("assistant", probe)], generation=False)
             after = self._encode(turn.rpartition(probe)[2].strip())
-            if after and after[0] in self.tokenizer.all_special_ids:
+            if after and after[0] in self.tokenizer.added_tokens_decoder:
                 return after[0]
         if eos is None:
             raise ConfigError("this tokenizer has neither an end-of-sequence token nor a chat template with one")
