@@ -128,7 +128,8 @@ def test_chat_trains_the_last_answer_or_all_of_them(tokenizer):
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_for_all():
     renderer = Renderer(plain_tokenizer())
-    renderer.tokenizer.chat_template = "{% for m in messages %}{{ m.content if loop.last else '~' }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    turn = "{% for m in messages %}{{ m.content if loop.last else '~' }}{% endfor %}"
+    renderer.tokenizer.chat_template = turn + "{% if add_generation_prompt %}>{% endif %}"
     with pytest.raises(ConfigError, match="last"):
         renderer.chat(CHAT, "all")
 

@@ -143,7 +143,8 @@ def _answer(response: str, mode: Mode, tags: Tags) -> Quantity | None:
 
 def _tag_pattern(tag: str) -> str:
     """Matches the tag, with a blank allowed inside its angle brackets."""
-    return re.sub(r"^<(/?)|(?=>$)", lambda m: rf"{m[0][:1]}\s?{m[1] or ''}", re.escape(tag))
+    bracketed = re.fullmatch(r"<(/?)(.+)>", tag)
+    return rf"<\s?{bracketed[1]}\s?{re.escape(bracketed[2])}\s?>" if bracketed else re.escape(tag)
 
 
 def _bare(tag: str) -> str:
@@ -378,7 +379,7 @@ def _correction(tail: str) -> tuple[bool, Quantity | None]:
 # Layer 3: unmarked answers
 
 _SPOKEN = re.compile(
-    r"\b(?:answer|ans|result|solution)\b[^\n.:=?!]{0,80}?"
+    r"\b(?:answer|ans|result(?! in\b| of\b)|solution)\b[^\n.:=?!\d]{0,80}?"
     r"(?P<link>\bis\b|\bare\b|\bequals\b|\b(?:should|must|would|will) be\b|[:=]|\s[-–—]\s|[^\w\n]{0,12}$)",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -388,10 +389,14 @@ _LEAD_IN = re.compile(
 _DOUBT = re.compile(
     r"\b(?:maybe|perhaps|possibly|might|could be|may be|guess|unsure|not (?:\w+ )?(?:sure|certain))\b", re.I
 )
+_DENIED = re.compile(
+    r"\b(?:cannot|can['’]t) be\b|\bis(?:n['’]t| not) (?:the|correct|right)\b|\bis (?:wrong|incorrect)\b", re.I
+)
 _REFUSAL = re.compile(
     r"\b(?:(?:do not|don['’]t|cannot|can['’]t|could not|couldn['’]t) (?:\w+ )?"
     r"(?:know|determine|say|tell|answer|solve|be (?:determined|solved|found|answered))"
-    r"|unable to|not enough information|insufficient|impossible to|unknown|none|null|n/a|undefined|no answer)\b",
+    r"|unable to|(?:not|n['’]t have|not have) enough information|insufficient|impossible to|no answer"
+    r"|is (?:unknown|undefined))\b|^\W*(?:unknown|none|null|n/?a|nan|undefined|inf(?:inity)?)\W*$",
     re.IGNORECASE,
 )
 
@@ -448,8 +453,9 @@ def _last_spoken(text: str) -> _Found | None:
     return None
 
 
-_WORKING = re.compile(
-    r"^\W*(?:first\b|firstly|let\b(?! me know)|let['’]s|suppose|assume|step 1\b|to (?:find|solve|calculate|get))"
+_BEGINNING = re.compile(r"\W*(?:first|firstly|step 1|suppose|assume|let(?! me know))\b", re.IGNORECASE)
+_PLANNING = re.compile(
+    r"^\W*(?:(?:next|then|now)\b,? )?(?:add|subtract|multiply|divide|calculate|find|to (?:find|solve|calculate|get))\b"
     r"|\b(?:(?:we|i)(?: \w+)? (?:need|have to|must|will now|can now)|let['’]s|let us|next,? we|now we)\b",
     re.IGNORECASE,
 )
@@ -457,7 +463,7 @@ _CONCLUDING = re.compile(
     r"=|\b(?:so|therefore|thus|hence|total|altogether|in all|answer|left|remain\w*|finally|conclu\w+)\b", re.I
 )
 _DANGLING = re.compile(
-    r"(?:\b(?:the|an?|of|to|and|or|in|for|is|are|was|were|has|have|had|with|by|from|then|so|that|which|who|she|he|they"
+    r"(?:\b(?:the|an?|of|to|and|or|(?<!sq )in|for|is|are|was|were|has|have|had|with|by|from|then|so|that|which|who|she|he|they"
     r"|we|you|it|her|his|their|its|needs?|will|can|at|as|on|per|be|but|if|because|since|when|every)"
     r"|[-+/^=×÷≈,:;(\[{<>&…−–]|\s\*|\\(?:times|cdot|div|frac)|<<[^<>]*|\.\.\.)[\s$*\\(\[]*$",
     re.IGNORECASE,
@@ -472,16 +478,21 @@ def _final_statement(text: str, closed: bool = False) -> Quantity | None:
     """
     sentences = list(_sentences(text[-MAX_STATEMENT * 2 :]))
     opening = _whole(_tokens(sentences[0][0])) if len(sentences) > 1 and len(text) < MAX_STATEMENT else None
+    if any(_REFUSAL.search(sentence) for sentence, _ in sentences[-3:]):
+        return None
     if not closed and _DANGLING.search(text[-80:]):
         return None
     for sentence, finished in sentences[:-5:-1]:
-        if re.fullmatch(r"\(.*\)\W*", sentence) or re.match(r"(?:because|since|note)\b[^,]*$", sentence, re.I):
+        if (re.fullmatch(r"\(.*\)\W*", sentence) and len(sentences) > 1) or re.match(
+            r"(?:because|since|note)\b[^,]*$", sentence, re.I
+        ):
             continue
         sentence = sentence if len(sentence) < MAX_STATEMENT // 2 else sentence[-MAX_STATEMENT // 2 :].partition(" ")[2]
         tokens = _tokens(sentence)
         quantities = _quantities(tokens)
         asks = sentence.rstrip("*_ \"')").endswith("?")
-        if (_WORKING.search(sentence) and "=" not in sentence) or _REFUSAL.search(sentence) or (asks and quantities):
+        planning = _PLANNING.search(sentence) and "=" not in sentence
+        if _BEGINNING.match(sentence) or planning or (asks and quantities):
             return None
         if quantities:
             answer = _read(sentence)
@@ -542,7 +553,7 @@ def _plain(text: str) -> str:
         text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
     text = re.sub(r"<<[^<>]*>>|~~[^~]*~~|</?[A-Za-z][^<>]{0,40}>", "", text)  # calculator notes, struck out, HTML
     # LaTeX
-    text = re.sub(r"&\s?=", "=", text).replace("{,}", ",").replace("\\!", "").replace("\\,", " ")
+    text = re.sub(r"&\s?=|[=-]>", "=", text).replace("{,}", ",").replace("\\!", "").replace("\\,", " ")
     text = re.sub(r"\\(?:text\w*|math\w+|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))", _fraction_text, text)
     text = re.sub(r"\\([A-Za-z]+|.)", _command_text, text, flags=re.DOTALL)
@@ -575,8 +586,8 @@ def _command_text(match: re.Match[str]) -> str:
 _TOKEN = re.compile(
     r"(?P<num>[1-9]\d{0,2}(?:\ \d{3})+(?![\d,:]|\.\d)(?:\.\d+)?|\.?\d+(?:[.,:'_]\d+)*(?:[eE][-+]?\d+)?)"
     r"|(?P<word>(?:[kcm]?m|ft|in)[23]\b|[^\W\d_]+(?:['-][^\W\d_]+)*|[%°])"
-    r"|(?P<op>[-+*/^=÷±≈<>~_√∞≠≤≥:|�])"
-    r"|(?P<stop>[,;.()!?…—&\[\]])"
+    r"|(?P<op>[-+*/^=÷±≈<>~_√∞≠≤≥:�])"
+    r"|(?P<stop>[,;.()!?…—&|\[\]])"
 )
 _NUMBER = re.compile(
     r"(\d+|[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+|(?:'\d{3})+|(?:_\d{3})+)|[1-9]\d?(?:,\d\d)+,\d{3})?"
@@ -756,7 +767,7 @@ _NOT_UNITS = _words(
     " more because since as after before if so then which therefore thus"
 )
 
-_MULTIPLIED = _words("as the that a an his her its their")  # "3 times as many", but "3 times per week"
+_MULTIPLIED = _words("as the that his her its their")  # "3 times as many", but "3 times per week"
 
 
 def _units_end(tokens: list[_Token], i: int) -> int:
@@ -815,6 +826,8 @@ def _read(text: str, leading: bool = False) -> Quantity | None:
         tokens.pop()
     if _DOUBT.search(text) or _at(tokens, len(tokens) - 1) == "?":
         return None
+    if not leading and _DENIED.search(text):
+        return None
     if leading and (quantity := _leading(_without_remarks(tokens))):
         return quantity
     tokens = _last_clause(tokens)
@@ -832,7 +845,8 @@ def _last_clause(tokens: list[_Token]) -> list[_Token]:
     """Drops "Since she had 20 eggs, " from the front, and reasons; what follows a last "so" or "leaving" is left."""
     for i, token in enumerate(tokens):
         if token.text in ("because", "since") and _has_number(tokens[:i]):
-            tokens = tokens[:i]
+            end = next((j for j in range(i, len(tokens)) if tokens[j].text == ","), len(tokens))
+            tokens = tokens[:i] + tokens[end:]
             break
     if _at(tokens, 0) in _CLAUSE:
         comma = next((i for i, token in enumerate(tokens) if token.text == ","), None)
@@ -856,6 +870,9 @@ def _without_remarks(tokens: list[_Token]) -> list[_Token]:
             end = next((j for j in range(i, len(tokens)) if tokens[j].text in (",", ";")), len(tokens))
         elif word in ("not", "isn't", "wasn't") or (word == "than" and _at(tokens, i - 1) == "rather"):
             end = next(numbers, i - 1) + 1
+        elif word == "of" and following in ("which", "them", "whom"):
+            i -= 1  # ", 3 of which are red"
+            end = len(tokens)
         elif word == "of" and i and tokens[i - 1].kind == "num" and (number := next(numbers, len(tokens))) < i + 4:
             end = number + 1
         rest = tokens[:i] + tokens[end:]
@@ -938,13 +955,13 @@ def _is_spoilt(tokens: list[_Token], span: _Span) -> bool:
         return False
     glued = before.end == tokens[span.start].start and len(before.text) == 1 and before.text.isalpha()  # x1, A18
     argument = before.text == "(" and span.start > 1 and tokens[span.start - 2].end == before.start  # f(18)
-    return glued or argument or (before.kind == "op" and before.text not in ":=|") or before.text in _SPOILS
+    return glued or argument or (before.kind == "op" and before.text not in ":=") or before.text in _SPOILS
 
 
 def _is_alternative(between: list[_Token]) -> bool:
     """Whether the words between two numbers make them alternatives, a range or a list."""
     words = [token.text for token in between]
-    links = [word for word in words if word in (",", "and", "or", "to", "&", "-", "/", ";")]
+    links = [word for word in words if word in (",", "and", "or", "to", "&", "|", "-", "/", ";")]
     return bool(links) and len(words) - len(links) <= (2 if "or" in links or "to" in links else 1)
 
 
