@@ -36,7 +36,7 @@ def test_sft_memorises_a_few_solutions(tiny, tmp_path):
     flags |= {
         "batch_size": 4,
         "lr": 1e-2,
-        "max_new_tokens": 96,
+        "max_new_tokens": 128,
         "eval_every": 150,
         "save_every": 150,
         "warmup_steps": 5,
