@@ -232,7 +232,7 @@ def _without_fragment(text: str, tags: Tags) -> tuple[str, str | None]:
     # With further lines after it, the marker was merely malformed: it marks nothing, but the text goes on.
     if closed or "\n" in fragment:
         return text, None
-    return text[:start].rstrip("\\ "), _plain(fragment).strip()
+    return text[:start].rstrip("\\ "), _plain(fragment).strip(" $")
 
 
 def _last_marked(text: str, tags: Tags) -> _Found | None:
@@ -251,7 +251,7 @@ def _last_marked(text: str, tags: Tags) -> _Found | None:
             found = _boxed(text, start, inside)
         if found:
             return found
-        last[mark] = text.rfind(mark, 0, start)
+        last[mark] = text.rfind(mark, 0, len(text[:start].rstrip("#")))  # past the whole of a ruler of hashes
     return None
 
 
@@ -395,18 +395,18 @@ _DENIED = re.compile(
 _REFUSAL = re.compile(
     r"\b(?:(?:do not|don['’]t|cannot|can['’]t|could not|couldn['’]t) (?:\w+ )?"
     r"(?:know|determine|say|tell|answer|solve|be (?:determined|solved|found|answered))"
-    r"|unable to|(?:not|n['’]t have|not have) enough information|insufficient|impossible to|no answer"
+    r"|unable to|(?:not|\w*n['’]t have|not have) enough information|insufficient|impossible to|no answer"
     r"|is (?:unknown|undefined))\b|^\W*(?:unknown|none|null|n/?a|nan|undefined|inf(?:inity)?)\W*$",
     re.IGNORECASE,
 )
 
 
 def _prose(text: str, tags: Tags) -> str:
-    """The end of the text, long enough for any statement, with answer tags blanked."""
+    """The end of the text, long enough for any statement, with answer tags and other markup blanked."""
     text = text.strip()
     if len(text) > MAX_WINDOW:
         text = text[-MAX_WINDOW:].partition(" ")[2]
-    text = re.sub(r"\\(?:begin|end)\{[^{}\n]*\}", " ", text)
+    text = re.sub(r"\\(?:begin|end)\{[^{}\n]{0,40}\}|</?[A-Za-z][^<>\n]{0,40}>", " ", text)
     for tag in (tags.answer_open, tags.answer_close):
         text = text.replace(tag, " ") if tag else text
     return text
@@ -447,7 +447,8 @@ def _last_spoken(text: str) -> _Found | None:
                 return _Found(_read(clause, leading=True), end)
         elif opens:
             # After a colon there may stand a whole solution; only a lone quantity is an answer here.
-            quantity = _whole(_without_remarks(tokens))
+            dash = next((i for i, token in enumerate(tokens) if token.text in ("—", ";")), len(tokens))
+            quantity = _whole(_without_remarks(tokens[:dash]))
             if quantity or any(token.text in ("or", "to") for token in tokens):
                 return _Found(quantity, end)
     return None
@@ -463,8 +464,8 @@ _CONCLUDING = re.compile(
     r"=|\b(?:so|therefore|thus|hence|total|altogether|in all|answer|left|remain\w*|finally|conclu\w+)\b", re.I
 )
 _DANGLING = re.compile(
-    r"(?:\b(?:the|an?|of|to|and|or|(?<!sq )in|for|is|are|was|were|has|have|had|with|by|from|then|so|that|which|who|she|he|they"
-    r"|we|you|it|her|his|their|its|needs?|will|can|at|as|on|per|be|but|if|because|since|when|every)"
+    r"(?:\b(?:the|an?|of|to|and|or|(?<!sq )in|for|is|are|was|were|has|have|had|with|by|from|then|so|that|which|who"
+    r"|she|he|they|we|you|it|her|his|their|its|needs?|will|can|at|as|on|per|be|but|if|because|since|when|every)"
     r"|[-+/^=×÷≈,:;(\[{<>&…−–]|\s\*|\\(?:times|cdot|div|frac)|<<[^<>]*|\.\.\.)[\s$*\\(\[]*$",
     re.IGNORECASE,
 )
@@ -566,7 +567,7 @@ def _plain(text: str) -> str:
     text = re.sub(r"(?<=\w)~\s?(?=\w)", " ", text)
     text = re.sub(r"(?<=\d)\s?[xX]\s?(?=\d)", "*", text)
     text = re.sub(r"(?<=\d)-(?=[A-Za-z]{2})", " ", text)
-    text = re.sub(r"\s-+\s(?=[A-Za-z]{2})|(?<=[\sA-Za-z])--+(?=[\sA-Za-z])", " — ", text)
+    text = re.sub(r"\s-+\s(?=[A-Za-z]{2}|I\s)|(?<=[\sA-Za-z])--+(?=[\sA-Za-z])", " — ", text)
     text = re.sub(r"\b(?:US|AU|CA|NZ|HK|A|C|S)\$|\b(?:USD|EUR|GBP|INR|CAD|AUD|Rs\.?)\s?(?=-?\d)", "$", text)
     return re.sub(r"-\s?\$\s?(?=[\d.])", "$-", text)
 
@@ -919,8 +920,8 @@ def _is_entangled(tokens: list[_Token], span: _Span) -> bool:
     if i == len(tokens):
         return False
     text = tokens[i].text
-    if text == "(":
-        return tokens[i].start == tokens[i - 1].end  # 2(9), but not 18 (in dollars)
+    if text == "(":  # 2(9) and 18 (or 19), but not 18 (in dollars)
+        return tokens[i].start == tokens[i - 1].end or _at(tokens, i + 1) == "or"
     if text in (",", "to", "and", "&"):
         return _at(tokens, i + 1) in ("or", "maybe") or _quantity_at(tokens, i + 1) is not None
     comparison = text in ("more", "less", "fewer") and _at(tokens, i + 1) == "than" and _has_number(tokens[i:])
