@@ -157,17 +157,17 @@ class EvalConfig(ModelConfig):
 class TinyModelConfig:
     """The model that a pipeline makes on the spot when none is named."""
 
-    vocab_size: int = opt(512, "byte-level BPE tokens")
+    vocab_size: int = opt(1024, "at most so many byte-level BPE tokens")
     hidden_size: int = opt(128, "width")
-    layers: int = opt(3, "transformer layers")
-    heads: int = opt(4, "attention heads")
+    layers: int = opt(2, "transformer layers")
+    heads: int = opt(8, "attention heads")
 
 
 @dataclass(frozen=True)
 class ToyConfig:
     """The word problems that a pipeline makes on the spot when no data is named."""
 
-    train: int = opt(8000, "training problems")
+    train: int = opt(16000, "training problems")
     val: int = opt(200, "validation problems")
     test: int = opt(600, "held-out test problems")
     terse_share: float = opt(0.5, "share of training solutions that give the answer without the work")

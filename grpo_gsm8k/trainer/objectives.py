@@ -58,31 +58,33 @@ def importance_ratio(logp: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 @torch.no_grad()
 def policy_sums(logp: torch.Tensor, entropies: torch.Tensor, batch: Batch, objective: Objective) -> dict[str, float]:
-    """Sums (and maxima) over a slice's trained tokens, from which `policy_metrics` makes the update's figures."""
-    mask, delta = batch.mask, (logp - batch.old_logprobs) * batch.mask
-    ratio = importance_ratio(logp, batch)
-    # The clip bites where it takes the gradient away: above for A > 0, below for A < 0.
-    high = mask * (ratio > 1 + objective.clip_eps_high) * (batch.advantages > 0)
-    low = mask * (ratio < 1 - objective.clip_eps) * (batch.advantages < 0)
-    sums = {
-        "tokens": mask.sum(),
-        "entropy": entropies.sum(),
-        "logp": (logp * mask).sum(),
-        "clip_high": high.sum(),
-        "clip_low": low.sum(),
-        "kl": ((ratio - 1 - delta) * mask).sum(),
-        "delta": delta.abs().sum(),
-        "ratio": (ratio * mask).sum(),
-        "ratio_squared": (ratio.square() * mask).sum(),
-    }
-    maxima = {"max_delta": delta.abs().max(), "max_ratio": (ratio * mask).max()}
-    return {name: float(value) for name, value in (sums | maxima).items()}
+    """Sums (and maxima) over a slice's trained tokens, from which `policy_metrics` makes the update's figures.
+
+    Those that speak of an old policy are left out where the loss knows none.
+    """
+    mask = batch.mask
+    sums = {"tokens": mask.sum(), "entropy": entropies.sum()}
+    if objective.loss != "cross_entropy":
+        delta, ratio = (logp - batch.old_logprobs) * mask, importance_ratio(logp, batch)
+        # The clip bites where it takes the gradient away: above for A > 0, below for A < 0.
+        sums |= {
+            "clip_high": (mask * (ratio > 1 + objective.clip_eps_high) * (batch.advantages > 0)).sum(),
+            "clip_low": (mask * (ratio < 1 - objective.clip_eps) * (batch.advantages < 0)).sum(),
+            "kl": ((ratio - 1 - delta) * mask).sum(),
+            "delta": delta.abs().sum(),
+            "ratio": (ratio * mask).sum(),
+            "ratio_squared": (ratio.square() * mask).sum(),
+            "max_delta": delta.abs().max(),
+            "max_ratio": (ratio * mask).max(),
+        }
+    return {name: float(value) for name, value in sums.items()}
 
 
 def add_sums(total: dict[str, float], part: dict[str, float]) -> None:
     """Add a slice's `policy_sums` to the update's, in place."""
     for name, value in part.items():
-        total[name] = max(total.get(name, 0.0), value) if name.startswith("max_") else total.get(name, 0.0) + value
+        before = total.get(name, 0.0)
+        total[name] = max(before, value) if name.startswith("max_") else before + value
 
 
 def policy_metrics(sums: dict[str, float]) -> dict[str, float]:
@@ -92,18 +94,20 @@ def policy_metrics(sums: dict[str, float]) -> dict[str, float]:
     (http://joschu.net/blog/kl-approx.html); `mismatch/ess` the effective sample size of the importance
     ratios as a share of the tokens.
     """
-    n = max(sums.get("tokens", 0.0), 1.0)
     if not sums:
         return {}
-    return {
-        "policy/entropy": sums["entropy"] / n,
-        "policy/clip_frac_high": sums["clip_high"] / n,
-        "policy/clip_frac_low": sums["clip_low"] / n,
-        "policy/clip_frac": (sums["clip_high"] + sums["clip_low"]) / n,
-        "policy/approx_kl": sums["kl"] / n,
-        "mismatch/logp_abs_mean": sums["delta"] / n,
-        "mismatch/logp_abs_max": sums["max_delta"],
-        "mismatch/ratio_mean": sums["ratio"] / n,
-        "mismatch/ratio_max": sums["max_ratio"],
-        "mismatch/ess": sums["ratio"] ** 2 / max(sums["ratio_squared"], 1e-30) / n,
-    }
+    n = max(sums["tokens"], 1.0)
+    metrics = {"policy/entropy": sums["entropy"] / n}
+    if "ratio" in sums:
+        metrics |= {
+            "policy/clip_frac_high": sums["clip_high"] / n,
+            "policy/clip_frac_low": sums["clip_low"] / n,
+            "policy/clip_frac": (sums["clip_high"] + sums["clip_low"]) / n,
+            "policy/approx_kl": sums["kl"] / n,
+            "mismatch/logp_abs_mean": sums["delta"] / n,
+            "mismatch/logp_abs_max": sums["max_delta"],
+            "mismatch/ratio_mean": sums["ratio"] / n,
+            "mismatch/ratio_max": sums["max_ratio"],
+            "mismatch/ess": sums["ratio"] ** 2 / max(sums["ratio_squared"], 1e-30) / n,
+        }
+    return metrics

@@ -38,8 +38,8 @@ def make_tiny_model(
     *,
     vocab_size: int = 1024,
     hidden_size: int = 128,
-    layers: int = 3,
-    heads: int = 4,
+    layers: int = 2,
+    heads: int = 8,
     intermediate_size: int | None = None,
     context: int = 1024,
 ) -> Path:
@@ -53,7 +53,7 @@ def make_tiny_model(
         hidden_size: width, a multiple of `2 * heads`.
         layers: depth.
         heads: attention heads, each with its own keys and values.
-        intermediate_size: width of the MLP; `3 * hidden_size` by default.
+        intermediate_size: width of the MLP; `4 * hidden_size` by default.
         context: positions.
     """
     if vocab_size < 259:
@@ -65,7 +65,7 @@ def make_tiny_model(
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
-        intermediate_size=intermediate_size or 3 * hidden_size,
+        intermediate_size=intermediate_size or 4 * hidden_size,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
