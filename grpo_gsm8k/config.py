@@ -170,7 +170,7 @@ class ToyConfig:
     train: int = opt(16000, "training problems")
     val: int = opt(200, "validation problems")
     test: int = opt(600, "held-out test problems")
-    terse_share: float = opt(0.5, "share of training solutions that give the answer without the work")
+    terse_share: float = opt(0.55, "share of training solutions that give the answer without the work")
 
 
 @dataclass(frozen=True)

@@ -49,14 +49,14 @@ class Run:
         self.path, self.stage, self.cfg = path, stage, cfg
         self.started = time.monotonic()
         self.checkpoints = path / "checkpoints"
-        self._wandb = None
-        if wandb_sink.wanted():
-            name = cfg.run_name or f"{path.parent.name}-{path.name}"
-            self._wandb = wandb_sink.WandbSink(cfg.wandb_project, name, path, vars(cfg))
+        self._wandb: wandb_sink.WandbSink | None = None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One row of metrics.jsonl, and of W&B when that is wanted."""
         append_jsonl(self.path / "metrics.jsonl", {"step": step, **metrics})
+        if self._wandb is None and wandb_sink.wanted():  # only now is it a run worth a page there
+            name = self.cfg.run_name or f"{self.path.parent.name}-{self.path.name}"
+            self._wandb = wandb_sink.WandbSink(self.cfg.wandb_project, name, self.path, vars(self.cfg))
         if self._wandb:
             self._wandb.log(step, metrics)
 

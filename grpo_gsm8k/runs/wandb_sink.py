@@ -6,6 +6,7 @@ what wandb raises ends this sink with one line, never the run.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import secrets
@@ -45,14 +46,15 @@ class WandbSink:
 
     def close(self) -> None:
         """Give W&B a little time to take what is left."""
-        if self._thread.is_alive():
+        with contextlib.suppress(queue.Full):  # so slow that not even the end fits in
             self._rows.put(None, timeout=CLOSE_SECONDS)
-            self._thread.join(CLOSE_SECONDS)
+        self._thread.join(CLOSE_SECONDS)
         if self.dropped:
             talk(f"W&B was too slow for {self.dropped} rows; metrics.jsonl has them all")
 
     def _run(self, project: str, name: str, folder: Path, config: Mapping[str, Any]) -> None:
         import wandb
+        from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError  # its service died or was closed
 
         kept = folder / "wandb_id.txt"  # so that a resumed run goes on in the same W&B run
         if not kept.is_file():
@@ -70,7 +72,8 @@ class WandbSink:
             while (item := self._rows.get()) is not None:
                 run.log(item[1], step=item[0])
             run.finish()
-        except (wandb.Error, OSError, ValueError) as fault:
-            talk(f"W&B is off for this run, metrics.jsonl goes on: {' '.join(str(fault).split())[:200]}")
+        except (wandb.Error, HandleAbandonedError, MailboxClosedError, OSError, ValueError) as fault:
+            reason = f"{type(fault).__name__} {' '.join(str(fault).split())[:200]}"
+            talk(f"W&B is off for this run, metrics.jsonl goes on: {reason}")
             while self._rows.get() is not None:  # keep the queue from filling until the run ends
                 pass

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers.utils import logging
 
 from grpo_gsm8k.errors import ConfigError
 
@@ -82,6 +83,7 @@ def make_tiny_model(
         initialise(model)
     model.generation_config = GenerationConfig(eos_token_id=[end_id, pad_id], pad_token_id=pad_id, do_sample=False)
     folder.mkdir(parents=True, exist_ok=True)
+    logging.disable_progress_bar()
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     return folder
