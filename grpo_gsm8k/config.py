@@ -167,10 +167,10 @@ class TinyModelConfig:
 class ToyConfig:
     """The word problems that a pipeline makes on the spot when no data is named."""
 
-    train: int = opt(16000, "training problems")
+    train: int = opt(18000, "training problems")
     val: int = opt(200, "validation problems")
     test: int = opt(600, "held-out test problems")
-    terse_share: float = opt(0.55, "share of training solutions that give the answer without the work")
+    terse_share: float = opt(0.53, "share of training solutions that give the answer without the work")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ In a sentence, `[s = a + b]` is a calculation: it binds `s` and is written as GS
 calculator annotation, the result: `12+5=<<12+5=17>>17`. Draws in which a value leaves 1..99, or a division has
 a remainder, are thrown away.
 
-Simplified against GSM8K: two dozen templates, small numbers (most have one digit), two operands per step.
+Simplified against GSM8K: some twenty templates, small numbers (most have one digit), two operands per step.
 A single step is a sum that a tiny model can learn; the answer to several at once, without working, is not.
 
 The training references come from a teacher of mixed quality: some of them are terse, the right `#### n` and
@@ -168,11 +168,6 @@ TEMPLATES: tuple[Template, ...] = (
         ("{name} has $[s = a + b].", "Then $[r = s - c].", "Now $[q = r + d].", "In the end $[t = q - e]."),
     ),
     Template(
-        "{name} buys {a} packs of {b} {items}, finds {c}, uses {d} and gives {friend} {e}. How many are left?",
-        {"a": (2, 4), "b": (2, 9), "c": (2, 9), "d": (2, 9), "e": (2, 9)},
-        ("{name} buys [s = a * b].", "Then [r = s + c].", "Now [q = r - d].", "In the end [t = q - e]."),
-    ),
-    Template(
         "{name} picks {a} {items}, then {b} more than that, drops {c} and fills {d} bags. How many are in a bag?",
         {"a": (2, 9), "b": (2, 9), "c": (2, 9), "d": (2, 5)},
         ("First [s = a + b].", "Together [r = a + s].", "The rest is [q = r - c].", "A bag holds [t = q / d]."),
@@ -181,11 +176,6 @@ TEMPLATES: tuple[Template, ...] = (
         "{friend} has {a} {items}, {name} has twice as many and {he} loses {b}. They find {c}. How many in all?",
         {"a": (3, 9), "b": (2, 9), "c": (2, 9)},
         ("Twice is [s = 2 * a].", "{name} has [r = s - b].", "Together [q = a + r].", "In all [t = q + c]."),
-    ),
-    Template(
-        "{name} reads {a} pages a day for {b} days, then {c}, then {d} and {e} on {day}. How many pages in all?",
-        {"a": (2, 9), "b": (2, 4), "c": (2, 9), "d": (2, 9), "e": (2, 9)},
-        ("First [s = a * b].", "Then [r = s + c].", "Now [q = r + d].", "In all [t = q + e]."),
     ),
 )
 
@@ -235,7 +225,7 @@ _WEIGHTS = [STEP_WEIGHTS[len(t.steps)] / _PER_STEPS[len(t.steps)] for t in TEMPL
 
 def _terse_share_of(index: int, terse_share: float) -> float:
     """The template's own share: evenly spaced around `terse_share`, in an order unrelated to the steps."""
-    place = (index * 7 % len(TEMPLATES)) / (len(TEMPLATES) - 1)  # 7 and 24 are coprime: each place once
+    place = (index * 7 % len(TEMPLATES)) / (len(TEMPLATES) - 1)  # 7 shares no factor with their number: each place once
     return terse_share + 2 * TERSE_SPREAD * min(terse_share, 1 - terse_share) * (2 * place - 1)
 
 
