@@ -43,13 +43,15 @@ class ModelConfig:
     cache_dir: str = opt("", "where hub models are kept; empty for the hub's default", runtime=True)
     device: str = opt("auto", "cpu, cuda, cuda:0, or auto")
     dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "auto: bfloat16 on a GPU, else float32")
-    prompt_style: Literal["qwen_boxed", "r1_zero", "gsm8k"] = opt("qwen_boxed", "how a problem is asked")
+    prompt_style: Literal["auto", "qwen_boxed", "r1_zero", "gsm8k"] = opt(
+        "auto", "how a problem is asked; auto: as the model was trained here, else qwen_boxed"
+    )
     think_open: str = opt("<think>", "opens the reasoning (r1_zero)")
     think_close: str = opt("</think>", "closes the reasoning (r1_zero)")
     answer_open: str = opt("<answer>", "opens the answer (r1_zero); empty for think-only prompts")
     answer_close: str = opt("</answer>", "closes the answer (r1_zero); empty for think-only prompts")
     grading: Literal["strict", "flexible"] = opt("flexible", "strict demands a marked answer")
-    max_new_tokens: int = opt(1024, "longest completion in tokens")
+    max_new_tokens: int = opt(1024, "longest completion in tokens; the model's context may end it earlier")
     sample_rows: int = opt(256, "completions decoded side by side")
     seed: int = opt(0, "decides every random draw")
     deterministic: bool = opt(False, "bitwise repeatable kernels, TF32 off")
@@ -178,7 +180,7 @@ class PipelineConfig:
     """What the pipeline itself needs to know; the stages' settings come from the preset, `--set`, `--config`."""
 
     preset: str = opt("tiny", "recipe: tiny, quick or full")
-    data: str = opt("", "folder with train.jsonl, val.jsonl, test.jsonl; empty makes word problems up")
+    data: str = opt("", "folder with train.jsonl, val.jsonl, test.jsonl; empty for the preset's")
     model_id: str = opt("", "model to start from; empty for the preset's")
     out_dir: str = opt("", "pipeline directory; empty for artifacts/runs/<UTC stamp>_<git sha>")
     stop_after: str = opt("", "last stage to run: base, sft, ei or grpo")

@@ -10,6 +10,7 @@ folder. From there on it is a model folder and three files like any other.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +24,7 @@ from grpo_gsm8k.errors import ConfigError, RunDirError
 from grpo_gsm8k.evals.accuracy import read_results
 from grpo_gsm8k.evals.stats import compare
 from grpo_gsm8k.gsm8k import toy
-from grpo_gsm8k.gsm8k.problems import load_split
+from grpo_gsm8k.gsm8k.problems import SPLITS, load_split
 from grpo_gsm8k.runs.directory import RUNS, new_path
 from grpo_gsm8k.runs.files import read_json, write_json
 from grpo_gsm8k.runs.progress import talk
@@ -39,8 +40,12 @@ def run(cfg: PipelineConfig, config_file: Path | None = None, sets: Sequence[str
     resolve("grpo", {})  # a mistake in a recipe shows before any work is done
     folder = _open(cfg, sets)
     began = time.monotonic() - _seconds_so_far(folder)
-    data = Path(cfg.data) if cfg.data else make_toy_data(folder / "data", resolve("toy", {}), cfg.seed)
-    load_split(data, "test")
+    given = cfg.data or resolve("sft", {}).data
+    data = Path(given) if given else make_toy_data(folder / "data", resolve("toy", {}), cfg.seed)
+    if (data / "manifest.json").is_file():
+        data_prep.verify(data)
+    for split in SPLITS:
+        load_split(data, split)
     model = cfg.model_id or resolve("sft", {}).model_id
     if not model:
         model = str(make_tiny(folder / "model", resolve("tiny_model", {}), data, cfg.seed))
@@ -81,9 +86,11 @@ def make_tiny(folder: Path, cfg: TinyModelConfig, data: Path, seed: int) -> Path
     """A tiny model with random weights and a tokenizer trained on the training problems."""
     from grpo_gsm8k.trainer.tiny_model import make_tiny_model
 
-    if not (folder / "config.json").is_file():
+    if not folder.is_dir():
+        unfinished = folder.with_name(".writing_model")
+        shutil.rmtree(unfinished, ignore_errors=True)
         texts = [text for problem in load_split(data, "train") for text in (problem.question, problem.answer)]
-        make_tiny_model(folder, texts, seed, **vars(cfg))
+        make_tiny_model(unfinished, texts, seed, **vars(cfg)).rename(folder)
     return folder
 
 

@@ -16,8 +16,9 @@ from grpo_gsm8k.config import ModelConfig, TrainConfig
 from grpo_gsm8k.datatypes import Learner, Problem, Prompt, Sampler, SamplingParams
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.evals.accuracy import Evaluation, evaluate
+from grpo_gsm8k.gsm8k.grading import Tags
 from grpo_gsm8k.gsm8k.problems import load_problems
-from grpo_gsm8k.gsm8k.prompts import Renderer, check_lengths, make_tags
+from grpo_gsm8k.gsm8k.prompts import Renderer, check_lengths, make_tags, remembered
 from grpo_gsm8k.runs.directory import Run, open_run
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.policy import context_length, load_model, load_tokenizer, weights_sha256
@@ -63,7 +64,7 @@ class Bench:
     def prompts(self, problems: Sequence[Problem], source: Path | str) -> list[Prompt]:
         """Rendered problems, each known to fit into the context with its completion."""
         prompts = [self.renderer.prompt(problem) for problem in problems]
-        check_lengths(prompts, self.run.cfg.max_new_tokens, self.context, str(source))
+        check_lengths(prompts, self.context, str(source))
         return prompts
 
 
@@ -76,29 +77,36 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path]) -> Iter
     """
     eval_path = Path(cfg.eval_set_path or Path(cfg.data) / "val.jsonl")
     problems = load_problems(eval_path)
-    tags = make_tags(cfg.think_open, cfg.think_close, cfg.answer_open, cfg.answer_close)
+    asked = how_to_ask(cfg)
     with open_run(cfg, stage, {**inputs, "eval_set": eval_path}) as run:
         repro.set_deterministic(cfg.deterministic)
         repro.seed_everything(cfg.seed)
-        tokenizer = load_tokenizer(cfg)
         model = load_model(cfg)
-        renderer = Renderer(tokenizer, cfg.prompt_style, tags)
+        renderer = Renderer(load_tokenizer(cfg), *asked)
         sampler = HFSampler(model, renderer, cfg.sample_rows)
-        bench = Bench(run, TorchLearner(model, tokenizer, cfg), sampler, renderer, [], context_length(model))
+        bench = Bench(run, TorchLearner(model, renderer, cfg), sampler, renderer, [], context_length(model))
         bench.val = bench.prompts(problems[: cfg.eval_examples], eval_path)
         yield bench
+
+
+def how_to_ask(cfg: ModelConfig) -> tuple[str, Tags]:
+    """Prompt style and tags: as configured, or (auto) as the model folder remembers, else qwen_boxed."""
+    tags = make_tags(cfg.think_open, cfg.think_close, cfg.answer_open, cfg.answer_close)
+    if cfg.prompt_style != "auto":
+        return cfg.prompt_style, tags
+    return remembered(cfg.model_id) or ("qwen_boxed", tags)
 
 
 def evaluate_model(
     cfg: ModelConfig, problems: Sequence[Problem], params: SamplingParams, source: str, title: str
 ) -> Evaluation:
     """Load a model, evaluate it on `problems`, let it go."""
-    tags = make_tags(cfg.think_open, cfg.think_close, cfg.answer_open, cfg.answer_close)
+    asked = how_to_ask(cfg)
     repro.set_deterministic(cfg.deterministic)
     model = load_model(cfg)
-    renderer = Renderer(load_tokenizer(cfg), cfg.prompt_style, tags)
+    renderer = Renderer(load_tokenizer(cfg), *asked)
     prompts = [renderer.prompt(problem) for problem in problems]
-    check_lengths(prompts, params.max_new_tokens, context_length(model), source)
+    check_lengths(prompts, context_length(model), source)
     params = dataclasses.replace(params, stop=renderer.style.stop)
     sampler = HFSampler(model, renderer, cfg.sample_rows)
     digest = weights_sha256(model.named_parameters())

@@ -147,11 +147,16 @@ def test_broken_data_names_file_and_line(call, tiny, tmp_path, no_model, content
 
 def test_mistakes_get_one_line_and_exit_2(call, tiny, tmp_path):
     model, data = ["--model_id", tiny.model], ["--data", tiny.data]
+    long = tmp_path / "long"
+    long.mkdir()
+    for name in ("train", "val"):
+        row = {"id": "p-long", "question": "How many? " * 500, "answer": "#### 1"}
+        (long / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     cases = [
         (["grpo", *SMALL, *data, "--model_id", tmp_path / "nowhere"], "nowhere"),
         (["grpo", *SMALL, *data, "--model_id", "no/such-model"], "no/such-model"),
         (["grpo", *SMALL, *model, "--data", tmp_path / "nodata"], "nodata"),
-        (["grpo", *SMALL, *model, *data, "--max_new_tokens", "2000"], "--max_new_tokens"),
+        (["grpo", *SMALL, *model, "--data", long], "p-long"),
         (["grpo", *SMALL, *model, *data, "--device", "cuda:7"], "cuda:7"),
         (["grpo", *SMALL, *model, *data, "--set", "lrr=1"], "lrr"),
         (["grpo", *SMALL, *model, *data, "--dtype", "float8"], "float8"),

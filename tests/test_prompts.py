@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from grpo_gsm8k.datatypes import Problem
 from grpo_gsm8k.errors import ConfigError, DataError
 from grpo_gsm8k.gsm8k.grading import grade
-from grpo_gsm8k.gsm8k.prompts import STYLES, Renderer, check_lengths, make_tags
+from grpo_gsm8k.gsm8k.prompts import STYLES, Renderer, check_lengths, make_tags, remembered
 
 PROBLEM = Problem("p1", "Ann has 2 eggs and buys 3. How many?", "She has 2+3=<<2+3=5>>5 eggs.\n#### 5", "5")
 
@@ -166,7 +166,17 @@ def test_the_end_of_turn_comes_from_the_template_not_from_the_tokenizers_eos(tin
 
 def test_a_prompt_beyond_the_context_names_the_problem_and_the_room(tokenizer):
     prompt = Renderer(tokenizer).prompt(PROBLEM)
-    room = 40 - len(prompt.token_ids)
-    check_lengths([prompt], room, 40, "f.jsonl")
-    with pytest.raises(DataError, match=rf"f\.jsonl: problem p1.*--max_new_tokens to {room}$"):
-        check_lengths([prompt], room + 1, 40, "f.jsonl")
+    length = len(prompt.token_ids)
+    check_lengths([prompt], length + 1, "f.jsonl")
+    with pytest.raises(DataError, match=rf"f\.jsonl: problem p1.* {length} tokens"):
+        check_lengths([prompt], length, "f.jsonl")
+
+
+def test_a_saved_model_remembers_how_it_was_asked(tokenizer, tmp_path):
+    renderer = Renderer(tokenizer, "r1_zero", make_tags("[t]", "[/t]", "", ""))
+    assert remembered(str(tmp_path)) is None and remembered("Qwen/Qwen2.5-0.5B") is None
+    renderer.save_pretrained(tmp_path)
+    assert remembered(str(tmp_path)) == ("r1_zero", renderer.tags)
+    (tmp_path / "prompt.json").write_text('{"prompt_style": "mine"}')
+    with pytest.raises(DataError, match="prompt_style"):
+        remembered(str(tmp_path))

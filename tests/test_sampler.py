@@ -27,7 +27,7 @@ def parts(tiny):
     model = AutoModelForCausalLM.from_pretrained(tiny.model)
     with torch.no_grad():  # sharper than a fresh model, so that greedy choices and ends are not all alike
         for parameter in model.parameters():
-            parameter.mul_(3.0)
+            parameter.mul_(2.0)
     tokenizer = AutoTokenizer.from_pretrained(tiny.model)
     renderer = Renderer(tokenizer)
     prompts = [renderer.prompt(problem) for problem in load_split(tiny.data, "train")[:6]]
@@ -102,6 +102,16 @@ def test_finish_reason_says_whether_the_model_ended(parts, sampler):
             else:
                 assert len(c.token_ids) == 6 and not ends & set(c.token_ids)
     assert reasons["stop"] and reasons["length"]
+
+
+def test_the_context_ends_a_completion_too(parts):
+    model, _, renderer, prompts = parts
+    short = HFSampler(model, renderer)
+    short.context = max(len(p.token_ids) for p in prompts) + 2
+    for prompt, group in zip(prompts, short.sample(prompts, replace(PARAMS, max_new_tokens=30)), strict=True):
+        for c in group:
+            room = short.context - len(prompt.token_ids)
+            assert len(c.token_ids) <= room and (c.finish_reason == "stop" or len(c.token_ids) == min(room, 30))
 
 
 def test_stop_ids_come_from_the_template_the_tokenizer_and_the_model(parts, sampler):

@@ -11,6 +11,7 @@ truncation; with temperature 0 (greedy) those of temperature 1.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +30,7 @@ class _Row:
 
     prompt: Prompt
     seed: int
-    uniforms: torch.Tensor  # (max_new_tokens,) float64
+    uniforms: torch.Tensor  # float64, one for each token there is room for
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -47,6 +48,7 @@ class HFSampler:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.renderer, self.rows, self.version = renderer, rows, 0
         self.device: torch.device = next(model.parameters()).device
+        self.context = int(model.config.get_text_config().max_position_embeddings)
         ends = model.generation_config.eos_token_id if model.generation_config else None
         # A model may have several ends of sequence, of which the tokenizer names one.
         self.stop_ids = renderer.stop_ids | set([ends] if isinstance(ends, int) else ends or [])
@@ -88,15 +90,17 @@ class HFSampler:
         """Fill `rows`, which belong to `prompts` in order, n each."""
         logits, cache, attention, positions = self._prefill(prompts, params.n)
         alive = rows
-        for t in range(params.max_new_tokens):
+        for t in itertools.count():
             chosen, logp = _draw(logits, torch.stack([row.uniforms[t] for row in alive]), params)
             for row, token, value in zip(alive, chosen.tolist(), logp.tolist(), strict=True):
                 row.token_ids.append(token)
                 row.logprobs.append(value)
                 if token in self.stop_ids or self._hit_stop(row, params.stop):
                     row.finish_reason = "stop"
+                elif t + 1 == len(row.uniforms):
+                    row.finish_reason = "length"
             keep = [k for k, row in enumerate(alive) if row.finish_reason is None]
-            if not keep or t + 1 == params.max_new_tokens:
+            if not keep:
                 break
             if len(keep) < len(alive):
                 index = torch.tensor(keep, device=self.device)
@@ -142,7 +146,8 @@ class HFSampler:
     def _row(self, prompt: Prompt, sample: int, params: SamplingParams) -> _Row:
         seed = derive_seed(params.seed, prompt.problem.id, sample)
         generator = torch.Generator().manual_seed(seed)
-        return _Row(prompt, seed, torch.rand(params.max_new_tokens, generator=generator, dtype=torch.float64))
+        room = min(params.max_new_tokens, self.context - len(prompt.token_ids))
+        return _Row(prompt, seed, torch.rand(room, generator=generator, dtype=torch.float64))
 
     def _hit_stop(self, row: _Row, stop: tuple[str, ...]) -> bool:
         if not stop:
@@ -152,11 +157,12 @@ class HFSampler:
         return any(s in tail for s in stop)
 
     def _completion(self, row: _Row) -> Completion:
+        assert row.finish_reason is not None
         return Completion(
             token_ids=tuple(row.token_ids),
             logprobs=tuple(row.logprobs),
             text=self.renderer.decode(row.token_ids),
-            finish_reason=row.finish_reason or "length",
+            finish_reason=row.finish_reason,
             policy_version=self.version,
             seed=row.seed,
         )

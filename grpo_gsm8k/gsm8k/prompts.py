@@ -10,13 +10,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from grpo_gsm8k.datatypes import Problem, Prompt, TokenRow
 from grpo_gsm8k.errors import ConfigError, DataError
 from grpo_gsm8k.gsm8k.grading import Tags, extract, parse_number
+from grpo_gsm8k.runs.files import read_json, write_json
 
 Message = tuple[str, str]  # (role, content)
+PROMPT_FILE = "prompt.json"
 
 
 @dataclass(frozen=True)
@@ -118,11 +121,16 @@ class Renderer:
 
     def __init__(self, tokenizer: Any, style: str = "gsm8k", tags: Tags | None = None) -> None:
         """`tokenizer` is a transformers tokenizer; `tags` are those of the r1_zero style and of grading."""
-        self.tokenizer = tokenizer
+        self.tokenizer, self.name = tokenizer, style
         self.tags = tags or Tags()
         self.style = STYLES[style](self.tags)
         self.end_id = self._end_of_turn()
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id
+
+    def save_pretrained(self, folder: Path) -> None:
+        """The tokenizer, and how this model was asked, so that it is asked the same way next time."""
+        self.tokenizer.save_pretrained(folder)
+        write_json(folder / PROMPT_FILE, {"prompt_style": self.name, **vars(self.tags)})
 
     def prompt(self, problem: Problem) -> Prompt:
         """What the model sees before it answers."""
@@ -207,15 +215,25 @@ class Renderer:
         return TokenRow(ids, tuple(flag for part, flag in parts for _ in part))
 
 
-def check_lengths(prompts: Sequence[Prompt], max_new_tokens: int, context: int, source: str) -> None:
-    """Raise `DataError` if a prompt and its completion cannot fit into the model's context."""
+def remembered(model_id: str) -> tuple[str, Tags] | None:
+    """Style and tags that a model folder was trained with; None if it does not say."""
+    path = Path(model_id) / PROMPT_FILE
+    if not path.is_file():
+        return None
+    stored = read_json(path)
+    style = stored.pop("prompt_style", None)
+    if style not in STYLES or stored.keys() != vars(Tags()).keys():
+        raise DataError(path, "does not say how the model is asked; pass --prompt_style")
+    return style, Tags(**stored)
+
+
+def check_lengths(prompts: Sequence[Prompt], context: int, source: str) -> None:
+    """Raise `DataError` if a prompt leaves no room in the model's context."""
     longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
     length = len(longest.token_ids)
-    if length + max_new_tokens > context:
-        room = context - length
-        mend = f"lower --max_new_tokens to {room}" if room > 0 else "leave this problem out"
+    if length >= context:
         raise DataError(
             source,
-            f"problem {longest.problem.id}: a prompt of {length} tokens and {max_new_tokens} new ones exceed "
-            f"the model's context of {context}; {mend}",
+            f"problem {longest.problem.id}: a prompt of {length} tokens does not fit into the model's context "
+            f"of {context}; leave this problem out, or take another model",
         )

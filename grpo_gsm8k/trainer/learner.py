@@ -23,7 +23,7 @@ class TorchLearner:
     """Implements `datatypes.Learner` for a transformers model."""
 
     def __init__(self, model: Any, tokenizer: Any, cfg: TrainConfig) -> None:
-        """`model` stays where it is and is trained in place; `tokenizer` is saved beside its weights."""
+        """`model` is trained in place; `tokenizer` (or a renderer) is saved beside its weights."""
         self.model, self.tokenizer, self.cfg = model, tokenizer, cfg
         self.device: torch.device = next(model.parameters()).device
         self.model.train()
