@@ -7,6 +7,7 @@ traceback. stdout is data, stderr is talk; `--json` prints exactly one JSON obje
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import json
 import os
@@ -56,31 +57,22 @@ def flags_of(cls: type, skip: typing.Container[str] = ()) -> list[inspect.Parame
     return parameters
 
 
-def stage_command(name: str, cls: type, run: Callable[[Any], Mapping[str, Any]], help: str) -> None:
-    """A command whose flags are the fields of `cls`, and which prints what `run(config)` returns."""
+def register(name: str, cls: type, call: Callable[..., Mapping[str, Any]], skip: tuple[str, ...] = ()) -> None:
+    """A command whose flags are the fields of `cls`, which prints what `call(flags, **layers)` returns.
 
-    def command(preset: str | None, config_file: Path | None, set_: list[str], as_json: bool, **flags: Any) -> None:
-        given = {key: value for key, value in flags.items() if value is not None}
-        show(run(config.resolve(name, preset=preset, config_file=config_file, flags=given, sets=set_)), as_json)
+    `call`'s docstring is the command's help; its keyword parameters are flags too.
+    """
 
-    layers = [
-        _parameter("preset", str | None, typer.Option(help=f"one of {', '.join(config.preset_names())}"), None),
-        _parameter(
-            "config_file",
-            Path | None,
-            typer.Option("--config", help="TOML recipe laid over the preset"),
-            None,
-        ),
-        _parameter("set_", list[str], typer.Option("--set", help="key=value; may be given several times"), []),
-        _parameter("as_json", bool, typer.Option("--json", help="print one JSON object on stdout"), False),
-    ]
-    command.__signature__ = inspect.Signature([*flags_of(cls), *layers])  # type: ignore[attr-defined]
-    command.__doc__ = help
+    def command(as_json: bool, **flags: Any) -> None:
+        layers = {key: flags.pop(key) for key in inspect.signature(call).parameters if key != "flags"}
+        show(call({key: value for key, value in flags.items() if value is not None}, **layers), as_json)
+
+    own = list(inspect.signature(call, eval_str=True).parameters.values())[1:]
+    json_flag = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
+    parameters = [*flags_of(cls, skip), *(p.replace(kind=p.KEYWORD_ONLY) for p in own), json_flag]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__doc__ = call.__doc__
     app.command(name)(command)
-
-
-def _parameter(name: str, kind: Any, option: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 
 def show(result: Mapping[str, Any], as_json: bool) -> None:
@@ -105,70 +97,43 @@ def _short(value: Any) -> str:
     return str(value)
 
 
-# ---------------------------------------------------------------------------------------- training stages
+# ------------------------------------------------------------------------- the main path, and its stages
+
+Preset = Annotated[str | None, typer.Option(help=f"one of {', '.join(config.preset_names())}")]
+Recipe = Annotated[Path | None, typer.Option("--config", help="TOML recipe laid over the preset")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="key=value or stage.key=value; several times")]
 
 
-def _sft(cfg: Any) -> Mapping[str, Any]:
-    from grpo_gsm8k import sft
-
-    return sft.run(cfg)
-
-
-def _ei(cfg: Any) -> Mapping[str, Any]:
-    from grpo_gsm8k import ei
-
-    return ei.run(cfg)
-
-
-def _grpo(cfg: Any) -> Mapping[str, Any]:
-    from grpo_gsm8k import grpo
-
-    return grpo.run(cfg)
-
-
-def _eval(cfg: Any) -> Mapping[str, Any]:
-    from grpo_gsm8k import fast_eval_vllm
-
-    return fast_eval_vllm.run(cfg)
-
-
-stage_command("sft", config.SftConfig, _sft, "Supervised fine-tuning on worked solutions.")
-stage_command("ei", config.EiConfig, _ei, "Expert iteration: sample, keep what is right, fine-tune, again.")
-stage_command("grpo", config.GrpoConfig, _grpo, "Group relative policy optimisation.")
-stage_command("eval", config.EvalConfig, _eval, "Accuracy of a model on a file of problems.")
-
-
-# ------------------------------------------------------------------------------------------- the main path
-
-
-def _pipeline(flags: Mapping[str, Any], config_file: Path | None, sets: list[str], as_json: bool) -> None:
+def _pipeline(flags: Mapping[str, Any], config_file: Recipe = None, sets: Sets = None) -> Mapping[str, Any]:
+    """All stages: base → SFT → expert iteration → GRPO → report."""
     from grpo_gsm8k import pipeline
 
-    given = {key: value for key, value in flags.items() if value is not None}
-    show(pipeline.run(config.build(config.PipelineConfig, given), config_file, sets), as_json)
+    return pipeline.run(config.build(config.PipelineConfig, flags), config_file, sets or ())
 
 
-def _add_pipeline(name: str, skip: tuple[str, ...], help: str) -> None:
-    def command(config_file: Path | None, set_: list[str], as_json: bool, **flags: Any) -> None:
-        _pipeline(flags, config_file, set_, as_json)
-
-    layers = [
-        _parameter(
-            "config_file",
-            Path | None,
-            typer.Option("--config", help="TOML recipe laid over the preset"),
-            None,
-        ),
-        _parameter("set_", list[str], typer.Option("--set", help="stage.key=value, as in grpo.lr=1e-6"), []),
-        _parameter("as_json", bool, typer.Option("--json", help="print one JSON object on stdout"), False),
-    ]
-    command.__signature__ = inspect.Signature([*flags_of(config.PipelineConfig, skip), *layers])  # type: ignore[attr-defined]
-    command.__doc__ = help
-    app.command(name)(command)
+def _demo(flags: Mapping[str, Any], config_file: Recipe = None, sets: Sets = None) -> Mapping[str, Any]:
+    """A toy model learns to reason, on this machine, in minutes: `pipeline --preset tiny`."""
+    return _pipeline(flags, config_file, sets)
 
 
-_add_pipeline("demo", ("preset", "data", "model_id"), "A toy model learns to reason, on this machine, in minutes.")
-_add_pipeline("pipeline", (), "All stages: base → SFT → expert iteration → GRPO → report.")
+def _stage(section: str, module: str, help: str) -> None:
+    def call(
+        flags: Mapping[str, Any], preset: Preset = None, config_file: Recipe = None, sets: Sets = None
+    ) -> Mapping[str, Any]:
+        cfg = config.resolve(section, preset=preset, config_file=config_file, flags=flags, sets=sets or ())
+        result: Mapping[str, Any] = importlib.import_module(f"grpo_gsm8k.{module}").run(cfg)
+        return result
+
+    call.__doc__ = help
+    register(section, config.SECTIONS[section], call)
+
+
+register("demo", config.PipelineConfig, _demo, skip=("preset", "data", "model_id"))
+register("pipeline", config.PipelineConfig, _pipeline)
+_stage("sft", "sft", "Supervised fine-tuning on worked solutions.")
+_stage("ei", "ei", "Expert iteration: sample, keep what is right, fine-tune, again.")
+_stage("grpo", "grpo", "Group relative policy optimisation.")
+_stage("eval", "fast_eval_vllm", "Accuracy of a model on a file of problems.")
 
 
 # ------------------------------------------------------------------------------------------------- the rest
