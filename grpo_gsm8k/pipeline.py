@@ -150,15 +150,18 @@ def _open(cfg: PipelineConfig, sets: Sequence[str]) -> Path:
     mine = {**vars(replace(cfg, resume=False, stop_after="", max_steps=0, out_dir="")), "set": list(sets)}
     folder = Path(cfg.out_dir) if cfg.out_dir else _unfinished(mine) if cfg.resume else new_path()
     stored = folder / "pipeline_config.json"
-    if stored.is_file():
-        if not cfg.resume:
-            raise RunDirError(f"{folder}: exists already; pass --resume to continue it, or another --out_dir")
+    if folder.exists() and not folder.is_dir():
+        raise RunDirError(f"{folder}: is a file, not a folder")
+    begun = folder.is_dir() and any(path != stored for path in folder.iterdir())
+    if begun and not stored.is_file():
+        raise RunDirError(f"{folder}: is not empty and holds no pipeline; pick another --out_dir")
+    if begun and not cfg.resume:
+        raise RunDirError(f"{folder}: exists already; pass --resume to continue it, or another --out_dir")
+    if begun:
         before = read_json(stored)
         changed = [f"{k}: {before.get(k)!r} then, {v!r} now" for k, v in mine.items() if before.get(k) != v]
         if changed:
             raise RunDirError(f"{folder}: was begun differently ({'; '.join(changed)}); pick another --out_dir")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunDirError(f"{folder}: is not empty and holds no pipeline; pick another --out_dir")
     else:
         write_json(stored, mine)
     return folder

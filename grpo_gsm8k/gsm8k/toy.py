@@ -2,7 +2,7 @@
 
 A template is a question with holes, the ranges of its numbers, and one sentence per step of the solution.
 In a sentence, `[s = a + b]` is a calculation: it binds `s` and is written as GSM8K writes it, the formula, the
-calculator annotation, the result: `12+5=<<12+5=17>>17`. Draws in which a value leaves 1..99, or a division has
+calculator annotation, the result: `12+5=<<12+5=17>>17`. Draws in which a value leaves 1..29, or a division has
 a remainder, are thrown away.
 
 Simplified against GSM8K: some twenty templates, small numbers (most have one digit), two operands per step.
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from grpo_gsm8k.datatypes import Problem
 from grpo_gsm8k.errors import ConfigError
 
-LARGEST = 99
+LARGEST = 29
 """No number of a problem or of its solution is larger."""
 
 TERSE_SPREAD = 0.15
