@@ -204,7 +204,7 @@ def interrupted_at(step, cfg):
 
         bench.sampler.sample = pressing
         prompts = bench.prompts(load_split(Path(cfg.data), "train"), cfg.data)
-        grpo.train(cfg, bench, prompts, make_reward("default", format_ok=bench.renderer.style.format_ok))
+        grpo.train(cfg, bench, prompts, make_reward(cfg.reward, format_ok=bool))
 
 
 def grpo_flags(tiny, out):
