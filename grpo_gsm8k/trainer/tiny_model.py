@@ -93,8 +93,7 @@ def make_tiny_model(
 def initialise(model: Qwen2ForCausalLM) -> None:
     """Scale weights by their fan-in, start every residual branch at zero.
 
-    Qwen2's flat 0.02 is meant for wide models: at this width the branches drown the embeddings, and the model
-    needs twice the steps to learn to copy a number.
+    Qwen2's flat 0.02 is meant for wide models: at this width learning starts much later (artifacts/RESULTS.md).
     """
     for name, weight in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
