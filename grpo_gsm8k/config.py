@@ -62,7 +62,29 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig(ModelConfig):
+class EngineConfig(ModelConfig):
+    """Who samples, and where."""
+
+    engine: Literal["hf", "vllm"] = opt(
+        "hf", "transformers in this process, or vLLM in its own; --vllm_device says vllm"
+    )
+    vllm_device: str = opt(
+        "", "cuda:1 or cpu; empty: a GPU that the trainer is not on, else the trainer's", runtime=True
+    )
+    vllm_devices: str = opt("", "several, as in cuda:1,cuda:2: an engine on each, sharing the prompts", runtime=True)
+    tp_size: int = opt(1, "GPUs of one vLLM engine (tensor parallel), counted on from its device", runtime=True)
+    gpu_mem_util: float = opt(0.9, "share of a GPU's memory that vLLM may take", runtime=True)
+    max_model_len: int = opt(0, "longest sequence that vLLM plans for; 0 for the model's context", runtime=True)
+    engine_patience_s: float = opt(600.0, "seconds without a sign of progress before an engine is lost", runtime=True)
+
+    @property
+    def uses_vllm(self) -> bool:
+        """Whether vLLM samples."""
+        return self.engine == "vllm" or bool(self.vllm_device or self.vllm_devices)
+
+
+@dataclass(frozen=True)
+class TrainConfig(EngineConfig):
     """What SFT, expert iteration and GRPO have in common."""
 
     data: str = opt("artifacts/data", "folder with train.jsonl, val.jsonl and test.jsonl")
@@ -76,6 +98,17 @@ class TrainConfig(ModelConfig):
     eval_every: int = opt(20, "steps between evaluations; 0 for none")
     eval_examples: int = opt(100, "validation problems per evaluation, answered greedily")
     eval_set_path: str = opt("", "evaluation set; empty for val.jsonl of --data")
+    eval_mode: Literal["auto", "inline", "async"] = opt(
+        "auto", "async: in a process of its own while training goes on; auto: so for SFT with vLLM, else inline"
+    )
+    eval_device: str = opt("", "where the asynchronous evaluator runs; empty for vLLM's device, else cpu", runtime=True)
+    eval_backlog: Literal["all", "latest"] = opt(
+        "all", "when the evaluator falls behind: keep all that wait, or only the latest", runtime=True
+    )
+    probe_prompts: int = opt(8, "prompts that prove each hand-over of weights to an engine process; 0 for none")
+    probe_tolerance: float = opt(
+        0.0, "largest mean |logp difference| of a probe; 0 for 1e-3 in float32 and 0.05 in bfloat16", runtime=True
+    )
     lr: float = opt(1e-5, "peak learning rate")
     lr_schedule: Literal["constant", "cosine", "linear"] = opt("constant", "what follows the warm-up")
     warmup_steps: int = opt(0, "steps of linear warm-up")
@@ -143,11 +176,10 @@ class GrpoConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
-class EvalConfig(ModelConfig):
+class EvalConfig(EngineConfig):
     """Accuracy of a model on a file of problems."""
 
     eval_path: str = opt("artifacts/data/test.jsonl", "problems, or the rows that prep-eval writes")
-    engine: Literal["hf", "vllm"] = opt("hf", "who samples")
     limit: int = opt(0, "only the first so many problems; 0 for all")
     samples: int = opt(1, "completions per problem")
     temperature: float = opt(0.0, "0 is greedy")

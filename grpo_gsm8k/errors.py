@@ -12,6 +12,8 @@ for it. Whatever is not in this tree is a bug and keeps its traceback.
     │   ├── CheckpointError              a checkpoint that is damaged or of another model
     │   ├── DiskError                    the disk is full or cannot be written
     │   └── NonFiniteError               a loss or gradient that is not a number; the batch was kept
+    ├── EngineError             exit 1   a sampling or evaluating process that fails again and again, or that
+    │                                    does not hold the weights it was given; checkpoints are good
     └── Interrupted             exit 130 Ctrl-C (143 on SIGTERM); a checkpoint was written first
 """
 
@@ -68,6 +70,10 @@ class DiskError(UserError):
 
 class NonFiniteError(UserError):
     """A loss or a gradient is NaN or infinite. Raised before the optimizer steps."""
+
+
+class EngineError(GrpoError):
+    """An engine process fails again and again, or does not sample from the weights that it was given."""
 
 
 class Interrupted(GrpoError):

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from grpo_gsm8k.datatypes import Completion, FinishReason, Prompt, SamplingParams
 from grpo_gsm8k.errors import ModelError, NonFiniteError
@@ -39,14 +41,24 @@ class _Row:
 class HFSampler:
     """Implements `datatypes.Sampler` with a transformers model of its own."""
 
-    def __init__(self, model: Any, renderer: Renderer, rows: int = 256) -> None:
+    def __init__(
+        self,
+        model: Any,
+        renderer: Renderer,
+        rows: int = 256,
+        *,
+        copy_model: bool = True,
+        pulse: Callable[[], None] = lambda: None,
+    ) -> None:
         """`model` is copied, so that training never changes what is being sampled from.
 
         Args:
             rows: completions decoded side by side.
+            copy_model: False takes the model itself, which must not be trained.
+            pulse: called after each token, so that a hang is noticed.
         """
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.renderer, self.rows, self.version = renderer, rows, 0
+        self.model = (copy.deepcopy(model) if copy_model else model).eval().requires_grad_(False)
+        self.renderer, self.rows, self.version, self.pulse = renderer, rows, 0, pulse
         self.device: torch.device = next(model.parameters()).device
         self.context = int(model.config.get_text_config().max_position_embeddings)
         ends = model.generation_config.eos_token_id if model.generation_config else None
@@ -65,6 +77,10 @@ class HFSampler:
         if mine:
             raise ModelError(f"hand-over of weights: {len(mine)} weights are missing, {next(iter(mine))} first")
         self.version = version
+
+    def load_file(self, version: int, path: Path) -> None:
+        """`load_weights` from a safetensors file."""
+        self.load_weights(version, load_file(path).items())
 
     def weights(self) -> Iterable[tuple[str, torch.Tensor]]:
         """The weights that are being sampled from."""
@@ -99,6 +115,7 @@ class HFSampler:
                     row.finish_reason = "stop"
                 elif t + 1 == len(row.uniforms):
                     row.finish_reason = "length"
+            self.pulse()
             keep = [k for k, row in enumerate(alive) if row.finish_reason is None]
             if not keep:
                 break

@@ -1,0 +1,141 @@
+"""Weights on their way from the learner to an engine: a safetensors file in shared memory, with its hash.
+
+The reader checks the hash of what it read before it touches its model: a truncated file or a flipped byte
+leaves the engine with the weights it had.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from grpo_gsm8k.errors import DiskError, EngineError
+from grpo_gsm8k.runs.files import disk_errors
+from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.trainer.policy import weights_sha256
+
+SHARED_MEMORY = Path("/dev/shm")
+PREFIX = "grpo_gsm8k-"
+
+
+class HandoverError(EngineError):
+    """The file is not what was handed over: truncated, damaged, or gone."""
+
+
+@dataclass(frozen=True)
+class Handover:
+    """One set of weights in a file.
+
+    Attributes:
+        path: safetensors, names as the learner's model has them, tied weights once.
+        version: optimizer steps that made them.
+        sha256: `trainer.policy.weights_sha256` of the tensors.
+    """
+
+    path: Path
+    version: int
+    sha256: str
+
+    def as_json(self) -> dict[str, Any]:
+        """For the channel."""
+        return {**asdict(self), "path": str(self.path)}
+
+
+def write(path: Path, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> Handover:
+    """Write weights and hash them. Raises `DiskError` when there is no room; nothing is left behind."""
+    held = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors}
+    try:
+        with disk_errors(path):
+            save_file(held, path)
+    except SafetensorError as fault:  # its writer is not Python's, and wraps the operating system's error
+        path.unlink(missing_ok=True)
+        raise DiskError(f"{path}: cannot be written: {fault}") from None
+    return Handover(path, version, weights_sha256(held.items()))
+
+
+def read(handover: Handover) -> dict[str, torch.Tensor]:
+    """The tensors of a hand-over. Raises `HandoverError` unless their hash is the one that was promised."""
+    try:
+        tensors = load_file(handover.path)
+    except (SafetensorError, OSError) as fault:
+        raise HandoverError(f"version {handover.version}: cannot be read: {fault}") from None
+    found = weights_sha256(tensors.items())
+    if found != handover.sha256:
+        raise HandoverError(f"version {handover.version}: hash {found[:12]} is not {handover.sha256[:12]}")
+    return tensors
+
+
+class Outbox:
+    """Where hand-overs are written: shared memory when they fit there, else a folder on disk.
+
+    Only the newest is kept, so that an engine that is started anew can be given it again.
+    """
+
+    def __init__(self, fallback: Path) -> None:
+        sweep()
+        self.fallback = fallback
+        self._shared, self._lock = _locked_folder() if SHARED_MEMORY.is_dir() else (None, None)
+        self.newest: Handover | None = None
+
+    def put(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> Handover:
+        """Write a new version and forget the one before. Raises `DiskError` when it fits nowhere."""
+        held = list(tensors)
+        size = sum(tensor.numel() * tensor.element_size() for _, tensor in held)
+        name = f"weights_{version:06d}.safetensors"
+        before = self.newest
+        if before and before.path.name == name:  # written again, after it was refused
+            before.path.unlink(missing_ok=True)
+        if self._shared and shutil.disk_usage(SHARED_MEMORY).free > 1.05 * size:
+            try:
+                self.newest = write(self._shared / name, version, held)
+            except DiskError as fault:  # something else filled it in between
+                talk(f"{fault}; handing over by way of {self.fallback}")
+                self.newest = write(self._on_disk(name), version, held)
+        else:
+            if before is None or before.path.parent != self.fallback:
+                talk(f"shared memory has no room for {size / 1e9:.2f} GB; handing over by way of {self.fallback}")
+            self.newest = write(self._on_disk(name), version, held)
+        if before and before.path != self.newest.path:
+            before.path.unlink(missing_ok=True)
+        return self.newest
+
+    def close(self) -> None:
+        """Remove what was written."""
+        if self.newest:
+            self.newest.path.unlink(missing_ok=True)
+        if self._shared and self._lock:
+            shutil.rmtree(self._shared, ignore_errors=True)
+            self._lock.close()
+
+    def _on_disk(self, name: str) -> Path:
+        self.fallback.mkdir(parents=True, exist_ok=True)
+        return self.fallback / name
+
+
+def sweep() -> None:
+    """Remove what killed processes left in shared memory. A folder whose owner lives is locked by it."""
+    for lock in SHARED_MEMORY.glob(f"{PREFIX}*/lock"):
+        try:
+            with lock.open("a") as handle:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock.parent, ignore_errors=True)
+        except (BlockingIOError, PermissionError, FileNotFoundError):  # alive, another user's, or just gone
+            continue
+
+
+def _locked_folder() -> tuple[Path, IO[str]]:
+    """A fresh folder that only this user can enter; the open lock file in it says that its owner lives."""
+    unnamed = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=SHARED_MEMORY))
+    handle = (unnamed / "lock").open("a")
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    folder = unnamed.rename(SHARED_MEMORY / unnamed.name.removeprefix("."))  # seen by `sweep` only now
+    return folder, handle

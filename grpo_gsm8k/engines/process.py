@@ -1,0 +1,190 @@
+"""Sampling in processes of their own: one engine, or several that share the prompts.
+
+An engine that dies, hangs or answers nonsense is started anew with the weights that it held, and asked again.
+Sampling is seeded per sample, so a repeated call draws what the lost one would have drawn. When it fails
+`ATTEMPTS` times in a row the run stops with an `EngineError`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from grpo_gsm8k.config import EngineConfig
+from grpo_gsm8k.datatypes import Completion, Prompt, SamplingParams
+from grpo_gsm8k.engines.channel import Child, ChildGone, environment_of
+from grpo_gsm8k.engines.handover import Handover, Outbox
+from grpo_gsm8k.errors import EngineError
+from grpo_gsm8k.gsm8k.prompts import Renderer
+from grpo_gsm8k.runs.progress import talk
+
+ATTEMPTS = 3
+T = TypeVar("T")
+
+
+class Engine:
+    """A child process with an engine in it, started when it is first needed and again when it is lost."""
+
+    def __init__(
+        self,
+        cfg: EngineConfig,
+        renderer: Renderer,
+        devices: Sequence[str],
+        *,
+        log: Path | None = None,
+        module: str = "grpo_gsm8k.engines.worker",
+        **start: Any,
+    ) -> None:
+        """Nothing is started yet.
+
+        Args:
+            devices: what the process sees, as this process numbers them: several for tensor parallelism.
+            module: what is run; it calls `channel.serve`.
+            start: more for its `build`.
+        """
+        fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(EngineConfig)}
+        fields["device"] = "cpu" if devices[0] == "cpu" else "cuda:0"
+        self._start = {"cfg": fields, "style": renderer.name, "tags": vars(renderer.tags), "naps": False, **start}
+        self.name = f"{'vllm' if cfg.uses_vllm else 'hf'} engine on {','.join(devices)}"
+        self._environment, self._log, self._module = environment_of(devices), log, module
+        self.patience_s = cfg.engine_patience_s
+        self._child: Child | None = None
+        self.held: Handover | None = None
+        self.restarts, self.busy_s = 0, 0.0
+
+    def ask(self, op: str, understand: Callable[[dict[str, Any]], T], **fields: Any) -> T:
+        """Call the engine, starting it anew where needed.
+
+        Args:
+            understand: makes the result of an answer; raises `ChildGone` for one that makes no sense.
+
+        Raises:
+            EngineError: it failed `ATTEMPTS` times in a row.
+        """
+        began = time.monotonic()
+        try:
+            for _ in range(ATTEMPTS):
+                try:
+                    return understand(self._ready().call(op, self.patience_s, **fields))
+                except ChildGone as fault:
+                    self.close()
+                    self.restarts, last = self.restarts + 1, fault
+                    talk(f"{fault.words}\n{self.name} {fault}; starting it again".strip())
+            raise EngineError(f"{self.name} failed {ATTEMPTS} times in a row: it {last}")
+        finally:
+            self.busy_s += time.monotonic() - began
+
+    def load(self, handover: Handover) -> str:
+        """Hand weights over; "" when they are in, else why the engine refused the file."""
+        answer = self.ask("load_weights", dict, **handover.as_json())
+        if "refused" not in answer:
+            self.held = handover
+        return str(answer.get("refused", ""))
+
+    def close(self) -> None:
+        """End the process."""
+        if self._child:
+            self._child.close()
+            self._child = None
+
+    def _ready(self) -> Child:
+        if self._child is None:
+            self._child = Child(
+                self._module,
+                self._start,
+                patience_s=self.patience_s,
+                environment=self._environment,
+                log=self._log,
+            )
+            if self.held:
+                answer = self._child.call("load_weights", self.patience_s, **self.held.as_json())
+                if "refused" in answer:
+                    raise EngineError(f"{self.name}: its weights are lost: {answer['refused']}")
+        return self._child
+
+
+class ProcessSampler:
+    """Implements `datatypes.Sampler` with one engine or several, each in a process of its own."""
+
+    def __init__(self, engines: Sequence[Engine], scratch: Path) -> None:
+        """`scratch` takes the weights where shared memory has no room for them."""
+        self.engines, self.outbox = list(engines), Outbox(scratch)
+        self._pool = ThreadPoolExecutor(len(self.engines))
+
+    @property
+    def version(self) -> int:
+        """Of the weights that are being sampled from; -1 before the first hand-over."""
+        return self.outbox.newest.version if self.outbox.newest else -1
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds of work so far, the mean over the engines."""
+        return sum(engine.busy_s for engine in self.engines) / len(self.engines)
+
+    @property
+    def restarts(self) -> int:
+        """How often an engine had to be started again."""
+        return sum(engine.restarts for engine in self.engines)
+
+    def load_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Hand weights to every engine; a file that one refuses is written once more.
+
+        Raises:
+            EngineError: refused twice, or an engine failed for good.
+            DiskError: there is no room for the weights anywhere.
+        """
+        held, pending = list(tensors), self.engines
+        for _ in range(2):
+            handover = self.outbox.put(version, held)
+            refusals = list(self._pool.map(lambda engine: engine.load(handover), pending))
+            pending = [engine for engine, refusal in zip(pending, refusals, strict=True) if refusal]
+            if not pending:
+                return
+            talk(f"{pending[0].name} refused the weights: {next(filter(None, refusals))}; handing over again")
+        raise EngineError(f"{pending[0].name} refused the weights twice; the checkpoints are good")
+
+    def sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
+        """`params.n` completions of each prompt, in order. Raises `EngineError` when an engine fails for good."""
+        share = math.ceil(len(prompts) / len(self.engines))
+        parts = [prompts[i : i + share] for i in range(0, len(prompts), share)]
+        drawn = self._pool.map(lambda pair: self._ask(*pair, params), zip(self.engines, parts, strict=False))
+        return [group for part in drawn for group in part]
+
+    def close(self) -> None:
+        """End the engines and remove the weights that were handed over."""
+        for engine in self.engines:
+            engine.close()
+        self._pool.shutdown()
+        self.outbox.close()
+
+    def _ask(self, engine: Engine, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
+        def understand(answer: dict[str, Any]) -> list[list[Completion]]:
+            return completions_of(answer, len(prompts), params, self.version)
+
+        asked = [{"id": prompt.problem.id, "token_ids": prompt.token_ids} for prompt in prompts]
+        return engine.ask("sample", understand, prompts=asked, params=vars(params))
+
+
+def completions_of(
+    answer: dict[str, Any], prompts: int, params: SamplingParams, version: int
+) -> list[list[Completion]]:
+    """Completions from an engine's answer. Raises `ChildGone` for one that cannot be of these prompts and weights."""
+    groups = answer.get("completions", [])
+    if len(groups) != prompts or any(len(group) != params.n for group in groups):
+        raise ChildGone(f"answered {len(groups)} groups for {prompts} prompts of {params.n} samples")
+    for row in (row for group in groups for row in group):
+        if not 0 < len(row["token_ids"]) == len(row["logprobs"]) <= params.max_new_tokens:
+            raise ChildGone(f"answered {len(row['token_ids'])} ids with {len(row['logprobs'])} log-probabilities")
+        if row["policy_version"] != version:
+            raise ChildGone(f"sampled from version {row['policy_version']}, asked was {version}")
+    return [
+        [Completion(**{**r, "token_ids": tuple(r["token_ids"]), "logprobs": tuple(r["logprobs"])}) for r in group]
+        for group in groups
+    ]

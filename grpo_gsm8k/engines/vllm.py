@@ -1,0 +1,162 @@
+"""vLLM as a sampler, inside the engine process. The only importer of vllm.
+
+Token ids in, token ids and log-probabilities out. Conventions are those of `engines.hf`: log-softmax(logits /
+temperature) of every sampled token. One differs: with top_p < 1 vLLM reports them after the truncation.
+
+Each sample is a request with its own seed, so what it draws does not depend on its neighbours' seeds; prefix
+caching reads a prompt once for all its samples. The engine starts with dummy weights: what it samples from can
+only have come through a hand-over, and one that did not arrive shows in the first probe.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from grpo_gsm8k.config import EngineConfig
+from grpo_gsm8k.datatypes import Completion, FinishReason, Prompt, SamplingParams
+from grpo_gsm8k.engines.channel import Pulse
+from grpo_gsm8k.errors import EngineError, ModelError
+from grpo_gsm8k.gsm8k.prompts import Renderer
+from grpo_gsm8k.repro import derive_seed
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is in a process of its own already: this one
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # its draws do not follow a request's seed
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; read by the CPU build only
+}
+
+
+class VLLMSampler:
+    """Samples as `datatypes.Sampler` does, with weights from files."""
+
+    def __init__(self, cfg: EngineConfig, renderer: Renderer, pulse: Pulse, naps: bool = False) -> None:
+        """Start the engine on the devices that this process sees.
+
+        Args:
+            pulse: called after every step of the engine, so that a hang is noticed.
+            naps: sleep between calls, because the learner is on the same GPU.
+        """
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        if cfg.deterministic and cfg.device != "cpu":
+            os.environ["VLLM_BATCH_INVARIANT"] = "1"
+        from vllm import LLM
+
+        self.renderer, self.pulse, self.naps, self.version = renderer, pulse, naps, -1
+        on_cpu = cfg.device == "cpu"
+        try:
+            self.llm = LLM(
+                cfg.model_id,
+                revision=cfg.revision or None,
+                download_dir=cfg.cache_dir or None,
+                dtype=cfg.dtype,
+                load_format="dummy",
+                seed=0,
+                max_model_len=cfg.max_model_len or None,
+                max_num_seqs=cfg.sample_rows,
+                tensor_parallel_size=cfg.tp_size,
+                gpu_memory_utilization=cfg.gpu_mem_util,
+                enforce_eager=on_cpu,
+                # A prompt cut into chunks rewinds its request's generator, which a CPU generator cannot (vLLM 0.32).
+                enable_chunked_prefill=not on_cpu,
+                enable_prefix_caching=True,
+                enable_sleep_mode=naps,
+                logprobs_mode="processed_logprobs",
+                generation_config="vllm",  # no sampling defaults from the model's folder
+                worker_extension_cls=f"{__name__}.Weights",
+            )
+        except ValueError as fault:  # vLLM's own word for a model or a setting that it does not take
+            raise ModelError(f"vLLM cannot run {cfg.model_id}: {' '.join(str(fault).split())[:500]}") from None
+        self.context: int = self.llm.llm_engine.model_config.max_model_len
+        ends = (self.llm.llm_engine.model_config.try_get_generation_config() or {}).get("eos_token_id")
+        self.stop_ids = renderer.stop_ids | set([ends] if isinstance(ends, int) else ends or [])
+        self._asleep = False
+        self._rest()
+
+    def load_file(self, version: int, path: Path) -> None:
+        """Replace the weights by those of a safetensors file, and forget what was cached under the old ones."""
+        self._wake()
+        self.llm.collective_rpc("replace_weights", args=(str(path),))
+        if not self.llm.reset_prefix_cache():  # vLLM does not do it by itself
+            raise EngineError("vLLM kept its prefix cache of the old weights")
+        self.version = version
+
+    def sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
+        """`params.n` completions of each prompt, in order."""
+        self._wake()
+        asked = [
+            (prompt, derive_seed(params.seed, prompt.problem.id, k)) for prompt in prompts for k in range(params.n)
+        ]
+        engine, outputs = self.llm.llm_engine, dict[str, Any]()
+        for number, (prompt, seed) in enumerate(asked):
+            ids = {"prompt_token_ids": list(prompt.token_ids)}
+            engine.add_request(str(number), ids, self._params(params, prompt, seed))
+        while engine.has_unfinished_requests():
+            outputs |= {out.request_id: out.outputs[0] for out in engine.step() if out.finished}
+            self.pulse()
+        self._rest()
+        drawn = [self._completion(outputs[str(number)], seed) for number, (_, seed) in enumerate(asked)]
+        return [drawn[i : i + params.n] for i in range(0, len(drawn), params.n)]
+
+    def _params(self, params: SamplingParams, prompt: Prompt, seed: int) -> Any:
+        from vllm import SamplingParams as Request
+        from vllm.sampling_params import RequestOutputKind
+
+        return Request(
+            temperature=params.temperature,
+            top_p=params.top_p,
+            max_tokens=min(params.max_new_tokens, self.context - len(prompt.token_ids)),
+            seed=seed,
+            logprobs=0,  # of the sampled token alone
+            stop=list(params.stop),
+            include_stop_str_in_output=True,
+            stop_token_ids=sorted(self.stop_ids),
+            detokenize=bool(params.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _completion(self, output: Any, seed: int) -> Completion:
+        ids = tuple(output.token_ids)
+        reasons: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+        return Completion(
+            token_ids=ids,
+            logprobs=tuple(step[i].logprob for step, i in zip(output.logprobs, ids, strict=True)),
+            text=self.renderer.decode(ids),
+            finish_reason=reasons[output.finish_reason],
+            policy_version=self.version,
+            seed=seed,
+        )
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self.llm.wake_up()
+            self._asleep = False
+
+    def _rest(self) -> None:
+        if self.naps:
+            self.llm.sleep(level=1)
+            self._asleep = True
+
+
+class Weights:
+    """What vLLM's workers gain: see `worker_extension_cls`."""
+
+    def replace_weights(self, path: str) -> None:
+        """New weights from a file, under the names of the checkpoint format. Every worker reads it."""
+        self.reload_weights(weights_iterator=iter(load_file(path).items()))  # type: ignore[attr-defined]
+        self.repack_tied_head()
+
+    def repack_tied_head(self) -> None:
+        """On a CPU the head is packed when the model is loaded; a tied one keeps the old weights on a reload."""
+        from vllm.platforms import current_platform
+
+        head = getattr(self.get_model(), "lm_head", None)  # type: ignore[attr-defined]
+        if current_platform.is_cpu() and head is not None:
+            head.quant_method.process_weights_after_loading(head)

@@ -1,0 +1,76 @@
+"""The engine process: a sampler behind a channel. Started by `engines.process`, never by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from grpo_gsm8k import config
+from grpo_gsm8k.config import EngineConfig
+from grpo_gsm8k.datatypes import Completion, Problem, Prompt, SamplingParams
+from grpo_gsm8k.engines import handover
+from grpo_gsm8k.engines.channel import Handler, Pulse, serve
+from grpo_gsm8k.engines.handover import Handover, HandoverError
+from grpo_gsm8k.gsm8k.grading import Tags
+from grpo_gsm8k.gsm8k.prompts import Renderer
+from grpo_gsm8k.trainer.policy import load_model, load_tokenizer
+
+
+class FileSampler(Protocol):
+    """A sampler that takes its weights from a file: with tensor parallelism several processes read it."""
+
+    def sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]: ...
+
+    def load_file(self, version: int, path: Path) -> None: ...
+
+
+def make_sampler(cfg: EngineConfig, renderer: Renderer, pulse: Pulse, naps: bool = False) -> FileSampler:
+    """The engine that the config names, on the devices that this process sees.
+
+    Args:
+        naps: give the device back between calls, because the learner is on it too (vLLM only).
+    """
+    if cfg.uses_vllm:
+        from grpo_gsm8k.engines.vllm import VLLMSampler
+
+        return VLLMSampler(cfg, renderer, pulse, naps)
+    from grpo_gsm8k.engines.hf import HFSampler
+
+    return HFSampler(load_model(cfg), renderer, cfg.sample_rows, copy_model=False, pulse=pulse)
+
+
+def take_weights(sampler: FileSampler, version: int, path: str, sha256: str) -> dict[str, Any]:
+    """Check a hand-over and load it; the answer says what is held now, or why nothing was changed."""
+    given = Handover(Path(path), version, sha256)
+    try:
+        handover.read(given)
+    except HandoverError as fault:
+        return {"refused": str(fault)}
+    sampler.load_file(version, given.path)
+    return {"version": version, "sha256": sha256}
+
+
+def build(start: Mapping[str, Any], pulse: Pulse) -> dict[str, Handler]:
+    """The handlers of a sampling engine. `start`: `cfg`, `style`, `tags`, `naps`."""
+    cfg = config.build(EngineConfig, start["cfg"])
+    sampler = make_sampler(cfg, renderer_of(cfg, start), pulse, start["naps"])
+
+    def sample(prompts: list[dict[str, Any]], params: dict[str, Any]) -> dict[str, Any]:
+        asked = [Prompt(Problem(p["id"], "", "", ""), tuple(p["token_ids"])) for p in prompts]
+        drawn = sampler.sample(asked, SamplingParams(**{**params, "stop": tuple(params["stop"])}))
+        return {"completions": [[vars(completion) for completion in group] for group in drawn]}
+
+    def load_weights(version: int, path: str, sha256: str) -> dict[str, Any]:
+        return take_weights(sampler, version, path, sha256)
+
+    return {"sample": sample, "load_weights": load_weights}
+
+
+def renderer_of(cfg: EngineConfig, start: Mapping[str, Any]) -> Renderer:
+    """The renderer that the parent has: the same tokenizer, style and tags."""
+    return Renderer(load_tokenizer(cfg), start["style"], Tags(**start["tags"]))
+
+
+if __name__ == "__main__":
+    serve(build)
