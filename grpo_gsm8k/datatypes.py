@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     import torch
 
+    from grpo_gsm8k.evals.accuracy import Evaluation
     from grpo_gsm8k.trainer.batch import Batch
     from grpo_gsm8k.trainer.objectives import Objective
 
@@ -131,16 +132,49 @@ class Rollout:
     advantage: float = 0.0
 
 
-class Sampler(Protocol):
-    """Who samples. Holds its own copy of the weights."""
+class Drawer(Protocol):
+    """Who draws completions."""
 
     def sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
         """`params.n` completions for each prompt, in the order of the prompts."""
         ...
 
+
+class Sampler(Drawer, Protocol):
+    """Who samples for a learner. Holds its own copy of the weights; `busy_s` are its seconds of work so far."""
+
+    @property
+    def busy_s(self) -> float: ...
+
     def load_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the weights; every completion drawn from now on carries `version`."""
         ...
+
+
+class Evaluator(Protocol):
+    """Who evaluates while training goes on. No call but `drain` waits for another process."""
+
+    def submit(self, step: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Evaluate these weights, which are those of `step`."""
+        ...
+
+    def results(self) -> list[tuple[int, Evaluation]]:
+        """Steps and their evaluations, of what has come back since the last call."""
+        ...
+
+    def settle(self, step: int) -> None:
+        """The result of this step has been logged."""
+        ...
+
+    def drain(self) -> list[tuple[int, Evaluation]]:
+        """Wait for everything that was submitted."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """How far behind it is."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class Learner(Protocol):

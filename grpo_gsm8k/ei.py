@@ -42,9 +42,7 @@ def train(cfg: EiConfig, bench: Bench, prompts: Sequence[Prompt]) -> None:
             seed = derive_seed(cfg.seed, "ei", done)
             lr, start = lr_at(step, total, cfg), done * cfg.steps_per_round
             metrics |= fit_step(cfg, bench, rows, step, lr, seed=seed, start=start)
-        if bench.due(step, total):
-            bench.sync(step)
-            metrics |= bench.validate(step)
+        metrics |= bench.validate(step, total)
         bench.run.log(step, metrics | {"time/total": time.perf_counter() - started})
         state["note"] = f"round {done + 1}, {len(rows)} solutions"
 
@@ -57,7 +55,7 @@ def round_rows(
     if not fresh:
         stored = [row for _, row in read_jsonl(path)] if path.stat().st_size else []
         return [TokenRow(tuple(row["token_ids"]), tuple(row["mask"])) for row in stored], {}
-    bench.sync(done * cfg.steps_per_round)
+    synced = bench.sync(done * cfg.steps_per_round)
     order = shuffled(len(prompts), derive_seed(cfg.seed, "ei-prompts", done))
     chosen = [prompts[i] for i in order[: cfg.prompts_per_round]]
     params = SamplingParams(
@@ -75,7 +73,7 @@ def round_rows(
         for completion in keep_right(cfg, bench, prompt, completions)
     ]
     write_jsonl(path, (_row(prompt, completion) for prompt, completion in kept))
-    metrics = yield_metrics(kept, len(chosen), len(chosen) * cfg.samples_per_prompt, done)
+    metrics = yield_metrics(kept, len(chosen), len(chosen) * cfg.samples_per_prompt, done) | synced
     note = "nothing to learn from" if not kept else f"{metrics['ei/solved_frac']:.0%} of problems solved"
     talk(f"ei: round {done + 1}: {len(kept)} right and distinct solutions of {len(chosen)} problems, {note}")
     return [TokenRow(tuple(r["token_ids"]), tuple(r["mask"])) for r in (_row(p, c) for p, c in kept)], metrics
@@ -113,7 +111,7 @@ def run(cfg: EiConfig) -> dict[str, Any]:
     source = Path(cfg.data) / "train.jsonl"
     with open_bench(cfg, "ei", {"train": source}) as bench:
         train(cfg, bench, bench.prompts(problems, source))
-        return loop.finish(bench.run, bench.learner)
+        return bench.finish()
 
 
 def _row(prompt: Prompt, completion: Completion) -> dict[str, Any]:

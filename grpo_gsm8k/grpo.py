@@ -49,11 +49,10 @@ def train(cfg: GrpoConfig, bench: Bench, prompts: Sequence[Prompt], reward: Rewa
         clock.lap("build_data")
         metrics = rollout_metrics(rollouts) | update(cfg, bench, rows, step)
         clock.lap("training")
+        metrics |= bench.validate(step, cfg.steps)
         if bench.due(step, cfg.steps):
-            bench.sync(step)
-            metrics |= bench.validate(step)
             bench.run.samples(step, (sample_row(bench, cfg, rollout) for rollout in rollouts))
-            clock.lap("eval")
+        clock.lap("eval")
         metrics |= {"progress/grpo_step": step, "progress/done_frac": step / cfg.steps}
         bench.run.log(step, metrics | clock.metrics())
         state["note"] = f"reward {metrics['reward/mean']:.3f}, {metrics['length/mean']:.0f} tokens"
@@ -316,7 +315,7 @@ def run(cfg: GrpoConfig) -> dict[str, Any]:
             tags=bench.renderer.tags,
         )
         train(cfg, bench, bench.prompts(problems, source), reward)
-        return loop.finish(bench.run, bench.learner)
+        return bench.finish()
 
 
 if __name__ == "__main__":

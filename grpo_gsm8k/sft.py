@@ -16,7 +16,7 @@ from typing import Any
 
 from grpo_gsm8k.config import SftConfig, TrainConfig
 from grpo_gsm8k.datatypes import Problem, TokenRow
-from grpo_gsm8k.errors import DataError
+from grpo_gsm8k.errors import ConfigError, DataError
 from grpo_gsm8k.gsm8k.chat import Example, load_pairs
 from grpo_gsm8k.gsm8k.problems import load_split
 from grpo_gsm8k.repro import derive_seed, shuffled
@@ -35,9 +35,7 @@ def train(cfg: SftConfig, bench: Bench, rows: Sequence[TokenRow]) -> None:
         started = time.perf_counter()
         metrics = fit_step(cfg, bench, rows, step, lr_at(step, total, cfg), seed=cfg.seed)
         metrics |= {"progress/sft_step": step, "progress/done_frac": step / total}
-        if bench.due(step, total):
-            bench.sync(step)
-            metrics |= bench.validate(step)
+        metrics |= bench.validate(step, total)
         bench.run.log(step, metrics | {"time/total": time.perf_counter() - started})
         state["note"] = f"loss {metrics['loss']:.3f}"
 
@@ -73,6 +71,8 @@ def updates_per_epoch(rows: int, batch_size: int) -> int:
 
 def run(cfg: SftConfig) -> dict[str, Any]:
     """The stage as a command: load, train, return the result."""
+    if not cfg.eval_every:
+        raise ConfigError("eval_every = 0: fine-tuning is always evaluated; give the steps between evaluations")
     source = Path(cfg.data_path or Path(cfg.data) / "train.jsonl")
     examples = load_pairs(source) if cfg.data_path else load_split(Path(cfg.data), "train")
     with open_bench(cfg, "sft", {"train": source}) as bench:
@@ -84,7 +84,7 @@ def run(cfg: SftConfig) -> dict[str, Any]:
         if left_out := len(rows) - len(fitting):
             talk(f"sft: {left_out} of {len(rows)} examples are longer than {longest} tokens and are left out")
         train(cfg, bench, fitting)
-        return {**loop.finish(bench.run, bench.learner), "examples": len(fitting), "left_out": left_out}
+        return {**bench.finish(), "examples": len(fitting), "left_out": left_out}
 
 
 def render(cfg: SftConfig, bench: Bench, item: Example | Problem) -> TokenRow:

@@ -7,21 +7,36 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from grpo_gsm8k import repro
-from grpo_gsm8k.config import ModelConfig, TrainConfig
-from grpo_gsm8k.datatypes import Learner, Problem, Prompt, Sampler, SamplingParams
+from grpo_gsm8k.config import EngineConfig, EvalConfig, ModelConfig, TrainConfig
+from grpo_gsm8k.datatypes import Evaluator, Learner, Problem, Prompt, Sampler, SamplingParams
 from grpo_gsm8k.engines.hf import HFSampler
+from grpo_gsm8k.engines.probe import TOLERANCE, probe
+from grpo_gsm8k.engines.process import Engine, ProcessSampler, placements
+from grpo_gsm8k.errors import ConfigError, EngineError
 from grpo_gsm8k.evals.accuracy import Evaluation, evaluate
+from grpo_gsm8k.evals.evaluator import AsyncEvaluator, InlineEvaluator
 from grpo_gsm8k.gsm8k.grading import Tags
 from grpo_gsm8k.gsm8k.problems import load_problems
 from grpo_gsm8k.gsm8k.prompts import Renderer, check_lengths, make_tags, remembered
 from grpo_gsm8k.runs.directory import Run, open_run
+from grpo_gsm8k.trainer import loop
 from grpo_gsm8k.trainer.learner import TorchLearner
-from grpo_gsm8k.trainer.policy import context_length, load_model, load_tokenizer, weights_sha256
+from grpo_gsm8k.trainer.policy import (
+    context_length,
+    device_name,
+    dtype_name,
+    load_model,
+    load_tokenizer,
+    weights_sha256,
+)
 
 
 @dataclass
@@ -30,10 +45,12 @@ class Bench:
 
     Attributes:
         run: its directory.
-        learner, sampler: who learns and who samples; `sync` hands the weights from one to the other.
+        learner, sampler: who learns and who samples; `sync` hands the weights from one to the other. SFT with
+            an evaluator of its own has no sampler.
         renderer: the prompt style bound to the tokenizer.
         val: the validation prompts.
         context: the model's context in tokens.
+        evaluator: who validates; by default the sampler does, while training waits.
     """
 
     run: Run
@@ -42,24 +59,54 @@ class Bench:
     renderer: Renderer
     val: list[Prompt]
     context: int
+    evaluator: Evaluator | None = None
 
-    def sync(self, version: int) -> None:
-        """Hand the learner's weights to the sampler."""
+    def sync(self, version: int) -> dict[str, float]:
+        """Hand the learner's weights to the sampler; where that is another process, prove that they arrived."""
         self.sampler.load_weights(version, self.learner.weights())
-
-    def validate(self, step: int) -> dict[str, float]:
-        """Greedy accuracy on the validation set, its records kept under `evals/`. The sampler must be in sync."""
         cfg = self.run.cfg
-        params = SamplingParams(1, cfg.max_new_tokens, temperature=0.0, stop=self.renderer.style.stop)
-        digest = weights_sha256(self.learner.weights())
-        result = evaluate(self.sampler, self.val, params, self.renderer, digest, cfg.grading, "validation")
-        self.run.samples(step, result.rows, folder="evals")
-        return result.metrics()
+        if not isinstance(self.sampler, ProcessSampler) or not cfg.probe_prompts:
+            return {}
+        tolerance = cfg.probe_tolerance or TOLERANCE[dtype_name(self.learner.weights())]
+        prompts = self.val[: cfg.probe_prompts]
+        return probe(self.sampler, self.learner, prompts, self.renderer.pad_id, version, tolerance)
+
+    def validate(self, step: int, total: int) -> dict[str, float]:
+        """Submit the weights of this step when it is due; log what has come back.
+
+        Returns:
+            the metrics of this step: the validation's own when it was done at once.
+        """
+        if self.evaluator is None:
+            self.evaluator = inline_evaluator(self)
+        if self.due(step, total):
+            self.evaluator.submit(step, self.learner.weights())
+        return self._keep(self.evaluator.results(), step) | self.evaluator.metrics()
 
     def due(self, step: int, total: int) -> bool:
         """Whether this step ends with a validation: every `eval_every`, and the last."""
         every = self.run.cfg.eval_every
         return bool(every) and (step % every == 0 or step == total)
+
+    def finish(self) -> dict[str, Any]:
+        """Wait for the evaluations that are still owed, then write and return the run's result."""
+        if self.evaluator:
+            self._keep(self.evaluator.drain(), -1)
+        return loop.finish(self.run, self.learner)
+
+    def _keep(self, found: Sequence[tuple[int, Evaluation]], now: int) -> dict[str, float]:
+        """Records and metrics of evaluations: logged under their own step, or returned if that is `now`."""
+        metrics: dict[str, float] = {}
+        logged = self.run.metric_history("val/accuracy") if any(step != now for step, _ in found) else {}
+        for step, evaluation in found:
+            self.run.samples(step, evaluation.rows, folder="evals")
+            if step == now:
+                metrics |= evaluation.metrics()
+            elif step not in logged:
+                self.run.log(step, evaluation.metrics())
+            if self.evaluator:
+                self.evaluator.settle(step)
+        return metrics
 
     def prompts(self, problems: Sequence[Problem], source: Path | str) -> list[Prompt]:
         """Rendered problems, each known to fit into the context with its completion."""
@@ -69,24 +116,113 @@ class Bench:
 
 
 @contextmanager
-def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path]) -> Iterator[Bench]:
+def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlaps: bool = False) -> Iterator[Bench]:
     """Everything ready-made from a config; what is cheap to refuse is refused before the model is loaded.
 
     Args:
         inputs: name → file that the stage reads, besides the evaluation set.
+        overlaps: the sampler works while the learner does, so on one GPU neither can make room for the other.
     """
     eval_path = Path(cfg.eval_set_path or Path(cfg.data) / "val.jsonl")
     problems = load_problems(eval_path)
     asked = how_to_ask(cfg)
-    with open_run(cfg, stage, {**inputs, "eval_set": eval_path}) as run:
+    apart = cfg.eval_mode == "async" or (cfg.eval_mode == "auto" and stage == "sft" and cfg.uses_vllm)
+    if cfg.uses_vllm:
+        placements(cfg, gpus=torch.cuda.device_count())
+    with open_run(cfg, stage, {**inputs, "eval_set": eval_path}) as run, ExitStack() as open_until_the_end:
         repro.set_deterministic(cfg.deterministic)
         repro.seed_everything(cfg.seed)
         model = load_model(cfg)
         renderer = Renderer(load_tokenizer(cfg), *asked)
-        sampler = HFSampler(model, renderer, cfg.sample_rows)
-        bench = Bench(run, TorchLearner(model, renderer, cfg), sampler, renderer, [], context_length(model))
+        learner = TorchLearner(model, renderer, cfg)
+        if not (apart and stage == "sft"):
+            sampler = open_until_the_end.enter_context(open_sampler(cfg, model, renderer, run.path, overlaps))
+        else:
+            sampler = NoSampler()
+        bench = Bench(run, learner, sampler, renderer, [], context_length(model))
         bench.val = bench.prompts(problems[: cfg.eval_examples], eval_path)
-        yield bench
+        if apart:
+            bench.evaluator = async_evaluator(bench, model, stage)
+            open_until_the_end.callback(bench.evaluator.close)
+        try:
+            yield bench
+        except EngineError:
+            loop.rescue(run, learner)
+            raise
+
+
+class NoSampler:
+    """Stands where a stage that never samples would have a sampler."""
+
+    busy_s = 0.0
+
+    def sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> Any:
+        """Is never called."""
+        raise AssertionError("this stage has no sampler")
+
+    def load_weights(self, version: int, tensors: Any) -> None:
+        """Is never called."""
+        raise AssertionError("this stage has no sampler")
+
+
+@contextmanager
+def open_sampler(
+    cfg: EngineConfig, model: Any, renderer: Renderer, folder: Path, overlaps: bool = False
+) -> Iterator[Sampler]:
+    """The sampler that the config asks for: a copy of the model here, or vLLM engines in their own processes.
+
+    Args:
+        model: whose type and device the engines take over.
+        folder: for the engines' log, and for weights that do not fit into shared memory.
+        overlaps: see `open_bench`.
+    """
+    if not cfg.uses_vllm:
+        yield HFSampler(model, renderer, cfg.sample_rows)
+        return
+    learner, log = device_name(model), folder / "engine.log"
+    rows = placements(cfg, learner, torch.cuda.device_count())
+    cfg = dataclasses.replace(cfg, dtype=dtype_name(model.named_parameters()))
+    engines = [Engine(cfg, renderer, row, log=log, naps=learner in row and not overlaps) for row in rows]
+    sampler = ProcessSampler(engines, folder / "handover")
+    try:
+        yield sampler
+    finally:
+        sampler.close()
+
+
+def async_evaluator(bench: Bench, model: Any, stage: str) -> AsyncEvaluator:
+    """An evaluator in a process of its own, for the bench's validation prompts."""
+    cfg = bench.run.cfg
+    device = cfg.eval_device
+    if cfg.uses_vllm:
+        if stage != "sft" and not device:
+            raise ConfigError("--eval_mode async beside a vLLM sampler needs a device of its own: pass --eval_device")
+        wanted = dataclasses.replace(cfg, vllm_device=device or cfg.vllm_device, vllm_devices="")
+        row = placements(wanted, device_name(model), torch.cuda.device_count())[0]
+    else:
+        row = [device or "cpu"]
+    engine = Engine(
+        dataclasses.replace(cfg, dtype=dtype_name(model.named_parameters())),
+        bench.renderer,
+        row,
+        log=bench.run.path / "evaluator.log",
+        module="grpo_gsm8k.evals.worker",
+        prompts=[{"problem": vars(prompt.problem), "token_ids": prompt.token_ids} for prompt in bench.val],
+        params=vars(validation_params(bench)),
+    )
+    return AsyncEvaluator(engine, bench.run.path / "evals" / "pending", cfg.eval_backlog)
+
+
+def inline_evaluator(bench: Bench) -> InlineEvaluator:
+    """The bench's own sampler as the evaluator."""
+    params, grading = validation_params(bench), bench.run.cfg.grading
+    return InlineEvaluator(bench.sync, bench.sampler, bench.val, params, bench.renderer, grading)
+
+
+def validation_params(bench: Bench) -> SamplingParams:
+    """Greedy, one completion a problem."""
+    cfg = bench.run.cfg
+    return SamplingParams(1, cfg.max_new_tokens, temperature=0.0, stop=bench.renderer.style.stop)
 
 
 def how_to_ask(cfg: ModelConfig) -> tuple[str, Tags]:
@@ -98,16 +234,22 @@ def how_to_ask(cfg: ModelConfig) -> tuple[str, Tags]:
 
 
 def evaluate_model(
-    cfg: ModelConfig, problems: Sequence[Problem], params: SamplingParams, source: str, title: str
+    cfg: EvalConfig, problems: Sequence[Problem], params: SamplingParams, source: str, title: str
 ) -> Evaluation:
     """Load a model, evaluate it on `problems`, let it go."""
     asked = how_to_ask(cfg)
     repro.set_deterministic(cfg.deterministic)
+    # An engine is given the weights like any other time, from a copy on the CPU: their hash is what was evaluated.
+    if cfg.uses_vllm:
+        gpu = placements(cfg, gpus=torch.cuda.device_count())[0][0] != "cpu"
+        cfg = dataclasses.replace(cfg, device="cpu", dtype="bfloat16" if cfg.dtype == "auto" and gpu else cfg.dtype)
     model = load_model(cfg)
     renderer = Renderer(load_tokenizer(cfg), *asked)
     prompts = [renderer.prompt(problem) for problem in problems]
     check_lengths(prompts, context_length(model), source)
     params = dataclasses.replace(params, stop=renderer.style.stop)
-    sampler = HFSampler(model, renderer, cfg.sample_rows)
     digest = weights_sha256(model.named_parameters())
-    return evaluate(sampler, prompts, params, renderer, digest, cfg.grading, title)
+    with open_sampler(cfg, model, renderer, Path(cfg.out_dir)) as sampler:
+        sampler.load_weights(0, model.named_parameters())
+        del model
+        return evaluate(sampler, prompts, params, renderer, digest, cfg.grading, title)

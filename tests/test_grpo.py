@@ -198,7 +198,12 @@ def test_evaluation_records_carry_the_hash_of_the_weights_of_their_step(bench_of
     cfg, bench, prompts = bench_of(steps=2, eval_every=1, keep_last=5)
     seen = {}
     validate = bench.validate
-    bench.validate = lambda step: (seen.update({step: weights_sha256(bench.learner.weights())}), validate(step))[1]
+
+    def watched(step, total):
+        seen[step] = weights_sha256(bench.learner.weights())
+        return validate(step, total)
+
+    bench.validate = watched
     grpo.train(cfg, bench, prompts, even_tokens)
     assert len(set(seen.values())) == 2
     for step, digest in seen.items():

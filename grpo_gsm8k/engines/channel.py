@@ -62,8 +62,10 @@ class Child:
             environment: laid over this process' own.
             log: where its stdout and stderr are appended; by default a file that goes with it.
         """
+        if log:
+            log.parent.mkdir(parents=True, exist_ok=True)
         mine, theirs = socket.socketpair()
-        self._output: IO[bytes] = log.open("a+b") if log else tempfile.TemporaryFile()
+        self._output: IO[bytes] = log.open("a+b") if log else tempfile.TemporaryFile()  # noqa: SIM115  (closed in close)
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", module, str(theirs.fileno())],
@@ -129,11 +131,10 @@ class Child:
                 self.process.wait(5)
             except subprocess.TimeoutExpired:
                 what = "closed its end"
-        code = self.process.poll()
-        self._output.flush()
-        size = self._output.seek(0, os.SEEK_END)
-        self._output.seek(max(0, size - LAST_WORDS))
-        words = self._output.read().decode("utf-8", "replace").strip()
+        code, words = self.process.poll(), ""
+        if not self._output.closed:  # by another thread, which has given this child up
+            self._output.seek(max(0, self._output.seek(0, os.SEEK_END) - LAST_WORDS))
+            words = self._output.read().decode("utf-8", "replace").strip()
         self.close()
         how = "" if code is None else f" (signal {-code})" if code < 0 else f" (exit {code})"
         return ChildGone(f"{what}{how}", words)

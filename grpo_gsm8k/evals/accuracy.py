@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from grpo_gsm8k.datatypes import Completion, Prompt, Sampler, SamplingParams
+from grpo_gsm8k.datatypes import Completion, Drawer, Prompt, SamplingParams
 from grpo_gsm8k.errors import DataError
 from grpo_gsm8k.evals.stats import bootstrap_mean, pass_at_k, wilson
 from grpo_gsm8k.gsm8k.grading import extract, grade
@@ -62,7 +62,7 @@ class Evaluation:
 
 
 def evaluate(
-    sampler: Sampler,
+    sampler: Drawer,
     prompts: Sequence[Prompt],
     params: SamplingParams,
     renderer: Renderer,

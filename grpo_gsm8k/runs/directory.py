@@ -38,7 +38,7 @@ from grpo_gsm8k.runs.files import (
 from grpo_gsm8k.runs.progress import talk
 
 RUNS = Path("artifacts/runs")
-OWN = frozenset({".lock", "sys", "command.txt", "code.diff", "data.json", "config.toml"})
+OWN = frozenset({".lock", "sys", "command.txt", "code.diff", "data.json", "config.toml", "handover"})
 """What a run directory holds before its first step."""
 
 
@@ -49,6 +49,8 @@ class Run:
         self.path, self.stage, self.cfg = path, stage, cfg
         self.started = time.monotonic()
         self.checkpoints = path / "checkpoints"
+        self.complete = self.updated = 0  # the last step that ended, and the last that moved the weights
+        self.state: dict[str, Any] = {}  # the stage's counters, as trainer/loop.py keeps them
         self._wandb: wandb_sink.WandbSink | None = None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -73,7 +75,7 @@ class Run:
                 write_atomic(log, whole[: whole.rfind(b"\n") + 1])
         if log.is_file() and log.stat().st_size:
             write_jsonl(log, [row for _, row in read_jsonl(log) if row["step"] <= step])
-        for folder in ("samples", "evals"):
+        for folder in ("samples", "evals", "evals/pending"):
             for path in (self.path / folder).glob("step_*"):
                 if int(path.stem.removeprefix("step_")) > step:
                     path.unlink()

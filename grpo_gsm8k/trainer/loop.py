@@ -35,12 +35,13 @@ def steps(run: Run, learner: Learner, total: int, state: dict[str, Any]) -> Iter
     """Yield the steps that are left, 1-based, of a run of `total`.
 
     Args:
-        state: the stage's counters. Filled from the checkpoint on resume, stored with each one.
+        state: the stage's counters. Filled from the checkpoint on resume, stored with each one; a function
+            among them is called when it is stored.
 
     Raises:
         Interrupted: after Ctrl-C or SIGTERM, once the step is complete and its checkpoint is written.
     """
-    cfg = run.cfg
+    cfg, run.state = run.cfg, state
     last = min(total, cfg.max_steps or total)
     first = resume(run, learner, state)
     if first == 0 and last == 0:
@@ -48,6 +49,7 @@ def steps(run: Run, learner: Learner, total: int, state: dict[str, Any]) -> Iter
     with _signals() as received, progress(run.stage, last, first) as bar:
         for step in range(first + 1, last + 1):
             yield step
+            run.complete = step
             bar.update(step, state.get("note", ""))
             if step % cfg.save_every == 0 or step == last or received:
                 save(run, learner, step, state)
@@ -73,12 +75,20 @@ def resume(run: Run, learner: Learner, state: dict[str, Any]) -> int:
 
 def save(run: Run, learner: Learner, step: int, state: dict[str, Any]) -> Path:
     """Write the checkpoint of a complete step and retire old ones."""
-    folder = checkpoint.write(run.checkpoints, step, learner.save, state)
+    stored = {key: value() if callable(value) else value for key, value in state.items()}
+    folder = checkpoint.write(run.checkpoints, step, learner.save, stored)
     scores = run.metric_history("val/accuracy")
     kept = [s for s in checkpoint.steps_present(run.checkpoints) if s in scores]
     best = max(kept, key=lambda s: (scores[s], s), default=None)
     checkpoint.retain(run.checkpoints, run.cfg.keep_last, best)
     return folder
+
+
+def rescue(run: Run, learner: Learner) -> None:
+    """Keep the last complete step when an engine has failed for good, unless the weights have moved beyond it."""
+    if run.complete and run.updated <= run.complete and run.complete not in checkpoint.steps_present(run.checkpoints):
+        save(run, learner, run.complete, run.state)
+        talk(f"{run.stage}: step {run.complete} is saved in {run.path}; continue with --resume")
 
 
 def finish(run: Run, learner: Learner) -> dict[str, Any]:
@@ -95,6 +105,7 @@ def update(run: Run, learner: Learner, batch: Batch, objective: Objective, lr: f
     """
     try:
         metrics = learner.forward_backward(batch, objective)
+        run.updated = step
         return metrics | learner.step(lr)
     except NonFiniteError as fault:
         kept = run.path / f"nonfinite_step_{step:06d}.safetensors"

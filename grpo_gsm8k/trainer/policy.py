@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -50,6 +51,17 @@ def load_model(cfg: ModelConfig) -> Any:
     return model.to(device)
 
 
+def device_name(model: Any) -> str:
+    """`cpu` or `cuda:N`."""
+    device: torch.device = next(model.parameters()).device
+    return "cpu" if device.type == "cpu" else f"{device.type}:{device.index or 0}"
+
+
+def dtype_name(tensors: Iterable[tuple[str, torch.Tensor]]) -> Literal["float32", "bfloat16"]:
+    """The type of the first weight."""
+    return "bfloat16" if next(iter(tensors))[1].dtype == torch.bfloat16 else "float32"
+
+
 def context_length(model: Any) -> int:
     """How many tokens the model's positions reach."""
     return int(model.config.get_text_config().max_position_embeddings)
@@ -61,12 +73,17 @@ def weights_sha256(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     It depends on the weights alone, not on the file that holds them, so a record of an evaluation can be
     held against a checkpoint or a live model alike.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
-        flat = tensor.detach().to("cpu").contiguous()
-        digest.update(f"{name}|{flat.dtype}|{tuple(flat.shape)}|".encode())
-        digest.update(flat.view(torch.uint8).numpy().data if flat.ndim else flat.numpy().tobytes())
-    return digest.hexdigest()
+
+    def digest(pair: tuple[str, torch.Tensor]) -> bytes:
+        name, tensor = pair
+        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+        head = f"{name}|{flat.dtype}|{tuple(tensor.shape)}|".encode()
+        return hashlib.sha256(head + hashlib.sha256(flat.view(torch.uint8).numpy().data).digest()).digest()
+
+    # Hashing lets go of the interpreter: billions of weights take as long as their share of a core.
+    with ThreadPoolExecutor() as pool:
+        parts = pool.map(digest, sorted(tensors, key=lambda pair: pair[0]))
+        return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def _load(factory: Any, cfg: ModelConfig, **kwargs: Any) -> Any:

@@ -1,0 +1,237 @@
+"""Who evaluates a model while it is trained: the training process itself, or another that it never waits for.
+
+A job is a step, its weights in a file, and their hash. It is on disk (`evals/pending/`) until its result has been
+logged, so a killed run that is resumed finds what it still owes. A result names the step and the hash of the
+weights that were really loaded; one that does not match its job is refused.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from grpo_gsm8k.datatypes import Prompt, Sampler, SamplingParams
+from grpo_gsm8k.engines import handover
+from grpo_gsm8k.engines.channel import ChildGone
+from grpo_gsm8k.engines.handover import Handover
+from grpo_gsm8k.engines.process import Engine
+from grpo_gsm8k.errors import GrpoError
+from grpo_gsm8k.evals.accuracy import Evaluation, evaluate
+from grpo_gsm8k.gsm8k.prompts import Renderer
+from grpo_gsm8k.runs.files import read_json, write_json
+from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.trainer.policy import weights_sha256
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+
+class InlineEvaluator:
+    """Evaluates with the training process' own sampler, while training waits."""
+
+    def __init__(
+        self,
+        sync: Callable[[int], Any],
+        sampler: Sampler,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        renderer: Renderer,
+        grading: Literal["strict", "flexible"],
+    ) -> None:
+        """`sync(step)` hands the learner's weights to the sampler."""
+        self.sync, self.sampler, self.prompts, self.params = sync, sampler, prompts, params
+        self.renderer, self.grading = renderer, grading
+        self._done: list[tuple[int, Evaluation]] = []
+
+    def submit(self, step: int, weights: Weights) -> None:
+        """Evaluate now."""
+        digest = weights_sha256(weights)
+        self.sync(step)
+        result = evaluate(self.sampler, self.prompts, self.params, self.renderer, digest, self.grading, "validation")
+        self._done.append((step, result))
+
+    def results(self) -> list[tuple[int, Evaluation]]:
+        """What has been evaluated since the last call."""
+        done, self._done = self._done, []
+        return done
+
+    def settle(self, step: int) -> None:
+        """Nothing is pending here."""
+
+    def drain(self) -> list[tuple[int, Evaluation]]:
+        """As `results`."""
+        return self.results()
+
+    def metrics(self) -> dict[str, float]:
+        """None of its own."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+@dataclass
+class _Job:
+    """One evaluation that is owed: first a copy of the weights in memory, then a file."""
+
+    step: int
+    weights: list[tuple[str, torch.Tensor]] | None
+    handover: Handover | None = None
+
+
+class AsyncEvaluator:
+    """Evaluates in a process of its own. `submit` and `results` return at once.
+
+    Two threads serve it: one writes weights to disk, one talks to the process and waits for it.
+    """
+
+    def __init__(self, engine: Engine, pending: Path, backlog: Literal["all", "latest"] = "all") -> None:
+        """Nothing starts before the first call.
+
+        Args:
+            engine: whose `judge` evaluates a hand-over.
+            pending: where weights wait; what lies there already is owed from before.
+            backlog: when a job is submitted while others wait: keep them all, or drop them for it.
+        """
+        self.engine, self.pending, self.backlog = engine, pending, backlog
+        self.dropped = self.lost = 0
+        self._jobs: list[_Job] = []  # in order of submission; the first may be running
+        self._done: list[tuple[int, Evaluation]] = []
+        self._fault: GrpoError | None = None
+        self._changed = threading.Condition()
+        self._running: _Job | None = None
+        self._started = self._closed = False
+
+    def submit(self, step: int, weights: Weights) -> None:
+        """Take a copy of the weights and go on."""
+        job = _Job(step, [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in weights])
+        with self._changed:
+            self._start()
+            if self.backlog == "latest":
+                for waiting in [j for j in self._jobs if j is not self._running]:
+                    self._jobs.remove(waiting)
+                    self.settle(waiting.step)
+                    self.dropped += 1
+            self._jobs.append(job)
+            self._changed.notify_all()
+
+    def results(self) -> list[tuple[int, Evaluation]]:
+        """What has come back since the last call. Raises what ended the evaluator, when something did."""
+        with self._changed:
+            self._start()
+            if self._fault:
+                raise self._fault
+            done, self._done = self._done, []
+        return done
+
+    def settle(self, step: int) -> None:
+        """The result of this step has been logged: forget the job."""
+        for suffix in (".json", ".safetensors"):
+            self._file(step).with_suffix(suffix).unlink(missing_ok=True)
+
+    def drain(self) -> list[tuple[int, Evaluation]]:
+        """Wait for everything that is owed, and return it."""
+        with self._changed:
+            self._start()
+            if self._jobs:
+                talk(f"waiting for {len(self._jobs)} evaluations")
+            self._changed.wait_for(lambda: not self._jobs or self._fault)
+        return self.results()
+
+    def metrics(self) -> dict[str, float]:
+        """How far behind it is, and what was given up."""
+        return {
+            "eval/waiting": float(len(self._jobs)),
+            "eval/dropped": float(self.dropped),
+            "eval/lost": float(self.lost),
+            "eval/restarts": float(self.engine.restarts),
+        }
+
+    def close(self) -> None:
+        """End the process; what it owed stays on disk for a resumed run."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self.engine.close()
+
+    # ------------------------------------------------------------------------------------- the two threads
+
+    def _start(self) -> None:
+        if self._started:
+            return
+        self._started = True
+        for note in sorted(self.pending.glob("step_*.json")):
+            stored = read_json(note)
+            given = Handover(note.with_suffix(".safetensors"), stored["version"], stored["sha256"])
+            self._jobs.append(_Job(given.version, None, given))
+            talk(f"the evaluation of step {given.version} is still owed")
+        for target in (self._write, self._judge):
+            threading.Thread(target=self._guard, args=(target,), daemon=True).start()
+
+    def _guard(self, target: Callable[[], None]) -> None:
+        try:
+            target()
+        except GrpoError as fault:
+            with self._changed:
+                self._fault = None if self._closed else fault
+                self._changed.notify_all()
+
+    def _next(self, wanted: Callable[[_Job], bool]) -> _Job | None:
+        """Wait for a job; None when the evaluator is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or any(map(wanted, self._jobs)))
+            return None if self._closed else next(filter(wanted, self._jobs))
+
+    def _write(self) -> None:
+        """Copies in memory become files."""
+        while job := self._next(lambda job: job.weights is not None):
+            self.pending.mkdir(parents=True, exist_ok=True)
+            given = handover.write(self._file(job.step), job.step, job.weights or [])
+            write_json(given.path.with_suffix(".json"), given.as_json())
+            with self._changed:
+                job.weights, job.handover = None, given
+                if job not in self._jobs:  # dropped while it was being written
+                    self.settle(job.step)
+                self._changed.notify_all()
+
+    def _judge(self) -> None:
+        """Files are evaluated, in order."""
+        while job := self._next(lambda job: job.handover is not None):
+            with self._changed:
+                if job not in self._jobs:
+                    continue
+                self._running = job
+            assert job.handover is not None
+            found = self.engine.ask("judge", _checked(job.handover), **job.handover.as_json())
+            with self._changed:
+                self._jobs.remove(job)
+                self._running = None
+                if isinstance(found, str):
+                    talk(f"the evaluation of step {job.step} is lost: {found}")
+                    self.lost += 1
+                    self.settle(job.step)
+                else:
+                    self._done.append((job.step, found))
+                self._changed.notify_all()
+
+    def _file(self, step: int) -> Path:
+        return self.pending / f"step_{step:06d}.safetensors"
+
+
+def _checked(given: Handover) -> Callable[[dict[str, Any]], Evaluation | str]:
+    """Makes an evaluation of an answer, or the reason why the file was refused."""
+
+    def understand(answer: dict[str, Any]) -> Evaluation | str:
+        if "refused" in answer:
+            return str(answer["refused"])
+        fields = answer["evaluation"]
+        found = {answer["sha256"], fields["weights_sha256"], *(row["weights_sha256"] for row in fields["rows"])}
+        if answer["version"] != given.version or found != {given.sha256}:
+            raise ChildGone(f"evaluated other weights than those of step {given.version}")
+        return Evaluation(**{**fields, "ci95": tuple(fields["ci95"])})
+
+    return understand
