@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo_gsm8k import repro
-from grpo_gsm8k.config import ModelConfig, TrainConfig
+from grpo_gsm8k.config import GrpoConfig, ModelConfig, TrainConfig
 from grpo_gsm8k.datatypes import Learner, Problem, Prompt, Sampler, SamplingParams
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.evals.accuracy import Evaluation, evaluate
@@ -84,7 +84,9 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path]) -> Iter
         model = load_model(cfg)
         renderer = Renderer(load_tokenizer(cfg), *asked)
         sampler = HFSampler(model, renderer, cfg.sample_rows)
-        bench = Bench(run, TorchLearner(model, renderer, cfg), sampler, renderer, [], context_length(model))
+        held = isinstance(cfg, GrpoConfig) and cfg.kl_coef > 0  # before a resume loads later weights into the model
+        learner = TorchLearner(model, renderer, cfg, reference=held)
+        bench = Bench(run, learner, sampler, renderer, [], context_length(model))
         bench.val = bench.prompts(problems[: cfg.eval_examples], eval_path)
         yield bench
 
