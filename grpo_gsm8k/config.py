@@ -2,6 +2,8 @@
 
 From a field come the command-line flag, its help text and the TOML key. The layers, weakest first:
 the default here, the preset (`presets/<name>.toml`), `--config FILE`, the flags, `--set key=value`.
+A layer that names an `algorithm` lays that paper's settings down first and its own over them; the flags and
+`--set` count as one layer in this, so whatever is typed is stronger.
 An unknown key is an error that names the nearest known one.
 
 A TOML file has a table per stage (`[sft]`, `[ei]`, `[grpo]`, `[eval]`, `[tiny_model]`, `[toy]`) and a
@@ -147,10 +149,54 @@ class EiConfig(TrainConfig):
     batch_size: int = opt(64, "examples per optimizer step")
 
 
+_PLAIN: dict[str, Any] = {
+    "loss": "grpo_clip",
+    "baseline": "group",
+    "std_norm": True,
+    "aggregation": "sequence",
+    "clip_eps": 0.2,
+    "clip_eps_high": 0.0,
+    "dual_clip": 0.0,
+    "kl_coef": 0.0,
+    "kl_estimator": "k3",
+    "kl_bias_correction": True,
+    "overlong_buffer": 0.0,
+    "mask_truncated": False,
+    "resample_zero_variance": 0,
+}
+# DAPO asks for fresh prompts until every group has variance; ten times is where we stop.
+_DAPO = {"aggregation": "token", "overlong_buffer": 4096 / 20480, "resample_zero_variance": 10}
+_REINFORCE = {"loss": "reinforce", "std_norm": False, "aggregation": "constant"}
+
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    # arXiv 2402.03300 sec. 4.2. Gives no clip range: 0.2 is PPO's.
+    "grpo": {**_PLAIN, "kl_coef": 0.04, "kl_bias_correction": False},
+    # arXiv 2503.20783 sec. 3.2
+    "dr_grpo": {**_PLAIN, "std_norm": False, "aggregation": "constant"},
+    # arXiv 2503.14476 sec. 3 and 4.1
+    "dapo": {**_PLAIN, **_DAPO, "clip_eps_high": 0.28},
+    # arXiv 2507.18071 sec. 5.1; made for several updates a step, the paper takes `minibatches = 4`
+    "gspo": {**_PLAIN, "loss": "gspo", "clip_eps": 3e-4, "clip_eps_high": 4e-4},
+    # arXiv 2506.13585 sec. 3.1: no lower bound; gives no upper one: 5 is arXiv 2510.13786's
+    "cispo": {**_PLAIN, **_DAPO, "loss": "cispo", "clip_eps": 1.0, "clip_eps_high": 4.0},
+    # arXiv 2402.14740 sec. 3; its KL penalty, a part of its reward, is left to kl_coef
+    "rloo": {**_PLAIN, **_REINFORCE, "baseline": "leave_one_out"},
+    # Williams 1992, doi 10.1007/BF00992696
+    "reinforce": {**_PLAIN, **_REINFORCE, "baseline": "none"},
+    "reinforce_baseline": {**_PLAIN, **_REINFORCE},
+    # arXiv 1912.09729 eq. 5, with group-relative advantages instead of a critic's
+    "ppo_dual_clip": {**_PLAIN, "aggregation": "token", "dual_clip": 3.0},
+}
+"""Each paper's own settings, all of them spelled out: none is left over from the recipe below. Step counts, learning
+rates and group sizes stay the recipe's."""
+
+
 @dataclass(frozen=True)
 class GrpoConfig(TrainConfig):
-    """Group relative policy optimisation (arXiv 2402.03300)."""
+    """Group relative policy optimisation and its kin; the defaults are arXiv 2402.03300 without the KL term."""
 
+    algorithm: str = opt("", f"a paper's settings over the recipe, weaker than flags: {', '.join(ALGORITHMS)}")
+    loss: Literal["grpo_clip", "gspo", "cispo", "reinforce"] = opt("grpo_clip", "what is minimised")
     steps: int = opt(200, "GRPO steps: sample, grade, update")
     rollouts_per_step: int = opt(256, "completions per step; a multiple of the group size")
     group_size: int = opt(8, "completions per prompt")
@@ -158,10 +204,19 @@ class GrpoConfig(TrainConfig):
     minibatches: int = opt(1, "optimizer steps per pass")
     clip_eps: float = opt(0.2, "the ratio is clipped to [1 - clip_eps, 1 + clip_eps_high]")
     clip_eps_high: float = opt(0.0, "upper clip, if it differs; 0 for the same as clip_eps")
+    dual_clip: float = opt(0.0, "most that the ratio counts where the advantage is negative; 0 for no bound")
+    baseline: Literal["group", "leave_one_out", "none"] = opt(
+        "group", "subtracted from a reward: its group's mean, the mean of the others in its group, or nothing"
+    )
     std_norm: bool = opt(True, "divide advantages by the group's standard deviation")
     advantage_eps: float = opt(1e-6, "added to the group's standard deviation")
     aggregation: Literal["sequence", "token", "constant"] = opt(
         "sequence", "mean over a response then over responses (GRPO); over all tokens; or over max_new_tokens"
+    )
+    kl_coef: float = opt(0.0, "weight of the KL to the model that the run began with; 0 for none, at no cost")
+    kl_estimator: Literal["k1", "k2", "k3"] = opt("k3", "estimator of that KL")
+    kl_bias_correction: bool = opt(
+        True, "weigh the estimator by the ratio, so that its gradient is that KL's; without, k3's is another KL's"
     )
     old_logprobs: Literal["sampler", "recompute"] = opt(
         "sampler", "denominator of the ratio: as sampled, or a frozen forward pass before the update"
@@ -173,6 +228,9 @@ class GrpoConfig(TrainConfig):
     reward: str = opt("default", "default, random (the control), or package.module:function")
     format_weight: float = opt(0.2, "reward for the format")
     answer_weight: float = opt(0.8, "reward for the right answer")
+    overlong_buffer: float = opt(
+        0.0, "last share of max_new_tokens, over which a length penalty grows from 0 to -1; 0 for no penalty"
+    )
 
 
 @dataclass(frozen=True)
@@ -279,10 +337,10 @@ def resolve(
     if preset:
         _known(preset, preset_names(), "unknown preset")
     for path in [PRESETS / f"{preset}.toml"] if preset else []:
-        values |= _layer(read_toml(path), section)
+        values |= _over_algorithm(_layer(read_toml(path), section))
     if config_file:
-        values |= _layer(read_toml(config_file), section)
-    values |= flags or {}
+        values |= _over_algorithm(_layer(read_toml(config_file), section))
+    typed = dict(flags or {})
     for item in sets:
         key, equals, text = item.partition("=")
         table, dot, name = key.strip().rpartition(".")
@@ -294,8 +352,8 @@ def resolve(
         else:
             _known(name, _fields(cls), f"--set {item}: unknown key")
         if not dot or table == section:
-            values[name] = text.strip()
-    return build(cls, values)
+            typed[name] = text.strip()
+    return build(cls, values | _over_algorithm(typed))
 
 
 def build(cls: type[C], values: Mapping[str, Any]) -> C:
@@ -327,6 +385,14 @@ def _layer(tables: Mapping[str, dict[str, Any]], section: str) -> dict[str, Any]
     known = _fields(SECTIONS[section])
     common = {key: value for key, value in tables.get("common", {}).items() if key in known}
     return common | tables.get(section, {})
+
+
+def _over_algorithm(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer, with the settings of the algorithm that it names (if it names one) laid under it."""
+    if not (name := layer.get("algorithm")):
+        return dict(layer)
+    _known(str(name), ALGORITHMS, "unknown algorithm")
+    return {**ALGORITHMS[name], **layer}
 
 
 def _known(name: str, names: typing.Iterable[str], message: str) -> None:

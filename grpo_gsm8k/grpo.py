@@ -5,8 +5,10 @@ and update the policy on exactly the ids that were sampled, with the log-probabi
 
     prompts ──sample──▶ completions ──grade──▶ rewards ──group──▶ advantages ──clip──▶ gradient ──sync──▶ sampler
 
-Simplified on purpose: one learner on one device, the sampler in step with it, no critic, and no KL term (with
-verifiable rewards it is usually off). Suffixes: `_P` prompts, `_G` completions of one prompt's group.
+Simplified on purpose: one learner on one device, the sampler in step with it, no critic; rewards are of whole
+responses; the KL to the starting model is a term of the loss, not of the reward, and off unless asked for (with
+verifiable rewards it usually is). Dr.GRPO, DAPO, GSPO, CISPO, RLOO, REINFORCE and dual-clip PPO are this file with
+other settings: `--algorithm`. Suffixes: `_P` prompts, `_G` completions of one prompt's group.
 
     grpo-gsm8k grpo --model_id MODEL --data DIR
     grpo-gsm8k grpo --preset full --reward mine.rewards:my_reward
@@ -26,10 +28,10 @@ from grpo_gsm8k.datatypes import Prompt, RewardFn, Rollout, SamplingParams, Toke
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.evals.accuracy import record
 from grpo_gsm8k.gsm8k.problems import load_split
-from grpo_gsm8k.gsm8k.rewards import make_reward, score
+from grpo_gsm8k.gsm8k.rewards import make_reward, score, with_overlong_penalty
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.trainer import loop
-from grpo_gsm8k.trainer.batch import Batch, make_batch, with_old_logprobs
+from grpo_gsm8k.trainer.batch import Batch, make_batch, with_old_logprobs, with_ref_logprobs
 from grpo_gsm8k.trainer.objectives import Objective
 from grpo_gsm8k.trainer.optimizer import lr_at
 from grpo_gsm8k.workbench import Bench, open_bench
@@ -64,12 +66,24 @@ def check(cfg: GrpoConfig) -> None:
         raise ConfigError(
             f"rollouts_per_step = {cfg.rollouts_per_step} must be a multiple of group_size = {cfg.group_size}"
         )
-    if cfg.group_size < 2:
+    if cfg.group_size < 2 and cfg.baseline != "none":
         raise ConfigError("group_size must be at least 2: a group of one has no relative advantage")
+    if cfg.baseline == "none" and cfg.std_norm:
+        raise ConfigError("baseline none with std_norm divides plain rewards by a deviation near 0; pass --no-std-norm")
     if cfg.top_p < 1:
         raise ConfigError("top_p < 1 truncates what is sampled, so ratios would be wrong; use top_p = 1")
     if cfg.temperature <= 0:
         raise ConfigError("temperature must be above 0: greedy groups have no variance")
+    if cfg.dual_clip and cfg.loss not in ("grpo_clip", "gspo"):
+        raise ConfigError(f"dual_clip bounds the clipped surrogate; {cfg.loss} is none: use dual_clip = 0")
+    if cfg.dual_clip and cfg.dual_clip <= 1 + (cfg.clip_eps_high or cfg.clip_eps):
+        raise ConfigError(f"dual_clip = {cfg.dual_clip} must lie above the clip, 1 + clip_eps_high")
+    if cfg.kl_coef < 0:
+        raise ConfigError(f"kl_coef = {cfg.kl_coef} must not be negative")
+    if cfg.kl_coef and cfg.kl_estimator == "k1" and not cfg.kl_bias_correction:
+        raise ConfigError("k1 without kl_bias_correction has a gradient of mean 0: it would hold the policy to nothing")
+    if not 0 <= cfg.overlong_buffer <= 1:
+        raise ConfigError(f"overlong_buffer = {cfg.overlong_buffer} is a share of max_new_tokens: from 0 to 1")
 
 
 # ---------------------------------------------------------------------------------------------- rollouts
@@ -142,21 +156,29 @@ def with_advantages(cfg: GrpoConfig, rollouts: Sequence[Rollout]) -> list[Rollou
     for rollout in rollouts:
         by_group.setdefault(rollout.group, []).append(rollout.reward.total)
     advantages = {
-        group: iter(group_advantages(rewards, cfg.std_norm, cfg.advantage_eps)) for group, rewards in by_group.items()
+        group: iter(group_advantages(rewards, cfg.std_norm, cfg.advantage_eps, cfg.baseline))
+        for group, rewards in by_group.items()
     }
     return [replace(rollout, advantage=next(advantages[rollout.group])) for rollout in rollouts]
 
 
-def group_advantages(rewards_G: Sequence[float], std_norm: bool = True, eps: float = 1e-6) -> list[float]:
+def group_advantages(
+    rewards_G: Sequence[float], std_norm: bool = True, eps: float = 1e-6, baseline: str = "group"
+) -> list[float]:
     """(r - mean) / (std + eps), std unbiased; without std_norm r - mean (Dr.GRPO, arXiv 2503.20783).
 
-    A group of equal rewards gives exactly 0: mean and std of 0.3 x 8 are not exact in binary, and dividing
+    `baseline` "leave_one_out" takes the mean of the others instead (RLOO, arXiv 2402.14740 sec. 3), "none" takes
+    nothing off. A group of equal rewards gives exactly 0: mean and std of 0.3 x 8 are not exact in binary, and dividing
     their rounding errors by eps would make advantages out of nothing.
     """
+    if baseline == "none":
+        return [float(reward) for reward in rewards_G]
     if len(set(rewards_G)) == 1:
         return [0.0] * len(rewards_G)
-    mean = statistics.fmean(rewards_G)
+    mean, n = statistics.fmean(rewards_G), len(rewards_G)
     scale = statistics.stdev(rewards_G) + eps if std_norm else 1.0
+    if baseline == "leave_one_out":
+        scale *= (n - 1) / n  # r less the mean of the others is n / (n - 1) times r less the mean of all
     return [(reward - mean) / scale for reward in rewards_G]
 
 
@@ -180,8 +202,16 @@ def update(cfg: GrpoConfig, bench: Bench, rows: Sequence[TokenRow], step: int) -
     `mismatch/` is of the first update, where the weights are still those that sampled: whatever differs there
     differs between sampler and trainer.
     """
-    high = cfg.clip_eps_high or cfg.clip_eps
-    objective = Objective("grpo_clip", cfg.clip_eps, high, cfg.temperature)
+    objective = Objective(
+        cfg.loss,
+        cfg.clip_eps,
+        cfg.clip_eps_high or cfg.clip_eps,
+        cfg.temperature,
+        cfg.dual_clip,
+        cfg.kl_coef,
+        cfg.kl_estimator,
+        cfg.kl_bias_correction,
+    )
     lr = lr_at(step, cfg.steps, cfg)
     updates = minibatches(cfg, bench, rows, step)
     history = [loop.update(bench.run, bench.learner, batch, objective, lr, step) for batch in updates]
@@ -209,6 +239,9 @@ def minibatches(cfg: GrpoConfig, bench: Bench, rows: Sequence[TokenRow], step: i
     batches = [build([rows[r] for r in order[i : i + size]]) for i in range(0, len(rows), size)]
     if cfg.old_logprobs == "recompute":  # all of them before the first update moves the weights
         batches = [with_old_logprobs(batch, bench.learner.logprobs(batch, cfg.temperature)) for batch in batches]
+    if cfg.kl_coef:
+        references = (bench.learner.reference_logprobs(batch, cfg.temperature) for batch in batches)
+        batches = [with_ref_logprobs(batch, ref) for batch, ref in zip(batches, references, strict=True)]
     for _ in range(cfg.epochs):
         yield from batches
 
@@ -314,6 +347,8 @@ def run(cfg: GrpoConfig) -> dict[str, Any]:
             grading=cfg.grading,
             tags=bench.renderer.tags,
         )
+        if buffer := round(cfg.overlong_buffer * cfg.max_new_tokens):
+            reward = with_overlong_penalty(reward, cfg.max_new_tokens, buffer)
         train(cfg, bench, bench.prompts(problems, source), reward)
         return bench.finish()
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from grpo_gsm8k import repro
-from grpo_gsm8k.config import EngineConfig, EvalConfig, ModelConfig, TrainConfig
+from grpo_gsm8k.config import EngineConfig, EvalConfig, GrpoConfig, ModelConfig, TrainConfig
 from grpo_gsm8k.datatypes import Evaluator, Learner, Problem, Prompt, Sampler, SamplingParams
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.engines.probe import TOLERANCE, probe
@@ -134,7 +134,8 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
         repro.seed_everything(cfg.seed)
         model = load_model(cfg)
         renderer = Renderer(load_tokenizer(cfg), *asked)
-        learner = TorchLearner(model, renderer, cfg)
+        held = isinstance(cfg, GrpoConfig) and cfg.kl_coef > 0  # before a resume loads later weights into the model
+        learner = TorchLearner(model, renderer, cfg, reference=held)
         if not (apart and stage == "sft"):
             sampler = open_until_the_end.enter_context(open_sampler(cfg, model, renderer, run.path, overlaps))
         else:

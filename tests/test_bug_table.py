@@ -22,12 +22,11 @@
 | low precision (areal#1369) | test_learner.test_tiny_updates_accumulate_in_bfloat16 |
 | clip never active | test_grpo.test_the_clip_bites_only_from_the_second_update_on |
 | sign of the clip | test_objectives.test_clip_cases |
+| gradient of the KL term (trl#4967, #6503) | test_objectives.test_kl_gradient_is_that_of_the_exact_kl |
 | ratio explosion (OpenRLHF#931) | test_objectives.test_an_extreme_ratio_stays_finite |
 | resume (verl#3457, trl#3247) | test_resume.test_kill_9_and_resume_is_bitwise_the_uninterrupted_run |
 | evaluation under the wrong step | test_grpo.test_evaluation_records_carry_the_hash_of_the_weights_of_their_step |
 | unparsable gold counted right (open-r1) | test_problems.test_every_fault_names_file_and_line |
-
-Not in this code yet: the gradient of a KL term (trl#4967, #6503); there is no KL term.
 """
 
 from __future__ import annotations

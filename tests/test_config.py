@@ -7,7 +7,7 @@ import tomllib
 
 import pytest
 
-from grpo_gsm8k import config
+from grpo_gsm8k import config, grpo
 from grpo_gsm8k.errors import ConfigError
 
 
@@ -23,6 +23,44 @@ def test_layers_from_weak_to_strong(tmp_path):
 def test_sets_may_name_a_section():
     assert config.resolve("grpo", sets=["grpo.lr=0.5", "sft.lr=0.25"]).lr == 0.5
     assert config.resolve("sft", sets=["grpo.lr=0.5", "sft.lr=0.25"]).lr == 0.25
+
+
+def test_an_algorithm_is_laid_over_the_recipe_and_under_what_is_typed(tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("[common]\nlr = 0.5\n[grpo]\nclip_eps = 0.1\nkl_coef = 0.5\nloss = 'cispo'\n")
+    typed = {"algorithm": "dapo", "clip_eps_high": 0.3}
+    cfg = config.resolve(
+        "grpo", preset="quick", config_file=recipe, flags=typed, sets=["grpo.resample_zero_variance=2"]
+    )
+    assert (cfg.loss, cfg.clip_eps, cfg.kl_coef, cfg.aggregation) == ("grpo_clip", 0.2, 0.0, "token")  # the paper's
+    assert (cfg.clip_eps_high, cfg.resample_zero_variance) == (0.3, 2)  # typed
+    assert (cfg.lr, cfg.steps) == (0.5, 100)  # the recipe's: the paper's settings are of the objective alone
+    by_set = config.resolve("grpo", flags={"clip_eps_high": 0.3}, sets=["algorithm=dapo"])
+    assert (by_set.clip_eps_high, by_set.aggregation) == (0.3, "token")  # typed is typed
+
+
+def test_an_algorithm_in_a_recipe_is_weaker_than_the_keys_beside_it(tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("[grpo]\nalgorithm = 'gspo'\nclip_eps = 0.01\n")
+    cfg = config.resolve("grpo", preset="tiny", config_file=recipe, flags={"kl_coef": 0.1})
+    assert (cfg.loss, cfg.clip_eps, cfg.clip_eps_high, cfg.kl_coef) == ("gspo", 0.01, 4e-4, 0.1)
+    other = config.resolve("grpo", config_file=recipe, flags={"algorithm": "rloo"})
+    assert (other.loss, other.clip_eps, other.baseline) == ("reinforce", 0.2, "leave_one_out")
+    # What a run writes down says the same without knowing the algorithm.
+    written = tmp_path / "config.toml"
+    written.write_text(config.to_toml(cfg, "grpo"))
+    assert config.resolve("grpo", config_file=written) == cfg
+    assert 'loss = "gspo"' in written.read_text() and "clip_eps_high = 0.0004" in written.read_text()
+
+
+def test_algorithms_leave_nothing_of_each_other_behind():
+    keys = [sorted(settings) for settings in config.ALGORITHMS.values()]
+    assert all(k == keys[0] for k in keys)
+    for name in config.ALGORITHMS:
+        grpo.check(config.resolve("grpo", flags={"algorithm": name}))
+        assert config.resolve("sft", sets=[f"grpo.algorithm={name}"])
+    with pytest.raises(ConfigError, match=r"unknown algorithm 'gpso'; did you mean 'gspo'\?"):
+        config.resolve("grpo", flags={"algorithm": "gpso"})
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
 
-from grpo_gsm8k import grpo
+from grpo_gsm8k import config, grpo
 from grpo_gsm8k.datatypes import Completion, Problem, Prompt, Reward, Rollout
 from grpo_gsm8k.errors import ConfigError, NonFiniteError
 from grpo_gsm8k.gsm8k.problems import load_split
-from grpo_gsm8k.gsm8k.rewards import make_reward, score
+from grpo_gsm8k.gsm8k.rewards import make_reward, score, with_overlong_penalty
 from grpo_gsm8k.trainer import checkpoint
 from grpo_gsm8k.workbench import open_bench
 from tests.toys import even_tokens, stage_config
@@ -222,11 +223,52 @@ def test_evaluation_records_carry_the_hash_of_the_weights_of_their_step(bench_of
         ({"rollouts_per_step": 4, "group_size": 1}, "group_size"),
         ({"top_p": 0.9}, "top_p"),
         ({"temperature": 0.0}, "temperature"),
+        ({"baseline": "none"}, "--no-std-norm"),
+        ({"dual_clip": 1.1}, "above the clip"),
+        ({"dual_clip": 1.25, "clip_eps_high": 0.28}, "above the clip"),
+        ({"dual_clip": 3.0, "loss": "cispo"}, "cispo"),
+        ({"kl_coef": -0.1}, "negative"),
+        ({"kl_coef": 0.1, "kl_estimator": "k1", "kl_bias_correction": False}, "nothing"),
+        ({"overlong_buffer": 4096.0}, "share"),
     ],
 )
 def test_settings_that_cannot_mean_what_they_say_are_refused(flags, word):
     with pytest.raises(ConfigError, match=word):
         grpo.check(stage_config("grpo", **flags))
+
+
+def test_without_a_baseline_a_group_may_be_of_one():
+    grpo.check(stage_config("grpo", rollouts_per_step=4, group_size=1, baseline="none", std_norm=False))
+
+
+@pytest.mark.parametrize("algorithm", config.ALGORITHMS)
+def test_every_algorithm_learns(bench_of, algorithm):
+    """Several updates a step, so that ratios are not 1; the KL, where there is one, counts."""
+    sizes = {"steps": 6, "rollouts_per_step": 64, "group_size": 8, "max_new_tokens": 6, "minibatches": 2}
+    cfg, bench, prompts = bench_of(algorithm=algorithm, lr=2e-2, **sizes)
+    grpo.train(cfg, bench, prompts, even_tokens)
+    rows = metrics_of(bench)
+    assert rows[-1]["reward/mean"] > rows[0]["reward/mean"] + 0.1, [row["reward/mean"] for row in rows]
+    assert ("policy/kl_ref" in rows[0]) == (cfg.kl_coef > 0)
+
+
+def test_with_equal_rewards_the_loss_is_the_kl_to_where_the_run_began(bench_of):
+    """Equal rewards leave the KL alone: 0 at the start, and coefficient times KL once the weights have moved."""
+    cfg, bench, prompts = bench_of(kl_coef=2.0, aggregation="token", steps=2, lr=0.0)
+    log = bench.run.log
+
+    def move_after_the_first_step(step, metrics):
+        log(step, metrics)
+        with torch.no_grad():
+            for i, (_, weight) in enumerate(bench.learner.weights()):
+                weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i)))
+
+    bench.run.log = move_after_the_first_step
+    grpo.train(cfg, bench, prompts, lambda completion, problem: 1.0)
+    first, second = metrics_of(bench)
+    assert first["policy/kl_ref"] == pytest.approx(0.0, abs=1e-6)
+    assert second["policy/kl_ref"] > 0.05 and second["policy/grad_norm"] > 0.01
+    assert second["loss"] == pytest.approx(2.0 * second["policy/kl_ref"], rel=1e-4)
 
 
 def test_a_loss_that_is_no_number_keeps_the_batch_and_the_last_checkpoint(bench_of):
@@ -256,6 +298,25 @@ def test_random_reward_is_a_fair_coin_that_sees_no_text():
     values = [score(make_reward("random", format_ok=bool), c, problem).total for c in draws]
     assert values[::2] == values[1::2]
     assert abs(sum(values) / len(values) - 0.5) < 0.03
+
+
+@pytest.mark.parametrize(("tokens", "penalty"), [(1, 0.0), (15, 0.0), (16, -0.2), (18, -0.6), (20, -1.0), (25, -1.0)])
+def test_overlong_penalty_by_hand(tokens, penalty):
+    """arXiv 2503.14476 eq. 13 with L_max = 20, L_cache = 5."""
+    reward = with_overlong_penalty(lambda completion, problem: {"answer": 0.8, "format": 0.2}, 20, 5)
+    completion = Completion((7,) * tokens, (0.0,) * tokens, "", "stop")
+    result = score(reward, completion, Problem("p", "q", "#### 1", "1"))
+    assert result.components == pytest.approx({"answer": 0.8, "format": 0.2, "overlong": penalty})
+    assert result.total == pytest.approx(1.0 + penalty)
+
+
+def test_the_command_lays_the_overlong_penalty_over_any_reward(tiny, tmp_path):
+    where = {"model_id": str(tiny.model), "data": str(tiny.data), "out_dir": str(tmp_path / "run")}
+    sizes = {"rollouts_per_step": 8, "group_size": 4, "steps": 1, "eval_every": 0, "max_new_tokens": 8}
+    grpo.run(stage_config("grpo", **where, **sizes, reward="tests.toys:even_tokens", overlong_buffer=0.5))
+    row = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    assert row["reward/mean"] == pytest.approx(row["reward/reward"] + row["reward/overlong"])
+    assert row["reward/overlong"] < 0  # a random model seldom ends
 
 
 def test_a_users_own_reward(tmp_path, monkeypatch):

@@ -1,27 +1,29 @@
-"""The clipped surrogate, its signs, its figures; advantages by hand."""
+"""Objectives and their signs by hand, the KL term against the exact KL, an update's figures, advantages by hand."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from grpo_gsm8k.grpo import group_advantages
-from grpo_gsm8k.trainer.batch import make_batch
-from grpo_gsm8k.trainer.objectives import LOSSES, Objective, add_sums, policy_metrics, policy_sums
-from tests.toys import rows
+from grpo_gsm8k.trainer.batch import make_batch, with_ref_logprobs
+from grpo_gsm8k.trainer.logprobs import token_logprobs
+from grpo_gsm8k.trainer.objectives import LOSSES, Objective, add_sums, per_token_loss, policy_metrics, policy_sums
+from tests.toys import TableModel, rows
 
 CLIP = Objective("grpo_clip", 0.2, 0.2)
 
 
-def loss_and_gradient(ratio: float, advantage: float) -> tuple[float, float]:
+def loss_and_gradient(ratio: float, advantage: float, objective: Objective = CLIP) -> tuple[float, float]:
     """Of one token, with the old probability 1/2 and the given ratio."""
     batch = make_batch(rows(([1, 2], 1), advantage=advantage, logprob=math.log(0.5)), 0)
     logp = torch.tensor([[math.log(0.5 * ratio)]], requires_grad=True)
-    loss = LOSSES["grpo_clip"](logp, batch, CLIP).sum()
+    loss = per_token_loss(logp, batch, objective).sum()
     loss.backward()
-    return float(loss), float(logp.grad)
+    return float(loss.detach()), float(logp.grad)
 
 
 @pytest.mark.parametrize(
@@ -38,18 +40,170 @@ def test_clip_cases(ratio, advantage, loss, gradient):
     assert loss_and_gradient(ratio, advantage) == pytest.approx((loss, gradient), abs=1e-6)
 
 
-def test_gradient_is_that_of_the_loss_by_finite_differences():
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (5.0, -1.0, 3.0, 0.0),  # far above, and bad: the plain clip would push with 5
+        (2.0, -1.0, 2.0, 2.0),  # above, and bad, below the second clip: as ever
+        (5.0, 1.0, -1.2, 0.0),  # above, and good: as ever
+        (0.5, -1.0, 0.8, 0.0),
+    ],
+)
+def test_dual_clip_cases(ratio, advantage, loss, gradient):
+    """By arXiv 1912.09729 eq. 5: max(min(r A, clip(r) A), 3 A) where A < 0."""
+    found = loss_and_gradient(ratio, advantage, replace(CLIP, dual_clip=3.0))
+    assert found == pytest.approx((loss, gradient), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "weight"),
+    [(10.0, 1.0, 5.0), (10.0, -2.0, 5.0), (3.0, 1.0, 3.0), (0.1, -1.0, 0.5)],
+)
+def test_cispo_cases(ratio, advantage, weight):
+    """The weight is clipped to [0.5, 5], and no token loses its gradient."""
+    logp = math.log(0.5 * ratio)
+    found = loss_and_gradient(ratio, advantage, Objective("cispo", 0.5, 4.0))
+    assert found == pytest.approx((-weight * advantage * logp, -weight * advantage), abs=1e-5)
+
+
+def test_reinforce_case():
+    assert loss_and_gradient(10.0, 2.0, Objective("reinforce")) == pytest.approx((-2 * math.log(5), -2), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "loss", "gradient"),
+    [(-1.0, 4.0, 2.0), (1.0, -1.2, 0.0)],  # of the response, and of each of its two tokens
+)
+def test_gspo_case(advantage, loss, gradient):
+    """Ratios 2 and 8: the response's is 4, sqrt(2 x 8), and each log-probability moves it by 4 / 2."""
+    batch = make_batch(rows(([1, 2, 3, 4], 2), advantage=advantage, logprob=math.log(0.1)), 0, "sequence")
+    logp = torch.tensor([[0.0, math.log(0.2), math.log(0.8)]], requires_grad=True)
+    value = (batch.weights * LOSSES["gspo"](logp, batch, CLIP)).sum()
+    value.backward()
+    assert float(value.detach()) == pytest.approx(loss, abs=1e-5)
+    assert logp.grad[0].tolist() == pytest.approx([0.0, gradient, gradient], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        CLIP,
+        replace(CLIP, dual_clip=1.3),
+        Objective("gspo", 0.02, 0.05),
+        Objective("reinforce"),
+        Objective("grpo_clip", kl_coef=0.5, kl_estimator="k1"),
+        Objective("grpo_clip", kl_coef=0.5, kl_estimator="k3"),
+        Objective("gspo", kl_coef=0.5, kl_estimator="k2", kl_bias_correction=False),
+    ],
+    ids=str,
+)
+def test_gradient_is_that_of_the_loss_by_finite_differences(objective):
     torch.manual_seed(0)
-    batch = make_batch(rows(([1, 2, 3, 4], 1), ([1, 4, 2], 1), advantage=0.7, logprob=-1.0), 0)
-    logp = (-1.0 + 0.15 * torch.randn(batch.mask.shape, dtype=torch.float64)).requires_grad_()
+    good, bad = ([1, 2, 3, 4], 1), ([1, 4, 2], 1)
+    data = rows(good, bad, advantage=0.7, logprob=-1.0) + rows(bad, good, advantage=-0.4, logprob=-1.0)
+    batch = make_batch(data, 0)
+    batch = with_ref_logprobs(batch, -1.0 + 0.3 * torch.randn(batch.mask.shape))
+    logp = (-1.0 + 0.2 * torch.randn(batch.mask.shape, dtype=torch.float64)).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x: (batch.weights.double() * LOSSES["grpo_clip"](x, batch, CLIP)).sum(), (logp,), eps=1e-6
+        lambda x: (batch.weights.double() * per_token_loss(x, batch, objective)).sum(), (logp,), eps=1e-6
     )
 
 
-def test_an_extreme_ratio_stays_finite():
-    loss, gradient = loss_and_gradient(1e30, -1.0)
-    assert math.isfinite(loss) and math.isfinite(gradient)
+@pytest.mark.parametrize("objective", [CLIP, Objective("gspo"), Objective("cispo"), Objective("reinforce")], ids=str)
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_an_extreme_ratio_stays_finite(objective, estimator):
+    for ratio in (1e30, 1e-30):
+        found = loss_and_gradient(ratio, -1.0, replace(objective, kl_coef=1.0, kl_estimator=estimator))
+        assert all(map(math.isfinite, found))
+
+
+# ------------------------------------------------------------------------------------------------- the KL term
+
+POLICY = torch.tensor([0.4, -0.9, 1.1, 0.2, -0.3], dtype=torch.float64)  # logits of a vocabulary of five
+REFERENCE = torch.tensor([0.30, 0.25, 0.10, 0.15, 0.20], dtype=torch.float64)
+STALE = torch.tensor([0.10, 0.30, 0.20, 0.25, 0.15], dtype=torch.float64)  # an old policy that has been left behind
+
+
+def exact_kl(p: torch.Tensor, q: torch.Tensor) -> float:
+    return float((p * (p / q).log()).sum())
+
+
+def numeric_gradient(f) -> list[float]:
+    """Of f(probabilities) in the policy's logits, by central differences."""
+    steps = 1e-5 * torch.eye(5, dtype=torch.float64)
+    return [(f((POLICY + h).softmax(0)) - f((POLICY - h).softmax(0))) / 2e-5 for h in steps]
+
+
+def expected_kl_term(sampled: torch.Tensor, estimator: str, correction: bool) -> tuple[float, list[float]]:
+    """The term and its gradient in the logits, in expectation over tokens that `sampled` draws: a row for each."""
+    data = [r for token, p in enumerate(sampled.tolist()) for r in rows(([0, token], 1), logprob=math.log(p))]
+    batch = with_ref_logprobs(make_batch(data, 0), REFERENCE.log().float().reshape(5, 1))
+    batch = replace(batch, weights=sampled.float().reshape(5, 1))
+    model = TableModel(POLICY.float().repeat(5, 1))
+    logp, _ = token_logprobs(model, batch)
+    objective = Objective("grpo_clip", kl_coef=1.0, kl_estimator=estimator, kl_bias_correction=correction)
+    value = (batch.weights * per_token_loss(logp, batch, objective)).sum()  # the advantage is 0: only the KL is left
+    value.backward()
+    return float(value.detach()), model.table.grad[0].tolist()
+
+
+@pytest.mark.parametrize("sampled", [POLICY.softmax(0), STALE], ids=["on-policy", "off-policy"])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_gradient_is_that_of_the_exact_kl(estimator, sampled):
+    """trl#4967, #6503: an estimator of the KL's value that pulls along another gradient, or along none."""
+    value, gradient = expected_kl_term(sampled, estimator, correction=True)
+    assert gradient == pytest.approx(numeric_gradient(lambda p: exact_kl(p, REFERENCE)), abs=2e-6)
+    if estimator != "k2":  # whose value is biased
+        assert value == pytest.approx(exact_kl(POLICY.softmax(0), REFERENCE), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "kl"),
+    [
+        ("k1", lambda p: 0.0),  # no gradient at all
+        ("k2", lambda p: exact_kl(p, REFERENCE)),
+        ("k3", lambda p: exact_kl(REFERENCE, p)),  # the other KL's
+    ],
+)
+def test_what_an_estimator_alone_pulls_along(estimator, kl):
+    _, gradient = expected_kl_term(POLICY.softmax(0), estimator, correction=False)
+    assert gradient == pytest.approx(numeric_gradient(kl), abs=2e-6)
+
+
+def test_kl_values_by_hand():
+    """Of one token with pi / pi_ref = 2, on-policy."""
+    batch = make_batch(rows(([1, 2], 1), logprob=math.log(0.5)), 0)
+    batch = with_ref_logprobs(batch, torch.tensor([[math.log(0.25)]]))
+    logp = torch.tensor([[math.log(0.5)]])
+    for estimator, value in [("k1", math.log(2)), ("k2", math.log(2) ** 2 / 2), ("k3", 0.5 - 1 + math.log(2))]:
+        objective = replace(CLIP, kl_coef=0.1, kl_estimator=estimator)
+        assert float(per_token_loss(logp, batch, objective)) == pytest.approx(0.1 * value, abs=1e-6)
+        sums = policy_sums(logp, torch.zeros(1, 1), batch, objective)
+        assert policy_metrics(sums)["policy/kl_ref"] == pytest.approx(value, abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------ an update's figures
+
+
+@pytest.mark.parametrize(
+    ("objective", "high", "low"),  # of five tokens with A = 1, then five with A = -1
+    [
+        (Objective("grpo_clip", 0.2, 0.5), 2, 2),  # 2 and 8 with A > 0; 1/8 and 1/2 with A < 0
+        (Objective("grpo_clip", 0.2, 0.5, dual_clip=4.0), 3, 2),  # and 8 with A < 0
+        (Objective("cispo", 0.8, 0.5), 4, 2),  # whatever the advantage
+        (Objective("reinforce", 0.2, 0.5), 0, 0),
+        (Objective("gspo", 0.2, 0.5), 0, 0),  # the geometric mean is 1
+        (Objective("gspo", 0.2, -0.1), 5, 0),
+    ],
+    ids=str,
+)
+def test_clip_fractions_count_where_each_clip_acts(objective, high, low):
+    ratios, ids = torch.tensor([1 / 8, 1 / 2, 1, 2, 8]), (range(1, 7), 1)
+    batch = make_batch(rows(ids, advantage=1.0, logprob=-3.0) + rows(ids, advantage=-1.0, logprob=-3.0), 0)
+    logp = (-3.0 + ratios.log()).repeat(2, 1)
+    figures = policy_metrics(policy_sums(logp, torch.zeros(2, 5), batch, objective))
+    assert figures["policy/clip_frac_high"] == pytest.approx(high / 10)
+    assert figures["policy/clip_frac_low"] == pytest.approx(low / 10)
 
 
 def test_figures_of_an_update_by_hand():
@@ -89,7 +243,25 @@ def test_advantages_by_hand():
     assert eps == pytest.approx([0.5 / (math.sqrt(0.5) + 1), -0.5 / (math.sqrt(0.5) + 1)])
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [  # of rewards 1, 0, 0, 0: mean 1/4, unbiased deviation 1/2, mean of the others 0 and 1/3
+        ({"baseline": "group", "std_norm": True, "eps": 0.0}, [1.5, -0.5]),
+        ({"baseline": "group", "std_norm": True, "eps": 0.5}, [0.75, -0.25]),
+        ({"baseline": "group", "std_norm": False}, [0.75, -0.25]),
+        ({"baseline": "leave_one_out", "std_norm": False}, [1.0, -1 / 3]),
+        ({"baseline": "leave_one_out", "std_norm": True, "eps": 0.0}, [2.0, -2 / 3]),
+        ({"baseline": "none", "std_norm": False}, [1.0, 0.0]),
+    ],
+    ids=str,
+)
+def test_every_baseline_by_hand(settings, expected):
+    assert group_advantages([1, 0, 0, 0], **settings) == pytest.approx([expected[0]] + [expected[1]] * 3, abs=1e-12)
+
+
 @pytest.mark.parametrize("reward", [0.1 + 0.2, 0.7, 1 / 3, 1e-9, 0.2 + 0.8])
 @pytest.mark.parametrize("size", [2, 3, 8, 64])
 def test_constant_rewards_give_advantage_exactly_zero(reward, size):
     assert group_advantages([reward] * size) == [0.0] * size
+    assert group_advantages([reward] * size, std_norm=False, baseline="leave_one_out") == [0.0] * size
+    assert group_advantages([reward] * size, std_norm=False, baseline="none") == [reward] * size

@@ -64,6 +64,28 @@ def test_a_run_in_pieces_is_the_run_in_one(stage, tiny, tmp_path, every_answer_r
     )
 
 
+def test_the_kl_holds_a_resumed_run_to_the_same_reference(tiny, tmp_path):
+    """To the model that the run began with, not to the checkpoint that it goes on from."""
+    flags = {"kl_coef": 0.5, "steps": 4}
+    whole = grpo.run(config_of("grpo", tiny, tmp_path / "whole", **flags))
+    for stop in (2, 0):
+        pieces = grpo.run(config_of("grpo", tiny, tmp_path / "pieces", max_steps=stop, **flags))
+    assert pieces["weights_sha256"] == whole["weights_sha256"]
+    assert story(tmp_path / "pieces") == story(tmp_path / "whole")
+    assert whole["weights_sha256"] != grpo.run(config_of("grpo", tiny, tmp_path / "no_kl", steps=4))["weights_sha256"]
+
+
+def test_a_reference_that_has_changed_since_the_run_began_is_refused(tiny, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny.model, model)
+    flags = {"kl_coef": 0.5, "model_id": str(model)}
+    grpo.run(config_of("grpo", tiny, tmp_path / "run", max_steps=1, **flags))
+    trained = tmp_path / "run/checkpoints/step_000001/model.safetensors"
+    shutil.copy(trained, model / "model.safetensors")
+    with pytest.raises(CheckpointError, match="another reference model"):
+        grpo.run(config_of("grpo", tiny, tmp_path / "run", **flags))
+
+
 def test_what_was_logged_after_the_checkpoint_is_said_once(tiny, tmp_path):
     """A kill between checkpoints: the log runs ahead, half a line at its end."""
     whole = grpo.run(config_of("grpo", tiny, tmp_path / "whole"))

@@ -44,6 +44,21 @@ def random_reward(completion: Completion, problem: Problem) -> dict[str, float]:
     return {"random": float(Random(completion.seed).random() < 0.5)}
 
 
+def with_overlong_penalty(reward: RewardFn, longest: int, buffer: int) -> RewardFn:
+    """`reward` plus a component `overlong`: DAPO's soft punishment of length (arXiv 2503.14476 eq. 13).
+
+    It is 0 up to `longest - buffer` tokens, falls in a straight line over the `buffer` tokens that follow, and
+    is -1 from `longest` on.
+    """
+
+    def shaped(completion: Completion, problem: Problem) -> dict[str, float]:
+        beyond = len(completion.token_ids) - (longest - buffer)
+        penalty = -min(max(beyond / buffer, 0.0), 1.0)
+        return {**score(reward, completion, problem).components, "overlong": penalty}
+
+    return shaped
+
+
 def make_reward(
     spec: str,
     *,

@@ -30,6 +30,7 @@ class Batch:
         input_ids, targets: `(B, T)` int64.
         mask: `(B, T)` float32, 1 where the target is trained.
         old_logprobs: `(B, T)` float32, of the policy that drew the target; 0 where masked out.
+        ref_logprobs: `(B, T)` float32, of the reference model of the KL term; 0 where masked out or without one.
         advantages: `(B, T)` float32.
         weights: `(B, T)` float32; the loss is the sum of weight x per-token loss. They are set from the
             whole update before it is split, so any split, order or packing gives the same gradient.
@@ -40,6 +41,7 @@ class Batch:
     targets: torch.Tensor
     mask: torch.Tensor
     old_logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
     advantages: torch.Tensor
     weights: torch.Tensor
     lengths: tuple[int, ...]
@@ -59,6 +61,7 @@ class Batch:
             cut(self.targets),
             cut(self.mask),
             cut(self.old_logprobs),
+            cut(self.ref_logprobs),
             cut(self.advantages),
             cut(self.weights),
             tuple(self.lengths[r] for r in rows),
@@ -81,7 +84,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        names = ("input_ids", "targets", "mask", "old_logprobs", "advantages", "weights")
+        names = ("input_ids", "targets", "mask", "old_logprobs", "ref_logprobs", "advantages", "weights")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
@@ -113,6 +116,7 @@ def make_batch(rows: Sequence[TokenRow], pad_id: int, aggregation: Aggregation =
         targets,
         mask,
         old_logprobs,
+        torch.zeros(shape),
         advantages,
         loss_weights(mask, aggregation, max_tokens),
         lengths,
@@ -139,3 +143,8 @@ def loss_weights(mask: torch.Tensor, aggregation: Aggregation, max_tokens: int =
 def with_old_logprobs(batch: Batch, logprobs: torch.Tensor) -> Batch:
     """The same batch with the log-probabilities of a frozen pass, `(B, T)`, as its old ones."""
     return replace(batch, old_logprobs=logprobs * batch.mask)
+
+
+def with_ref_logprobs(batch: Batch, logprobs: torch.Tensor) -> Batch:
+    """The same batch with the log-probabilities of the reference model, `(B, T)`."""
+    return replace(batch, ref_logprobs=logprobs * batch.mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator
@@ -9,22 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from grpo_gsm8k.config import TrainConfig
 from grpo_gsm8k.errors import CheckpointError, NonFiniteError
 from grpo_gsm8k.trainer.batch import Batch
 from grpo_gsm8k.trainer.logprobs import token_logprobs
-from grpo_gsm8k.trainer.objectives import LOSSES, Objective, add_sums, policy_metrics, policy_sums
+from grpo_gsm8k.trainer.objectives import Objective, add_sums, per_token_loss, policy_metrics, policy_sums
 from grpo_gsm8k.trainer.optimizer import MasterAdamW
+from grpo_gsm8k.trainer.policy import weights_sha256
 
 
 class TorchLearner:
     """Implements `datatypes.Learner` for a transformers model."""
 
-    def __init__(self, model: Any, tokenizer: Any, cfg: TrainConfig) -> None:
-        """`model` is trained in place; `tokenizer` (or a renderer) is saved beside its weights."""
+    def __init__(self, model: Any, tokenizer: Any, cfg: TrainConfig, reference: bool = False) -> None:
+        """`model` is trained in place; `tokenizer` (or a renderer) is saved beside its weights.
+
+        Args:
+            reference: keep a frozen copy of `model` as it is now, for the KL term.
+        """
         self.model, self.tokenizer, self.cfg = model, tokenizer, cfg
+        self.reference = copy.deepcopy(model).eval().requires_grad_(False) if reference else None
+        self.reference_sha256 = weights_sha256(model.named_parameters()) if reference else ""
         self.device: torch.device = next(model.parameters()).device
         self.model.train()
         self.optimizer = MasterAdamW(model, cfg)
@@ -42,7 +51,7 @@ class TorchLearner:
         for _, part in batch.microbatches(self.cfg.max_tokens_per_microbatch):
             part = part.to(self.device)
             logp, entropies = token_logprobs(self.model, part, objective.temperature)
-            loss = (part.weights * LOSSES[objective.loss](logp, part, objective)).sum()
+            loss = (part.weights * per_token_loss(logp, part, objective)).sum()
             if not math.isfinite(value := float(loss.detach())):
                 self.optimizer.zero_grad()
                 raise NonFiniteError(f"the loss is {value}")
@@ -65,9 +74,18 @@ class TorchLearner:
     @torch.no_grad()
     def logprobs(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
         """Log-probabilities of the targets from a frozen pass, `(B, T)` on the CPU."""
+        return self._frozen_pass(self.model, batch, temperature)
+
+    @torch.no_grad()
+    def reference_logprobs(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+        """The same of the model that the run began with, whatever has been trained or loaded since."""
+        assert self.reference is not None, "this learner was made without a reference model"
+        return self._frozen_pass(self.reference, batch, temperature)
+
+    def _frozen_pass(self, model: Any, batch: Batch, temperature: float) -> torch.Tensor:
         out = torch.zeros_like(batch.mask)
         for rows, part in batch.microbatches(self.cfg.max_tokens_per_microbatch):
-            logp, _ = token_logprobs(self.model, part.to(self.device), temperature, entropy=False)
+            logp, _ = token_logprobs(model, part.to(self.device), temperature, entropy=False)
             out[rows, : logp.shape[1]] = logp.cpu()
         return out
 
@@ -84,10 +102,21 @@ class TorchLearner:
         if self.device.type == "cuda":
             rng["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         state = {name: t.detach().cpu().contiguous() for name, t in self.optimizer.state().items()}
-        save_file(state | rng, folder / "optimizer.safetensors")
+        save_file(state | rng, folder / "optimizer.safetensors", {"reference": self.reference_sha256})
 
     def load(self, folder: Path) -> None:
-        """Continue from what `save` wrote. Raises `CheckpointError` when it is of another model."""
+        """Continue from what `save` wrote.
+
+        Raises:
+            CheckpointError: when it is of another model, or its run had another reference model.
+        """
+        with safe_open(folder / "optimizer.safetensors", "pt") as stored_state:
+            before = (stored_state.metadata() or {}).get("reference", "")
+        if before != self.reference_sha256:
+            raise CheckpointError(
+                f"{folder}: its KL term held to another reference model: the weights of {self.cfg.model_id} "
+                "have changed since the run began; put them back, or pick another --out_dir"
+            )
         stored = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
         fresh, mine = dict(stored.named_parameters()), dict(self.model.named_parameters())
         strange = [

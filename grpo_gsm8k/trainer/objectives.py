@@ -1,8 +1,9 @@
 """What is minimised. Every objective is a per-token loss over one shared form.
 
 The loss of an update is `sum(batch.weights * per_token_loss)`; how tokens and responses are averaged lies
-in the weights (`trainer/batch.py`) and is the same for all objectives. A new objective is a function of
-(log-probabilities, batch, settings) and an entry in `LOSSES`.
+in the weights (`trainer/batch.py`), what a response is credited with in the advantages (`grpo.py`), and both
+are the same for all objectives. So most published algorithms are settings: `config.ALGORITHMS` lists them.
+A new objective is a function of (log-probabilities, batch, settings) and an entry in `LOSSES`.
 """
 
 from __future__ import annotations
@@ -25,12 +26,27 @@ class Objective:
         loss: a key of `LOSSES`.
         clip_eps, clip_eps_high: the ratio is clipped to [1 - clip_eps, 1 + clip_eps_high].
         temperature: the one that was sampled with.
+        dual_clip: where the advantage is negative, the ratio counts at most this; 0 for no such bound.
+        kl_coef: weight of the KL to the reference model; 0 for none.
+        kl_estimator, kl_bias_correction: see `kl_to_reference`.
     """
 
     loss: str = "cross_entropy"
     clip_eps: float = 0.2
     clip_eps_high: float = 0.2
     temperature: float = 1.0
+    dual_clip: float = 0.0
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+    kl_bias_correction: bool = True
+
+
+def per_token_loss(logp: torch.Tensor, batch: Batch, objective: Objective) -> torch.Tensor:
+    """The objective's loss and its KL term, `(B, T)`."""
+    loss = LOSSES[objective.loss](logp, batch, objective)
+    if objective.kl_coef:
+        loss = loss + objective.kl_coef * kl_to_reference(logp, batch, objective)
+    return loss
 
 
 def cross_entropy(logp: torch.Tensor, batch: Batch, objective: Objective) -> torch.Tensor:
@@ -38,22 +54,91 @@ def cross_entropy(logp: torch.Tensor, batch: Batch, objective: Objective) -> tor
     return -logp
 
 
+def reinforce(logp: torch.Tensor, batch: Batch, objective: Objective) -> torch.Tensor:
+    """-A log pi, `(B, T)` (Williams 1992, doi 10.1007/BF00992696). Knows no old policy: meant for on-policy updates."""
+    return -logp * batch.advantages
+
+
 def grpo_clip(logp: torch.Tensor, batch: Batch, objective: Objective) -> torch.Tensor:
     """The clipped surrogate of PPO with group-relative advantages, `(B, T)` (arXiv 2402.03300 eq. 3)."""
-    ratio = importance_ratio(logp, batch)
-    clipped = ratio.clamp(1 - objective.clip_eps, 1 + objective.clip_eps_high)
-    return -torch.minimum(ratio * batch.advantages, clipped * batch.advantages)
+    return _clipped_surrogate(importance_ratio(logp, batch), batch, objective)
+
+
+def gspo(logp: torch.Tensor, batch: Batch, objective: Objective) -> torch.Tensor:
+    """The clipped surrogate with one ratio for a whole response, `(B, T)` (arXiv 2507.18071 eq. 5).
+
+    It stands at each of the response's tokens; under the "sequence" aggregation it counts once, as in the paper.
+    """
+    return _clipped_surrogate(sequence_ratio(logp, batch), batch, objective)
+
+
+def cispo(logp: torch.Tensor, batch: Batch, objective: Objective) -> torch.Tensor:
+    """REINFORCE weighed by the clipped ratio, which takes no gradient away, `(B, T)` (arXiv 2506.13585 eq. 4-5)."""
+    weight = importance_ratio(logp, batch).detach().clamp(1 - objective.clip_eps, 1 + objective.clip_eps_high)
+    return -weight * batch.advantages * logp
 
 
 LOSSES: dict[str, Callable[[torch.Tensor, Batch, Objective], torch.Tensor]] = {
     "cross_entropy": cross_entropy,
+    "reinforce": reinforce,
     "grpo_clip": grpo_clip,
+    "gspo": gspo,
+    "cispo": cispo,
 }
+
+KL_ESTIMATORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "k1": lambda d: d,
+    "k2": lambda d: d.square() / 2,
+    "k3": lambda d: torch.expm1(-d) + d,
+}
+
+
+def _clipped_surrogate(ratio: torch.Tensor, batch: Batch, objective: Objective) -> torch.Tensor:
+    clipped = ratio.clamp(1 - objective.clip_eps, 1 + objective.clip_eps_high)
+    if objective.dual_clip:  # above 1 + clip_eps_high, so it bites for A < 0 alone (arXiv 1912.09729 eq. 5)
+        ratio = ratio.clamp(max=objective.dual_clip)
+    return -torch.minimum(ratio * batch.advantages, clipped * batch.advantages)
 
 
 def importance_ratio(logp: torch.Tensor, batch: Batch) -> torch.Tensor:
     """pi / pi_old of each target, `(B, T)`; 1 where masked out."""
     return ((logp - batch.old_logprobs) * batch.mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def sequence_ratio(logp: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Geometric mean of a response's ratios, at each of its targets, `(B, T)`; 1 where masked out.
+
+    A row is never split between microbatches, so every token of the response is here.
+    """
+    log_ratio = ((logp - batch.old_logprobs) * batch.mask).sum(1, keepdim=True)  # (B, 1)
+    mean = log_ratio / batch.mask.sum(1, keepdim=True).clamp(min=1)
+    return (mean * batch.mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def kl_to_reference(logp: torch.Tensor, batch: Batch, objective: Objective) -> torch.Tensor:
+    """The KL term of each target, `(B, T)`; its expectation has the gradient of KL(pi || pi_ref).
+
+    With d = log pi - log pi_ref the estimators are k1 = d, k2 = d^2 / 2, k3 = e^-d - 1 + d
+    (http://joschu.net/blog/kl-approx.html). An estimator of the value is not one of the gradient (arXiv 2512.21852,
+    trl#4967). Expected gradients as a loss, with r = pi / pi_old:
+
+        estimator   alone, on-policy       times r (with gradient)     times r (held fixed)
+        k1          0: no KL at all        KL(pi || pi_ref)            0
+        k2          KL(pi || pi_ref)       biased                      KL(pi || pi_ref)
+        k3          KL(pi_ref || pi)       KL(pi || pi_ref)            KL(pi_ref || pi)
+
+    "Alone" is off by the ratio, too, once the policy has moved from the one that sampled; the other two columns are
+    not. So k1 and k3 are multiplied by r and k2 by r held fixed: per sample, k2 and k3 then pull with r d, and k1
+    with r (d + 1), whose 1 is noise without mean. `kl_bias_correction=False` leaves the estimator alone, as
+    arXiv 2402.03300 eq. 4 has it. The KL is that of each next token; that the policy also chose the tokens before
+    it is left out of the gradient, as everywhere.
+    """
+    d = ((logp - batch.ref_logprobs) * batch.mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    kl = KL_ESTIMATORS[objective.kl_estimator](d)
+    if not objective.kl_bias_correction:
+        return kl
+    ratio = importance_ratio(logp, batch)
+    return kl * (ratio.detach() if objective.kl_estimator == "k2" else ratio)
 
 
 @torch.no_grad()
@@ -66,10 +151,10 @@ def policy_sums(logp: torch.Tensor, entropies: torch.Tensor, batch: Batch, objec
     sums = {"tokens": mask.sum(), "entropy": entropies.sum()}
     if objective.loss != "cross_entropy":
         delta, ratio = (logp - batch.old_logprobs) * mask, importance_ratio(logp, batch)
-        # The clip bites where it takes the gradient away: above for A > 0, below for A < 0.
+        above, below = where_clipped(logp, batch, objective)
         sums |= {
-            "clip_high": (mask * (ratio > 1 + objective.clip_eps_high) * (batch.advantages > 0)).sum(),
-            "clip_low": (mask * (ratio < 1 - objective.clip_eps) * (batch.advantages < 0)).sum(),
+            "clip_high": (mask * above).sum(),
+            "clip_low": (mask * below).sum(),
             "kl": ((ratio - 1 - delta) * mask).sum(),
             "delta": delta.abs().sum(),
             "ratio": (ratio * mask).sum(),
@@ -77,7 +162,23 @@ def policy_sums(logp: torch.Tensor, entropies: torch.Tensor, batch: Batch, objec
             "max_delta": delta.abs().max(),
             "max_ratio": (ratio * mask).max(),
         }
+    if objective.kl_coef:
+        sums["kl_ref"] = (mask * kl_to_reference(logp, batch, objective)).sum()
     return {name: float(value) for name, value in sums.items()}
+
+
+def where_clipped(logp: torch.Tensor, batch: Batch, objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the clip acts, above and below, two `(B, T)` of bool."""
+    ratio = sequence_ratio(logp, batch) if objective.loss == "gspo" else importance_ratio(logp, batch)
+    above, below = ratio > 1 + objective.clip_eps_high, ratio < 1 - objective.clip_eps
+    if objective.loss == "reinforce":
+        return torch.zeros_like(above), torch.zeros_like(below)
+    if objective.loss == "cispo":  # the weight is cut, whatever the advantage
+        return above, below
+    # A surrogate's clip takes the gradient away: above for A > 0, below for A < 0.
+    dual = (ratio > objective.dual_clip) if objective.dual_clip else torch.zeros_like(above)
+    good, bad = batch.advantages > 0, batch.advantages < 0
+    return (above & good) | (dual & bad), below & bad
 
 
 def add_sums(total: dict[str, float], part: dict[str, float]) -> None:
@@ -90,6 +191,7 @@ def add_sums(total: dict[str, float], part: dict[str, float]) -> None:
 def policy_metrics(sums: dict[str, float]) -> dict[str, float]:
     """The figures of a whole update, means over its trained tokens.
 
+    `policy/kl_ref` is the KL term to the reference as the loss has it, without its coefficient;
     `policy/approx_kl` is the k3 estimator of KL(old || new) under the old policy's samples
     (http://joschu.net/blog/kl-approx.html); `mismatch/ess` the effective sample size of the importance
     ratios as a share of the tokens.
@@ -98,6 +200,8 @@ def policy_metrics(sums: dict[str, float]) -> dict[str, float]:
         return {}
     n = max(sums["tokens"], 1.0)
     metrics = {"policy/entropy": sums["entropy"] / n}
+    if "kl_ref" in sums:
+        metrics["policy/kl_ref"] = sums["kl_ref"] / n
     if "ratio" in sums:
         metrics |= {
             "policy/clip_frac_high": sums["clip_high"] / n,

@@ -1,0 +1,321 @@
+"""Losses and gradients against TRL, Liger and transformers, on the same weights and tensors, in float32.
+
+Theirs are called as they are installed: `GRPOTrainer._compute_loss` and `RLOOTrainer._compute_loss` on a real
+(tiny) model, `LigerFusedLinearGRPOLoss` on a hidden state and a head, transformers' own loss of a model. Ours goes
+the way of training: `make_batch`, `TorchLearner.forward_backward` in small microbatches. The table in the README:
+
+    uv run python -m tests.test_parity
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grpo_gsm8k.datatypes import TokenRow
+from grpo_gsm8k.trainer.batch import Batch, make_batch, with_old_logprobs, with_ref_logprobs
+from grpo_gsm8k.trainer.learner import TorchLearner
+from grpo_gsm8k.trainer.logprobs import token_logprobs
+from grpo_gsm8k.trainer.objectives import Objective, per_token_loss
+from tests.toys import gradient, make_data, make_model, train_config
+
+LIMIT = 1e-5
+TEMPERATURE = 0.7
+LONGEST = 20  # the constant of Dr.GRPO's mean
+NO_GROUP = "TRL and Liger are not installed: uv run --group parity pytest tests/test_parity.py"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One objective in our settings and in theirs.
+
+    Attributes:
+        theirs: settings that TRL and Liger have in common, by TRL's names.
+        on_policy: the old log-probabilities are those of the policy itself.
+        kl: weight of the KL term.
+    """
+
+    name: str
+    ours: Objective
+    aggregation: str
+    theirs: dict[str, Any]
+    on_policy: bool = False
+    kl: float = 0.0
+
+
+def case(name: str, loss: str, aggregation: str, theirs: dict[str, Any], **more: Any) -> Case:
+    flags = {key: more.pop(key) for key in ("on_policy", "kl") if key in more}
+    settings = {"clip_eps": 0.2, "clip_eps_high": 0.2, "kl_coef": flags.get("kl", 0.0)} | more
+    return Case(name, Objective(loss, temperature=TEMPERATURE, **settings), aggregation, theirs, **flags)
+
+
+SEQUENCE = {"loss_type": "grpo", "importance_sampling_level": "sequence"}
+PLAIN_KL = {"kl_bias_correction": False}
+CASES = [
+    case("GRPO", "grpo_clip", "sequence", {"loss_type": "grpo"}),
+    case("GRPO, KL as in its paper", "grpo_clip", "sequence", {"loss_type": "grpo"}, kl=0.3, **PLAIN_KL),
+    case("GRPO, KL", "grpo_clip", "sequence", {"loss_type": "grpo", "use_bias_correction_kl": True}, kl=0.3),
+    case("GRPO, mean over tokens", "grpo_clip", "token", {"loss_type": "bnpo"}),
+    case("Dr.GRPO", "grpo_clip", "constant", {"loss_type": "dr_grpo"}),
+    case("DAPO", "grpo_clip", "token", {"loss_type": "dapo", "epsilon_high": 0.28}, clip_eps_high=0.28),
+    case("GSPO", "gspo", "sequence", {**SEQUENCE, "epsilon_high": 0.28}, clip_eps_high=0.28),
+    case("GSPO, KL as in GRPO's paper", "gspo", "sequence", SEQUENCE, kl=0.3, **PLAIN_KL),
+    case(
+        "CISPO", "cispo", "token", {"loss_type": "cispo", "epsilon_high": 1.5}, clip_eps=1.0, clip_eps_high=0.5
+    ),  # theirs is the bound itself
+    case("PPO dual clip", "grpo_clip", "token", {"loss_type": "dapo", "delta": 1.6}, dual_clip=1.6),
+    # CISPO's weight is 1 on-policy, which leaves REINFORCE.
+    case("REINFORCE", "reinforce", "token", {"loss_type": "cispo", "epsilon_high": 5.0}, on_policy=True),
+]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A tiny model and one update's rows, `prompts[b]` tokens of each being its prompt."""
+
+    model: Path
+    rows: list[TokenRow]
+    prompts: list[int]
+
+
+@functools.cache
+def setting(folder: Path) -> Setting:
+    """Weights with nothing left at zero, and six responses of unlike lengths, good and bad."""
+    model = make_model(folder / "model", make_data(folder / "data"))
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    policy.save_pretrained(model)
+    sizes = [(4, 9), (2, 3), (5, 12), (3, 1), (6, 7), (2, 11)]
+    advantages = [1.2, -0.7, -1.5, 0.4, 0.9, -0.3]
+    rows = []
+    for (prompt, n), advantage in zip(sizes, advantages, strict=True):
+        ids = tuple(torch.randint(3, 300, (prompt + n,)).tolist())
+        rows.append(TokenRow(ids, (0,) * prompt + (1,) * n, advantage=advantage))
+    return Setting(model, rows, [prompt for prompt, _ in sizes])
+
+
+def learner_of(at: Setting) -> TorchLearner:
+    """Ours, with a budget that splits the update into several microbatches."""
+    model = AutoModelForCausalLM.from_pretrained(at.model, dtype=torch.float32)
+    return TorchLearner(model, AutoTokenizer.from_pretrained(at.model), train_config(max_tokens_per_microbatch=35))
+
+
+def batch_of(at: Setting, aggregation: str, on_policy: bool, longest: int = LONGEST) -> Batch:
+    """One update. Old and reference policy lie a random step away from the model, far enough for every clip."""
+    batch = make_batch(at.rows, 0, aggregation, longest)
+    return with_other_policies(batch, learner_of(at).logprobs(batch, TEMPERATURE), on_policy)
+
+
+def with_other_policies(batch: Batch, logp: torch.Tensor, on_policy: bool) -> Batch:
+    noise = torch.Generator().manual_seed(2)
+    old, ref = (logp + 0.6 * torch.randn(logp.shape, generator=noise) for _ in range(2))
+    return with_ref_logprobs(with_old_logprobs(batch, logp if on_policy else old), ref)
+
+
+def relative(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Norm of the difference over the norm of theirs, over all tensors together."""
+    assert ours.keys() == theirs.keys() and all(ours[name].dtype == torch.float32 for name in ours)
+    off = sum(float((ours[name].double() - theirs[name].double()).square().sum()) for name in ours)
+    return (off / sum(float(x.double().square().sum()) for x in theirs.values())) ** 0.5
+
+
+# -------------------------------------------------------------------------------------------------------- TRL
+
+
+def trl_trainer(at: Setting, folder: Path, kind: str, **settings: Any) -> Any:
+    """A trainer of TRL's on the same weights, in training mode, outside its own loop."""
+    trl = pytest.importorskip("trl", reason=NO_GROUP)
+    from datasets import Dataset
+
+    args = getattr(trl, f"{kind}Config")(
+        output_dir=str(folder),
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        per_device_train_batch_size=len(at.rows),
+        num_generations=len(at.rows),
+        max_completion_length=LONGEST,
+        temperature=TEMPERATURE,
+        **settings,
+    )
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model=str(at.model),
+        reward_funcs=lambda **_: [0.0],
+        args=args,
+        train_dataset=Dataset.from_list([{"prompt": "1"}] * len(at.rows)),
+        processing_class=AutoTokenizer.from_pretrained(at.model),
+    )
+    trainer.current_gradient_accumulation_steps = 1  # what its loop would set
+    trainer.model.train()
+    return trainer
+
+
+def trl_inputs(at: Setting, batch: Batch) -> dict[str, torch.Tensor]:
+    """Our batch in TRL's layout: prompts padded on the left, completions on the right, log-probabilities of them."""
+    longest = max(at.prompts)
+    lengths = [len(row.token_ids) - prompt for row, prompt in zip(at.rows, at.prompts, strict=True)]
+    shape = (len(at.rows), max(lengths))
+    out = {name: torch.zeros(shape) for name in ("completion_mask", "old_per_token_logps", "ref_per_token_logps")}
+    out |= {"completion_ids": torch.zeros(shape), "prompt_ids": torch.zeros(len(at.rows), longest)}
+    out["prompt_mask"] = torch.zeros_like(out["prompt_ids"])
+    for b, (row, prompt, n) in enumerate(zip(at.rows, at.prompts, lengths, strict=True)):
+        out["prompt_ids"][b, longest - prompt :] = torch.tensor(row.token_ids[:prompt])
+        out["prompt_mask"][b, longest - prompt :] = 1
+        out["completion_ids"][b, :n] = torch.tensor(row.token_ids[prompt:])
+        out["completion_mask"][b, :n] = 1
+        out["old_per_token_logps"][b, :n] = batch.old_logprobs[b, prompt - 1 : prompt - 1 + n]
+        out["ref_per_token_logps"][b, :n] = batch.ref_logprobs[b, prompt - 1 : prompt - 1 + n]
+    for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"):
+        out[name] = out[name].long()
+    out["advantages"] = torch.tensor([row.advantage for row in at.rows])
+    out["num_items_in_batch"] = out["completion_mask"].sum()
+    return out
+
+
+def loss_and_gradient(trainer: Any, inputs: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
+    loss = trainer._compute_loss(trainer.model, inputs)
+    loss.backward()
+    return float(loss.detach()), {name: p.grad for name, p in trainer.model.named_parameters()}
+
+
+def against_trl(one: Case, folder: Path) -> tuple[float, float]:
+    """Relative errors of the loss and of the gradient in every weight."""
+    at = setting(folder)
+    batch, learner = batch_of(at, one.aggregation, one.on_policy), learner_of(at)
+    settings = {"use_bias_correction_kl": False, "beta": one.kl} | one.theirs
+    theirs, their_gradient = loss_and_gradient(
+        trl_trainer(at, folder / "trl", "GRPO", **settings), trl_inputs(at, batch)
+    )
+    metrics = learner.forward_backward(batch, one.ours)
+    assert one.on_policy or 0 < metrics["policy/clip_frac"] < 1  # the clip is in play
+    return abs(metrics["loss"] - theirs) / abs(theirs), relative(gradient(learner), their_gradient)
+
+
+def against_trl_rloo(folder: Path) -> float:
+    """Relative error of the gradient. TRL's loss is one ratio a response, whose gradient on-policy is REINFORCE's."""
+    at = setting(folder)
+    batch, learner = batch_of(at, "constant", on_policy=True, longest=1), learner_of(at)
+    inputs = trl_inputs(at, batch)
+    inputs["old_logps"] = batch.old_logprobs.sum(1)
+    _, theirs = loss_and_gradient(trl_trainer(at, folder / "trl", "RLOO", beta=0.0), inputs)
+    learner.forward_backward(batch, Objective("reinforce", temperature=TEMPERATURE))
+    return relative(gradient(learner), theirs)
+
+
+def against_transformers(folder: Path) -> tuple[float, float]:
+    """Cross-entropy against the loss of transformers' model."""
+    at = setting(folder)
+    batch, learner = make_batch(at.rows, 0, "token"), learner_of(at)
+    model = AutoModelForCausalLM.from_pretrained(at.model, dtype=torch.float32)
+    ids = torch.cat([batch.input_ids[:, :1], batch.targets], 1)
+    labels = torch.cat([torch.full((len(batch), 1), -100), batch.targets.where(batch.mask.bool(), -100)], 1)
+    theirs = model(input_ids=ids, labels=labels).loss
+    theirs.backward()
+    metrics = learner.forward_backward(batch, Objective())
+    error = abs(metrics["loss"] - float(theirs.detach())) / float(theirs.detach())
+    return error, relative(gradient(learner), {name: p.grad for name, p in model.named_parameters()})
+
+
+# ------------------------------------------------------------------------------------------------------ Liger
+
+
+class HeadModel(torch.nn.Module):
+    """A language model whose hidden states `(B, T, H)` are parameters, under a head of `V` tokens."""
+
+    def __init__(self, batch: Batch, vocabulary: int, width: int = 16) -> None:
+        super().__init__()
+        self.hidden = torch.nn.Parameter(torch.randn(*batch.mask.shape, width))
+        self.head = torch.nn.Linear(width, vocabulary, bias=False)
+
+    def base_model(self, **_: Any) -> Any:
+        return SimpleNamespace(last_hidden_state=self.hidden)
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.head
+
+
+def against_liger(one: Case, folder: Path) -> tuple[float, float]:
+    """Relative errors of the loss and of the gradient in hidden states and head."""
+    chunked = pytest.importorskip("liger_kernel.chunked_loss", reason=NO_GROUP)
+    at = setting(folder)
+    batch = make_batch(at.rows, 0, one.aggregation, LONGEST)
+    torch.manual_seed(3)
+    model = HeadModel(batch, vocabulary=320)
+    logp, _ = token_logprobs(model, batch, TEMPERATURE)
+    batch = with_other_policies(batch, logp.detach(), one.on_policy)
+    ours = (batch.weights * per_token_loss(logp, batch, one.ours)).sum()
+    names = dict(model.named_parameters())
+    our_gradient = dict(zip(names, torch.autograd.grad(ours, list(names.values())), strict=True))
+
+    settings = {"epsilon_low": 0.2, "epsilon_high": 0.2, "use_bias_correction_kl": False} | one.theirs
+    liger = chunked.LigerFusedLinearGRPOLoss(
+        beta=one.kl,
+        use_ref_model=one.kl > 0,
+        compiled=False,
+        temperature=TEMPERATURE,
+        max_completion_length=LONGEST,
+        **settings,
+    )
+    theirs, _ = liger(
+        model.hidden,
+        model.head.weight,
+        batch.targets,
+        batch.mask,
+        torch.tensor([row.advantage for row in at.rows]),
+        ref_per_token_logps=batch.ref_logprobs if one.kl else None,
+        old_per_token_logps=batch.old_logprobs,
+    )
+    their_gradient = dict(zip(names, torch.autograd.grad(theirs, list(names.values())), strict=True))
+    value = float(theirs.detach())
+    return abs(float(ours.detach()) - value) / abs(value), relative(our_gradient, their_gradient)
+
+
+# ------------------------------------------------------------------------------------------------------ tests
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("parity")
+
+
+@pytest.mark.parametrize("against", [against_trl, against_liger])
+@pytest.mark.parametrize("one", CASES, ids=lambda one: one.name)
+def test_loss_and_gradient(one: Case, against: Callable[[Case, Path], tuple[float, float]], folder: Path) -> None:
+    loss, gradient_ = against(one, folder)
+    assert loss <= LIMIT and gradient_ <= LIMIT
+
+
+def test_rloo_has_the_gradient_of_trls(folder):
+    assert against_trl_rloo(folder) <= LIMIT
+
+
+def test_cross_entropy_is_that_of_transformers(folder):
+    assert max(against_transformers(folder)) <= LIMIT
+
+
+def table(folder: Path) -> Iterator[str]:
+    """What the README quotes: objective, against what, relative errors of loss and gradient."""
+    yield "| objective | against | loss | gradient |\n|---|---|---|---|"
+    for one in CASES:
+        for name, against in (("TRL", against_trl), ("Liger", against_liger)):
+            yield "| {} | {} | {:.0e} | {:.0e} |".format(one.name, name, *against(one, folder))
+    yield f"| RLOO | TRL | | {against_trl_rloo(folder):.0e} |"
+    yield "| cross-entropy | transformers | {:.0e} | {:.0e} |".format(*against_transformers(folder))
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        for line in table(Path(scratch)):
+            print(line)
