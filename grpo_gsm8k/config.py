@@ -221,6 +221,13 @@ class GrpoConfig(TrainConfig):
     old_logprobs: Literal["sampler", "recompute"] = opt(
         "sampler", "denominator of the ratio: as sampled, or a frozen forward pass before the update"
     )
+    mode: Literal["on_policy", "one_step_off"] = opt(
+        "on_policy", "one_step_off samples the next step's rollouts while the learner updates: at most one update old"
+    )
+    importance_correction: Literal["none", "truncate", "mask"] = opt(
+        "none", "weigh each token by trainer / sampler probability: cut at importance_cap, or left out beyond it"
+    )
+    importance_cap: float = opt(2.0, "largest weight of the correction; mask leaves out below 1 / cap, too")
     mask_truncated: bool = opt(False, "leave completions cut at max_new_tokens out of the loss")
     resample_zero_variance: int = opt(0, "times that groups with equal rewards are replaced by fresh prompts")
     temperature: float = opt(1.0, "sampling temperature")

@@ -18,20 +18,23 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from grpo_gsm8k.config import GrpoConfig
-from grpo_gsm8k.datatypes import Prompt, RewardFn, Rollout, SamplingParams, TokenRow
+from grpo_gsm8k.datatypes import Prompt, RewardFn, Rollout, Sampler, TokenRow
+from grpo_gsm8k.engines.probe import sampled_row
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.evals.accuracy import record
 from grpo_gsm8k.gsm8k.problems import load_split
-from grpo_gsm8k.gsm8k.rewards import make_reward, score, with_overlong_penalty
+from grpo_gsm8k.gsm8k.rewards import make_reward, with_overlong_penalty
 from grpo_gsm8k.repro import derive_seed, shuffled
+from grpo_gsm8k.rollouts import Source
 from grpo_gsm8k.trainer import loop
-from grpo_gsm8k.trainer.batch import Batch, make_batch, with_old_logprobs, with_ref_logprobs
+from grpo_gsm8k.trainer.batch import Batch, make_batch, mismatch_metrics, with_old_logprobs, with_ref_logprobs
 from grpo_gsm8k.trainer.objectives import Objective
 from grpo_gsm8k.trainer.optimizer import lr_at
 from grpo_gsm8k.workbench import Bench, open_bench
@@ -40,24 +43,26 @@ from grpo_gsm8k.workbench import Bench, open_bench
 def train(cfg: GrpoConfig, bench: Bench, prompts: Sequence[Prompt], reward: RewardFn) -> None:
     """The algorithm. Everything that it needs is handed in, so a test can hand it toys."""
     check(cfg)
-    state: dict[str, Any] = {"cursor": 0, "note": ""}  # cursor: prompts drawn so far
-    for step in loop.steps(bench.run, bench.learner, cfg.steps, state):
-        clock = Clock()
-        bench.sync(step - 1)
-        clock.lap("sync")
-        rollouts = collect(cfg, bench, prompts, reward, step, state, clock)
-        rollouts = with_advantages(cfg, rollouts)
-        rows = [row for rollout in rollouts if (row := token_row(cfg, rollout))]
-        clock.lap("build_data")
-        metrics = rollout_metrics(rollouts) | update(cfg, bench, rows, step)
-        clock.lap("training")
-        metrics |= bench.validate(step, cfg.steps)
-        if bench.due(step, cfg.steps):
-            bench.run.samples(step, (sample_row(bench, cfg, rollout) for rollout in rollouts))
-        clock.lap("eval")
-        metrics |= {"progress/grpo_step": step, "progress/done_frac": step / cfg.steps}
-        bench.run.log(step, metrics | clock.metrics())
-        state["note"] = f"reward {metrics['reward/mean']:.3f}, {metrics['length/mean']:.0f} tokens"
+    with closing(Source(cfg, bench, prompts, reward)) as source:
+        state: dict[str, Any] = {"note": "", "source": source.stored}
+        for step in loop.steps(bench.run, bench.learner, cfg.steps, state):
+            clock = Clock(bench.sampler)
+            source.resume(state)
+            rollouts, metrics = source.take(step)
+            clock.skip()  # the source has timed itself
+            rollouts = with_advantages(cfg, rollouts)
+            rows = [row for rollout in rollouts if (row := token_row(cfg, rollout))]
+            clock.lap("build_data")
+            metrics |= rollout_metrics(rollouts) | update(cfg, bench, rows, step)
+            clock.lap("training")
+            if bench.due(step, cfg.steps):
+                source.settle()
+                bench.run.samples(step, (sample_row(bench, cfg, rollout) for rollout in rollouts))
+            metrics |= bench.validate(step, cfg.steps)
+            clock.lap("eval")
+            metrics |= {"progress/grpo_step": step, "progress/done_frac": step / cfg.steps}
+            bench.run.log(step, metrics | clock.metrics(metrics["time/wait"]))
+            state["note"] = f"reward {metrics['reward/mean']:.3f}, {metrics['length/mean']:.0f} tokens"
 
 
 def check(cfg: GrpoConfig) -> None:
@@ -74,6 +79,10 @@ def check(cfg: GrpoConfig) -> None:
         raise ConfigError("top_p < 1 truncates what is sampled, so ratios would be wrong; use top_p = 1")
     if cfg.temperature <= 0:
         raise ConfigError("temperature must be above 0: greedy groups have no variance")
+    if cfg.importance_correction != "none" and cfg.old_logprobs != "recompute":
+        raise ConfigError("importance_correction needs the trainer's own log-probabilities: old_logprobs = recompute")
+    if cfg.importance_cap < 1:
+        raise ConfigError(f"importance_cap = {cfg.importance_cap} must be at least 1")
     if cfg.dual_clip and cfg.loss not in ("grpo_clip", "gspo"):
         raise ConfigError(f"dual_clip bounds the clipped surrogate; {cfg.loss} is none: use dual_clip = 0")
     if cfg.dual_clip and cfg.dual_clip <= 1 + (cfg.clip_eps_high or cfg.clip_eps):
@@ -84,67 +93,6 @@ def check(cfg: GrpoConfig) -> None:
         raise ConfigError("k1 without kl_bias_correction has a gradient of mean 0: it would hold the policy to nothing")
     if not 0 <= cfg.overlong_buffer <= 1:
         raise ConfigError(f"overlong_buffer = {cfg.overlong_buffer} is a share of max_new_tokens: from 0 to 1")
-
-
-# ---------------------------------------------------------------------------------------------- rollouts
-
-
-def collect(
-    cfg: GrpoConfig,
-    bench: Bench,
-    prompts: Sequence[Prompt],
-    reward: RewardFn,
-    step: int,
-    state: dict[str, Any],
-    clock: Clock,
-) -> list[Rollout]:
-    """Graded groups for one step, in order; groups without variance are replaced up to the configured times."""
-    wanted = cfg.rollouts_per_step // cfg.group_size
-    groups: list[list[Rollout]] = []
-    spare: list[list[Rollout]] = []  # zero variance: used only when nothing better was found in time
-    for attempt in range(cfg.resample_zero_variance + 1):
-        missing = wanted - len(groups)
-        asked = [prompt_at(prompts, state["cursor"] + i, cfg.seed) for i in range(missing)]
-        state["cursor"] += missing
-        sampled_P_G = bench.sampler.sample(asked, sampling_params(cfg, bench, step, attempt))
-        clock.lap("sampling")
-        first = len(groups) + len(spare)
-        for p, (prompt, completions_G) in enumerate(zip(asked, sampled_P_G, strict=True)):
-            group = [
-                grade_one(cfg, bench, Rollout(prompt, c, score(reward, c, prompt.problem), first + p, False, False))
-                for c in completions_G
-            ]
-            flat = len({rollout.reward.total for rollout in group}) == 1
-            (spare if flat and cfg.resample_zero_variance else groups).append(group)
-        clock.lap("compute_rewards")
-        if len(groups) == wanted:
-            break
-    filled = groups + spare[: wanted - len(groups)]
-    return [rollout for group in filled for rollout in group]
-
-
-def prompt_at(prompts: Sequence[Prompt], k: int, seed: int) -> Prompt:
-    """The k-th prompt of an endless stream: every epoch is a fresh shuffle of all prompts."""
-    epoch, i = divmod(k, len(prompts))
-    return prompts[shuffled(len(prompts), derive_seed(seed, "prompts", epoch))[i]]
-
-
-def sampling_params(cfg: GrpoConfig, bench: Bench, step: int, attempt: int) -> SamplingParams:
-    """Seeded per (run seed, step), and by the sampler per (prompt, sample): a resumed run draws the same."""
-    return SamplingParams(
-        n=cfg.group_size,
-        max_new_tokens=cfg.max_new_tokens,
-        temperature=cfg.temperature,
-        top_p=cfg.top_p,
-        stop=bench.renderer.style.stop,
-        seed=derive_seed(cfg.seed, "grpo", step, attempt),
-    )
-
-
-def grade_one(cfg: GrpoConfig, bench: Bench, rollout: Rollout) -> Rollout:
-    """Whether the answer is right and the form kept: for the metrics, whatever the reward was."""
-    graded = record(rollout.prompt, rollout.completion, bench.renderer, cfg.grading)
-    return replace(rollout, correct=graded["correct"], format_ok=graded["format_ok"])
 
 
 # ------------------------------------------------------------------------------------ advantages, rows, update
@@ -184,16 +132,9 @@ def group_advantages(
 
 def token_row(cfg: GrpoConfig, rollout: Rollout) -> TokenRow | None:
     """The sampled ids with their mask and log-probabilities; None for a cut completion that is to be left out."""
-    prompt, completion = rollout.prompt.token_ids, rollout.completion
-    if cfg.mask_truncated and completion.finish_reason == "length":
+    if cfg.mask_truncated and rollout.completion.finish_reason == "length":
         return None
-    zeros = (0,) * len(prompt)
-    return TokenRow(
-        token_ids=prompt + completion.token_ids,
-        mask=zeros + (1,) * len(completion.token_ids),
-        logprobs=zeros + completion.logprobs,
-        advantage=rollout.advantage,
-    )
+    return sampled_row(rollout.prompt, rollout.completion, rollout.advantage)
 
 
 def update(cfg: GrpoConfig, bench: Bench, rows: Sequence[TokenRow], step: int) -> dict[str, float]:
@@ -213,16 +154,22 @@ def update(cfg: GrpoConfig, bench: Bench, rows: Sequence[TokenRow], step: int) -
         cfg.kl_bias_correction,
     )
     lr = lr_at(step, cfg.steps, cfg)
-    updates = minibatches(cfg, bench, rows, step)
+    batches, mismatch = minibatches(cfg, bench, rows, step)
+    updates = batches * cfg.epochs
     history = [loop.update(bench.run, bench.learner, batch, objective, lr, step) for batch in updates]
     if not history:  # every completion was cut, and cut ones are masked
         return {}
     mean = {key: statistics.fmean(metrics[key] for metrics in history) for key in history[0]}
-    return mean | {key: value for key, value in history[0].items() if key.startswith("mismatch/")}
+    return mean | {key: value for key, value in history[0].items() if key.startswith("mismatch/")} | mismatch
 
 
-def minibatches(cfg: GrpoConfig, bench: Bench, rows: Sequence[TokenRow], step: int) -> Iterator[Batch]:
-    """The updates of a step. Old log-probabilities never change between them: that is what the clip is for."""
+def minibatches(
+    cfg: GrpoConfig, bench: Bench, rows: Sequence[TokenRow], step: int
+) -> tuple[list[Batch], dict[str, float]]:
+    """The updates of one pass, and how far apart sampler and trainer were, where that was looked at.
+
+    Old log-probabilities never change between the updates: that is what the clip is for.
+    """
 
     def build(chosen: Sequence[TokenRow]) -> Batch:
         batch = make_batch(chosen, bench.renderer.pad_id, cfg.aggregation, cfg.max_new_tokens)
@@ -233,17 +180,22 @@ def minibatches(cfg: GrpoConfig, bench: Bench, rows: Sequence[TokenRow], step: i
         return batch
 
     if not rows:
-        return
+        return [], {}
     size = -(-len(rows) // cfg.minibatches)
     order = shuffled(len(rows), derive_seed(cfg.seed, "minibatches", step))
     batches = [build([rows[r] for r in order[i : i + size]]) for i in range(0, len(rows), size)]
+    mismatch: dict[str, float] = {}
     if cfg.old_logprobs == "recompute":  # all of them before the first update moves the weights
-        batches = [with_old_logprobs(batch, bench.learner.logprobs(batch, cfg.temperature)) for batch in batches]
+        frozen = [bench.learner.logprobs(batch, cfg.temperature) for batch in batches]
+        mismatch = mismatch_metrics(batches, frozen, cfg.importance_cap)
+        batches = [
+            with_old_logprobs(batch, logprobs, cfg.importance_correction, cfg.importance_cap)
+            for batch, logprobs in zip(batches, frozen, strict=True)
+        ]
     if cfg.kl_coef:
         references = (bench.learner.reference_logprobs(batch, cfg.temperature) for batch in batches)
         batches = [with_ref_logprobs(batch, ref) for batch, ref in zip(batches, references, strict=True)]
-    for _ in range(cfg.epochs):
-        yield from batches
+    return batches, mismatch
 
 
 # --------------------------------------------------------------------------------------------------- metrics
@@ -311,12 +263,16 @@ def sample_row(bench: Bench, cfg: GrpoConfig, rollout: Rollout) -> dict[str, Any
 
 
 class Clock:
-    """Where the time of a step goes: `time/<lap>` and `time/total`, in seconds."""
+    """Where the time of a step goes: `time/<lap>` and `time/total`, in seconds, and who was idle."""
 
-    def __init__(self) -> None:
+    def __init__(self, sampler: Sampler) -> None:
         self.started = self.last = time.perf_counter()
-        names = ("sampling", "compute_rewards", "build_data", "training", "sync", "eval")
-        self.laps = dict.fromkeys(names, 0.0)
+        self.sampler, self.busy_before = sampler, sampler.busy_s
+        self.laps = dict.fromkeys(("build_data", "training", "eval"), 0.0)
+
+    def skip(self) -> None:
+        """Book the time since the last lap nowhere."""
+        self.last = time.perf_counter()
 
     def lap(self, name: str) -> None:
         """Book the time since the last lap."""
@@ -324,10 +280,13 @@ class Clock:
         self.laps[name] += now - self.last
         self.last = now
 
-    def metrics(self) -> dict[str, float]:
-        """All laps, and the whole."""
+    def metrics(self, waited: float) -> dict[str, float]:
+        """All laps and the whole; the learner was idle while it `waited` for rollouts, the sampler when not busy."""
+        total = time.perf_counter() - self.started
+        busy = min(self.sampler.busy_s - self.busy_before, total)
         laps = {f"time/{name}": seconds for name, seconds in self.laps.items()}
-        return laps | {"time/total": time.perf_counter() - self.started}
+        idle = {"perf/learner_idle_frac": waited / total, "perf/sampler_idle_frac": 1 - busy / total}
+        return laps | idle | {"time/total": total}
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -338,7 +297,7 @@ def run(cfg: GrpoConfig) -> dict[str, Any]:
     check(cfg)
     source = Path(cfg.data) / "train.jsonl"
     problems = load_split(Path(cfg.data), "train")
-    with open_bench(cfg, "grpo", {"train": source}) as bench:
+    with open_bench(cfg, "grpo", {"train": source}, overlaps=cfg.mode == "one_step_off") as bench:
         reward = make_reward(
             cfg.reward,
             format_ok=bench.renderer.style.format_ok,

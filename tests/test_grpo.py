@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grpo_gsm8k import config, grpo
+from grpo_gsm8k import config, grpo, rollouts
 from grpo_gsm8k.datatypes import Completion, Problem, Prompt, Reward, Rollout
 from grpo_gsm8k.errors import ConfigError, NonFiniteError
 from grpo_gsm8k.gsm8k.problems import load_split
@@ -111,11 +111,11 @@ def test_outcomes_partition_the_rollouts_by_hand():
 
 def test_prompts_come_once_per_epoch_in_a_fresh_order():
     prompts = [Prompt(Problem(str(i), "q", "", "1"), (i,)) for i in range(7)]
-    drawn = [grpo.prompt_at(prompts, k, seed=3).token_ids[0] for k in range(21)]
+    drawn = [rollouts.prompt_at(prompts, k, seed=3).token_ids[0] for k in range(21)]
     epochs = [drawn[:7], drawn[7:14], drawn[14:]]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert epochs[0] != epochs[1]
-    assert drawn == [grpo.prompt_at(prompts, k, seed=3).token_ids[0] for k in range(21)]
+    assert drawn == [rollouts.prompt_at(prompts, k, seed=3).token_ids[0] for k in range(21)]
 
 
 def test_the_clip_bites_only_from_the_second_update_on(bench_of):
@@ -142,9 +142,12 @@ def test_recomputed_old_logprobs_agree_with_the_sampled_ones(bench_of):
 def test_minibatches_cover_every_rollout_once_per_epoch(bench_of):
     cfg, bench, _prompts = bench_of(minibatches=3, epochs=2)
     data = [grpo.token_row(cfg, rollout(0, 1.0, n=n)) for n in range(1, 9)]
-    batches = list(grpo.minibatches(cfg, bench, data, step=1))
-    assert [len(b) for b in batches] == [3, 3, 2, 3, 3, 2]
-    lengths = [sorted(n for b in half for n in b.lengths) for half in (batches[:3], batches[3:])]
+    seen = []
+    learn = bench.learner.forward_backward
+    bench.learner.forward_backward = lambda batch, objective: (seen.append(batch), learn(batch, objective))[1]
+    grpo.update(cfg, bench, data, step=1)
+    assert [len(b) for b in seen] == [3, 3, 2, 3, 3, 2]
+    lengths = [sorted(n for b in half for n in b.lengths) for half in (seen[:3], seen[3:])]
     assert lengths[0] == lengths[1] == [len(r.token_ids) - 1 for r in data]
 
 
@@ -155,12 +158,11 @@ def test_groups_without_variance_are_replaced_and_nothing_is_drawn_twice(bench_o
     def reward(completion, problem):
         return 1.0 if problem.id in flat else even_tokens(completion, problem)
 
-    state, clock = {"cursor": 0}, grpo.Clock()
-    rollouts = grpo.collect(cfg, bench, prompts, reward, 1, state, clock)
-    groups = {r.group: r.prompt.problem.id for r in rollouts}
-    assert len(rollouts) == 16 and len(groups) == 4
+    collected = rollouts.collect(cfg, bench, prompts, reward, 1, 0)
+    groups = {r.group: r.prompt.problem.id for r in collected.rollouts}
+    assert len(collected.rollouts) == 16 and len(groups) == 4
     assert len(set(groups.values())) == 4 and not flat & set(groups.values())
-    drawn = [grpo.prompt_at(prompts, k, cfg.seed).problem.id for k in range(state["cursor"])]
+    drawn = [rollouts.prompt_at(prompts, k, cfg.seed).problem.id for k in range(collected.cursor)]
     assert len(set(drawn)) == len(drawn) and set(groups.values()) <= set(drawn)
 
 

@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("gsm8k", "runs", "repro", "presets"),
     ("trainer", "engines"),
     ("evals",),
-    ("data_prep", "r1_traces", "pretokenize", "sft", "ei", "grpo", "fast_eval_vllm", "workbench"),
+    ("data_prep", "r1_traces", "pretokenize", "sft", "ei", "grpo", "rollouts", "fast_eval_vllm", "workbench"),
     ("report*", "pipeline", "serve", "launch", "doctor", "bench*"),
     ("cli", "__main__"),
 )

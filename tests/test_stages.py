@@ -72,7 +72,7 @@ def test_examples_that_are_too_long_are_left_out_and_counted(tiny, tmp_path):
     rows = [{"prompt": "1+1?", "response": "2"}, {"prompt": "1+1?", "response": "2 " * 300}]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = {"model_id": str(tiny.model), "data_path": str(pairs), "eval_set_path": str(tiny.data / "val.jsonl")}
-    flags |= {"epochs": 1, "eval_every": 0, "max_length": 64}
+    flags |= {"epochs": 1, "eval_every": 9, "max_length": 64}
     result = sft.run(stage_config("sft", **flags, out_dir=str(tmp_path / "run")))
     assert (result["examples"], result["left_out"]) == (1, 1)
     with pytest.raises(DataError, match="max_length"):

@@ -19,6 +19,8 @@ import torch
 
 from grpo_gsm8k.datatypes import TokenRow
 
+MAX_LOG_RATIO = 20.0  # e^20 = 5e8: beyond it a ratio is an accident, and must not become inf
+
 Aggregation = Literal["sequence", "token", "constant"]
 
 
@@ -140,9 +142,52 @@ def loss_weights(mask: torch.Tensor, aggregation: Aggregation, max_tokens: int =
     return mask / tokens.sum().clamp(min=1)
 
 
-def with_old_logprobs(batch: Batch, logprobs: torch.Tensor) -> Batch:
-    """The same batch with the log-probabilities of a frozen pass, `(B, T)`, as its old ones."""
-    return replace(batch, old_logprobs=logprobs * batch.mask)
+def with_old_logprobs(
+    batch: Batch,
+    logprobs: torch.Tensor,
+    correction: Literal["none", "truncate", "mask"] = "none",
+    cap: float = 2.0,
+) -> Batch:
+    """The same batch with the log-probabilities of a frozen pass, `(B, T)`, as its old ones.
+
+    The tokens were drawn by the sampler, whose kernels (and, one step off, whose weights) are others. A correction
+    weighs each token's loss by p = pi_old / pi_sampler, held fixed: "truncate" by min(p, cap), "mask" by p where
+    1 / cap <= p <= cap and 0 elsewhere. The objective's ratio is then pi / pi_old alone (the decoupled objective of
+    arXiv 2110.00641 and arXiv 2505.24298).
+    """
+    weights = batch.weights
+    if correction != "none":
+        p = _sampler_ratio(batch, logprobs)
+        kept = p.clamp(max=cap) if correction == "truncate" else p * (p <= cap) * (p >= 1 / cap)
+        weights = weights * kept
+    return replace(batch, old_logprobs=logprobs * batch.mask, weights=weights)
+
+
+def mismatch_metrics(batches: Sequence[Batch], logprobs: Sequence[torch.Tensor], cap: float) -> dict[str, float]:
+    """How far the sampler's log-probabilities are from a frozen pass of the trainer, over one pass of updates.
+
+    Args:
+        batches: with the sampler's log-probabilities as their old ones.
+        logprobs: the trainer's, `(B, T)` each.
+        cap: of the importance correction.
+    """
+    chosen = [batch.mask.bool() for batch in batches]
+    pairs = list(zip(batches, logprobs, chosen, strict=True))
+    delta = torch.cat([(logp - batch.old_logprobs)[mask].abs() for batch, logp, mask in pairs])
+    p = torch.cat([_sampler_ratio(batch, logp)[mask] for batch, logp, mask in pairs])
+    return {
+        "mismatch/logp_abs_mean": float(delta.mean()),
+        "mismatch/logp_abs_max": float(delta.max()),
+        "mismatch/ratio_mean": float(p.mean()),
+        "mismatch/ratio_max": float(p.max()),
+        "mismatch/ess": float(p.sum() ** 2 / p.square().sum() / len(p)),
+        "mismatch/capped_frac": float(((p > cap) | (p < 1 / cap)).float().mean()),
+    }
+
+
+def _sampler_ratio(batch: Batch, logprobs: torch.Tensor) -> torch.Tensor:
+    """pi_old / pi_sampler of each target, `(B, T)`; 1 where masked out."""
+    return ((logprobs - batch.old_logprobs) * batch.mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def with_ref_logprobs(batch: Batch, logprobs: torch.Tensor) -> Batch:

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from grpo_gsm8k.trainer.batch import Batch
-
-MAX_LOG_RATIO = 20.0  # e^20 = 5e8: beyond it the ratio is an accident, and must not become inf
+from grpo_gsm8k.trainer.batch import MAX_LOG_RATIO, Batch
 
 
 @dataclass(frozen=True)
