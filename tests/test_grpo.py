@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import random
+import threading
 from dataclasses import replace
 
 import pytest
 import torch
 
 from grpo_gsm8k import config, grpo, rollouts
-from grpo_gsm8k.datatypes import Completion, Problem, Prompt, Reward, Rollout
-from grpo_gsm8k.errors import ConfigError, NonFiniteError
+from grpo_gsm8k.datatypes import Completion, Problem, Prompt, Reward, Rollout, TokenRow
+from grpo_gsm8k.engines.hf import HFSampler
+from grpo_gsm8k.errors import ConfigError, EngineError, NonFiniteError
 from grpo_gsm8k.gsm8k.problems import load_split
 from grpo_gsm8k.gsm8k.rewards import make_reward, score, with_overlong_penalty
-from grpo_gsm8k.trainer import checkpoint
+from grpo_gsm8k.trainer import checkpoint, loop
+from grpo_gsm8k.trainer.batch import make_batch, mismatch_metrics, with_old_logprobs
+from grpo_gsm8k.trainer.objectives import Objective, per_token_loss
 from grpo_gsm8k.workbench import open_bench
 from tests.toys import even_tokens, stage_config
 
@@ -335,3 +340,151 @@ def test_a_users_own_reward(tmp_path, monkeypatch):
     for spec in ("my_rewards:nothing", "no_such_module:f", "defualt", "my_rewards:"):
         with pytest.raises(ConfigError, match="reward"):
             make_reward(spec, format_ok=bool)
+
+
+# ------------------------------------------------------------------------------------------- one step off-policy
+
+
+def test_one_step_off_trains_on_what_the_weights_of_one_update_before_drew(bench_of, tiny):
+    """The rollouts of step k are those that the checkpoint of k - 2 updates draws (of step 1: the first weights)."""
+    steps = 4
+    cfg, bench, prompts = bench_of(mode="one_step_off", steps=steps, eval_every=1, keep_last=10, lr=1e-2)
+    grpo.train(cfg, bench, prompts, even_tokens)
+    rows = metrics_of(bench)
+    assert [row["staleness/max"] for row in rows] == [0, 1, 1, 1]
+    for step in range(1, steps + 1):
+        version = max(step - 2, 0)
+        folder = bench.run.checkpoints / f"step_{version:06d}" if version else tiny.model
+        from transformers import AutoModelForCausalLM
+
+        sampler = HFSampler(AutoModelForCausalLM.from_pretrained(folder), bench.renderer)
+        asked = [rollouts.prompt_at(prompts, 2 * (step - 1) + i, cfg.seed) for i in range(2)]
+        drawn = sampler.sample(asked, rollouts.sampling_params(cfg, bench, step, 0))
+        stored = [
+            json.loads(line) for line in (bench.run.path / f"samples/step_{step:06d}.jsonl").read_text().splitlines()
+        ]
+        assert [row["response"] for row in stored] == [c.text for group in drawn for c in group]
+        assert {row["policy_version"] for row in stored} == {version}
+
+
+def test_sampling_ahead_goes_on_while_the_learner_updates(bench_of):
+    """The sampler of step 2 does not return before the update of step 1 has run: in turns, this would never end."""
+    cfg, bench, prompts = bench_of(mode="one_step_off", steps=2)
+    sample, learn, updated = bench.sampler.sample, bench.learner.forward_backward, threading.Event()
+    calls = []
+
+    def slow_sample(asked, params):
+        calls.append(params.seed)
+        if len(calls) == 2:
+            assert updated.wait(30), "the learner waited for the sampler"
+        return sample(asked, params)
+
+    def watched_learn(batch, objective):
+        updated.set()
+        return learn(batch, objective)
+
+    bench.sampler.sample, bench.learner.forward_backward = slow_sample, watched_learn
+    grpo.train(cfg, bench, prompts, even_tokens)
+    assert len(calls) == 2
+
+
+def test_rollouts_that_are_older_than_the_mode_allows_stop_the_run(bench_of):
+    for mode, versions in (("on_policy", {1: 0, 2: 0}), ("one_step_off", {1: 0, 2: 0, 3: 0})):
+        cfg, bench, prompts = bench_of(mode=mode, steps=5)
+        load = bench.sampler.load_weights
+        bench.sampler.load_weights = lambda version, tensors, load=load: load(0, tensors)  # a sync that does not arrive
+        with pytest.raises(EngineError, match="updates old"):
+            grpo.train(cfg, bench, prompts, even_tokens)
+        assert len(metrics_of(bench)) == len(versions) - 1
+
+
+def test_when_the_engine_fails_for_good_the_last_complete_step_is_kept(bench_of, tiny):
+    flags = {"steps": 5, "save_every": 100, "lr": 1e-2}
+    for mode in ("on_policy", "one_step_off"):
+        cfg, bench, prompts = bench_of(mode=mode, **flags)
+        sample, calls = bench.sampler.sample, []
+
+        def failing(asked, params, sample=sample, calls=calls):
+            calls.append(params)
+            if len(calls) == 4:
+                raise EngineError("the engine failed 3 times in a row")
+            return sample(asked, params)
+
+        bench.sampler.sample = failing
+        out = bench.run.path
+        with pytest.raises(EngineError), open_again(bench):
+            grpo.train(cfg, bench, prompts, even_tokens)
+        _, state = checkpoint.newest(bench.run.checkpoints, print)
+        assert state["step"] == 3 and [row["step"] for row in metrics_of(bench)] == [1, 2, 3]
+        assert out.is_dir()
+
+
+@contextlib.contextmanager
+def open_again(bench):
+    """What `open_bench` does when an engine fails, for a bench that is closed only later."""
+    try:
+        yield
+    except EngineError:
+        loop.rescue(bench.run, bench.learner)
+        raise
+
+
+# --------------------------------------------------------------------------------------- importance correction
+
+
+def test_importance_correction_by_hand():
+    """Four tokens whose trainer probability is 0.5, 1, 3 and 10 times the sampler's; the cap is 2."""
+    ratios = [0.4, 1.0, 3.0, 10.0]
+    rows = [TokenRow((1, 2, 3, 4, 5), (0, 1, 1, 1, 1), (0.0, -1.0, -2.0, -3.0, -4.0), 1.0)]
+    batch = make_batch(rows, 0, "token")
+    trainer = batch.old_logprobs + torch.tensor([ratios]).log()
+    weights = {kind: with_old_logprobs(batch, trainer, kind, 2.0).weights[0] for kind in ("none", "truncate", "mask")}
+    assert weights["none"].tolist() == pytest.approx([0.25] * 4)
+    assert weights["truncate"].tolist() == pytest.approx([0.1, 0.25, 0.5, 0.5])
+    assert weights["mask"].tolist() == pytest.approx([0.0, 0.25, 0.0, 0.0])
+    corrected = with_old_logprobs(batch, trainer, "truncate", 2.0)
+    assert torch.equal(corrected.old_logprobs, trainer)  # the objective's ratio no longer sees the sampler
+    found = mismatch_metrics([batch], [trainer], 2.0)
+    assert found["mismatch/ratio_mean"] == pytest.approx(3.6) and found["mismatch/ratio_max"] == pytest.approx(10.0)
+    assert found["mismatch/ess"] == pytest.approx(14.4**2 / (0.16 + 1 + 9 + 100) / 4)
+    assert found["mismatch/capped_frac"] == 0.75
+    assert found["mismatch/logp_abs_max"] == pytest.approx(math.log(10.0))
+
+
+def test_the_corrected_gradient_is_the_on_policy_one_in_expectation():
+    """On a vocabulary of 3, drawn from another policy q: sum q w A grad log p = sum p A grad log p.
+
+    The left side is the loss's gradient over every token the sampler could have drawn, each as often as it would.
+    """
+    logits = torch.tensor([0.3, -0.2, 0.5])
+    sampler = torch.tensor([0.2, 0.5, 0.3])
+    advantage = [1.0, -0.5, 2.0]
+    live = logits.clone().requires_grad_()
+    expected = (torch.softmax(live, 0) * torch.tensor(advantage)).sum()
+    expected.backward()
+    table = logits.clone().requires_grad_()
+    total = torch.zeros(())
+    for y in range(3):
+        batch = make_batch([TokenRow((9, y), (0, 1), (0.0, float(sampler[y].log())), advantage[y])], 0, "token")
+        logp = torch.log_softmax(table, 0)[y].reshape(1, 1)
+        batch = with_old_logprobs(batch, logp.detach(), "truncate", 100.0)
+        total = total + sampler[y] * (batch.weights * per_token_loss(logp, batch, Objective("grpo_clip"))).sum()
+    (-total).backward()
+    assert table.grad is not None and live.grad is not None
+    assert table.grad.tolist() == pytest.approx(live.grad.tolist(), abs=1e-6)
+
+
+def test_metrics_of_a_recomputed_pass_are_those_of_the_sampler(bench_of):
+    """With old log-probabilities from the trainer the mismatch must not vanish from the metrics."""
+    cfg, bench, prompts = bench_of(old_logprobs="recompute", steps=1, importance_correction="truncate")
+    sample = bench.sampler.sample
+
+    def off(asked, params):
+        return [[replace(c, logprobs=tuple(x - 0.5 for x in c.logprobs)) for c in g] for g in sample(asked, params)]
+
+    bench.sampler.sample = off
+    grpo.train(cfg, bench, prompts, even_tokens)
+    row = metrics_of(bench)[0]
+    assert row["mismatch/logp_abs_mean"] == pytest.approx(0.5, abs=1e-4)
+    assert row["mismatch/ratio_mean"] == pytest.approx(math.exp(0.5), rel=1e-4)
+    assert row["mismatch/ess"] == pytest.approx(1.0, abs=1e-4) and row["mismatch/capped_frac"] == 0

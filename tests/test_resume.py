@@ -23,10 +23,12 @@ from grpo_gsm8k.workbench import open_bench
 from tests.toys import REPOSITORY, cli, stage_config
 
 REWARD = "tests.toys:even_tokens"  # varies within the groups of a random model, so that every step moves the weights
-STAGES = {"sft": sft.run, "ei": ei.run, "grpo": grpo.run}
+STAGES = {"sft": sft.run, "ei": ei.run, "grpo": grpo.run, "one_step_off": grpo.run}
 FLAGS = {
     "sft": {"epochs": 1, "batch_size": 8, "lr": 1e-3},
     "ei": {"rounds": 2, "steps_per_round": 3, "prompts_per_round": 12, "batch_size": 4, "lr": 1e-3},
+    "one_step_off": {"steps": 6, "rollouts_per_step": 8, "group_size": 4, "lr": 1e-2, "reward": REWARD}
+    | {"mode": "one_step_off"},
     "grpo": {"steps": 6, "rollouts_per_step": 8, "group_size": 4, "epochs": 2, "lr": 1e-3, "reward": REWARD},
 }
 
@@ -34,7 +36,7 @@ FLAGS = {
 def config_of(stage, tiny, out, **flags):
     common = {"model_id": str(tiny.model), "data": str(tiny.data), "out_dir": str(out), "resume": True}
     common |= {"eval_every": 2, "save_every": 1, "keep_last": 10, "deterministic": True}
-    return stage_config(stage, **{**common, **FLAGS[stage], **flags})
+    return stage_config("grpo" if stage == "one_step_off" else stage, **{**common, **FLAGS[stage], **flags})
 
 
 def story(run: Path):

@@ -1,0 +1,101 @@
+"""A child without a model, for the tests of what surrounds one: obedient, except for one fault.
+
+`start["fault"]` names what goes wrong, once (the marker file remembers it) or, with `start["always"]`, each time.
+`start["gate"]` is a file without which a `judge` does not return.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from grpo_gsm8k.engines.channel import serve
+
+
+def build(start, pulse):
+    held = {"version": -1}
+    marker = Path(start.get("marker", "/nonexistent"))
+
+    def faulty(name: str) -> bool:
+        if start.get("fault") != name or (marker.exists() and not start.get("always")):
+            return False
+        marker.touch()
+        return True
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def load_weights(version, path, sha256):
+        if faulty("die_in_load"):
+            die()
+        held["version"] = version
+        return {"version": version, "sha256": sha256}
+
+    def sample(prompts, params):
+        if faulty("die_in_sample"):
+            die()
+        if faulty("hang"):
+            time.sleep(3600)
+        if faulty("stop"):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if faulty("garbage"):
+            os.write(int(sys.argv[1]), b"this is not JSON\n")
+        if start.get("fault") == "slow":  # longer than the patience, but getting on
+            for _ in range(30):
+                time.sleep(0.1)
+                pulse()
+        old = faulty("old_weights")
+
+        def completion(prompt, k):
+            ids = [*prompt["token_ids"][:2], 100 + k]
+            return {
+                "token_ids": ids,
+                "logprobs": [-0.5] * (2 if faulty("fewer_logprobs") else 3),
+                "text": prompt["id"],
+                "finish_reason": "stop",
+                "policy_version": held["version"] - old,
+                "seed": params["seed"],
+            }
+
+        groups = [[completion(prompt, k) for k in range(params["n"])] for prompt in prompts]
+        return {"completions": groups[1:] if faulty("fewer_groups") else groups}
+
+    def judge(version, path, sha256):
+        if faulty("die_in_judge"):
+            die()
+        gate = Path(start.get("gate", "/"))
+        while not gate.exists():
+            time.sleep(0.02)
+            pulse()
+        if start.get("check"):
+            from grpo_gsm8k.engines import handover
+
+            try:
+                handover.read(handover.Handover(Path(path), version, sha256))
+            except handover.HandoverError as fault:
+                return {"refused": str(fault)}
+        claimed = "0" * 64 if faulty("other_weights") else sha256
+        row = {"id": "p1", "correct": True, "gold": "1", "weights_sha256": claimed}
+        evaluation = {
+            "accuracy": version / 100,
+            "ci95": [0.0, 1.0],
+            "n": 1,
+            "pass_at_k": {"1": 1.0},
+            "format_accuracy": 1.0,
+            "truncated": 0.0,
+            "mean_tokens": 3.0,
+            "tokens_per_s": 1.0,
+            "seconds": 1.0,
+            "weights_sha256": claimed,
+            "rows": [row],
+        }
+        return {"version": version, "sha256": claimed, "evaluation": evaluation}
+
+    return {"load_weights": load_weights, "sample": sample, "judge": judge}
+
+
+if __name__ == "__main__":
+    serve(build)

