@@ -197,7 +197,7 @@ def test_fine_tuning_refuses_to_start_without_an_evaluation_set(tiny, tmp_path):
         sft.run(stage_config("sft", **sft_flags(tiny, tmp_path / "run", eval_set_path=str(tmp_path / "none.jsonl"))))
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"question": "1+1?", "answer": "two"}\n')
-    with pytest.raises(DataError, match="broken.*:1:"):
+    with pytest.raises(DataError, match=r"broken\.jsonl:1"):
         sft.run(stage_config("sft", **sft_flags(tiny, tmp_path / "run", eval_set_path=str(broken))))
     with pytest.raises(ConfigError, match="always evaluated"):
         sft.run(stage_config("sft", **sft_flags(tiny, tmp_path / "run", eval_every=0)))
