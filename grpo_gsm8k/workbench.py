@@ -21,7 +21,7 @@ from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.engines.probe import TOLERANCE, probe
 from grpo_gsm8k.engines.process import Engine, ProcessSampler, placements
 from grpo_gsm8k.errors import ConfigError, EngineError
-from grpo_gsm8k.evals.accuracy import Evaluation, evaluate
+from grpo_gsm8k.evals.accuracy import CHUNK, Evaluation, evaluate
 from grpo_gsm8k.evals.evaluator import AsyncEvaluator, InlineEvaluator
 from grpo_gsm8k.gsm8k.grading import Tags
 from grpo_gsm8k.gsm8k.problems import load_problems
@@ -37,6 +37,8 @@ from grpo_gsm8k.trainer.policy import (
     load_tokenizer,
     weights_sha256,
 )
+
+ENGINE_CHUNK = 1024  # prompts at once: an engine schedules them itself, and each chunk ends with a slow tail
 
 
 @dataclass
@@ -183,7 +185,9 @@ def open_sampler(
     learner, log = device_name(model), folder / "engine.log"
     rows = placements(cfg, learner, torch.cuda.device_count())
     cfg = dataclasses.replace(cfg, dtype=dtype_name(model.named_parameters()))
-    engines = [Engine(cfg, renderer, row, log=log, naps=learner in row and not overlaps) for row in rows]
+    engines = [
+        Engine(cfg, renderer, row, log=log, naps=learner != "cpu" and learner in row and not overlaps) for row in rows
+    ]
     sampler = ProcessSampler(engines, folder / "handover")
     try:
         yield sampler
@@ -253,4 +257,5 @@ def evaluate_model(
     with open_sampler(cfg, model, renderer, Path(cfg.out_dir)) as sampler:
         sampler.load_weights(0, model.named_parameters())
         del model
-        return evaluate(sampler, prompts, params, renderer, digest, cfg.grading, title)
+        chunk = ENGINE_CHUNK if cfg.uses_vllm else CHUNK
+        return evaluate(sampler, prompts, params, renderer, digest, cfg.grading, title, chunk)

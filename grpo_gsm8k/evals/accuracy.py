@@ -69,16 +69,18 @@ def evaluate(
     weights_sha256: str,
     grading: Literal["strict", "flexible"] = "flexible",
     title: str = "eval",
+    chunk_size: int = CHUNK,
 ) -> Evaluation:
     """Sample `params.n` completions of each prompt and grade them.
 
     Args:
         weights_sha256: of the weights that the sampler holds; every record carries it.
+        chunk_size: prompts handed to the sampler at once.
     """
     started, rows = time.perf_counter(), list[dict[str, Any]]()
     with progress(title, len(prompts)) as bar:
-        for start in range(0, len(prompts), CHUNK):
-            chunk = prompts[start : start + CHUNK]
+        for start in range(0, len(prompts), chunk_size):
+            chunk = prompts[start : start + chunk_size]
             for prompt, completions in zip(chunk, sampler.sample(chunk, params), strict=True):
                 for sample, completion in enumerate(completions):
                     graded = record(prompt, completion, renderer, grading)
