@@ -68,6 +68,12 @@ def test_advantages_follow_the_group_not_the_order_or_the_text():
     assert {a for (g, _), a in expected.items() if g == 2} == {0.0}
 
 
+def test_the_baseline_is_the_configured_one():
+    group = [rollout(0, reward) for reward in (1.0, 0.0, 0.5)]
+    cfg = stage_config("grpo", baseline="leave_one_out", std_norm=False)
+    assert [r.advantage for r in grpo.with_advantages(cfg, group)] == pytest.approx([0.75, -0.75, 0.0])
+
+
 def test_token_rows_hold_the_sampled_ids_and_log_probabilities():
     cfg = stage_config("grpo")
     row = grpo.token_row(cfg, replace(rollout(0, 1.0), advantage=0.5))
@@ -242,6 +248,16 @@ def test_evaluation_records_carry_the_hash_of_the_weights_of_their_step(bench_of
 def test_settings_that_cannot_mean_what_they_say_are_refused(flags, word):
     with pytest.raises(ConfigError, match=word):
         grpo.check(stage_config("grpo", **flags))
+
+
+def test_settings_reach_the_objective(bench_of):
+    settings = {"clip_eps": 0.1, "clip_eps_high": 0.4, "temperature": 0.7, "dual_clip": 2.0}
+    settings |= {"loss": "gspo", "kl_coef": 0.25, "kl_estimator": "k2", "kl_bias_correction": False}
+    cfg, bench, prompts = bench_of(steps=1, **settings)
+    seen, forward = [], bench.learner.forward_backward
+    bench.learner.forward_backward = lambda batch, objective: (seen.append(objective), forward(batch, objective))[1]
+    grpo.train(cfg, bench, prompts, even_tokens)
+    assert vars(seen[0]) == settings
 
 
 def test_without_a_baseline_a_group_may_be_of_one():
