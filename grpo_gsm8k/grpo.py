@@ -28,6 +28,7 @@ from grpo_gsm8k.evals.accuracy import record
 from grpo_gsm8k.gsm8k.problems import load_split
 from grpo_gsm8k.gsm8k.rewards import make_reward, score
 from grpo_gsm8k.repro import derive_seed, shuffled
+from grpo_gsm8k.runs import diagnosis
 from grpo_gsm8k.trainer import loop
 from grpo_gsm8k.trainer.batch import Batch, make_batch, with_old_logprobs
 from grpo_gsm8k.trainer.objectives import Objective
@@ -38,7 +39,7 @@ from grpo_gsm8k.workbench import Bench, open_bench
 def train(cfg: GrpoConfig, bench: Bench, prompts: Sequence[Prompt], reward: RewardFn) -> None:
     """The algorithm. Everything that it needs is handed in, so a test can hand it toys."""
     check(cfg)
-    state: dict[str, Any] = {"cursor": 0, "note": ""}  # cursor: prompts drawn so far
+    state: dict[str, Any] = {"cursor": 0, "note": "", "said": []}  # prompts drawn so far; findings said
     for step in loop.steps(bench.run, bench.learner, cfg.steps, state):
         clock = Clock()
         bench.sync(step - 1)
@@ -56,6 +57,7 @@ def train(cfg: GrpoConfig, bench: Bench, prompts: Sequence[Prompt], reward: Rewa
             clock.lap("eval")
         metrics |= {"progress/grpo_step": step, "progress/done_frac": step / cfg.steps}
         bench.run.log(step, metrics | clock.metrics())
+        state["said"] = diagnosis.announce(bench.run.history(), vars(cfg), state["said"])
         state["note"] = f"reward {metrics['reward/mean']:.3f}, {metrics['length/mean']:.0f} tokens"
 
 
