@@ -33,6 +33,7 @@ from grpo_gsm8k.gsm8k.problems import load_split
 from grpo_gsm8k.gsm8k.rewards import make_reward, with_overlong_penalty
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.rollouts import Source
+from grpo_gsm8k.runs import diagnosis
 from grpo_gsm8k.trainer import loop
 from grpo_gsm8k.trainer.batch import Batch, make_batch, mismatch_metrics, with_old_logprobs, with_ref_logprobs
 from grpo_gsm8k.trainer.objectives import Objective
@@ -44,7 +45,7 @@ def train(cfg: GrpoConfig, bench: Bench, prompts: Sequence[Prompt], reward: Rewa
     """The algorithm. Everything that it needs is handed in, so a test can hand it toys."""
     check(cfg)
     with closing(Source(cfg, bench, prompts, reward)) as source:
-        state: dict[str, Any] = {"note": "", "source": source.stored}
+        state: dict[str, Any] = {"note": "", "said": [], "source": source.stored}  # said: findings already voiced
         for step in loop.steps(bench.run, bench.learner, cfg.steps, state):
             clock = Clock(bench.sampler)
             source.resume(state)
@@ -62,6 +63,7 @@ def train(cfg: GrpoConfig, bench: Bench, prompts: Sequence[Prompt], reward: Rewa
             clock.lap("eval")
             metrics |= {"progress/grpo_step": step, "progress/done_frac": step / cfg.steps}
             bench.run.log(step, metrics | clock.metrics(metrics["time/wait"]))
+            state["said"] = diagnosis.announce(bench.run.history(), vars(cfg), state["said"])
             state["note"] = f"reward {metrics['reward/mean']:.3f}, {metrics['length/mean']:.0f} tokens"
 
 

@@ -15,7 +15,6 @@ import html
 import itertools
 import json
 import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from os.path import commonpath
 from pathlib import Path
@@ -29,17 +28,20 @@ from grpo_gsm8k.report_read import (
     Run,
     comparison_sentence,
     duration,
+    findings,
     headline,
     label,
     number,
     pair,
     percent,
+    read_config,
     read_lines,
     read_run,
     read_text,
     readings,
     stage_story,
 )
+from grpo_gsm8k.runs.diagnosis import WINDOW, Finding, loss_note
 from grpo_gsm8k.runs.files import write_atomic
 
 LONG_NAMES = {"grpo": "GRPO", "sft": "Supervised fine-tuning", "ei": "Expert iteration"}
@@ -159,7 +161,7 @@ def _other_metrics(curves: Curves, kind: str) -> Html:
     return fold(f"All other metrics ({len(rows)})", table(head, rows)) if rows else Html()
 
 
-def signals(curves: Curves) -> Html:
+def signals(curves: Curves, found: Sequence[Finding]) -> Html:
     """A handful of GRPO's metrics at the start and at the end."""
     rows = []
     for title, metric, share, tells in SIGNALS:
@@ -168,9 +170,31 @@ def signals(curves: Curves) -> Html:
             rows.append((tag("span", title, tag("small", tells)), a, b))
     if not rows:
         return Html()
-    words = [tag("li", text, class_="good" if good else "warn") for good, text in readings(curves)]
+    sentences = readings(curves, {finding.name for finding in found})
+    words = [tag("li", text, class_="good" if good else "warn") for good, text in sentences]
     said = tag("div", tag("ul", *words, class_="readings"), tag("p", HOW_TO_READ, class_="mute"))
     return tag("div", said, table(("", "start", "end"), rows), class_="halves")
+
+
+def diagnosis_section(found: Sequence[Finding]) -> Html:
+    """What holds the reward back, heaviest first, with completions that show it."""
+    blocks = []
+    for finding in found:
+        mark = tag("span", "!" if finding.alarm else "✓", class_="mark")
+        words = (tag("h3", mark, finding.seen), tag("p", finding.why), tag("p", tag("b", "To do: "), finding.todo))
+        shown = [tag("div", _question(row), _answer(str(row.get("id", "")), row)) for row in finding.examples]
+        examples = fold("Examples", tag("div", *shown, class_="answers")) if shown else Html()
+        blocks.append(tag("article", *words, examples, class_="finding warn" if finding.alarm else "finding"))
+    lead = f"Judged over the last {WINDOW} steps; the heaviest reason comes first."
+    return section("diagnosis", "What holds the reward back", tag("p", lead, class_="mute"), *blocks)
+
+
+def calm(curves: Curves) -> Html:
+    """One line for a run that gives no reason to worry."""
+    note = loss_note(curves.rows)
+    words = ["Nothing is seen that holds the reward back."] if len(curves.rows) >= WINDOW else []
+    words += [note.seen] if note else []
+    return tag("p", " ".join(words), class_="mute") if words else Html()
 
 
 def section(anchor: str, title: str, *body: Html) -> Html:
@@ -254,6 +278,11 @@ def first_samples(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {str(r["id"]): r for r in rows if "id" in r and not r.get("sample")}
 
 
+def _question(row: Mapping[str, Any]) -> Html:
+    text = str(row.get("question") or row.get("prompt") or row.get("id"))[:MOST_TEXT]
+    return tag("p", text, " ", tag("span", "gold ", tag("b", str(row.get("gold", "–"))[:200]), class_="gold"))
+
+
 def _answer(title: str, row: Mapping[str, Any] | None) -> Html:
     if row is None:
         return tag("div", tag("h4", title), tag("p", "not answered", class_="mute"), class_="answer")
@@ -283,10 +312,8 @@ def samples_section(run: Run) -> Html:
         blocks.append(tag("h3", f"{title}: {count:,}", Html("" if ids else " problems"), class_="group"))
         for i in ids:
             row = answers[names[-1]][i]
-            gold = tag("span", "gold ", tag("b", str(row.get("gold", "–"))[:200]), class_="gold")
-            question = tag("p", str(row.get("question") or row.get("prompt") or i)[:MOST_TEXT], " ", gold)
             columns = [_answer(label(name), answers[name].get(i)) for name in names]
-            blocks.append(tag("article", question, tag("div", *columns, class_="answers")))
+            blocks.append(tag("article", _question(row), tag("div", *columns, class_="answers")))
     lead = "The same test problems, answered by every stage. A hash of the id decides which ones are shown."
     return section("samples", "Before and after", tag("p", lead, class_="mute"), *blocks) if blocks else Html()
 
@@ -297,10 +324,10 @@ def training_samples(run: Run, notes: list[str]) -> Html:
     for kind, folder in run.folders.items():
         files = sorted(folder.glob("samples/step_*.jsonl"))
         for path in dict.fromkeys([*files[:1], *files[-1:]]):
-            blocks = []
-            for row in read_lines(path, notes, f"{kind}/samples/")[:4]:
-                question = tag("p", str(row.get("question") or row.get("prompt") or row.get("id"))[:MOST_TEXT])
-                blocks.append(tag("article", question, tag("div", _answer(str(row.get("id", "")), row))))
+            blocks = [
+                tag("article", _question(row), tag("div", _answer(str(row.get("id", "")), row)))
+                for row in read_lines(path, notes, f"{kind}/samples/")[:4]
+            ]
             step = path.stem.removeprefix("step_").lstrip("0") or "0"
             folds.append(fold(f"{LONG_NAMES[kind]}, step {step}", *blocks))
     return section("training-samples", "Sampled during training", *folds)
@@ -359,10 +386,7 @@ def _flat_config(run: Run) -> dict[str, object]:
             flat[prefix] = value
 
     for folder in dict.fromkeys([run.path, *run.folders.values()]):
-        try:
-            walk("" if folder == run.path else folder.name, tomllib.loads(read_text(folder / "config.toml")))
-        except tomllib.TOMLDecodeError:
-            run.notes.append(f"{folder.name}/config.toml cannot be read.")
+        walk("" if folder == run.path else folder.name, read_config(folder, run.notes))
     return flat
 
 
@@ -405,7 +429,10 @@ def run_page(run: Run) -> Html:
     grpo = run.parts.get("grpo")
     parts = [result_section(run)]
     if grpo and grpo.rows:
-        parts.append(section("grpo", "GRPO: is it learning, and from what", signals(grpo), panels(grpo, "grpo")))
+        found = findings(run)
+        parts.append(diagnosis_section(found) if found else Html())
+        story = (signals(grpo, found), Html() if found else calm(grpo), panels(grpo, "grpo"))
+        parts.append(section("grpo", "GRPO: is it learning, and from what", *story))
     early = {kind: run.parts[kind] for kind in ("sft", "ei") if kind in run.parts}
     parts += [section(k, LONG_NAMES[k], panels(curves, k)) for k, curves in early.items() if curves.rows]
     parts += [time_section(run), samples_section(run), training_samples(run, run.notes), provenance(run)]

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from grpo_gsm8k.runs.diagnosis import ends
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -210,8 +212,7 @@ class Curves:
     def ends(self, metric: str) -> tuple[float, float] | None:
         """The mean over the first and over the last tenth of the steps."""
         ys = self.series(metric)[1]
-        k = max(1, len(ys) // 10)
-        return (sum(ys[:k]) / k, sum(ys[-k:]) / k) if ys else None
+        return ends(ys) if ys else None
 
     def names(self) -> list[str]:
         """All metrics, sorted."""

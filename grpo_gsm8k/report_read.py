@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 
 from grpo_gsm8k.errors import RunDirError
 from grpo_gsm8k.report_figures import TIMES, Curves
+from grpo_gsm8k.runs import diagnosis
+from grpo_gsm8k.runs.diagnosis import RISING, Finding, trend
 
 STAGES = {"base": "Base", "sft": "SFT", "ei": "EI", "grpo": "GRPO"}
 TRAINING = ("sft", "ei", "grpo")
@@ -121,6 +124,27 @@ def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
         notes.append(f"{path.name} cannot be read ({error}); shown without it.")
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def read_config(folder: Path, notes: list[str]) -> dict[str, Any]:
+    """The tables of a run's config.toml; none where it is absent or broken."""
+    try:
+        return tomllib.loads(read_text(folder / "config.toml"))
+    except tomllib.TOMLDecodeError:
+        notes.append(f"{folder.name}/config.toml cannot be read.")
+        return {}
+
+
+def findings(run: Run) -> list[Finding]:
+    """What holds the reward of its GRPO stage back, with examples from the last step that kept its samples."""
+    curves = run.parts.get("grpo", Curves(()))
+    if not curves.rows:
+        return []
+    folder = run.folders["grpo"]
+    config = read_config(folder, run.notes).get("grpo", {})
+    kept = sorted(folder.glob("samples/step_*.jsonl"))
+    samples = read_lines(kept[-1], run.notes, "grpo/samples/") if kept else []
+    return diagnosis.diagnose(curves.rows, config, samples)
 
 
 def read_lines(path: Path, notes: list[str], where: str = "") -> list[dict[str, Any]]:
@@ -293,42 +317,33 @@ def comparison_sentence(c: Mapping[str, Any]) -> str:
 # -- what the GRPO curves say -------------------------------------------------------------------------
 
 
-def readings(curves: Curves) -> list[tuple[bool, str]]:
-    """The signals in plain sentences: (nothing to worry about, sentence)."""
+def readings(curves: Curves, found: Collection[str] = ()) -> list[tuple[bool, str]]:
+    """The signals in plain sentences: (nothing to worry about, sentence).
+
+    Args:
+        found: names of the findings; what is judged there is not judged again here.
+    """
     said = []
     rewards = curves.series("reward/mean")[1]
     if ends := curves.ends("reward/mean"):
-        span = f"{ends[0]:.3g} to {ends[1]:.3g}"
-        if len(rewards) < 10:
+        span, slope = f"{ends[0]:.3g} to {ends[1]:.3g}", trend(rewards)
+        if len(rewards) < diagnosis.WINDOW:
             said.append((False, f"Only {len(rewards)} steps: too few to say whether the reward moves ({span})."))
-        elif abs(ends[1] - ends[0]) <= 2 * _noise(rewards):
+        elif abs(slope) < RISING or (slope > 0) != (ends[1] > ends[0]):
             said.append((False, f"The reward did not move beyond its step-to-step noise ({span})."))
         else:
-            way = "rose" if ends[1] > ends[0] else "fell"
+            way = "rose" if slope > 0 else "fell"
             said.append((way == "rose", f"The reward {way} from {span}, beyond its step-to-step noise."))
-    right, mixed = curves.ends("groups/all_right_frac"), curves.ends("groups/mixed_frac")
-    if right and mixed:
-        text = f"{percent(mixed[1])} of the groups at the end are mixed and still carry a gradient"
-        why = "too easy now" if right[1] > 1 - right[1] - mixed[1] else "too hard"
-        said.append((mixed[1] >= 0.1, text + (f": most problems are {why}." if mixed[1] < 0.1 else ".")))
-    entropy = curves.ends("policy/entropy")
-    if entropy and entropy[0] > 0:
-        text = f"Entropy went from {entropy[0]:.3g} to {entropy[1]:.3g} nats per token"
-        collapsed = entropy[1] < 0.2 * entropy[0]
-        said.append((not collapsed, text + (": the samples of a group become alike." if collapsed else ".")))
+    if mixed := curves.ends("groups/mixed_frac"):
+        text = f"{percent(mixed[1])} of the groups at the end are mixed and still carry a gradient."
+        said.append((not {"flat_groups", "too_easy"} & {*found}, text))
+    if entropy := curves.ends("policy/entropy"):
+        text = f"Entropy went from {entropy[0]:.3g} to {entropy[1]:.3g} nats per token."
+        said.append(("entropy" not in found, text))
     if gaps := curves.series("mismatch/logp_abs_mean")[1]:
-        worst = max(gaps)
-        good = f"Sampler and trainer agree: their mean |Δ log p| never exceeded {worst:.2g}."
-        bad = f"Sampler and trainer disagree: mean |Δ log p| reached {worst:.2g}; check precision and weight sync."
-        exact = "Sampler and trainer agree to the bit."
-        said.append((worst < 0.02, exact if worst == 0 else good if worst < 0.02 else bad))
-    cut = curves.ends("outcome/truncated_frac")
-    if cut and cut[1] > 0.05:
-        said.append((False, f"{percent(cut[1])} of the responses at the end ran into the token limit."))
+        text = f"The mean |Δ log p| between sampler and trainer never exceeded {max(gaps):.2g}."
+        said.append(("mismatch" not in found, text if max(gaps) else "Sampler and trainer agree to the bit."))
+    if cut := curves.ends("outcome/truncated_frac"):
+        text = f"{percent(cut[1])} of the responses at the end ran into the token limit."
+        said += [("cut_off" not in found, text)] if cut[1] else []
     return said
-
-
-def _noise(ys: list[float]) -> float:
-    """Standard error of `ends`' difference, from neighbouring steps (so that a trend does not count)."""
-    jumps = [(b - a) ** 2 for a, b in pairwise(ys)]
-    return math.sqrt(sum(jumps) / (2 * len(jumps)) * 2 / (len(ys) // 10))

@@ -128,6 +128,33 @@ def test_tiny_updates_accumulate_in_bfloat16(make_learner):
     assert float(layer.weight) == pytest.approx(0.99, abs=2**-8)
 
 
+def test_the_share_of_bfloat16_weights_in_which_a_step_shows():
+    """A first step of AdamW is lr. Below 1.0 bfloat16's neighbour is 2^-8 away, so a copy of 1.0 changes at 2^-9."""
+    layer = torch.nn.Linear(122, 1, bias=False, dtype=torch.bfloat16)
+    optimizer = MasterAdamW(layer, train_config(grad_clip=0.0))
+    for weights, lr, share in [((1.0, 1.0), 1e-3, 0.0), ((1.0, 1.0), 3e-3, 1.0), ((1.0, 2**-9), 1e-3, 0.5)]:
+        with torch.no_grad():
+            layer.weight[0, :61], layer.weight[0, 61:] = weights
+            optimizer.masters["weight"].copy_(layer.weight)
+        optimizer.inner.state.clear()
+        layer(torch.ones(1, 122, dtype=torch.bfloat16)).sum().backward()
+        assert optimizer.step(lr)["policy/bf16_changed_frac"] == share
+    full = torch.nn.Linear(3, 1)
+    full(torch.ones(1, 3)).sum().backward()
+    assert "policy/bf16_changed_frac" not in MasterAdamW(full, train_config()).step(0.1)
+
+
+def test_the_sample_of_bfloat16_weights_stands_for_all_of_them():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(1024, 512, bias=False, dtype=torch.bfloat16)
+    torch.nn.init.normal_(layer.weight, std=0.02)
+    optimizer, before = MasterAdamW(layer, train_config(grad_clip=0.0)), layer.weight.detach().clone()
+    layer(torch.randn(8, 1024, dtype=torch.bfloat16)).square().sum().backward()
+    share = optimizer.step(1e-5)["policy/bf16_changed_frac"]
+    everywhere = float((layer.weight != before).float().mean())
+    assert 0.05 < everywhere < 0.5 and share == pytest.approx(everywhere, rel=0.1)
+
+
 def test_bfloat16_gradients_are_accumulated_in_float32(make_learner):
     learner = make_learner(torch.bfloat16, max_tokens_per_microbatch=1)
     learner.forward_backward(make_batch(policy_rows(), 0), Objective())

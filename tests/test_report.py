@@ -377,7 +377,7 @@ def test_readings(tmp_path: Path) -> None:
     rng = random.Random(1)
     flat = [{"step": i, "reward/mean": 0.5 + rng.gauss(0, 0.05), "policy/entropy": 0.4} for i in range(100)]
     jsonl(tmp_path / "flat" / "metrics.jsonl", flat)
-    bad = [
+    rising = [
         {
             "step": i,
             "reward/mean": i / 100 + rng.gauss(0, 0.05),
@@ -389,13 +389,73 @@ def test_readings(tmp_path: Path) -> None:
         }
         for i in range(100)
     ]
-    jsonl(tmp_path / "bad" / "metrics.jsonl", bad)
+    jsonl(tmp_path / "rising" / "metrics.jsonl", rising)
     said = readings(read_run(tmp_path / "flat").parts["grpo"])
     assert [good for good, _ in said] == [False, True] and "did not move" in said[0][1]
-    said = readings(read_run(tmp_path / "bad").parts["grpo"])
+    curves = read_run(tmp_path / "rising").parts["grpo"]
+    assert [good for good, _ in readings(curves)] == [True] * 5
+    said = readings(curves, {"entropy", "mismatch", "cut_off", "flat_groups"})  # judged by the findings alone
     assert [good for good, _ in said] == [True, False, False, False, False]
-    for (_, text), words in zip(said, ("rose", "too easy", "alike", "disagree", "25.0\u00a0%"), strict=True):
+    # The means of i = 0..9 and of 90..99 are 4.5 and 94.5.
+    for (_, text), words in zip(
+        said, ("rose", "5.5\u00a0% of the groups", "0.955 to 0.055", "exceeded 0.3", "25.0\u00a0%"), strict=True
+    ):
         assert words in text
+
+
+def stuck_rows(steps: int) -> list[dict[str, Any]]:
+    """A run whose rewards are all 0: half of the completions are cut off, half have no well-formed answer."""
+    zeros = (
+        "reward/mean",
+        "reward/min",
+        "reward/max",
+        "outcome/right_frac",
+        "groups/all_right_frac",
+        "policy/grad_norm",
+    )
+    halves = ("outcome/truncated_frac", "outcome/format_error_frac")
+    ones = ("groups/zero_std_frac", "groups/all_wrong_frac")
+    row = dict.fromkeys(zeros, 0.0) | dict.fromkeys(halves, 0.5) | dict.fromkeys(ones, 1.0)
+    return [{"step": step, **row} for step in range(1, steps + 1)]
+
+
+def test_what_holds_the_reward_back(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    jsonl(root / "metrics.jsonl", stuck_rows(20))
+    (root / "config.toml").write_text('[grpo]\nmax_new_tokens = 33\nprompt_style = "r1_zero"\n')
+    rows = [
+        {**row, "id": f"{kind}-{i}", "finish_reason": reason, "response": f"{kind} {i} {HOSTILE}", "reward": 0.0}
+        for kind, reason in (("rambling", "length"), ("shapeless", "stop"))
+        for i, row in enumerate(eval_rows("base", 0.0, 5, 1))
+    ]
+    jsonl(root / "samples" / "step_000010.jsonl", [{**row, "response": "too old"} for row in rows])
+    jsonl(root / "samples" / "step_000020.jsonl", rows)
+    document = write_report([root]).read_text()
+    text = check(document)
+    part = text[text.index("What holds the reward back", text.index("Judged over the last 10 steps") - 40) :]
+    part = part[: part.index("GRPO: is it learning")]
+    found = (
+        "100 % of the groups all rewards are equal",
+        "50 % of the completions were cut off",
+        "50 % of the completions ended",
+    )
+    assert [part.index(words) for words in found] == sorted(part.index(words) for words in found)
+    assert "max_new_tokens = 33" in part and "prompt_style = r1_zero" in part and "too old" not in part
+    assert [f"{kind} {i}" in part for kind in ("rambling", "shapeless") for i in range(5)] == [True] * 3 + [
+        False
+    ] * 2 + [True] * 3 + [False] * 2
+    assert "Nothing is seen" not in text and "<img" not in document
+
+
+def test_a_healthy_run_gets_one_calm_line(tmp_path: Path) -> None:
+    rows = [row | {"loss": 1e-8} for row in grpo_rows(random.Random(0), 60)]
+    jsonl(tmp_path / "metrics.jsonl", rows)
+    text = check(write_report([tmp_path]).read_text())
+    assert "What holds the reward back" not in text
+    assert "Nothing is seen that holds the reward back. The loss is near 0 (1e-08), and that is as it should be" in text
+    jsonl(tmp_path / "metrics.jsonl", stuck_rows(9))
+    text = check(write_report([tmp_path]).read_text())
+    assert "holds the reward back" not in text and "Only 9 steps" in text
 
 
 def test_unfinished_run(tmp_path: Path) -> None:

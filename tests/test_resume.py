@@ -102,6 +102,17 @@ def test_what_was_logged_after_the_checkpoint_is_said_once(tiny, tmp_path):
     assert again["weights_sha256"] == whole["weights_sha256"] and story(run) == story(tmp_path / "whole")
 
 
+def test_the_history_follows_the_log_forward_and_back(tmp_path):
+    with open_run(stage_config("grpo", out_dir=str(tmp_path / "run")), "grpo", {}) as run:
+        for step in (1, 2, 3):
+            run.log(step, {"loss": float(step)})
+            assert [row["step"] for row in run.history()] == list(range(1, step + 1))
+        run.rewind(1)
+        run.log(2, {"loss": 5.0})
+        assert run.history() == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 5.0}]
+        assert run.metric_history("loss") == {1: 1.0, 2: 5.0}
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "lose", "manifest"])
 def test_a_damaged_newest_checkpoint_is_refused_and_the_one_before_it_used(tiny, tmp_path, damage, capsys):
     whole = grpo.run(config_of("grpo", tiny, tmp_path / "whole"))

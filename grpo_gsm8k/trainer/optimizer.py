@@ -19,6 +19,8 @@ from grpo_gsm8k.errors import CheckpointError, NonFiniteError
 
 State = dict[str, torch.Tensor]
 
+SAMPLED_EVERY = 61  # prime, so that it meets every column of a matrix in turn
+
 
 class MasterAdamW:
     """`torch.optim.AdamW` on float32 masters of a model's trainable weights, state as named tensors."""
@@ -41,7 +43,8 @@ class MasterAdamW:
 
         Returns:
             `policy/grad_norm` before clipping, `policy/lr`, and `policy/update_to_weight`: the norm of the
-            step over the norm of the weights.
+            step over the norm of the weights. Of a bfloat16 model also `policy/bf16_changed_frac`: the share of
+            its weights in which the step shows, from a sample.
 
         Raises:
             NonFiniteError: when the gradient is NaN or infinite. The weights are untouched.
@@ -59,9 +62,7 @@ class MasterAdamW:
         self.inner.step()
         self.zero_grad()
         with torch.no_grad():
-            for name, param in self.params.items():
-                if param is not self.masters[name]:
-                    param.copy_(self.masters[name])
+            shown = self._round()
             moved = torch.nn.utils.get_total_norm(
                 [m.detach() - b for m, b in zip(self.masters.values(), before, strict=True)]
             )
@@ -70,7 +71,23 @@ class MasterAdamW:
             "policy/grad_norm": float(norm),
             "policy/lr": lr,
             "policy/update_to_weight": float(moved / weight.clamp(min=1e-12)),
+            **shown,
         }
+
+    def _round(self) -> dict[str, float]:
+        """Give a bfloat16 model its rounded copy of the masters, and look at a sample of it before and after.
+
+        The look at one weight in 61 costs a twentieth of an update (42M weights on one CPU core: 12 of 244 ms); at
+        all of them it would cost half.
+        """
+        changed: list[torch.Tensor] = []
+        for name, param in self.params.items():
+            master = self.masters[name]
+            if param is not master:
+                rounded = master.flatten()[::SAMPLED_EVERY].to(param.dtype)
+                changed.append(param.flatten()[::SAMPLED_EVERY] != rounded)
+                param.copy_(master)
+        return {"policy/bf16_changed_frac": float(torch.cat(changed).float().mean())} if changed else {}
 
     def zero_grad(self) -> None:
         """Forget what has been accumulated."""
