@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo_gsm8k import repro
-from grpo_gsm8k.config import ModelConfig, TrainConfig
+from grpo_gsm8k.config import ModelConfig, PromptConfig, TrainConfig
 from grpo_gsm8k.datatypes import Learner, Problem, Prompt, Sampler, SamplingParams
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.evals.accuracy import Evaluation, evaluate
@@ -89,7 +89,7 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path]) -> Iter
         yield bench
 
 
-def how_to_ask(cfg: ModelConfig) -> tuple[str, Tags]:
+def how_to_ask(cfg: PromptConfig) -> tuple[str, Tags]:
     """Prompt style and tags: as configured, or (auto) as the model folder remembers, else qwen_boxed."""
     tags = make_tags(cfg.think_open, cfg.think_close, cfg.answer_open, cfg.answer_close)
     if cfg.prompt_style != "auto":

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from grpo_gsm8k.config import ModelConfig
+from grpo_gsm8k.config import ModelConfig, PromptConfig
 from grpo_gsm8k.errors import ConfigError, ModelError
 
 
@@ -34,7 +34,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def load_tokenizer(cfg: ModelConfig) -> Any:
+def load_tokenizer(cfg: PromptConfig) -> Any:
     """The tokenizer of `cfg.model_id`. Raises `ModelError` if there is none."""
     from transformers import AutoTokenizer
 
@@ -69,7 +69,7 @@ def weights_sha256(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def _load(factory: Any, cfg: ModelConfig, **kwargs: Any) -> Any:
+def _load(factory: Any, cfg: PromptConfig, **kwargs: Any) -> Any:
     """`from_pretrained`, with what a user can mend said in one line."""
     from transformers.utils import logging
 
