@@ -48,7 +48,8 @@ def flags_of(cls: type, skip: typing.Container[str] = ()) -> list[inspect.Parame
         choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
         text = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
         flag = f"--{name}/--no-{name}" if hint is bool else f"--{name}"
-        option = typer.Option(flag, help=text, show_default=str(field.default) if field.default != "" else False)
+        also = [field.metadata["also"]] if field.metadata["also"] else []
+        option = typer.Option(flag, *also, help=text, show_default=str(field.default) if field.default != "" else False)
         kind: Any = str if choices else hint  # choices are checked with all other values, in config.py
         annotation: Any = Annotated[kind | None, option]
         parameters.append(
@@ -134,6 +135,7 @@ _stage("sft", "sft", "Supervised fine-tuning on worked solutions.")
 _stage("ei", "ei", "Expert iteration: sample, keep what is right, fine-tune, again.")
 _stage("grpo", "grpo", "Group relative policy optimisation.")
 _stage("eval", "fast_eval_vllm", "Accuracy of a model on a file of problems.")
+_stage("prep-eval", "pretokenize", "An evaluation set as one model will see it: prompts rendered, golds checked.")
 
 
 # ------------------------------------------------------------------------------------------------- the rest

@@ -6,8 +6,8 @@ A layer that names an `algorithm` lays that paper's settings down first and its 
 `--set` count as one layer in this, so whatever is typed is stronger.
 An unknown key is an error that names the nearest known one.
 
-A TOML file has a table per stage (`[sft]`, `[ei]`, `[grpo]`, `[eval]`, `[tiny_model]`, `[toy]`) and a
-table `[common]` whose keys go to every stage that knows them.
+A TOML file has a table per stage (`[sft]`, `[ei]`, `[grpo]`, `[eval]`, `[prep-eval]`, `[tiny_model]`, `[toy]`)
+and a table `[common]` whose keys go to every stage that knows them.
 """
 
 from __future__ import annotations
@@ -31,20 +31,18 @@ PRESETS = Path(__file__).parent / "presets"
 STAGES = ("base", "sft", "ei", "grpo")
 
 
-def opt(default: T, help: str, *, runtime: bool = False) -> T:
-    """A field with its help. `runtime` fields may differ between a run and its continuation."""
-    return dataclasses.field(default=default, metadata={"help": help, "runtime": runtime})
+def opt(default: T, help: str, *, runtime: bool = False, also: str = "") -> T:
+    """A field with its help. `runtime` fields may differ between a run and its continuation; `also`: a second flag."""
+    return dataclasses.field(default=default, metadata={"help": help, "runtime": runtime, "also": also})
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Which model, where, and how it is spoken to."""
+class PromptConfig:
+    """Which model, and how it is asked."""
 
     model_id: str = opt("Qwen/Qwen2.5-Math-1.5B", "model folder, or a name on the hub")
     revision: str = opt("", "revision of a model on the hub; empty for its default branch")
     cache_dir: str = opt("", "where hub models are kept; empty for the hub's default", runtime=True)
-    device: str = opt("auto", "cpu, cuda, cuda:0, or auto")
-    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "auto: bfloat16 on a GPU, else float32")
     prompt_style: Literal["auto", "qwen_boxed", "r1_zero", "gsm8k"] = opt(
         "auto", "how a problem is asked; auto: as the model was trained here, else qwen_boxed"
     )
@@ -52,6 +50,14 @@ class ModelConfig:
     think_close: str = opt("</think>", "closes the reasoning (r1_zero)")
     answer_open: str = opt("<answer>", "opens the answer (r1_zero); empty for think-only prompts")
     answer_close: str = opt("</answer>", "closes the answer (r1_zero); empty for think-only prompts")
+
+
+@dataclass(frozen=True)
+class ModelConfig(PromptConfig):
+    """Where the model is, and how its answers are taken."""
+
+    device: str = opt("auto", "cpu, cuda, cuda:0, or auto")
+    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "auto: bfloat16 on a GPU, else float32")
     grading: Literal["strict", "flexible"] = opt("flexible", "strict demands a marked answer")
     max_new_tokens: int = opt(1024, "longest completion in tokens; the model's context may end it earlier")
     sample_rows: int = opt(256, "completions decoded side by side")
@@ -253,6 +259,17 @@ class EvalConfig(EngineConfig):
 
 
 @dataclass(frozen=True)
+class PrepEvalConfig(PromptConfig):
+    """An evaluation set, rendered for one model."""
+
+    data: str = opt("artifacts/data", "folder with train.jsonl, val.jsonl and test.jsonl")
+    split: Literal["train", "val", "test"] = opt("val", "which of them")
+    eval_path: str = opt("", "a file of problems instead", also="--infile")
+    limit: int = opt(0, "only the first so many problems; 0 for all")
+    out: str = opt("", "where the rows go; empty for artifacts/tokenized/<file>_for_vllm.jsonl", also="--outfile")
+
+
+@dataclass(frozen=True)
 class TinyModelConfig:
     """The model that a pipeline makes on the spot when none is named."""
 
@@ -293,6 +310,7 @@ SECTIONS: dict[str, type] = {
     "ei": EiConfig,
     "grpo": GrpoConfig,
     "eval": EvalConfig,
+    "prep-eval": PrepEvalConfig,
     "tiny_model": TinyModelConfig,
     "toy": ToyConfig,
 }

@@ -168,7 +168,8 @@ def write_splits(out_dir: Path, splits: Mapping[str, Sequence[Problem]], provena
     assert set(splits) == set(SPLITS) and all(splits.values()), "train, val and test are needed, none empty"
     ids = [problem.id for problems in splits.values() for problem in problems]
     assert len(set(ids)) == len(ids), "a problem's id occurs twice"
-    rows = {split: [dataclasses.asdict(problem) for problem in splits[split]] for split in SPLITS}
+    keys = ("id", "question", "answer", "gold")
+    rows = {split: [{key: getattr(problem, key) for key in keys} for problem in splits[split]] for split in SPLITS}
     manifest = Manifest(
         path=out_dir / "manifest.json",
         provenance=json.loads(json.dumps(dict(provenance))),

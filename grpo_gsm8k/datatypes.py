@@ -24,6 +24,30 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
+class Rendered:
+    """A prompt as `prep-eval` stored it.
+
+    Attributes:
+        text: for people and other tools; never tokenised again.
+        token_ids: what is sampled from.
+        made_with: prompt style, tags and tokenizer, see `Renderer.made_with`.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    made_with: Mapping[str, str | None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The row that a problem was read from: file, 1-based line, and the prompt if it holds a rendered one."""
+
+    path: str
+    line: int | None
+    rendered: Rendered | None = None
+
+
+@dataclass(frozen=True)
 class Problem:
     """One word problem.
 
@@ -32,12 +56,14 @@ class Problem:
         question: the text that is asked.
         answer: the reference solution in GSM8K form, its last line `#### <gold>`.
         gold: the final answer as text, a number that `grading.parse_number` accepts.
+        source: where it was read from; no part of what the problem is.
     """
 
     id: str
     question: str
     answer: str
     gold: str
+    source: Source | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

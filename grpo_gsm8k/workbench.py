@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from grpo_gsm8k import repro
-from grpo_gsm8k.config import EngineConfig, EvalConfig, GrpoConfig, ModelConfig, TrainConfig
+from grpo_gsm8k.config import EngineConfig, EvalConfig, GrpoConfig, PromptConfig, TrainConfig
 from grpo_gsm8k.datatypes import Evaluator, Learner, Problem, Prompt, Sampler, SamplingParams
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.engines.probe import TOLERANCE, probe
@@ -38,6 +38,7 @@ from grpo_gsm8k.trainer.policy import (
     weights_sha256,
 )
 
+PROBLEM_TEXT = ("id", "question", "answer", "gold")
 ENGINE_CHUNK = 1024  # prompts at once: an engine schedules them itself, and each chunk ends with a slow tail
 
 
@@ -212,7 +213,10 @@ def async_evaluator(bench: Bench, model: Any, stage: str) -> AsyncEvaluator:
         row,
         log=bench.run.path / "evaluator.log",
         module="grpo_gsm8k.evals.worker",
-        prompts=[{"problem": vars(prompt.problem), "token_ids": prompt.token_ids} for prompt in bench.val],
+        prompts=[
+            {"problem": {key: getattr(p.problem, key) for key in PROBLEM_TEXT}, "token_ids": p.token_ids}
+            for p in bench.val
+        ],
         params=vars(validation_params(bench)),
     )
     return AsyncEvaluator(engine, bench.run.path / "evals" / "pending", cfg.eval_backlog)
@@ -230,7 +234,7 @@ def validation_params(bench: Bench) -> SamplingParams:
     return SamplingParams(1, cfg.max_new_tokens, temperature=0.0, stop=bench.renderer.style.stop)
 
 
-def how_to_ask(cfg: ModelConfig) -> tuple[str, Tags]:
+def how_to_ask(cfg: PromptConfig) -> tuple[str, Tags]:
     """Prompt style and tags: as configured, or (auto) as the model folder remembers, else qwen_boxed."""
     tags = make_tags(cfg.think_open, cfg.think_close, cfg.answer_open, cfg.answer_close)
     if cfg.prompt_style != "auto":

@@ -62,7 +62,7 @@ def test_every_config_field_is_a_flag_and_every_fixed_command_is_there():
         "report",
         "doctor",
     }
-    for name in ("sft", "ei", "grpo", "eval"):
+    for name in ("sft", "ei", "grpo", "eval", "prep-eval"):
         flags = inspect.signature(commands[name]).parameters
         assert set(config._fields(config.SECTIONS[name])) <= set(flags)
 
@@ -164,6 +164,8 @@ def test_mistakes_get_one_line_and_exit_2(call, tiny, tmp_path):
         (["grpo", *SMALL, *model, *data, "--think_open", ""], "pairs"),
         (["eval", *SMALL[:-2], *model, "--eval_path", tiny.data / "test.jsonl", "--samples", "3"], "temperature"),
         (["eval", *SMALL[:-2], *model, "--eval_path", tmp_path / "none.jsonl"], "none.jsonl"),
+        (["prep-eval", *model, "--data", tmp_path / "nodata"], "nodata"),
+        (["prep-eval", *model, *data, "--split", "dev"], "split"),
         (["demo", "--stop_after", "rl"], "stop_after"),
         (["pipeline", "--preset", "huge"], "huge"),
         (["compare", tiny.data / "test.jsonl", tiny.data / "test.jsonl"], "not a result"),

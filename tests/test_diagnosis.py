@@ -167,17 +167,17 @@ CASES = [
     ("clip", {"policy__approx_kl": 0.2}, {}, ["0.2 nats"], {"policy__approx_kl": 0.05}),
     (
         "kl_penalty",
-        {"policy__ref_kl": 4.0},
+        {"policy__kl_ref": 4.0},
         {"kl_coef": 0.05},
         ["0.2 per token", "kl_coef = 0.05", "4 nats"],
-        {"policy__ref_kl": 1.0},
+        {"policy__kl_ref": 1.0},
     ),
     (  # without std_norm advantages are as large as the rewards' spread: 0.4
         "kl_penalty",
-        {"policy__ref_kl": 1.0},
+        {"policy__kl_ref": 1.0},
         {"kl_coef": 0.05, "std_norm": False},
         ["advantages of about 0.4"],
-        {"policy__ref_kl": 0.5},
+        {"policy__kl_ref": 0.5},
     ),
     (
         "entropy",

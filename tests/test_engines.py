@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -215,6 +216,19 @@ time.sleep(60)
             return
         time.sleep(0.1)
     pytest.fail("the engine is still there")
+
+
+def test_an_engine_ends_when_its_parent_leaves_words_unread():
+    """The socket is then reset instead of closed."""
+    mine, theirs = socket.socketpair()
+    command = [sys.executable, "-m", "tests.fake_engine", str(theirs.fileno())]
+    with subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=REPOSITORY, start_new_session=True) as child:
+        theirs.close()
+        mine.sendall(b'{"id": 1, "op": "start"}\n')
+        mine.recv(1)
+        time.sleep(1.2)  # beats pile up
+        mine.close()
+        assert child.wait(20) == -signal.SIGKILL
 
 
 def test_a_child_that_dies_says_its_last_words(tmp_path):

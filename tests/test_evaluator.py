@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from types import SimpleNamespace
 
@@ -109,6 +110,15 @@ def test_a_record_of_other_weights_is_never_believed(evaluator, tmp_path):
     liar.submit(2, weights(2))
     with pytest.raises(EngineError, match="other weights"):
         liar.drain()
+
+
+def test_a_bug_in_its_threads_reaches_whoever_waits(evaluator, monkeypatch):
+    judge = evaluator()
+    monkeypatch.setattr(judge.engine, "ask", lambda *args, **fields: 1 / 0)
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)  # it is raised there, too
+    judge.submit(1, weights(1))
+    with pytest.raises(ZeroDivisionError):
+        judge.drain()
 
 
 def test_what_a_killed_run_still_owes_is_found_by_the_next(evaluator, tmp_path):

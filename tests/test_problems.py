@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
-from grpo_gsm8k.datatypes import Problem
+from grpo_gsm8k.datatypes import Problem, Rendered
 from grpo_gsm8k.errors import DataError
 from grpo_gsm8k.gsm8k.chat import Example, check_chat, load_pairs
-from grpo_gsm8k.gsm8k.problems import load_problems, load_split
+from grpo_gsm8k.gsm8k.problems import gold_number, load_problems, load_split
 
 GOOD = {"id": "a", "question": "How many?", "answer": "2 + 3 = 5\n#### 5"}
+PREPARED = {"id": "b", "question": "Q?", "answer": "#### 5", "gold": "5", "gold_num": 5, "prompt": "<Q?>"}
+PREPARED |= {"prompt_token_ids": [7, 8], "rendered": {"prompt_style": "gsm8k", "answer_open": None}}
 
 
 def write(path: Path, *rows: Any) -> Path:
@@ -54,6 +56,19 @@ def test_evaluation_rows(tmp_path: Path) -> None:
     ]
 
 
+def test_prepared_rows_keep_their_prompt_apart(tmp_path: Path) -> None:
+    row = {**PREPARED, "answer": "1/3 of it\n#### 1/3", "gold": "1/3", "gold_num": 0.3333333333333333}
+    (problem,) = load_problems(write(tmp_path / "f.jsonl", row))
+    assert problem == Problem("b", "Q?", "1/3 of it\n#### 1/3", "1/3") and problem.source is not None
+    assert (problem.source.path, problem.source.line) == (str(tmp_path / "f.jsonl"), 1)
+    assert problem.source.rendered == Rendered("<Q?>", (7, 8), {"prompt_style": "gsm8k", "answer_open": None})
+
+
+def test_gold_numbers() -> None:
+    assert [gold_number(gold) for gold in ("72", "1,234", "-3.5", "0.1", "1/4")] == [72, 1234, -3.5, 0.1, 0.25]
+    assert gold_number("12345678901234567890") == 12345678901234567890  # exact, where a float is not
+
+
 @pytest.mark.parametrize(
     ("bad", "what"),
     [
@@ -76,6 +91,27 @@ def test_evaluation_rows(tmp_path: Path) -> None:
         ({"prompt": "Q?", "gold": "5", "gold_num": 6}, "gold is '5', but gold_num is 6"),
         ({"prompt": "Q?", "gold": "5", "gold_num": True}, "gold_num must be a number, not true or false"),
         ({"prompt": "Q?", "gold": "5", "gold_num": [5]}, "gold_num must be a number, not an array"),
+        ({"prompt": "Q?", "gold": "5", "gold_num": "6"}, "gold is '5', but gold_num is '6'"),
+        ({"prompt": "Q?", "gold": "5", "gold_num": "many"}, "'many' is not a number"),
+        ({"prompt": "Q?", "gold": "1" + "0" * 330 + ".5"}, "beyond the range"),
+        ({"question": "Q?", "answer": "#### 5", "gold_num": 6}, "gold is '5', but gold_num is 6"),
+        ({"question": "Q?", "answer": "#### 0.5", "gold_num": 0.25}, "gold is '0.5', but gold_num is 0.25"),
+        ({"question": "Q?", "answer": "#### 5", "gold_num": True}, "gold_num must be a number, not true or false"),
+        ({"question": "Q?", "answer": "#### 5", "prompt": "<Q?>"}, "no 'prompt_token_ids'.*prep-eval"),
+        ({"question": "Q?", "gold": "5", "prompt": "<Q?>"}, "no 'prompt_token_ids'.*prep-eval"),
+        ({**PREPARED, "gold_num": 6}, "gold is '5', but gold_num is 6"),
+        ({**PREPARED, "gold": "6"}, "gold is '6', but the answer ends in #### 5"),
+        ({k: v for k, v in PREPARED.items() if k != "question"}, "'question' is missing"),
+        ({k: v for k, v in PREPARED.items() if k != "answer"}, "'answer' is missing"),
+        ({k: v for k, v in PREPARED.items() if k != "prompt"}, "'prompt' is missing"),
+        ({k: v for k, v in PREPARED.items() if k != "prompt_token_ids"}, "'prompt_token_ids' must be"),
+        ({k: v for k, v in PREPARED.items() if k != "rendered"}, "'rendered' must say"),
+        ({**PREPARED, "prompt_token_ids": []}, "'prompt_token_ids' must be"),
+        ({**PREPARED, "prompt_token_ids": [1, True]}, "'prompt_token_ids' must be"),
+        ({**PREPARED, "prompt_token_ids": [1, -1]}, "'prompt_token_ids' must be"),
+        ({**PREPARED, "prompt_token_ids": "12"}, "'prompt_token_ids' must be"),
+        ({**PREPARED, "rendered": {"prompt_style": 7}}, "'rendered' must say"),
+        ({**PREPARED, "prompt": ""}, "'prompt' is empty"),
         (b"{", "broken JSON"),
         (b"7", "object is needed"),
     ],

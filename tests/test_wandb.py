@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 import types
 
 import pytest
 
-from grpo_gsm8k import sft
+from grpo_gsm8k import grpo, sft
 from grpo_gsm8k.runs import wandb_sink
 from tests.toys import stage_config
 
@@ -17,17 +18,32 @@ class FakeError(Exception):
     """What the fake wandb raises."""
 
 
+class FakeTable:
+    """A table that keeps its rows by column."""
+
+    def __init__(self, columns, data, allow_mixed_types):
+        assert allow_mixed_types  # an answer may be missing in the first row and a text in the second
+        self.rows = [dict(zip(columns, row, strict=True)) for row in data]
+
+
 @pytest.fixture
 def fake(monkeypatch):
     """A wandb that records what it is told, and can be made to fail or to hang."""
-    said = {"rows": [], "init": None, "fail": None, "hang": 0.0}
+    said = {"rows": [], "axes": {}, "summary": {}, "init": None, "fail": None, "hang": 0.0}
 
     class FakeRun:
-        def log(self, row, step):
+        summary = said["summary"]
+
+        def define_metric(self, name, step_metric):
+            assert name not in said["axes"]
+            said["axes"][name] = step_metric
+
+        def log(self, row):
             time.sleep(said["hang"])
             if said["fail"] == "log":
                 raise FakeError("no more")
-            said["rows"].append((step, row))
+            assert all(name in said["axes"] for name in row if name not in said["axes"].values())
+            said["rows"].append(row)
 
         def finish(self):
             said["finished"] = True
@@ -35,11 +51,12 @@ def fake(monkeypatch):
     def init(**kwargs):
         if said["fail"] == "init":
             raise FakeError("no network")
-        said["init"] = kwargs
+        said["init"], said["axes"] = kwargs, {}
         return FakeRun()
 
     wandb = types.ModuleType("wandb")
     wandb.Error, wandb.init, wandb.Settings = FakeError, init, lambda **kwargs: kwargs
+    wandb.Table = FakeTable
     mailbox = types.ModuleType("wandb.sdk.mailbox")
     mailbox.HandleAbandonedError = mailbox.MailboxClosedError = FakeError
     for name, module in {
@@ -52,19 +69,75 @@ def fake(monkeypatch):
     return said
 
 
-def run(tiny, out):
+def run(tiny, out, **more):
     flags = {"model_id": str(tiny.model), "data": str(tiny.data), "out_dir": str(out), "resume": True}
-    return sft.run(stage_config("sft", **flags, max_steps=3, batch_size=8, eval_every=0))
+    return sft.run(stage_config("sft", **{**flags, "max_steps": 3, "batch_size": 8, "eval_every": 0, **more}))
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_rows_reach_it_with_their_steps_and_a_resumed_run_keeps_its_id(fake, tiny, tmp_path):
     run(tiny, tmp_path / "run")
-    assert [step for step, _ in fake["rows"]] == [1, 2, 3] and fake["finished"]
-    assert fake["rows"][0][1].keys() >= {"loss", "policy/grad_norm"} and fake["init"]["config"]["batch_size"] == 8
+    assert [row["step"] for row in fake["rows"]] == [1, 2, 3] and fake["finished"]
+    assert fake["rows"][0].keys() >= {"loss", "policy/grad_norm"} and fake["init"]["config"]["batch_size"] == 8
+    assert set(fake["axes"].values()) == {"step"}
     first = fake["init"]["id"]
-    flags = {"model_id": str(tiny.model), "data": str(tiny.data), "out_dir": str(tmp_path / "run"), "resume": True}
-    sft.run(stage_config("sft", **flags, max_steps=4, batch_size=8, eval_every=0))
-    assert fake["init"]["id"] == first and fake["rows"][-1][0] == 4
+    run(tiny, tmp_path / "run", max_steps=4)
+    assert fake["init"]["id"] == first and fake["rows"][-1]["step"] == 4
+
+
+def test_a_late_evaluation_stands_over_its_own_step(fake, tmp_path):
+    """What an evaluator says about step 2 while step 5 is being trained; wandb drops what goes back on its own step."""
+    sink = wandb_sink.WandbSink("p", "n", tmp_path, {})
+    for step in (4, 5):
+        sink.log(step, {"loss": 1.0 / step})
+    sink.log(2, {"val/accuracy": 0.2})
+    sink.log(4, {"val/accuracy": 0.4})
+    sink.log(6, {"loss": 0.1, "val/accuracy": 0.6})
+    sink.close()
+    training = [{"step": 4, "loss": 0.25}, {"step": 5, "loss": 0.2}, {"step": 6, "loss": 0.1}]
+    validation = [{"val/step": step, "val/accuracy": step / 10} for step in (2, 4, 6)]
+    assert [row for row in fake["rows"] if "step" in row] == training
+    assert [row for row in fake["rows"] if "step" not in row] == validation
+    assert fake["axes"] == {"loss": "step", "val/accuracy": "val/step"}
+
+
+def test_what_a_resumed_run_says_again_is_there_already(fake, tmp_path):
+    fake["summary"].update({"step": 5, "val/step": 4})
+    sink = wandb_sink.WandbSink("p", "n", tmp_path, {})
+    for step in (4, 5, 6):
+        sink.log(step, {"loss": 0.0, "val/accuracy": 0.0})
+    sink.close()
+    # of the last step the page may have had the samples only
+    assert [row.get("step") or -row["val/step"] for row in fake["rows"]] == [-4, 5, -5, 6, -6]
+
+
+def test_validation_samples_are_a_table_with_the_reference_solutions(fake, tiny, tmp_path):
+    run(tiny, tmp_path / "run", max_steps=2, eval_every=2)
+    problems = rows_of(tiny.data / "val.jsonl")[:4]
+    (row,) = [row for row in fake["rows"] if "val/samples" in row]
+    table = row["val/samples"].rows
+    assert row["val/step"] == 2 and [(t["id"], t["answer"]) for t in table] == [
+        (p["id"], p["answer"]) for p in problems
+    ]
+    kept = rows_of(tmp_path / "run/evals/step_000002.jsonl")
+    assert [k["answer"] for k in kept] == [p["answer"] for p in problems]
+    for key in ("question", "response", "gold", "correct", "tokens"):
+        assert [t[key] for t in table] == [k[key] for k in kept]
+
+
+def test_rollouts_are_a_table_with_their_rewards_of_bounded_length(fake, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(wandb_sink, "TABLE_ROWS", 5)
+    flags = {"model_id": str(tiny.model), "data": str(tiny.data), "out_dir": str(tmp_path / "run"), "eval_every": 1}
+    flags |= {"rollouts_per_step": 8, "group_size": 4, "max_steps": 1, "reward": "tests.toys:even_tokens"}
+    grpo.run(stage_config("grpo", **flags))
+    kept = rows_of(tmp_path / "run/samples/step_000001.jsonl")
+    (row,) = [row for row in fake["rows"] if "samples" in row]
+    assert row["step"] == 1 and len(kept) == 8
+    assert [t["reward"] for t in row["samples"].rows] == [k["reward"] for k in kept[:5]]
+    assert len({t["reward"] for t in row["samples"].rows}) > 1
 
 
 @pytest.mark.parametrize("fail", ["init", "log"])

@@ -12,6 +12,7 @@ whose parent dies ends with everything that it has started.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -181,15 +182,18 @@ def serve(build: Callable[[Mapping[str, Any], Pulse], Mapping[str, Handler]]) ->
             connection.sendall(json.dumps(message, allow_nan=False).encode() + b"\n")
 
     def listen() -> None:
-        with connection.makefile("rb") as lines:
-            for line in lines:
-                requests.put(json.loads(line))
-        os.killpg(0, signal.SIGKILL)  # the parent is gone: so is whatever this process started
+        try:
+            with connection.makefile("rb") as lines:
+                for line in lines:
+                    requests.put(json.loads(line))
+        finally:  # the parent is gone (had it left words unread, by a reset): so is all that this process started
+            os.killpg(0, signal.SIGKILL)
 
     def beat() -> None:
-        while True:
-            send({"beat": pulse.count})
-            time.sleep(BEAT_S)
+        with contextlib.suppress(OSError):  # the parent is gone, which `listen` sees to
+            while True:
+                send({"beat": pulse.count})
+                time.sleep(BEAT_S)
 
     for target in (listen, beat):
         threading.Thread(target=target, daemon=True).start()

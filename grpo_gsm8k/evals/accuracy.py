@@ -28,8 +28,8 @@ class Evaluation:
         accuracy: share of right answers; with several completions a problem, their mean (avg@k).
         ci95: Wilson for one completion a problem; bootstrap over problems for several.
         pass_at_k: k → unbiased pass@k, for the powers of two up to the completions per problem.
-        rows: `id, sample, question, prompt, response, gold, extracted, correct, format_ok, finish_reason,
-            tokens, weights_sha256`.
+        rows: `id, sample, question, prompt, response, answer, gold, extracted, correct, format_ok, finish_reason,
+            tokens, weights_sha256`; `answer` is the reference solution as the data has it.
     """
 
     accuracy: float
@@ -118,8 +118,9 @@ def record(
     return {
         "id": problem.id,
         "question": problem.question,
-        "prompt": renderer.tokenizer.decode(list(prompt.token_ids)),
+        "prompt": renderer.spell(prompt.token_ids),
         "response": completion.text,
+        "answer": problem.answer,
         "gold": problem.gold,
         "extracted": extract(completion.text, grading, tags=renderer.tags),
         "correct": grade(completion.text, problem.gold, grading, tags=renderer.tags),

@@ -101,7 +101,7 @@ class AsyncEvaluator:
         self.dropped = self.lost = 0
         self._jobs: list[_Job] = []  # in order of submission; the first may be running
         self._done: list[tuple[int, Evaluation]] = []
-        self._fault: GrpoError | None = None
+        self._fault: BaseException | None = None
         self._changed = threading.Condition()
         self._running: _Job | None = None
         self._started = self._closed = False
@@ -176,9 +176,15 @@ class AsyncEvaluator:
         try:
             target()
         except GrpoError as fault:
-            with self._changed:
-                self._fault = None if self._closed else fault
-                self._changed.notify_all()
+            self._end(fault)
+        except BaseException as fault:  # a bug: it keeps its traceback here, and whoever waits must not wait on
+            self._end(fault)
+            raise
+
+    def _end(self, fault: BaseException) -> None:
+        with self._changed:
+            self._fault = fault
+            self._changed.notify_all()
 
     def _next(self, wanted: Callable[[_Job], bool]) -> _Job | None:
         """Wait for a job; None when the evaluator is closed."""

@@ -7,13 +7,15 @@ text or from padding which tokens are the response's.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo_gsm8k.datatypes import Problem, Prompt, TokenRow
+from grpo_gsm8k.datatypes import Problem, Prompt, Rendered, Source, TokenRow
 from grpo_gsm8k.errors import ConfigError, DataError
 from grpo_gsm8k.gsm8k.grading import Tags, extract, parse_number
 from grpo_gsm8k.runs.files import read_json, write_json
@@ -125,6 +127,7 @@ class Renderer:
         self.tags = tags or Tags()
         self.style = STYLES[style](self.tags)
         self.end_id = self._end_of_turn()
+        self.special_tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id
 
     def save_pretrained(self, folder: Path) -> None:
@@ -132,8 +135,40 @@ class Renderer:
         self.tokenizer.save_pretrained(folder)
         write_json(folder / PROMPT_FILE, {"prompt_style": self.name, **vars(self.tags)})
 
+    def made_with(self) -> dict[str, str | None]:
+        """What a prompt depends on besides its question: style, tags, and a hash of vocabulary and chat template.
+
+        It explains a difference between two renderings; whether there is one, the ids alone decide.
+        """
+        parts = [sorted(self.tokenizer.get_vocab().items()), self.tokenizer.chat_template]
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return {"prompt_style": self.name, **vars(self.tags), "tokenizer": digest[:16]}
+
     def prompt(self, problem: Problem) -> Prompt:
-        """What the model sees before it answers."""
+        """What the model sees before it answers.
+
+        Raises:
+            DataError: the problem comes with a stored prompt that is not, id for id, what this renderer makes;
+                or its question holds a special token.
+        """
+        prompt, source = self.render(problem), problem.source
+        if (
+            source
+            and (stored := source.rendered)
+            and (stored.token_ids, stored.text) != (prompt.token_ids, self.spell(prompt.token_ids))
+        ):
+            raise DataError(source.path, self._why_not(stored), source.line)
+        return prompt
+
+    def render(self, problem: Problem) -> Prompt:
+        """The prompt of a problem, whatever is stored with it. Raises `DataError` for a special token in its text."""
+        if found := next((token for token in self.special_tokens if token in problem.question), None):
+            what = (
+                f"the question holds {found}, a special token of this model: a prompt that was rendered already would "
+                "be rendered twice; give the bare question, or a set that `grpo-gsm8k prep-eval` made"
+            )
+            source = problem.source or Source(f"problem {problem.id}", None)
+            raise DataError(source.path, what, source.line)
         return Prompt(problem, tuple(self._prompt_ids(self.style.ask(problem.question))))
 
     def example(self, problem: Problem) -> TokenRow:
@@ -173,10 +208,21 @@ class Renderer:
         """Every id that ends a completion: the template's end of turn and the tokenizer's own."""
         return frozenset(i for i in (self.end_id, self.tokenizer.eos_token_id) if i is not None)
 
+    def spell(self, token_ids: Sequence[int]) -> str:
+        """Text for people, special tokens spelled out."""
+        text: str = self.tokenizer.decode(list(token_ids))
+        return text
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text for graders and people; special tokens left out."""
         text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text
+
+    def _why_not(self, stored: Rendered) -> str:
+        then, now = stored.made_with, self.made_with()
+        differ = [f"{key}: {then.get(key)!r} then, {now[key]!r} now" for key in now if then.get(key) != now[key]]
+        why = f"was rendered for another model or style ({'; '.join(differ)})" if differ else "has been changed since"
+        return f"the prompt {why}; run `grpo-gsm8k prep-eval` again"
 
     def _prompt_ids(self, asked: list[Message] | str) -> list[int]:
         if isinstance(asked, list) and self.tokenizer.chat_template:

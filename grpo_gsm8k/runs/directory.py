@@ -60,15 +60,22 @@ class Run:
         append_jsonl(self.path / "metrics.jsonl", row)
         if self._rows is not None:
             self._rows.append(row)
-        if self._wandb is None and wandb_sink.wanted():  # only now is it a run worth a page there
-            name = self.cfg.run_name or f"{self.path.parent.name}-{self.path.name}"
-            self._wandb = wandb_sink.WandbSink(self.cfg.wandb_project, name, self.path, vars(self.cfg))
-        if self._wandb:
-            self._wandb.log(step, metrics)
+        if sink := self._sink():
+            sink.log(step, metrics)
 
     def samples(self, step: int, rows: Iterable[Mapping[str, Any]], folder: str = "samples") -> None:
-        """What was sampled at a step, one row a completion."""
+        """What was sampled at a step, one row a completion; the first of them as a table of W&B, too."""
+        rows = list(rows)
         write_jsonl(self.path / folder / f"step_{step:06d}.jsonl", rows)
+        if sink := self._sink():
+            sink.table(step, "val/samples" if folder == "evals" else folder, rows)
+
+    def _sink(self) -> wandb_sink.WandbSink | None:
+        """W&B, from the first thing that is logged on: only then is it a run worth a page there."""
+        if self._wandb is None and wandb_sink.wanted():
+            name = self.cfg.run_name or f"{self.path.parent.name}-{self.path.name}"
+            self._wandb = wandb_sink.WandbSink(self.cfg.wandb_project, name, self.path, vars(self.cfg))
+        return self._wandb
 
     def rewind(self, step: int) -> None:
         """Forget what was logged beyond `step`: a resumed run says it again, and nothing stands twice."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from grpo_gsm8k.config import ModelConfig
+from grpo_gsm8k.config import ModelConfig, PromptConfig
 from grpo_gsm8k.errors import ConfigError, ModelError
 
 
@@ -35,7 +35,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def load_tokenizer(cfg: ModelConfig) -> Any:
+def load_tokenizer(cfg: PromptConfig) -> Any:
     """The tokenizer of `cfg.model_id`. Raises `ModelError` if there is none."""
     from transformers import AutoTokenizer
 
@@ -86,7 +86,7 @@ def weights_sha256(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def _load(factory: Any, cfg: ModelConfig, **kwargs: Any) -> Any:
+def _load(factory: Any, cfg: PromptConfig, **kwargs: Any) -> Any:
     """`from_pretrained`, with what a user can mend said in one line."""
     from transformers.utils import logging
 
