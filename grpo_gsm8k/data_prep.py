@@ -55,6 +55,7 @@ PINNED_SHA256 = {
 EVAL_N = 512
 SEED = 31415
 FORMAT = 1
+KEYS = ("id", "question", "answer", "gold")  # of a row, in this order
 
 _REMOTE = {"train": "main/train-00000-of-00001.parquet", "test": "main/test-00000-of-00001.parquet"}
 _MEND = "restore it, or delete the folder and run again"
@@ -168,8 +169,7 @@ def write_splits(out_dir: Path, splits: Mapping[str, Sequence[Problem]], provena
     assert set(splits) == set(SPLITS) and all(splits.values()), "train, val and test are needed, none empty"
     ids = [problem.id for problems in splits.values() for problem in problems]
     assert len(set(ids)) == len(ids), "a problem's id occurs twice"
-    keys = ("id", "question", "answer", "gold")
-    rows = {split: [{key: getattr(problem, key) for key in keys} for problem in splits[split]] for split in SPLITS}
+    rows = {split: [{key: getattr(problem, key) for key in KEYS} for problem in splits[split]] for split in SPLITS}
     manifest = Manifest(
         path=out_dir / "manifest.json",
         provenance=json.loads(json.dumps(dict(provenance))),
@@ -431,7 +431,7 @@ def _refuse_foreign(path: Path) -> None:
         _, row = next(iter(read_jsonl(path)))
     except DataError:
         row = {}
-    if list(row) != [field.name for field in dataclasses.fields(Problem)]:
+    if tuple(row) != KEYS:
         raise DataError(path, "was there before and is not of this command; choose another --out_dir")
 
 
