@@ -255,6 +255,7 @@ def test_pipeline_runs_every_stage_on_the_real_questions(gsm8k_dir, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_random_rewards_do_not_get_there(tmp_path):
     """The control: the demo's own recipe, rewarded by a coin, stays where expert iteration left it."""
     flags = {"out_dir": str(tmp_path / "run"), "seed": 0}
