@@ -29,21 +29,22 @@ class FakeTable:
 @pytest.fixture
 def fake(monkeypatch):
     """A wandb that records what it is told, and can be made to fail or to hang."""
-    said = {"rows": [], "axes": {}, "summary": {}, "init": None, "fail": None, "hang": 0.0}
+    said = {"rows": [], "numbers": [], "axes": {}, "summary": {}, "init": None, "fail": None, "hang": 0.0}
 
     class FakeRun:
-        summary = said["summary"]
+        summary, step = said["summary"], 0
 
         def define_metric(self, name, step_metric):
             assert name not in said["axes"]
             said["axes"][name] = step_metric
 
-        def log(self, row):
+        def log(self, row, step):
             time.sleep(said["hang"])
             if said["fail"] == "log":
                 raise FakeError("no more")
             assert all(name in said["axes"] for name in row if name not in said["axes"].values())
             said["rows"].append(row)
+            said["numbers"].append(step)
 
         def finish(self):
             said["finished"] = True
@@ -86,6 +87,7 @@ def test_rows_reach_it_with_their_steps_and_a_resumed_run_keeps_its_id(fake, tin
     first = fake["init"]["id"]
     run(tiny, tmp_path / "run", max_steps=4)
     assert fake["init"]["id"] == first and fake["rows"][-1]["step"] == 4
+    assert fake["numbers"] == sorted(set(fake["numbers"]))  # also without a server to say where the first part ended
 
 
 def test_a_late_evaluation_stands_over_its_own_step(fake, tmp_path):
@@ -102,6 +104,7 @@ def test_a_late_evaluation_stands_over_its_own_step(fake, tmp_path):
     assert [row for row in fake["rows"] if "step" in row] == training
     assert [row for row in fake["rows"] if "step" not in row] == validation
     assert fake["axes"] == {"loss": "step", "val/accuracy": "val/step"}
+    assert fake["numbers"] == sorted(set(fake["numbers"]))  # wandb drops a row whose number is not above the last
 
 
 def test_what_a_resumed_run_says_again_is_there_already(fake, tmp_path):

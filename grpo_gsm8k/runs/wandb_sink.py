@@ -4,8 +4,8 @@ A thread of its own talks to wandb, behind a bounded queue: a slow or absent net
 what wandb raises ends this sink with one line, never the run.
 
 wandb's own step only goes forward and drops what comes late, as an evaluation does that ran beside the training.
-So it is left to count rows, and what belongs on an axis is drawn over one that is logged with it: `val/…` over
-`val/step`, everything else over `step`.
+So it only numbers the rows, and each metric is drawn over an axis that is logged with it: `val/…` over `val/step`,
+everything else over `step`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ COLUMNS = (
     "reward",  # None in a validation
 )
 STEP, VAL_STEP = "step", "val/step"
+ROWS_A_STEP = 4  # metrics and a table over either axis; fixed, so that parts of a run line up that were logged offline
 
 
 def wanted() -> bool:
@@ -105,6 +106,7 @@ class Page:
         """`run` is wandb's; `table` makes one of its tables of rows."""
         self.run, self.table = run, table
         self.known: set[str] = set()
+        self.row = run.step - 1
         # A resumed run says again what came after its checkpoint: the page has it, but perhaps for half of the last.
         self.had = {axis: run.summary.get(axis, 0) for axis in (STEP, VAL_STEP)}
 
@@ -118,4 +120,5 @@ class Page:
                 self.run.define_metric(name, step_metric=axis)
             self.known |= own.keys()
             drawn = {k: self.table(v) if isinstance(v, list) else v for k, v in own.items()}
-            self.run.log({axis: step, **drawn})
+            self.row = max(self.row + 1, ROWS_A_STEP * step)
+            self.run.log({axis: step, **drawn}, step=self.row)
