@@ -5,7 +5,8 @@
     grpo-gsm8k eval --model_id MODEL --engine vllm --tp_size 2                        vLLM, on two GPUs
     python -m grpo_gsm8k.fast_eval_vllm --model_id MODEL --eval_path F --limit 200    the same command
 
-The results file has one row a completion; every row carries the sha256 of the weights that wrote it.
+The results file has one row a completion; every row carries the sha256 of the weights that wrote it. Figures and
+samples go to W&B, too, where it is on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from grpo_gsm8k.datatypes import SamplingParams
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.gsm8k.problems import load_problems
 from grpo_gsm8k.repro import derive_seed
+from grpo_gsm8k.runs import wandb_sink
 from grpo_gsm8k.runs.files import write_json, write_jsonl
 from grpo_gsm8k.workbench import evaluate_model
 
@@ -47,6 +49,11 @@ def run(cfg: EvalConfig, results_path: Path | None = None, title: str = "eval") 
     write_jsonl(results_path, result.rows)
     summary = {**result.summary(), "results_path": str(results_path), "model_id": cfg.model_id}
     write_json(results_path.with_suffix(".json"), summary)
+    if wandb_sink.wanted():
+        page = wandb_sink.WandbSink(cfg.wandb_project, results_path.stem, results_path.with_suffix(".wandb"), vars(cfg))
+        page.log(0, result.metrics())
+        page.table(0, "val/samples", result.rows)
+        page.close()
     return summary
 
 

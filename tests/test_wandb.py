@@ -72,7 +72,7 @@ def fake(monkeypatch):
 
 def run(tiny, out, **more):
     flags = {"model_id": str(tiny.model), "data": str(tiny.data), "out_dir": str(out), "resume": True}
-    return sft.run(stage_config("sft", **{**flags, "max_steps": 3, "batch_size": 8, "eval_every": 0, **more}))
+    return sft.run(stage_config("sft", **{**flags, "max_steps": 3, "batch_size": 8, "eval_every": 1000, **more}))
 
 
 def rows_of(path):
@@ -168,3 +168,15 @@ def test_only_a_key_or_offline_mode_asks_for_it(monkeypatch):
         monkeypatch.setenv("WANDB_MODE", mode)
         monkeypatch.setenv("WANDB_API_KEY", key)
         assert wandb_sink.wanted() is expected
+
+
+def test_eval_has_a_page_of_its_own(fake, tiny, tmp_path, monkeypatch):
+    from grpo_gsm8k import config, fast_eval_vllm
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    where = {"model_id": str(tiny.model), "eval_path": str(tiny.data / "val.jsonl"), "out_dir": str(tmp_path)}
+    flags = {**where, "limit": 3, "max_new_tokens": 4, "prompt_style": "gsm8k", "device": "cpu", "run_name": "mine"}
+    result = fast_eval_vllm.run(config.resolve("eval", flags=flags))
+    assert fake["init"]["name"] == "mine" and fake["init"]["project"] == "grpo-gsm8k" and fake["finished"]
+    logged = {key: value for row in fake["rows"] for key, value in row.items()}
+    assert logged["val/accuracy"] == result["accuracy"] and len(logged["val/samples"].rows) == 3
