@@ -85,10 +85,14 @@ class EngineConfig(ModelConfig):
     max_model_len: int = opt(0, "longest sequence that vLLM plans for; 0 for the model's context", runtime=True)
     engine_patience_s: float = opt(600.0, "seconds without a sign of progress before an engine is lost", runtime=True)
 
+    def __post_init__(self) -> None:
+        if self.vllm_device or self.vllm_devices:  # so that the config says it, and a resumed run is held to it
+            object.__setattr__(self, "engine", "vllm")
+
     @property
     def uses_vllm(self) -> bool:
         """Whether vLLM samples."""
-        return self.engine == "vllm" or bool(self.vllm_device or self.vllm_devices)
+        return self.engine == "vllm"
 
 
 @dataclass(frozen=True)
