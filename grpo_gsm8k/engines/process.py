@@ -100,6 +100,7 @@ class Engine:
         self._start = {"cfg": fields, "style": renderer.name, "tags": vars(renderer.tags), "naps": False, **start}
         self.name = f"{'vllm' if cfg.uses_vllm else 'hf'} engine on {','.join(devices)}"
         self._environment, self._log, self._module = environment_of(devices), log, module
+        self.naps = bool(self._start["naps"])
         self.patience_s = cfg.engine_patience_s
         self._child: Child | None = None
         self._shut = False
@@ -194,6 +195,8 @@ class ProcessSampler:
             DiskError: there is no room for the weights anywhere.
         """
         held, pending = list(tensors), self.engines
+        if any(engine.naps for engine in self.engines):
+            torch.cuda.empty_cache()  # what training let go of, for the engine that wakes on the same GPU
         for _ in range(2):
             given = self.outbox.put(version, held)
             refusals = list(self._pool.map(Engine.load, pending, [given] * len(pending)))

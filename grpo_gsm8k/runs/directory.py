@@ -38,9 +38,10 @@ from grpo_gsm8k.runs.files import (
 from grpo_gsm8k.runs.progress import talk
 
 RUNS = Path("artifacts/runs")
-OWN = frozenset({".lock", "sys", "command.txt", "code.diff", "data.json", "config.toml"})
-OWN |= {"handover", "engine.log", "evaluator.log"}  # of engines that failed before it; what they said was printed
-"""What a run directory holds before its first step."""
+OWN = frozenset(
+    {".lock", "sys", "command.txt", "code.diff", "data.json", "config.toml", "handover", "engine.log", "evaluator.log"}
+)
+"""What a run directory holds before its first step; the logs are of engines whose last words have been printed."""
 
 
 class Run:
