@@ -38,7 +38,6 @@ from grpo_gsm8k.trainer.policy import (
     weights_sha256,
 )
 
-PROBLEM_TEXT = ("id", "question", "answer", "gold")
 ENGINE_CHUNK = 1024  # prompts at once: an engine schedules them itself, and each chunk ends with a slow tail
 
 
@@ -213,13 +212,16 @@ def async_evaluator(bench: Bench, model: Any, stage: str) -> AsyncEvaluator:
         row,
         log=bench.run.path / "evaluator.log",
         module="grpo_gsm8k.evals.worker",
-        prompts=[
-            {"problem": {key: getattr(p.problem, key) for key in PROBLEM_TEXT}, "token_ids": p.token_ids}
-            for p in bench.val
-        ],
+        prompts=prompt_rows(bench.val),
         params=vars(validation_params(bench)),
     )
     return AsyncEvaluator(engine, bench.run.path / "evals" / "pending", cfg.eval_backlog)
+
+
+def prompt_rows(prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    """Prompts for an evaluating process."""
+    text = ("id", "question", "answer", "gold")
+    return [{"problem": {key: getattr(p.problem, key) for key in text}, "token_ids": p.token_ids} for p in prompts]
 
 
 def inline_evaluator(bench: Bench) -> InlineEvaluator:

@@ -28,9 +28,22 @@ def build(start, pulse):
     def die():
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def refusal(version, path, sha256):
+        """Why a real engine would not take the file; only looked at where the test asks for it."""
+        if not start.get("check"):
+            return None
+        from grpo_gsm8k.engines import handover
+
+        try:
+            handover.read(handover.Handover(Path(path), version, sha256))
+        except handover.HandoverError as fault:
+            return {"refused": str(fault)}
+
     def load_weights(version, path, sha256):
         if faulty("die_in_load"):
             die()
+        if refused := refusal(version, path, sha256):
+            return refused
         held["version"] = version
         return {"version": version, "sha256": sha256}
 
@@ -70,13 +83,8 @@ def build(start, pulse):
         while not gate.exists():
             time.sleep(0.02)
             pulse()
-        if start.get("check"):
-            from grpo_gsm8k.engines import handover
-
-            try:
-                handover.read(handover.Handover(Path(path), version, sha256))
-            except handover.HandoverError as fault:
-                return {"refused": str(fault)}
+        if refused := refusal(version, path, sha256):
+            return refused
         claimed = "0" * 64 if faulty("other_weights") else sha256
         row = {"id": "p1", "correct": True, "gold": "1", "weights_sha256": claimed}
         evaluation = {

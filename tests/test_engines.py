@@ -173,6 +173,25 @@ def test_a_lost_engine_is_started_again_with_its_weights(fake, fault):
     assert sampler.restarts == 1
 
 
+@pytest.mark.parametrize("when", ["before new weights come", "before it samples again"])
+def test_an_engine_that_is_lost_between_calls_holds_the_newest_weights_again(fake, when):
+    sampler = fake(check=True)
+    sampler.load_weights(1, WEIGHTS)
+
+    def kill():
+        child = sampler.engines[0]._child.process
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+
+    if when == "before new weights come":
+        kill()
+    sampler.load_weights(2, [("w", torch.zeros(3))])
+    if when == "before it samples again":
+        kill()
+    assert {c.policy_version for g in sampler.sample(PROMPTS, PARAMS) for c in g} == {2}
+    assert sampler.restarts == 1
+
+
 @pytest.mark.parametrize("fault", ["die_in_sample", "fewer_groups"])
 def test_an_engine_that_fails_again_and_again_stops_the_run(fake, fault):
     sampler = fake(fault, always=True)

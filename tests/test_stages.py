@@ -11,6 +11,7 @@ from scipy.stats import binomtest, norm
 
 from grpo_gsm8k import config, ei, fast_eval_vllm, pipeline, sft
 from grpo_gsm8k.datatypes import Completion, Problem, Prompt, SamplingParams
+from grpo_gsm8k.engines import process
 from grpo_gsm8k.errors import ConfigError, DataError, RunDirError, UserError
 from grpo_gsm8k.evals.accuracy import evaluate
 from grpo_gsm8k.evals.stats import bootstrap_mean, compare, pass_at_k, wilson
@@ -192,14 +193,15 @@ def test_compare_is_exact_mcnemar_and_refuses_other_problems():
     assert compare(a, a).p_value == 1.0
 
 
-def test_eval_command_on_prep_eval_rows(tiny, tmp_path):
+def test_eval_command_on_prep_eval_rows(tiny, tmp_path, monkeypatch):
     path = tmp_path / "set.jsonl"
     path.write_text('{"prompt": "1+1?", "gold": "2", "gold_num": 2}\n')
     flags = {"model_id": str(tiny.model), "eval_path": str(path), "out_dir": str(tmp_path), "samples": 2}
     cfg = config.resolve("eval", flags={**flags, "temperature": 1.0, "prompt_style": "gsm8k", "max_new_tokens": 4})
     result = fast_eval_vllm.run(cfg)
     assert result["n"] == 1 and len(rows_of(tmp_path / result["results_path"])) == 2
-    with pytest.raises(ConfigError, match="engine"):
+    monkeypatch.setattr(process, "_installed", lambda name: False)
+    with pytest.raises(ConfigError, match="vLLM is not installed"):
         fast_eval_vllm.run(config.resolve("eval", flags={**flags, "engine": "vllm", "temperature": 1.0}))
 
 

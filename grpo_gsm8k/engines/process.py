@@ -133,6 +133,7 @@ class Engine:
 
     def load(self, handover: Handover) -> str:
         """Hand weights over; "" when they are in, else why the engine refused the file."""
+        self.held = None  # their file is gone, and an engine that is started anew needs but the new ones
         answer = self.ask("load_weights", dict, **handover.as_json())
         if "refused" not in answer:
             self.held = handover
