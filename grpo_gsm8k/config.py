@@ -83,6 +83,11 @@ class EngineConfig(ModelConfig):
     tp_size: int = opt(1, "GPUs of one vLLM engine (tensor parallel), counted on from its device", runtime=True)
     gpu_mem_util: float = opt(0.9, "share of a GPU's memory that vLLM may take", runtime=True)
     max_model_len: int = opt(0, "longest sequence that vLLM plans for; 0 for the model's context", runtime=True)
+    weight_transfer: Literal["file", "nccl", "ipc"] = opt(
+        "file",
+        "how weights reach vLLM: a file in shared memory; or its own transfer, GPU to GPU (nccl) or on one GPU (ipc)",
+        runtime=True,
+    )
     engine_patience_s: float = opt(600.0, "seconds without a sign of progress before an engine is lost", runtime=True)
 
     def __post_init__(self) -> None:

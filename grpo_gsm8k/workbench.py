@@ -6,7 +6,7 @@ The stages' `train` functions receive these; a test hands them toys instead.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +188,25 @@ def open_sampler(
     engines = [
         Engine(cfg, renderer, row, log=log, naps=learner != "cpu" and learner in row and not overlaps) for row in rows
     ]
-    sampler = ProcessSampler(engines, folder / "handover")
+    connect = None
+    if cfg.weight_transfer != "file":
+        if len(engines) > 1 or learner == "cpu":
+            raise ConfigError("--weight_transfer nccl and ipc go from one GPU to one engine; several take files")
+        from grpo_gsm8k.engines.vllm import NativeTransfer
+
+        kind, workers = cfg.weight_transfer, cfg.tp_size
+
+        def connect(engine: Engine) -> Callable[[], None]:
+            with torch.cuda.device(learner):
+                transfer = NativeTransfer(kind, model, workers, lambda op, **fields: engine.ask(op, dict, **fields))
+
+            def send() -> None:
+                with torch.cuda.device(learner):
+                    transfer.send()
+
+            return send
+
+    sampler = ProcessSampler(engines, folder / "handover", connect)
     try:
         yield sampler
     finally:

@@ -102,7 +102,16 @@ def build(start, pulse):
         }
         return {"version": version, "sha256": claimed, "evaluation": evaluation}
 
-    return {"load_weights": load_weights, "sample": sample, "judge": judge}
+    def transfer(method, payload=None):
+        if faulty("die_in_transfer"):
+            die()
+        return {}
+
+    def hold(version):
+        held["version"] = version
+        return {}
+
+    return {"transfer": transfer, "hold": hold, "load_weights": load_weights, "sample": sample, "judge": judge}
 
 
 if __name__ == "__main__":

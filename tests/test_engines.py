@@ -332,6 +332,55 @@ def test_only_what_dead_processes_left_is_swept(tmp_path, monkeypatch):
     alive.close()
 
 
+# ------------------------------------------------------------------------------------------ vLLM's own transfer
+
+
+@pytest.fixture
+def direct(fake):
+    """A sampler whose weights go past the file system, by way of `send`."""
+
+    def make(send, fault="", patience=20.0):
+        sampler, calls = fake(fault, patience=patience), []
+
+        def connect(engine):
+            calls.append("connect")
+            engine.ask("transfer", dict, method="init_weight_transfer_engine", payload={"rank_offset": 1})
+            return lambda: (calls.append("send"), send(engine))
+
+        sampler._connect = connect
+        return sampler, calls
+
+    return make
+
+
+def test_weights_may_go_past_the_file_system(direct):
+    sampler, calls = direct(lambda engine: engine.ask("transfer", dict, method="update_weights"))
+    for version in (1, 2):
+        sampler.load_weights(version, WEIGHTS)
+        assert {c.policy_version for g in sampler.sample(PROMPTS, PARAMS) for c in g} == {version}
+    assert calls == ["connect", "send", "send"] and sampler.outbox.newest is None
+
+
+def test_a_transfer_that_never_ends_stops_the_run(direct):
+    sampler, _ = direct(lambda engine: time.sleep(60), patience=1.0)
+    with pytest.raises(EngineError, match="no weights arrived for 1 s"):
+        sampler.load_weights(1, WEIGHTS)
+
+
+def test_an_engine_that_dies_in_a_transfer_or_after_it_stops_the_run(direct):
+    sampler, _ = direct(lambda engine: engine.ask("transfer", dict, method="update_weights"), "die_in_transfer")
+    sampler.engines[0].irreplaceable = True  # it dies when both ends meet, and is not started again for that
+    with pytest.raises(EngineError, match="weight transfer failed"):
+        sampler.load_weights(1, WEIGHTS)
+
+
+def test_weights_that_came_directly_are_lost_with_their_engine(direct):
+    sampler, _ = direct(lambda engine: None, "die_in_sample")
+    sampler.load_weights(1, WEIGHTS)
+    with pytest.raises(EngineError, match="its weights with it; resume"):
+        sampler.sample(PROMPTS, PARAMS)
+
+
 # -------------------------------------------------------------------------------------------------- devices
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -104,6 +105,7 @@ class Engine:
         self.patience_s = cfg.engine_patience_s
         self._child: Child | None = None
         self._shut = False
+        self.irreplaceable = False  # it holds weights that nobody can hand over again
         self.held: Handover | None = None
         self.restarts, self.busy_s = 0, 0.0
 
@@ -125,6 +127,10 @@ class Engine:
                     self._end()
                     if self._shut:
                         raise EngineError(f"{self.name} was closed") from None
+                    if self.irreplaceable:
+                        raise EngineError(
+                            f"{self.name} {fault}, and its weights with it; resume with --resume"
+                        ) from None
                     self.restarts, last = self.restarts + 1, fault
                     talk(f"{fault.words}\n{self.name} {fault}; starting it again".strip())
             raise EngineError(f"{self.name} failed {ATTEMPTS} times in a row: it {last}")
@@ -168,15 +174,19 @@ class Engine:
 class ProcessSampler:
     """Implements `datatypes.Sampler` with one engine or several, each in a process of its own."""
 
-    def __init__(self, engines: Sequence[Engine], scratch: Path) -> None:
-        """`scratch` takes the weights where shared memory has no room for them."""
+    def __init__(
+        self, engines: Sequence[Engine], scratch: Path, connect: Callable[[Engine], Callable[[], None]] | None = None
+    ) -> None:
+        """
+        Args:
+            scratch: takes the weights where shared memory has no room for them.
+            connect: for weights that go another way than by file: meets the engine, and returns what sends them.
+        """
         self.engines, self.outbox = list(engines), Outbox(scratch)
+        self.version = -1  # of the weights that are being sampled from
         self._pool = ThreadPoolExecutor(len(self.engines))
-
-    @property
-    def version(self) -> int:
-        """Of the weights that are being sampled from; -1 before the first hand-over."""
-        return self.outbox.newest.version if self.outbox.newest else -1
+        self._connect = connect
+        self._send: Callable[[], None] | None = None
 
     @property
     def busy_s(self) -> float:
@@ -198,6 +208,10 @@ class ProcessSampler:
         held, pending = list(tensors), self.engines
         if any(engine.naps for engine in self.engines):
             torch.cuda.empty_cache()  # what training let go of, for the engine that wakes on the same GPU
+        self.version = version
+        if self._connect:
+            self._transfer(self.engines[0], version)
+            return
         for _ in range(2):
             given = self.outbox.put(version, held)
             refusals = list(self._pool.map(Engine.load, pending, [given] * len(pending)))
@@ -214,6 +228,32 @@ class ProcessSampler:
         engines = self.engines[: len(parts)]
         drawn = self._pool.map(self._ask, engines, parts, [params] * len(parts))
         return [group for part in drawn for group in part]
+
+    def _transfer(self, engine: Engine, version: int) -> None:
+        """Send weights past the file system, under a deadline: a lost end would leave the other waiting for ever."""
+        connect, faults = self._connect, list[BaseException]()
+        assert connect is not None
+
+        def work() -> None:
+            try:
+                send = self._send = self._send or connect(engine)
+                engine.irreplaceable = True
+                send()
+                engine.ask("hold", dict, version=version)
+            except BaseException as fault:
+                faults.append(fault)
+                raise
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(engine.patience_s)
+        if thread.is_alive():
+            engine.close()
+            raise EngineError(
+                f"{engine.name}: no weights arrived for {engine.patience_s:.0f} s; the checkpoints are good"
+            )
+        if faults:
+            raise EngineError(f"{engine.name}: weight transfer failed: {faults[0]}") from faults[0]
 
     def close(self) -> None:
         """End the engines and remove the weights that were handed over."""

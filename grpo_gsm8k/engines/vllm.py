@@ -10,8 +10,10 @@ only have come through a hand-over, and one that did not arrive shows in the fir
 
 from __future__ import annotations
 
+import base64
 import os
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,9 @@ class VLLMSampler:
         """
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        native = {"weight_transfer_config": {"backend": cfg.weight_transfer}} if cfg.weight_transfer != "file" else {}
+        if cfg.weight_transfer == "ipc":
+            os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # its handles are pickled, by our own parent
         if cfg.deterministic and cfg.device != "cpu":
             os.environ["VLLM_BATCH_INVARIANT"] = "1"
         from vllm import LLM
@@ -71,6 +76,7 @@ class VLLMSampler:
                 logprobs_mode="processed_logprobs",
                 generation_config="vllm",  # no sampling defaults from the model's folder
                 worker_extension_cls=f"{__name__}.Weights",
+                **native,
             )
         except ValueError as fault:  # vLLM's own word for a model or a setting that it does not take
             raise ModelError(f"vLLM cannot run {cfg.model_id}: {' '.join(str(fault).split())[:500]}") from None
@@ -84,6 +90,15 @@ class VLLMSampler:
         """Replace the weights by those of a safetensors file, and forget what was cached under the old ones."""
         self._wake()
         self.llm.collective_rpc("replace_weights", args=(str(path),))
+        self.hold(version)
+
+    def transfer(self, method: str, payload: Any = None) -> None:
+        """One call of vLLM's own weight transfer, whose other end is `NativeTransfer`."""
+        self._wake()
+        self.llm.collective_rpc(method, args=() if payload is None else (payload,))
+
+    def hold(self, version: int) -> None:
+        """New weights are in: nothing that was computed with the old ones may be used."""
         if not self.llm.reset_prefix_cache():  # vLLM does not do it by itself
             raise EngineError("vLLM kept its prefix cache of the old weights")
         self.version = version
@@ -143,6 +158,64 @@ class VLLMSampler:
         if self.naps:
             self.llm.sleep(level=1)
             self._asleep = True
+
+
+class NativeTransfer:
+    """The learner's end of vLLM's own weight transfer: GPU to GPU, without a file (vllm.distributed.weight_transfer).
+
+    It is a collective: an engine that dies in it leaves the other end waiting, so `ProcessSampler` runs it under a
+    deadline. The probe proves what arrived, as for files; there is no hash of it. Not run on GPUs yet.
+    """
+
+    def __init__(self, kind: str, model: Any, workers: int, call: Callable[..., Any]) -> None:
+        """Connect to an engine.
+
+        Args:
+            kind: "nccl" or "ipc".
+            model: the learner's; its parameters are what is sent.
+            workers: the engine's ranks.
+            call: `call("transfer", method=…, payload=…)` reaches `VLLMSampler.transfer`.
+        """
+        from vllm.distributed.weight_transfer.base import ModuleSource
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+        from vllm.utils.network_utils import get_open_port
+
+        self._call = call
+        info = (
+            NCCLTrainerInitInfo(rank=0, master_address="127.0.0.1", master_port=get_open_port(), world_size=1 + workers)
+            if kind == "nccl"
+            else IPCTrainerInitInfo(rank=0, packed=True)
+        )
+        self._trainer = WeightTransferTrainerFactory.trainer_init(info, client=self, source=ModuleSource(model))
+
+    def send(self) -> None:
+        """All weights, once."""
+        self._trainer.send_weights()
+
+    # What vLLM's trainer end asks of its client:
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Both ends meet."""
+        self._call("transfer", method="init_weight_transfer_engine", payload=init_info)
+
+    def start_weight_update(self) -> None:
+        """The engine expects weights."""
+        self._call("transfer", method="start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """The engine receives, while the trainer sends."""
+        if handles := update_info.pop("ipc_handles", None):  # tuples, which JSON does not know
+            update_info["ipc_handles_pickled"] = base64.b64encode(pickle.dumps(handles)).decode()
+        self._call("transfer", method="update_weights", payload=update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """The engine makes them its own."""
+        self._call("transfer", method="finish_weight_update")
+
+    def shutdown_weight_transfer_engine(self) -> None:
+        """The engine ends with its process."""
 
 
 class Weights:

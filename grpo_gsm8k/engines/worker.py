@@ -62,7 +62,15 @@ def build(start: Mapping[str, Any], pulse: Pulse) -> dict[str, Handler]:
     def load_weights(version: int, path: str, sha256: str) -> dict[str, Any]:
         return take_weights(sampler, version, path, sha256)
 
-    return {"sample": sample, "load_weights": load_weights}
+    def transfer(method: str, payload: Any = None) -> dict[str, Any]:
+        sampler.transfer(method, payload)  # type: ignore[attr-defined]  # asked of vLLM alone
+        return {}
+
+    def hold(version: int) -> dict[str, Any]:
+        sampler.hold(version)  # type: ignore[attr-defined]
+        return {}
+
+    return {"sample": sample, "load_weights": load_weights, "transfer": transfer, "hold": hold}
 
 
 def renderer_of(cfg: EngineConfig, start: Mapping[str, Any]) -> Renderer:
