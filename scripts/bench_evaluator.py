@@ -1,15 +1,17 @@
 """What an evaluator ten times slower than a step costs SFT: its step rate beside one, and without.
 
     uv run python scripts/bench_evaluator.py --json
-    uv run python scripts/bench_evaluator.py --size large --really --rounds 7
+    uv run python scripts/bench_evaluator.py --size large --really
 
 with      `eval_mode async`: an evaluation every `--every` steps, each as long as `--slower` steps, so that the
           evaluator falls further behind from the first one on.
-without   the same steps; nothing is evaluated before the last, which is not timed.
+without   the same training from the same weights on the same rows; nothing is evaluated.
 
-Both are whole trainings from the same weights on the same rows, one after the other in this process, in the order
-with, without, without, with, … so that what else the machine does hits both. What is reported is the median of the
-ratios of neighbours, and all of them. The evaluator's start (once a run) is not timed.
+The two take turns in this process, block by block (with, without, without, with, …), so that what else the machine
+does hits both: with `--every` 4, eight steps pass for each evaluation that takes ten. A block begins with the step that
+submits, so what a submission starts is over before the block is. Reported are the ratios of the rates of neighbouring
+blocks, their median and quartiles, and as a measure of the noise the same of blocks without, each against the one
+before it. The start of the evaluating process (once a run) is not timed.
 
 By default the evaluator reads the weights, checks their hash, and sleeps. That is the stand-in for an evaluator on
 a device of its own: where there is none, its arithmetic takes cores from training, whoever waits for whom, and the
@@ -23,10 +25,11 @@ import dataclasses
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,7 @@ os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", TOKENIZERS_PARALLEL
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch  # noqa: E402
+from scipy.stats import binom  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from grpo_gsm8k import config, sft  # noqa: E402
@@ -49,36 +53,19 @@ from grpo_gsm8k.gsm8k.toy import make_problems  # noqa: E402
 from grpo_gsm8k.trainer.tiny_model import make_tiny_model  # noqa: E402
 from grpo_gsm8k.workbench import Bench, open_bench, prompt_rows, validation_params  # noqa: E402
 
-WARM_UP = 5  # steps at the start of a training that are not timed
-
 
 @dataclass(frozen=True)
 class Size:
-    """A model, and a training of it."""
+    """A model, and how it is trained."""
 
     hidden_size: int
     layers: int
     heads: int
     vocabulary: int
     batch_size: int
-    steps: int
 
 
-SIZES = {"tiny": Size(128, 2, 4, 0, 16, 155), "large": Size(512, 8, 8, 32_000, 4, 45)}
-
-
-@dataclass
-class Timing:
-    """One training: when each step was logged, and how long each submission kept it waiting."""
-
-    stamps: list[float] = field(default_factory=list)
-    submissions: list[float] = field(default_factory=list)
-
-    @property
-    def rate(self) -> float:
-        """Steps a second, without the warm-up and the last."""
-        timed = self.stamps[WARM_UP:-1]
-        return (len(timed) - 1) / (timed[-1] - timed[0])
+SIZES = {"tiny": Size(128, 2, 4, 0, 16), "large": Size(512, 8, 8, 32_000, 4)}
 
 
 def make_inputs(folder: Path, size: Size) -> None:
@@ -94,33 +81,35 @@ def make_inputs(folder: Path, size: Size) -> None:
         model.save_pretrained(folder / "model")
 
 
-def train(folder: Path, size: Size, every: int, seconds: float, really: bool) -> Timing:
-    """`size.steps` updates with an evaluation every `every` of them that takes `seconds`; 0 for none."""
+class Training:
+    """`sft.train`, a block at a time."""
+
+    def __init__(self, bench: Bench, folder: Path) -> None:
+        self.bench, self.step, self.submissions = bench, 0, list[float]()
+        self.rows = [bench.renderer.example(problem) for problem in load_split(folder / "data", "train")]
+
+    def block(self, steps: int) -> float:
+        """Steps a second of so many updates, each with what validates and logs it."""
+        cfg, began = self.bench.run.cfg, time.perf_counter()
+        for _ in range(steps):
+            self.step += 1
+            metrics = sft.fit_step(cfg, self.bench, self.rows, self.step, 1e-4, seed=0)
+            validating = time.perf_counter()
+            metrics |= self.bench.validate(self.step, total=0)
+            if self.bench.due(self.step, 0):
+                self.submissions.append(time.perf_counter() - validating)
+            self.bench.run.log(self.step, metrics)
+        return steps / (time.perf_counter() - began)
+
+
+@contextmanager
+def open_training(folder: Path, size: Size, every: int) -> Iterator[Training]:
+    """A training with an evaluation every so many steps; 0 for none."""
     flags = {"model_id": str(folder / "model"), "data": str(folder / "data"), "device": "cpu", "dtype": "float32"}
     flags |= {"prompt_style": "gsm8k", "max_new_tokens": 96, "eval_examples": 16, "max_tokens_per_microbatch": 1500}
-    flags |= {"epochs": 10, "batch_size": size.batch_size, "max_steps": size.steps, "save_every": 10**6}
-    flags |= {"eval_mode": "async", "eval_every": every or 10**6, "out_dir": tempfile.mkdtemp(dir=folder)}
-    cfg: SftConfig = config.build(SftConfig, flags)
-    timing = Timing()
-    with open_bench(cfg, "sft", {}) as bench:
-        evaluator = bench.evaluator = slow_evaluator(bench, seconds, really)
-        log, submit = bench.run.log, evaluator.submit
-
-        def stamped(step: int, metrics: dict[str, float]) -> None:
-            log(step, metrics)
-            timing.stamps.append(time.perf_counter())
-
-        def timed(step: int, weights: Any) -> None:
-            began = time.perf_counter()
-            submit(step, weights)
-            timing.submissions.append(time.perf_counter() - began)
-
-        bench.run.log, evaluator.submit = stamped, timed  # type: ignore[method-assign]
-        if every:
-            evaluator.engine.ask("ready", dict)
-        sft.train(cfg, bench, [bench.renderer.example(p) for p in load_split(folder / "data", "train")])
-        evaluator.close()
-    return timing
+    flags |= {"batch_size": size.batch_size, "out_dir": tempfile.mkdtemp(dir=folder)}
+    with open_bench(config.build(SftConfig, {**flags, "eval_mode": "async", "eval_every": every}), "sft", {}) as bench:
+        yield Training(bench, folder)
 
 
 def slow_evaluator(bench: Bench, seconds: float, really: bool) -> AsyncEvaluator:
@@ -139,49 +128,68 @@ def slow_evaluator(bench: Bench, seconds: float, really: bool) -> AsyncEvaluator
     return AsyncEvaluator(engine, bench.run.path / "evals" / "pending")
 
 
-def bench(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """The two kinds of training in turn, and what one costs against the other."""
-    size = SIZES[args.size]
+def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Let the two kinds of training take turns, and compare."""
+    size, steps = SIZES[args.size], args.cycles * args.every
     make_inputs(folder, size)
-    step = 1 / train(folder, size, 0, 0.0, False).rate
-    kinds = [kind for i in range(args.rounds) for kind in ((True, False) if i % 2 == 0 else (False, True))]
-    done: list[tuple[bool, Timing]] = []
-    for kind in kinds:
-        done.append((kind, train(folder, size, args.every if kind else 0, args.slower * step, args.really)))
-        print(f"{'with' if kind else 'without'}: {done[-1][1].rate:.3f} steps/s", file=sys.stderr)
-    rates = {kind: [timing.rate for k, timing in done if k is kind] for kind in (True, False)}
-    ratios = [with_it / without for with_it, without in zip(rates[True], rates[False], strict=True)]
-    same = [b / a for a, b in pairwise(rates[False])]
-    waits = [seconds for kind, timing in done if kind for seconds in timing.submissions]
-    weights = AutoModelForCausalLM.from_pretrained(folder / "model").num_parameters()
+    with open_training(folder, size, args.every) as beside, open_training(folder, size, 0) as alone:
+        evaluation = args.slower / statistics.median(alone.block(args.every - 1) for _ in range(5))
+        beside.bench.evaluator = evaluator = slow_evaluator(beside.bench, evaluation, args.really)
+        with closing(evaluator):
+            evaluator.engine.ask("ready", dict)
+            beside.block(args.every - 1)  # from here on a block begins with a submission
+            rates: dict[str, list[float]] = {"with": [], "without": []}
+            for number in range(args.pairs):
+                for kind in ("with", "without") if number % 2 == 0 else ("without", "with"):
+                    rates[kind].append((beside if kind == "with" else alone).block(steps))
+            waiting = evaluator.metrics()["eval/waiting"]
+        weights = sum(tensor.numel() for _, tensor in beside.bench.learner.weights())
+    ratios = [a / b for a, b in zip(rates["with"], rates["without"], strict=True)]
+    submit, step = statistics.median(beside.submissions), 1 / statistics.median(rates["without"])
     return {
         "size": args.size,
         "parameters": weights,
         "evaluator": "evaluates, then sleeps" if args.really else "reads, then sleeps",
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
-        "evaluation_s": args.slower * step,
-        "evaluation_steps": args.slower,
+        "evaluation_s": evaluation,
         "every": args.every,
-        "timed_steps": size.steps - WARM_UP - 2,
-        "with": rates[True],
-        "without": rates[False],
-        "ratios": ratios,
-        "ratios_of_neighbours_without": same,
-        "median_with": statistics.median(rates[True]),
-        "median_without": statistics.median(rates[False]),
-        "median_ratio": statistics.median(ratios),
+        "steps_per_block": steps,
+        "pairs": args.pairs,
+        "evaluations_submitted": len(beside.submissions),
+        "evaluations_waiting_at_the_end": int(waiting),
+        "steps_per_s_with": statistics.median(rates["with"]),
+        "steps_per_s_without": statistics.median(rates["without"]),
+        "ratio": spread(ratios),
+        "noise": spread([b / a for a, b in pairwise(rates["without"])]),
         "lost_percent": 100 * (1 - statistics.median(ratios)),
-        "submit_s": statistics.median(waits),
-        "submit_percent_of_the_steps_between": 100 * statistics.median(waits) / (args.every * step),
+        "submit_s": submit,
+        "submit_percent": 100 * submit / (args.every * step),
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, quartiles and extremes, and a 95 % interval of the median (distribution-free, by order statistics)."""
+    ordered, n = sorted(values), len(values)
+    rank = int(binom.ppf(0.025, n, 0.5))  # as many values at least lie below the median, but for 2.5 %
+    low, _, high = statistics.quantiles(ordered, n=4)
+    return {
+        "median": statistics.median(ordered),
+        "median_low": ordered[max(rank - 1, 0)],
+        "median_high": ordered[min(n - rank, n - 1)],
+        "quartile_low": low,
+        "quartile_high": high,
+        "min": ordered[0],
+        "max": ordered[-1],
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="tiny")
-    parser.add_argument("--rounds", type=int, default=5, help="trainings of each kind")
-    parser.add_argument("--every", type=int, default=5, help="steps between evaluations")
+    parser.add_argument("--pairs", type=int, default=30, help="blocks of each kind")
+    parser.add_argument("--cycles", type=int, default=3, help="evaluations asked for in a block")
+    parser.add_argument("--every", type=int, default=4, help="steps of one training between evaluations")
     parser.add_argument("--slower", type=float, default=10.0, help="steps that an evaluation takes")
     parser.add_argument("--really", action="store_true", help="evaluate before sleeping")
     parser.add_argument("--threads", type=int, default=0, help="of training; 0 for torch's choice")
@@ -190,7 +198,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        result = bench(Path(folder), args)
+        result = measure(Path(folder), args)
     if args.json:
         print(json.dumps(result))
         return
