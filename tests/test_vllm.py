@@ -122,17 +122,12 @@ def same_ids(a, b) -> float:
     return statistics.fmean([c.token_ids for c in x] == [c.token_ids for c in y] for x, y in zip(a, b, strict=True))
 
 
-@pytest.fixture(scope="module")
-def optimizer_step(trained, renderer):
+def optimizer_step(learner, trained, renderer, number: int) -> None:
     """One update on worked solutions, large enough to be seen: the embeddings, and with them the tied head, move."""
-    problems = load_split(trained.data, "train")[: 32 * 11]
-
-    def step(learner, number: int) -> None:
-        rows = [renderer.example(problem) for problem in problems[32 * number : 32 * (number + 1)]]
-        learner.forward_backward(make_batch(rows, renderer.pad_id), Objective("cross_entropy"))
-        learner.step(1e-3)
-
-    return step
+    problems = load_split(trained.data, "train")[32 * number : 32 * (number + 1)]
+    batch = make_batch([renderer.example(problem) for problem in problems], renderer.pad_id)
+    learner.forward_backward(batch, Objective("cross_entropy"))
+    learner.step(1e-3)
 
 
 # ---------------------------------------------------------------------------------- the same ids, the same numbers
@@ -223,13 +218,13 @@ def test_answers_end_at_stop_strings_at_any_end_id_and_at_the_limit(recited, tmp
 # ------------------------------------------------------------------------------------- weights that are handed over
 
 
-def test_after_each_of_ten_updates_the_sampler_is_the_trainers_equal(vllm, learner, optimizer_step, renderer, prompts):
+def test_after_each_of_ten_updates_the_sampler_is_the_trainers_equal(vllm, learner, trained, renderer, prompts):
     """Tied embeddings, real steps: greedy ids, log-probabilities and the probe, each to the bound of one hand-over."""
     greedy, drawing = SamplingParams(1, 96, temperature=0.0), SamplingParams(1, 96, temperature=1.0, seed=11)
     assert learner.model.config.tie_word_embeddings
     for version in range(1, 11):
         before = frozen(learner)
-        optimizer_step(learner, version)
+        optimizer_step(learner, trained, renderer, version)
         vllm.load_weights(version, learner.weights())
         probed = probe(vllm, learner, prompts[:8], renderer.pad_id, version, TOLERANCE["float32"])
         theirs, drawn = vllm.sample(prompts, greedy), vllm.sample(prompts, drawing)
@@ -269,7 +264,7 @@ def test_the_probe_fires_when_the_tied_head_keeps_old_weights(broken_sampler, vl
 
 
 def test_the_probe_fires_when_the_prefix_cache_keeps_old_weights(
-    broken_sampler, vllm, learner, optimizer_step, renderer, prompts
+    broken_sampler, vllm, learner, trained, renderer, prompts
 ):
     """Prompts that fill a block of the cache (128 tokens on a CPU): a shorter one is never cached there."""
     problems = [prompt.problem for prompt in prompts]
@@ -281,7 +276,7 @@ def test_the_probe_fires_when_the_prefix_cache_keeps_old_weights(
         sampler.load_weights(0, learner.weights())
         probe(sampler, learner, long, renderer.pad_id, 0, TOLERANCE["float32"])
     for number in range(3):
-        optimizer_step(learner, number)
+        optimizer_step(learner, trained, renderer, number)
     for sampler in (vllm, stale):
         sampler.load_weights(1, learner.weights())
     probe(vllm, learner, long, renderer.pad_id, 1, TOLERANCE["float32"])
