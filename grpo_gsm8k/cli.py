@@ -177,6 +177,19 @@ def validate(
 
 
 @app.command()
+def merge(
+    model_id: Annotated[str, typer.Option(help="folder of a LoRA adapter, such as a checkpoint")],
+    out_dir: Annotated[Path, typer.Option(help="where the model goes; must not exist")],
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16; auto: bfloat16 on a GPU")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """A LoRA adapter and its base as one model, for whatever cannot load adapters."""
+    from grpo_gsm8k import workbench
+
+    show(workbench.merge(config.build(config.ModelConfig, {"model_id": model_id, "dtype": dtype}), out_dir), as_json)
+
+
+@app.command()
 def compare(
     a: Annotated[Path, typer.Argument(help="results file")],
     b: Annotated[Path, typer.Argument(help="results file over the same problems")],

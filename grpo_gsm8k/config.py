@@ -101,7 +101,16 @@ class EngineConfig(ModelConfig):
 
 
 @dataclass(frozen=True)
-class TrainConfig(EngineConfig):
+class PolicyConfig(EngineConfig):
+    """What of the model is trained."""
+
+    lora_rank: int = opt(0, "rank of LoRA adapters, which alone are trained; 0 trains every weight")
+    lora_alpha: int = opt(32, "the adapters' product is scaled by lora_alpha / lora_rank")
+    lora_targets: str = opt("all-linear", "which layers have an adapter: all-linear, or names such as q_proj,v_proj")
+
+
+@dataclass(frozen=True)
+class TrainConfig(PolicyConfig):
     """What SFT, expert iteration and GRPO have in common."""
 
     data: str = opt("artifacts/data", "folder with train.jsonl, val.jsonl and test.jsonl")

@@ -6,6 +6,7 @@ The stages' `train` functions receive these; a test hands them toys instead.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,19 +16,20 @@ from typing import Any
 import torch
 
 from grpo_gsm8k import repro
-from grpo_gsm8k.config import EngineConfig, EvalConfig, GrpoConfig, PromptConfig, TrainConfig
+from grpo_gsm8k.config import EngineConfig, EvalConfig, GrpoConfig, ModelConfig, PromptConfig, TrainConfig
 from grpo_gsm8k.datatypes import Evaluator, Learner, Problem, Prompt, Sampler, SamplingParams
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.engines.probe import TOLERANCE, probe
 from grpo_gsm8k.engines.process import Engine, ProcessSampler, placements
-from grpo_gsm8k.errors import ConfigError, EngineError
+from grpo_gsm8k.errors import ConfigError, EngineError, RunDirError
 from grpo_gsm8k.evals.accuracy import CHUNK, Evaluation, evaluate
 from grpo_gsm8k.evals.evaluator import AsyncEvaluator, InlineEvaluator
 from grpo_gsm8k.gsm8k.grading import Tags
 from grpo_gsm8k.gsm8k.problems import load_problems
 from grpo_gsm8k.gsm8k.prompts import Renderer, check_lengths, make_tags, remembered
 from grpo_gsm8k.runs.directory import Run, open_run
-from grpo_gsm8k.trainer import loop
+from grpo_gsm8k.runs.files import disk_errors, sync_tree
+from grpo_gsm8k.trainer import adapter, loop
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.policy import (
     context_length,
@@ -135,6 +137,7 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
         repro.set_deterministic(cfg.deterministic)
         repro.seed_everything(cfg.seed)
         model = load_model(cfg)
+        adapter.attach(model, cfg)
         renderer = Renderer(load_tokenizer(cfg), *asked)
         held = isinstance(cfg, GrpoConfig) and cfg.kl_coef > 0  # before a resume loads later weights into the model
         learner = TorchLearner(model, renderer, cfg, reference=held)
@@ -190,6 +193,8 @@ def open_sampler(
     ]
     connect = None
     if cfg.weight_transfer != "file":
+        if adapter.has_adapter(model):
+            raise ConfigError("a LoRA adapter is handed to vLLM as a file: leave --weight_transfer at file")
         if len(engines) > 1 or learner == "cpu":
             raise ConfigError("--weight_transfer nccl and ipc go from one GPU to one engine; several take files")
         from grpo_gsm8k.engines.vllm import NativeTransfer
@@ -277,9 +282,29 @@ def evaluate_model(
     prompts = [renderer.prompt(problem) for problem in problems]
     check_lengths(prompts, context_length(model), source)
     params = dataclasses.replace(params, stop=renderer.style.stop)
-    digest = weights_sha256(model.named_parameters())
+    digest = weights_sha256(adapter.own_weights(model))
     with open_sampler(cfg, model, renderer, Path(cfg.out_dir)) as sampler:
-        sampler.load_weights(0, model.named_parameters())
+        sampler.load_weights(0, adapter.own_weights(model))
         del model
         chunk = ENGINE_CHUNK if cfg.uses_vllm else CHUNK
         return evaluate(sampler, prompts, params, renderer, digest, cfg.grading, title, chunk)
+
+
+def merge(cfg: ModelConfig, out: Path) -> dict[str, Any]:
+    """Make a LoRA adapter's folder a model of its own in `out`; returns its `model` and `weights_sha256`.
+
+    Raises:
+        ConfigError: `cfg.model_id` is no adapter.
+        RunDirError: `out` exists.
+    """
+    if out.exists():
+        raise RunDirError(f"{out}: exists already; pick another --out_dir")
+    model, renderer = adapter.merged(cfg), Renderer(load_tokenizer(cfg), *how_to_ask(cfg))
+    unfinished = out.with_name(f".writing_{out.name}")
+    with disk_errors(out):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        model.save_pretrained(unfinished)
+        renderer.save_pretrained(unfinished)
+        sync_tree(unfinished)
+        unfinished.rename(out)
+    return {"model": str(out), "weights_sha256": weights_sha256(model.named_parameters())}

@@ -84,7 +84,7 @@ def test_a_reference_that_has_changed_since_the_run_began_is_refused(tiny, tmp_p
     grpo.run(config_of("grpo", tiny, tmp_path / "run", max_steps=1, **flags))
     trained = tmp_path / "run/checkpoints/step_000001/model.safetensors"
     shutil.copy(trained, model / "model.safetensors")
-    with pytest.raises(CheckpointError, match="another reference model"):
+    with pytest.raises(CheckpointError, match="began from other weights"):
         grpo.run(config_of("grpo", tiny, tmp_path / "run", **flags))
 
 
@@ -137,7 +137,7 @@ def test_a_damaged_newest_checkpoint_is_refused_and_the_one_before_it_used(tiny,
 def test_when_every_checkpoint_is_damaged_the_run_says_so(tiny, tmp_path):
     grpo.run(config_of("grpo", tiny, tmp_path / "run", max_steps=2))
     for folder in (tmp_path / "run/checkpoints").iterdir():
-        (folder / "optimizer.safetensors").write_bytes(b"")
+        (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="no checkpoint is whole"):
         grpo.run(config_of("grpo", tiny, tmp_path / "run"))
 

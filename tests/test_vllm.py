@@ -21,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from grpo_gsm8k import config, fast_eval_vllm, grpo, pipeline, sft
 from grpo_gsm8k.config import EngineConfig
@@ -34,6 +35,7 @@ from grpo_gsm8k.evals.stats import compare
 from grpo_gsm8k.gsm8k.problems import load_split
 from grpo_gsm8k.gsm8k.prompts import Renderer
 from grpo_gsm8k.gsm8k.rewards import make_reward
+from grpo_gsm8k.trainer import adapter
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.objectives import Objective
@@ -57,6 +59,7 @@ pytestmark = [
 
 BOUND = 1e-4  # mean |logp difference| between the sampler and the trainer
 AGREE = 0.99  # share of problems whose greedy answers are the same ids
+ENGINES = ("hf", "vllm")
 HEAD_DIM_32 = {"hidden_size": 64, "heads": 2}  # the smallest head that vLLM has CPU kernels for
 
 
@@ -158,6 +161,35 @@ def test_log_probabilities_under_a_temperature_are_the_trainers(vllm, learner, p
     assert statistics.fmean(len({c.token_ids for c in group}) for group in drawn) > 2  # each sample has its own seed
     assert vllm.sample(prompts, params) == drawn
     assert same_ids(vllm.sample(prompts, replace(params, seed=4)), drawn) < 0.5
+
+
+def test_an_adapter_is_all_that_reaches_vllm(vllm, trained, renderer, prompts, tmp_path):
+    """LoRA: after each update the sampler is the trainer's equal; so are the checkpoint and the merged model."""
+    flags = {"model_id": str(trained.model), "device": "cpu", "dtype": "float32", "engine": "vllm"}
+    cfg = train_config(**flags, vllm_device="cpu", lora_rank=5, max_tokens_per_microbatch=8192)
+    model = load_model(cfg)
+    adapter.attach(model, cfg)
+    learner, greedy = TorchLearner(model, renderer, cfg), SamplingParams(1, 96, temperature=0.0)
+    with open_sampler(cfg, model, renderer, tmp_path) as sampler:
+        for version in range(3):
+            before = frozen(learner)
+            optimizer_step(learner, trained, renderer, version)
+            sampler.load_weights(version, learner.weights())
+            with safe_open(sampler.outbox.newest.path, "pt") as given:
+                assert given.keys() and all(".lora_" in name for name in given.keys())  # noqa: SIM118
+            drawn = sampler.sample(prompts, greedy)
+            assert same_ids(drawn, HFSampler(model, renderer).sample(prompts, greedy)) >= AGREE
+            assert gap(learner, prompts, drawn) <= BOUND < gap(before, prompts, drawn)
+    learner.save(tmp_path / "adapter")
+    of_folder = config.build(config.ModelConfig, {"model_id": str(tmp_path / "adapter"), "device": "cpu"})
+    vllm.load_weights(0, adapter.merged(of_folder).named_parameters())
+    assert same_ids(vllm.sample(prompts, greedy), drawn) >= AGREE
+    asked = {"model_id": str(tmp_path / "adapter"), "eval_path": str(trained.data / "test.jsonl"), "limit": 64}
+    asked |= {"max_new_tokens": 96, "device": "cpu", "out_dir": str(tmp_path)}
+    found = [fast_eval_vllm.run(config.resolve("eval", flags={**asked, "engine": e, "run_name": e})) for e in ENGINES]
+    assert {row["weights_sha256"] for row in found} == {weights_sha256(learner.weights())}
+    hf, other = ([row["response"] for row in read_results(Path(row["results_path"])).values()] for row in found)
+    assert statistics.fmean(a == b for a, b in zip(hf, other, strict=True)) >= 63 / 64
 
 
 # ------------------------------------------------------------------------------------------------ where an answer ends

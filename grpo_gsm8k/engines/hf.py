@@ -25,6 +25,7 @@ from grpo_gsm8k.datatypes import Completion, FinishReason, Prompt, SamplingParam
 from grpo_gsm8k.errors import ModelError, NonFiniteError
 from grpo_gsm8k.gsm8k.prompts import Renderer
 from grpo_gsm8k.repro import derive_seed
+from grpo_gsm8k.trainer import adapter
 
 
 @dataclass
@@ -69,7 +70,7 @@ class HFSampler:
 
     def load_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copy new weights in. Raises `ModelError` when a weight is missing, strange, or of another shape."""
-        mine = dict(self.model.named_parameters())
+        mine: dict[str, torch.Tensor] = dict(adapter.own_weights(self.model))
         with torch.no_grad():
             for name, tensor in tensors:
                 target = mine.pop(name, None)
@@ -86,7 +87,7 @@ class HFSampler:
 
     def weights(self) -> Iterable[tuple[str, torch.Tensor]]:
         """The weights that are being sampled from."""
-        return self.model.named_parameters()  # type: ignore[no-any-return]
+        return adapter.own_weights(self.model)
 
     def sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
         """`params.n` completions of each prompt. Raises `NonFiniteError` when the model yields no numbers."""

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from grpo_gsm8k.config import EngineConfig
+from grpo_gsm8k.config import EngineConfig, PolicyConfig
 from grpo_gsm8k.datatypes import Completion, Prompt, SamplingParams
 from grpo_gsm8k.engines.channel import Child, ChildGone, environment_of
 from grpo_gsm8k.engines.handover import Handover, Outbox
@@ -96,7 +96,7 @@ class Engine:
             module: what is run; it calls `channel.serve`.
             start: more for its `build`.
         """
-        fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(EngineConfig)}
+        fields = {f.name: getattr(cfg, f.name, f.default) for f in dataclasses.fields(PolicyConfig)}
         fields["device"] = "cpu" if devices[0] == "cpu" else "cuda:0"
         self._start = {"cfg": fields, "style": renderer.name, "tags": vars(renderer.tags), "naps": False, **start}
         self.name = f"{'vllm' if cfg.uses_vllm else 'hf'} engine on {','.join(devices)}"

@@ -5,7 +5,8 @@ temperature) of every sampled token. One differs: with top_p < 1 vLLM reports th
 
 Each sample is a request with its own seed, so what it draws does not depend on its neighbours' seeds; prefix
 caching reads a prompt once for all its samples. The engine starts with dummy weights: what it samples from can
-only have come through a hand-over, and one that did not arrive shows in the first probe.
+only have come through a hand-over, and one that did not arrive shows in the first probe. With LoRA it loads the base
+model itself, and is handed adapters.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ from __future__ import annotations
 import base64
 import os
 import pickle
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from safetensors.torch import load_file
 
-from grpo_gsm8k.config import EngineConfig
+from grpo_gsm8k.config import PolicyConfig
 from grpo_gsm8k.datatypes import Completion, FinishReason, Prompt, SamplingParams
 from grpo_gsm8k.engines.channel import Pulse
 from grpo_gsm8k.errors import EngineError, ModelError
 from grpo_gsm8k.gsm8k.prompts import Renderer
 from grpo_gsm8k.repro import derive_seed
+from grpo_gsm8k.trainer import adapter
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is in a process of its own already: this one
@@ -38,7 +41,7 @@ ENVIRONMENT = {
 class VLLMSampler:
     """Samples as `datatypes.Sampler` does, with weights from files."""
 
-    def __init__(self, cfg: EngineConfig, renderer: Renderer, pulse: Pulse, naps: bool = False) -> None:
+    def __init__(self, cfg: PolicyConfig, renderer: Renderer, pulse: Pulse, naps: bool = False) -> None:
         """Start the engine on the devices that this process sees.
 
         Args:
@@ -56,13 +59,17 @@ class VLLMSampler:
 
         self.renderer, self.pulse, self.naps, self.version = renderer, pulse, naps, -1
         on_cpu = cfg.device == "cpu"
+        held = adapter.in_folder(cfg.model_id)
+        self._adapter: Any = held or (adapter.settings(cfg) if cfg.lora_rank else None)
+        self._adapters, self._request = 0, None  # how many were loaded, and the one that is sampled with
+        lora = {"enable_lora": True, "max_lora_rank": _rank_for(self._adapter.r)} if self._adapter else {}
         try:
             self.llm = LLM(
-                cfg.model_id,
-                revision=cfg.revision or None,
+                held.base_model_name_or_path if held else cfg.model_id,
+                revision=(held.revision if held else cfg.revision) or None,
                 download_dir=cfg.cache_dir or None,
                 dtype=cfg.dtype,
-                load_format="dummy",
+                load_format="auto" if self._adapter else "dummy",
                 seed=0,
                 max_model_len=cfg.max_model_len or None,
                 max_num_seqs=cfg.sample_rows,
@@ -77,6 +84,7 @@ class VLLMSampler:
                 generation_config="vllm",  # no sampling defaults from the model's folder
                 worker_extension_cls=f"{__name__}.Weights",
                 **native,
+                **lora,
             )
         except ValueError as fault:  # vLLM's own word for a model or a setting that it does not take
             raise ModelError(f"vLLM cannot run {cfg.model_id}: {' '.join(str(fault).split())[:500]}") from None
@@ -89,8 +97,26 @@ class VLLMSampler:
     def load_file(self, version: int, path: Path) -> None:
         """Replace the weights by those of a safetensors file, and forget what was cached under the old ones."""
         self._wake()
-        self.llm.collective_rpc("replace_weights", args=(str(path),))
+        if self._adapter:
+            self._replace_adapter(path)
+        else:
+            self.llm.collective_rpc("replace_weights", args=(str(path),))
         self.hold(version)
+
+    def _replace_adapter(self, path: Path) -> None:
+        """Another adapter in the place of the one before, under a number that was never used."""
+        from vllm.lora.request import LoRARequest
+
+        self._adapters += 1
+        with tempfile.TemporaryDirectory() as folder:
+            self._adapter.save_pretrained(folder)
+            (Path(folder) / adapter.WEIGHTS_FILE).symlink_to(path)
+            request = LoRARequest(f"adapter-{self._adapters}", self._adapters, folder)
+            if self._request:
+                self.llm.llm_engine.remove_lora(self._request.lora_int_id)
+            if not self.llm.llm_engine.add_lora(request):
+                raise EngineError("vLLM did not take the adapter")
+        self._request = request
 
     def transfer(self, method: str, payload: Any = None) -> None:
         """One call of vLLM's own weight transfer, whose other end is `NativeTransfer`."""
@@ -112,7 +138,7 @@ class VLLMSampler:
         engine, outputs = self.llm.llm_engine, dict[str, Any]()
         for number, (prompt, seed) in enumerate(asked):
             ids = {"prompt_token_ids": list(prompt.token_ids)}
-            engine.add_request(str(number), ids, self._params(params, prompt, seed))
+            engine.add_request(str(number), ids, self._params(params, prompt, seed), lora_request=self._request)
         while engine.has_unfinished_requests():
             outputs |= {out.request_id: out.outputs[0] for out in engine.step() if out.finished}
             self.pulse()
@@ -158,6 +184,16 @@ class VLLMSampler:
         if self.naps:
             self.llm.sleep(level=1)
             self._asleep = True
+
+
+def _rank_for(rank: int) -> int:
+    """The least rank that vLLM has room sizes for."""
+    from vllm.config.lora import MaxLoRARanks
+
+    sizes: tuple[int, ...] = get_args(MaxLoRARanks)
+    if rank > max(sizes):
+        raise ModelError(f"vLLM takes LoRA adapters up to rank {max(sizes)}, this one has {rank}")
+    return min(size for size in sizes if size >= rank)
 
 
 class NativeTransfer:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from grpo_gsm8k import config
-from grpo_gsm8k.config import EngineConfig
+from grpo_gsm8k.config import PolicyConfig
 from grpo_gsm8k.datatypes import Drawer, Problem, Prompt, SamplingParams
 from grpo_gsm8k.engines import handover
 from grpo_gsm8k.engines.channel import Handler, Pulse, serve
 from grpo_gsm8k.engines.handover import Handover, HandoverError
 from grpo_gsm8k.gsm8k.grading import Tags
 from grpo_gsm8k.gsm8k.prompts import Renderer
+from grpo_gsm8k.trainer.adapter import attach
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer
 
 
@@ -23,7 +24,7 @@ class FileSampler(Drawer, Protocol):
     def load_file(self, version: int, path: Path) -> None: ...
 
 
-def make_sampler(cfg: EngineConfig, renderer: Renderer, pulse: Pulse, naps: bool = False) -> FileSampler:
+def make_sampler(cfg: PolicyConfig, renderer: Renderer, pulse: Pulse, naps: bool = False) -> FileSampler:
     """The engine that the config names, on the devices that this process sees.
 
     Args:
@@ -35,7 +36,10 @@ def make_sampler(cfg: EngineConfig, renderer: Renderer, pulse: Pulse, naps: bool
         return VLLMSampler(cfg, renderer, pulse, naps)
     from grpo_gsm8k.engines.hf import HFSampler
 
-    return HFSampler(load_model(cfg), renderer, cfg.sample_rows, copy_model=False, pulse=pulse)
+    model = load_model(cfg)
+    if cfg.lora_rank:
+        attach(model, cfg)
+    return HFSampler(model, renderer, cfg.sample_rows, copy_model=False, pulse=pulse)
 
 
 def take_weights(sampler: FileSampler, version: int, path: str, sha256: str) -> dict[str, Any]:
@@ -51,7 +55,7 @@ def take_weights(sampler: FileSampler, version: int, path: str, sha256: str) -> 
 
 def build(start: Mapping[str, Any], pulse: Pulse) -> dict[str, Handler]:
     """The handlers of a sampling engine. `start`: `cfg`, `style`, `tags`, `naps`."""
-    cfg = config.build(EngineConfig, start["cfg"])
+    cfg = config.build(PolicyConfig, start["cfg"])
     sampler = make_sampler(cfg, renderer_of(cfg, start), pulse, start["naps"])
 
     def sample(prompts: list[dict[str, Any]], params: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +77,7 @@ def build(start: Mapping[str, Any], pulse: Pulse) -> dict[str, Handler]:
     return {"sample": sample, "load_weights": load_weights, "transfer": transfer, "hold": hold}
 
 
-def renderer_of(cfg: EngineConfig, start: Mapping[str, Any]) -> Renderer:
+def renderer_of(cfg: PolicyConfig, start: Mapping[str, Any]) -> Renderer:
     """The renderer that the parent has: the same tokenizer, style and tags."""
     return Renderer(load_tokenizer(cfg), start["style"], Tags(**start["tags"]))
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from grpo_gsm8k import config
-from grpo_gsm8k.config import EngineConfig
+from grpo_gsm8k.config import PolicyConfig
 from grpo_gsm8k.datatypes import Problem, Prompt, SamplingParams
 from grpo_gsm8k.engines.channel import Handler, Pulse, serve
 from grpo_gsm8k.engines.worker import make_sampler, renderer_of, take_weights
@@ -16,7 +16,7 @@ from grpo_gsm8k.evals.accuracy import evaluate
 
 def build(start: Mapping[str, Any], pulse: Pulse) -> dict[str, Handler]:
     """The handler of an evaluator. `start`: as for an engine, and `prompts`, `params`."""
-    cfg = config.build(EngineConfig, start["cfg"])
+    cfg = config.build(PolicyConfig, start["cfg"])
     renderer = renderer_of(cfg, start)
     sampler = make_sampler(cfg, renderer, pulse)
     prompts = [Prompt(Problem(**row["problem"]), tuple(row["token_ids"])) for row in start["prompts"]]

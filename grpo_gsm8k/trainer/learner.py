@@ -15,11 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from grpo_gsm8k.config import TrainConfig
 from grpo_gsm8k.errors import CheckpointError, NonFiniteError
+from grpo_gsm8k.trainer import adapter
 from grpo_gsm8k.trainer.batch import Batch
 from grpo_gsm8k.trainer.logprobs import token_logprobs
 from grpo_gsm8k.trainer.objectives import Objective, add_sums, per_token_loss, policy_metrics, policy_sums
 from grpo_gsm8k.trainer.optimizer import MasterAdamW
 from grpo_gsm8k.trainer.policy import weights_sha256
+
+OPTIMIZER = "optimizer/state.safetensors"  # apart: vLLM takes every *.safetensors beside a model for its weights
 
 
 class TorchLearner:
@@ -29,11 +32,17 @@ class TorchLearner:
         """`model` is trained in place; `tokenizer` (or a renderer) is saved beside its weights.
 
         Args:
-            reference: keep a frozen copy of `model` as it is now, for the KL term.
+            reference: keep a frozen copy of `model` as it is now, for the KL term; of an adapter alone, where
+                there is one.
         """
         self.model, self.tokenizer, self.cfg = model, tokenizer, cfg
-        self.reference = copy.deepcopy(model).eval().requires_grad_(False) if reference else None
-        self.reference_sha256 = weights_sha256(model.named_parameters()) if reference else ""
+        self.reference = self.first_adapter = None
+        if reference and adapter.has_adapter(model):
+            self.first_adapter = {name: p.detach().clone() for name, p in adapter.own_weights(model)}
+        elif reference:
+            self.reference = copy.deepcopy(model).eval().requires_grad_(False)
+        held = reference or adapter.has_adapter(model)
+        self.origin_sha256 = weights_sha256(model.named_parameters()) if held else ""
         self.device: torch.device = next(model.parameters()).device
         self.model.train()
         self.optimizer = MasterAdamW(model, cfg)
@@ -79,6 +88,9 @@ class TorchLearner:
     @torch.no_grad()
     def reference_logprobs(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
         """The same of the model that the run began with, whatever has been trained or loaded since."""
+        if self.first_adapter is not None:
+            with adapter.swapped(self.model, self.first_adapter):
+                return self._frozen_pass(self.model, batch, temperature)
         assert self.reference is not None, "this learner was made without a reference model"
         return self._frozen_pass(self.reference, batch, temperature)
 
@@ -90,35 +102,35 @@ class TorchLearner:
         return out
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and tensors of the weights, tied ones once."""
-        for name, parameter in self.model.named_parameters():
+        """Names and tensors of the weights, tied ones once; those of the adapter alone, where there is one."""
+        for name, parameter in adapter.own_weights(self.model):
             yield name, parameter.detach()
 
     def save(self, folder: Path) -> None:
-        """A model folder that transformers loads, with the optimizer and the generator's state beside it."""
+        """A folder that transformers loads: a model or an adapter; beside it the optimizer's and generators' state."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         rng = {"rng.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         state = {name: t.detach().cpu().contiguous() for name, t in self.optimizer.state().items()}
-        save_file(state | rng, folder / "optimizer.safetensors", {"reference": self.reference_sha256})
+        (folder / OPTIMIZER).parent.mkdir()
+        save_file(state | rng, folder / OPTIMIZER, {"origin": self.origin_sha256})
 
     def load(self, folder: Path) -> None:
         """Continue from what `save` wrote.
 
         Raises:
-            CheckpointError: when it is of another model, or its run had another reference model.
+            CheckpointError: when it is of another model, or its adapter or KL term began from other weights.
         """
-        with safe_open(folder / "optimizer.safetensors", "pt") as stored_state:
-            before = (stored_state.metadata() or {}).get("reference", "")
-        if before != self.reference_sha256:
+        with safe_open(folder / OPTIMIZER, "pt") as stored_state:
+            before = (stored_state.metadata() or {}).get("origin", "")
+        if before != self.origin_sha256:
             raise CheckpointError(
-                f"{folder}: its KL term held to another reference model: the weights of {self.cfg.model_id} "
-                "have changed since the run began; put them back, or pick another --out_dir"
+                f"{folder}: its run began from other weights: those of {self.cfg.model_id} have changed since, and "
+                "its adapter or its KL term rests on them; put them back, or pick another --out_dir"
             )
-        stored = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
-        fresh, mine = dict(stored.named_parameters()), dict(self.model.named_parameters())
+        fresh, mine = self._stored_weights(folder), dict(adapter.own_weights(self.model))
         strange = [
             n for n in mine.keys() | fresh.keys() if n not in mine or n not in fresh or mine[n].shape != fresh[n].shape
         ]
@@ -127,8 +139,13 @@ class TorchLearner:
         with torch.no_grad():
             for name, parameter in mine.items():
                 parameter.copy_(fresh[name])
-        flat = load_file(folder / "optimizer.safetensors")
+        flat = load_file(folder / OPTIMIZER)
         torch.set_rng_state(flat.pop("rng.cpu"))
         if "rng.cuda" in flat:
             torch.cuda.set_rng_state(flat.pop("rng.cuda"), self.device)
         self.optimizer.load_state(flat)
+
+    def _stored_weights(self, folder: Path) -> dict[str, torch.Tensor]:
+        if adapter.has_adapter(self.model):
+            return load_file(folder / adapter.WEIGHTS_FILE)
+        return dict(type(self.model).from_pretrained(folder, dtype=self.model.dtype).named_parameters())

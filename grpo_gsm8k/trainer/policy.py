@@ -13,6 +13,8 @@ import torch
 from grpo_gsm8k.config import ModelConfig, PromptConfig
 from grpo_gsm8k.errors import ConfigError, ModelError
 
+DESCRIPTIONS = ("config.json", "adapter_config.json")  # of a model, of a LoRA adapter that names its model
+
 
 def pick_device(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N` as a device. Raises `ConfigError` for one that is not there."""
@@ -43,7 +45,11 @@ def load_tokenizer(cfg: PromptConfig) -> Any:
 
 
 def load_model(cfg: ModelConfig) -> Any:
-    """The causal language model of `cfg.model_id` on its device. Raises `ModelError` if there is none."""
+    """The causal language model of `cfg.model_id` on its device, with its adapter if it names one.
+
+    Raises:
+        ModelError: there is none.
+    """
     from transformers import AutoModelForCausalLM
 
     device = pick_device(cfg.device)
@@ -92,8 +98,8 @@ def _load(factory: Any, cfg: PromptConfig, **kwargs: Any) -> Any:
 
     logging.disable_progress_bar()  # ours are on stderr, and theirs would stand between them
     where = cfg.model_id
-    if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
-        raise ModelError(f"{where}: this folder holds no model (no config.json)")
+    if Path(where).is_dir() and not any((Path(where) / name).is_file() for name in DESCRIPTIONS):
+        raise ModelError(f"{where}: this folder holds no model (no {' and no '.join(DESCRIPTIONS)})")
     if cfg.revision and not Path(where).is_dir():
         kwargs["revision"] = cfg.revision
     try:
