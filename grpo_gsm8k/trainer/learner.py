@@ -17,7 +17,7 @@ from grpo_gsm8k.config import TrainConfig
 from grpo_gsm8k.errors import CheckpointError, NonFiniteError
 from grpo_gsm8k.trainer.batch import Batch
 from grpo_gsm8k.trainer.logprobs import token_logprobs
-from grpo_gsm8k.trainer.objectives import Objective, add_sums, per_token_loss, policy_metrics, policy_sums
+from grpo_gsm8k.trainer.objectives import Objective, add_sums, policy_metrics, policy_sums, slope, update_loss
 from grpo_gsm8k.trainer.optimizer import MasterAdamW
 from grpo_gsm8k.trainer.policy import weights_sha256
 
@@ -50,8 +50,9 @@ class TorchLearner:
         started, loss_total, sums, cells = time.perf_counter(), 0.0, dict[str, float](), 0
         for _, part in batch.microbatches(self.cfg.max_tokens_per_microbatch):
             part = part.to(self.device)
-            logp, entropies = token_logprobs(self.model, part, objective.temperature)
-            loss = (part.weights * per_token_loss(logp, part, objective)).sum()
+            foretold = slope(part, objective)
+            logp, entropies = token_logprobs(self.model, part, objective.temperature, slope=foretold)
+            loss = update_loss(logp, part, objective)
             if not math.isfinite(value := float(loss.detach())):
                 self.optimizer.zero_grad()
                 raise NonFiniteError(f"the loss is {value}")

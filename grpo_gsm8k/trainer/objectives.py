@@ -47,6 +47,28 @@ def per_token_loss(logp: torch.Tensor, batch: Batch, objective: Objective) -> to
     return loss
 
 
+def update_loss(logp: torch.Tensor, batch: Batch, objective: Objective) -> torch.Tensor:
+    """What is minimised: the weighed sum over all targets of the batch, a scalar."""
+    return (batch.weights * per_token_loss(logp, batch, objective)).sum()
+
+
+def slope(batch: Batch, objective: Objective) -> Callable[[torch.Tensor, slice], torch.Tensor] | None:
+    """d `update_loss` / d logp of any run of the batch's trained targets, as soon as their logp is there.
+
+    None where a target's loss depends on the others of its response (GSPO).
+    """
+    if objective.loss == "gspo":
+        return None
+    trained = batch.trained_targets()
+
+    def of(logp: torch.Tensor, part: slice) -> torch.Tensor:
+        with torch.enable_grad():
+            leaf = logp.detach().unsqueeze(0).requires_grad_()
+            return torch.autograd.grad(update_loss(leaf, trained.columns(part), objective), leaf)[0].squeeze(0)
+
+    return of
+
+
 def cross_entropy(logp: torch.Tensor, batch: Batch, objective: Objective) -> torch.Tensor:
     """Negative log-likelihood of the targets, `(B, T)`."""
     return -logp
