@@ -66,20 +66,22 @@ class Batch:
         few = self._each(lambda x: x[:, part])
         return replace(few, lengths=(few.mask.shape[1],))
 
-    def microbatches(self, max_tokens: int) -> Iterator[tuple[list[int], Batch]]:
-        """Slices of at most `max_tokens` padded cells, longest rows first; with the rows' numbers.
+    def rows_with_targets(self) -> list[int]:
+        """The rows that have a trained token."""
+        return [r for r, tokens in enumerate(self.mask.sum(1).tolist()) if tokens]
 
-        Rows without a trained token cost nothing: they are left out. A single row longer than the budget
-        is a microbatch of its own.
+    def microbatches(self, max_tokens: int, rows: Sequence[int]) -> Iterator[tuple[list[int], Batch]]:
+        """Slices of these rows of at most `max_tokens` padded cells, longest rows first; with the rows' numbers.
+
+        A single row longer than the budget is a microbatch of its own.
         """
-        trained = self.weights.abs().sum(1).gt(0) | self.mask.sum(1).gt(0)
-        order = sorted((r for r in range(len(self)) if trained[r]), key=lambda r: (-self.lengths[r], r))
+        order = sorted(rows, key=lambda r: (-self.lengths[r], r))
         start = 0
         while start < len(order):
-            rows = max(1, max_tokens // self.lengths[order[start]])
-            chosen = order[start : start + rows]
+            size = max(1, max_tokens // self.lengths[order[start]])
+            chosen = order[start : start + size]
             yield chosen, self.select(chosen)
-            start += rows
+            start += size
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
