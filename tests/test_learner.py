@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grpo_gsm8k.errors import NonFiniteError
 from grpo_gsm8k.trainer.batch import make_batch, with_old_logprobs, with_ref_logprobs
 from grpo_gsm8k.trainer.learner import TorchLearner
-from grpo_gsm8k.trainer.objectives import Objective
+from grpo_gsm8k.trainer.logprobs import token_logprobs
+from grpo_gsm8k.trainer.objectives import Objective, update_loss
 from grpo_gsm8k.trainer.optimizer import MasterAdamW, lr_at
 from grpo_gsm8k.trainer.policy import weights_sha256
 from tests.toys import gradient, rows, train_config
@@ -105,6 +106,37 @@ def test_an_all_masked_update_is_a_finite_zero(make_learner):
     metrics = learner.forward_backward(make_batch(silent, 0), POLICY) | learner.step(0.1)
     assert metrics["loss"] == 0.0 and all(math.isfinite(v) for v in metrics.values())
     assert weights_sha256(learner.weights()) == before
+
+
+def test_rows_without_advantage_are_skipped_and_change_nothing(make_learner):
+    data = [replace(row, advantage=0.0) if i in (0, 3, 4) else row for i, row in enumerate(policy_rows())]
+    batch, learner = with_ref_logprobs(make_batch(data, 0), torch.full((6, 12), -5.5)), make_learner()
+    metrics = learner.forward_backward(batch, POLICY)
+    assert metrics["perf/skipped_rows_frac"] == 0.5
+    for loss in (Objective(), replace(POLICY, kl_coef=0.1)):  # these pull at every row
+        assert make_learner().forward_backward(batch, loss)["perf/skipped_rows_frac"] == 0
+    whole = make_learner()
+    logp, _ = token_logprobs(whole.model, batch, POLICY.temperature)
+    update_loss(logp, batch, POLICY).backward()
+    assert metrics["loss"] == pytest.approx(float(update_loss(logp, batch, POLICY).detach()), rel=1e-5)
+    for name, expected in gradient(whole).items():
+        assert torch.allclose(gradient(learner)[name], expected, rtol=1e-4, atol=1e-7), name
+
+
+def test_an_update_without_any_advantage_steps_as_with_a_gradient_of_zero(make_learner):
+    """AdamW goes on by its momentum; the figures come from one row that stands in for all."""
+    learner, other = make_learner(weight_decay=0.1), make_learner(weight_decay=0.1)
+    for one in (learner, other):
+        one.forward_backward(make_batch(policy_rows(), 0), POLICY)
+        one.step(1e-2)
+    flat = make_batch([replace(row, advantage=0.0) for row in policy_rows()], 0)
+    metrics = learner.forward_backward(flat, POLICY) | learner.step(1e-2)
+    assert metrics["loss"] == 0 and metrics["policy/entropy"] > 1 and metrics["policy/grad_norm"] == 0
+    assert metrics["perf/skipped_rows_frac"] == pytest.approx(5 / 6)
+    for master in other.optimizer.masters.values():
+        master.grad = torch.zeros_like(master)
+    other.step(1e-2)
+    assert weights_sha256(learner.weights()) == weights_sha256(other.weights())
 
 
 def test_old_logprobs_of_a_frozen_pass_make_the_ratio_one(make_learner):

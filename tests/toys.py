@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class TableModel(nn.Module):
     def __init__(self, table: torch.Tensor) -> None:
         super().__init__()
         self.table = nn.Parameter(table)
-        self.head = nn.Identity()
+        self.head = SimpleNamespace(weight=torch.eye(table.shape[1]))
 
     @property
     def base_model(self) -> Any:
@@ -85,8 +86,8 @@ class TableModel(nn.Module):
 
         return lambda input_ids, use_cache: Output(self.table[input_ids])
 
-    def get_output_embeddings(self) -> nn.Module:
-        """The head that turns hidden states into logits."""
+    def get_output_embeddings(self) -> SimpleNamespace:
+        """The head that turns hidden states into logits: the identity."""
         return self.head
 
 

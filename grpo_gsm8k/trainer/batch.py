@@ -11,9 +11,9 @@ Rows are padded on the right. A causal model never sees what follows, so no atte
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -54,40 +54,42 @@ class Batch:
     def select(self, rows: Sequence[int]) -> Batch:
         """Some rows, cut to the longest of them."""
         index, longest = list(rows), max(self.lengths[r] for r in rows)
+        return replace(self._each(lambda x: x[index, :longest]), lengths=tuple(self.lengths[r] for r in rows))
 
-        def cut(x: torch.Tensor) -> torch.Tensor:
-            return x[index, :longest]
+    def trained_targets(self) -> Batch:
+        """The N trained targets alone, `(1, N)`, in their order, row by row. Rows and lengths are no more."""
+        chosen = self.mask.bool()
+        return replace(self._each(lambda x: x[chosen].unsqueeze(0)), lengths=(int(chosen.sum()),))
 
-        return Batch(
-            cut(self.input_ids),
-            cut(self.targets),
-            cut(self.mask),
-            cut(self.old_logprobs),
-            cut(self.ref_logprobs),
-            cut(self.advantages),
-            cut(self.weights),
-            tuple(self.lengths[r] for r in rows),
-        )
+    def columns(self, part: slice) -> Batch:
+        """Some targets of a batch of one row."""
+        few = self._each(lambda x: x[:, part])
+        return replace(few, lengths=(few.mask.shape[1],))
 
-    def microbatches(self, max_tokens: int) -> Iterator[tuple[list[int], Batch]]:
-        """Slices of at most `max_tokens` padded cells, longest rows first; with the rows' numbers.
+    def rows_with_targets(self) -> list[int]:
+        """The rows that have a trained token."""
+        return [r for r, tokens in enumerate(self.mask.sum(1).tolist()) if tokens]
 
-        Rows without a trained token cost nothing: they are left out. A single row longer than the budget
-        is a microbatch of its own.
+    def microbatches(self, max_tokens: int, rows: Sequence[int]) -> Iterator[tuple[list[int], Batch]]:
+        """Slices of these rows of at most `max_tokens` padded cells, longest rows first; with the rows' numbers.
+
+        A single row longer than the budget is a microbatch of its own.
         """
-        trained = self.weights.abs().sum(1).gt(0) | self.mask.sum(1).gt(0)
-        order = sorted((r for r in range(len(self)) if trained[r]), key=lambda r: (-self.lengths[r], r))
+        order = sorted(rows, key=lambda r: (-self.lengths[r], r))
         start = 0
         while start < len(order):
-            rows = max(1, max_tokens // self.lengths[order[start]])
-            chosen = order[start : start + rows]
+            size = max(1, max_tokens // self.lengths[order[start]])
+            chosen = order[start : start + size]
             yield chosen, self.select(chosen)
-            start += rows
+            start += size
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        names = ("input_ids", "targets", "mask", "old_logprobs", "ref_logprobs", "advantages", "weights")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        return self._each(lambda x: x.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        changed: dict[str, Any] = {name: change(x) for name, x in vars(self).items() if name != "lengths"}
+        return replace(self, **changed)
 
 
 def make_batch(rows: Sequence[TokenRow], pad_id: int, aggregation: Aggregation = "token", max_tokens: int = 0) -> Batch:

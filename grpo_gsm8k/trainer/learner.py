@@ -18,7 +18,15 @@ from grpo_gsm8k.errors import CheckpointError, NonFiniteError
 from grpo_gsm8k.trainer import adapter
 from grpo_gsm8k.trainer.batch import Batch
 from grpo_gsm8k.trainer.logprobs import token_logprobs
-from grpo_gsm8k.trainer.objectives import Objective, add_sums, per_token_loss, policy_metrics, policy_sums
+from grpo_gsm8k.trainer.objectives import (
+    Objective,
+    add_sums,
+    policy_metrics,
+    policy_sums,
+    rows_to_train,
+    slope,
+    update_loss,
+)
 from grpo_gsm8k.trainer.optimizer import MasterAdamW
 from grpo_gsm8k.trainer.policy import weights_sha256
 
@@ -50,17 +58,23 @@ class TorchLearner:
     def forward_backward(self, batch: Batch, objective: Objective) -> dict[str, float]:
         """Accumulate the gradient of one whole update, microbatch by microbatch.
 
+        Rows that cannot have a gradient are skipped (`objectives.rows_to_train`); the weights of the others are set
+        from the whole update, so the gradient is the same.
+
         Returns:
-            the loss, `objectives.policy_metrics`, and `perf/` figures, all of the whole update.
+            the loss, `objectives.policy_metrics`, and `perf/` figures, all of the whole update, over the rows that
+            were not skipped; `perf/skipped_rows_frac` says how many were.
 
         Raises:
             NonFiniteError: when the loss is NaN or infinite. No gradient is kept.
         """
+        rows = rows_to_train(batch, objective)
         started, loss_total, sums, cells = time.perf_counter(), 0.0, dict[str, float](), 0
-        for _, part in batch.microbatches(self.cfg.max_tokens_per_microbatch):
+        for _, part in batch.microbatches(self.cfg.max_tokens_per_microbatch, rows):
             part = part.to(self.device)
-            logp, entropies = token_logprobs(self.model, part, objective.temperature)
-            loss = (part.weights * per_token_loss(logp, part, objective)).sum()
+            foretold = slope(part, objective)
+            logp, entropies = token_logprobs(self.model, part, objective.temperature, slope=foretold)
+            loss = update_loss(logp, part, objective)
             if not math.isfinite(value := float(loss.detach())):
                 self.optimizer.zero_grad()
                 raise NonFiniteError(f"the loss is {value}")
@@ -68,12 +82,13 @@ class TorchLearner:
             loss_total += value
             cells += part.input_ids.numel()
             add_sums(sums, policy_sums(logp, entropies, part, objective))
-        seconds = time.perf_counter() - started
+        seconds, tokens = time.perf_counter() - started, sum(batch.lengths[row] for row in rows)
         return {
             "loss": loss_total,
             **policy_metrics(sums),
-            "perf/tokens_per_s": sum(batch.lengths) / seconds,
-            "perf/padding_frac": 1 - min(sum(batch.lengths) / max(cells, 1), 1.0),
+            "perf/tokens_per_s": tokens / seconds,
+            "perf/padding_frac": 1 - tokens / cells if cells else 0.0,
+            "perf/skipped_rows_frac": 1 - len(rows) / len(batch),
         }
 
     def step(self, lr: float) -> dict[str, float]:
@@ -96,7 +111,7 @@ class TorchLearner:
 
     def _frozen_pass(self, model: Any, batch: Batch, temperature: float) -> torch.Tensor:
         out = torch.zeros_like(batch.mask)
-        for rows, part in batch.microbatches(self.cfg.max_tokens_per_microbatch):
+        for rows, part in batch.microbatches(self.cfg.max_tokens_per_microbatch, batch.rows_with_targets()):
             logp, _ = token_logprobs(model, part.to(self.device), temperature, entropy=False)
             out[rows, : logp.shape[1]] = logp.cpu()
         return out

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from grpo_gsm8k.trainer.batch import Batch
+from grpo_gsm8k.trainer.head import Slope, target_logprobs
 
 
 def token_logprobs(
-    model: Any, batch: Batch, temperature: float = 1.0, entropy: bool = True
+    model: Any, batch: Batch, temperature: float = 1.0, entropy: bool = True, slope: Slope | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each trained target, and the entropy of its distribution.
 
@@ -21,6 +22,7 @@ def token_logprobs(
         model: a transformers causal language model.
         batch: on the model's device.
         entropy: skip its cost with False (zeros are returned).
+        slope: see `objectives.slope`; of the trained targets in their order, row by row.
 
     Returns:
         `(B, T)` float32 log-probabilities with gradient and `(B, T)` entropies in nats without; both are
@@ -29,14 +31,7 @@ def token_logprobs(
     hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # (B, T, H)
     chosen = batch.mask.bool()
     # The head is applied to the N trained positions alone: at V = 152k it is most of the memory.
-    logits = model.get_output_embeddings()(hidden[chosen]).float() / temperature  # (N, V)
-    log_z = logits.logsumexp(-1)  # (N,)
-    picked = logits.gather(-1, batch.targets[chosen].unsqueeze(-1)).squeeze(-1) - log_z  # (N,)
-    logp = torch.zeros_like(batch.mask).masked_scatter(chosen, picked)
-    entropies = torch.zeros_like(batch.mask)
-    if entropy:
-        with torch.no_grad():
-            logits = logits.detach()
-            exact = log_z.detach() - (torch.softmax(logits, -1) * logits).sum(-1)
-            entropies.masked_scatter_(chosen, exact)
-    return logp, entropies
+    head, targets = model.get_output_embeddings(), batch.targets[chosen]
+    picked, spread = target_logprobs(hidden[chosen], head, targets, temperature, entropy, slope)  # (N,) each
+    out = torch.zeros_like(batch.mask, dtype=picked.dtype)
+    return out.masked_scatter(chosen, picked), out.masked_scatter(chosen, spread)

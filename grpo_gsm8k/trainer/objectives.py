@@ -47,6 +47,42 @@ def per_token_loss(logp: torch.Tensor, batch: Batch, objective: Objective) -> to
     return loss
 
 
+def update_loss(logp: torch.Tensor, batch: Batch, objective: Objective) -> torch.Tensor:
+    """What is minimised: the weighed sum over all targets of the batch, a scalar."""
+    return (batch.weights * per_token_loss(logp, batch, objective)).sum()
+
+
+def rows_to_train(batch: Batch, objective: Objective) -> list[int]:
+    """The rows of an update that can have a gradient.
+
+    A response without advantage has none under a loss that the advantage multiplies, unless the KL term pulls at it.
+    Where no response of the update has one, the shortest stands in for all: the optimizer then steps with a gradient
+    of zero, as it would have, and there is something to report.
+    """
+    share = batch.weights
+    if objective.loss != "cross_entropy" and not objective.kl_coef:
+        share = share * batch.advantages
+    rows = share.abs().sum(1).gt(0).nonzero().flatten().tolist()
+    return rows or sorted(batch.rows_with_targets(), key=lambda row: batch.lengths[row])[:1]
+
+
+def slope(batch: Batch, objective: Objective) -> Callable[[torch.Tensor, slice], torch.Tensor] | None:
+    """d `update_loss` / d logp of any run of the batch's trained targets, as soon as their logp is there.
+
+    None where a target's loss depends on the others of its response (GSPO).
+    """
+    if objective.loss == "gspo":
+        return None
+    trained = batch.trained_targets()
+
+    def of(logp: torch.Tensor, part: slice) -> torch.Tensor:
+        with torch.enable_grad():
+            leaf = logp.detach().unsqueeze(0).requires_grad_()
+            return torch.autograd.grad(update_loss(leaf, trained.columns(part), objective), leaf)[0].squeeze(0)
+
+    return of
+
+
 def cross_entropy(logp: torch.Tensor, batch: Batch, objective: Objective) -> torch.Tensor:
     """Negative log-likelihood of the targets, `(B, T)`."""
     return -logp
@@ -187,7 +223,7 @@ def add_sums(total: dict[str, float], part: dict[str, float]) -> None:
 
 
 def policy_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """The figures of a whole update, means over its trained tokens.
+    """The figures of a whole update, means over its trained tokens: those of `rows_to_train`.
 
     `policy/kl_ref` is the KL term to the reference as the loss has it, without its coefficient;
     `policy/approx_kl` is the k3 estimator of KL(old || new) under the old policy's samples

@@ -1,0 +1,176 @@
+"""Log-probabilities of targets under a language model's head, without the logits of a whole batch.
+
+At V = 152k the logits of one GSM8K update are larger than everything else together. Here the head is applied to a few
+rows at a time: N positions cost O(chunk x V) of memory, forward and backward, plus the gradients themselves.
+
+With x = h W^T / T and p = softmax(x), the derivative of log p_t is (onehot_t - p) in x. What it is multiplied with,
+d loss / d log p_t, is known in the backward; then p has to be computed a second time, and each of the four products of
+size N x V x H is needed. A loss that adds up token by token knows it as soon as log p_t is there. So who passes `slope`
+gets the gradient formed in the forward, with three products and one softmax; the backward checks that the gradient
+which arrives is the one that was foretold, up to a factor that the whole loss was scaled with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+"""Size of one chunk's logits in float32; two buffers of this size are held. Measured on the CPU, guessed for GPUs."""
+
+Slope = Callable[[torch.Tensor, slice], torch.Tensor]
+"""From the log-probabilities `(n,)` of some of the targets, and which they are, to d loss / d logp `(n,)`."""
+
+
+def target_logprobs(
+    hidden: torch.Tensor,
+    head: Any,
+    targets: torch.Tensor,
+    temperature: float = 1.0,
+    entropy: bool = True,
+    slope: Slope | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each target under softmax(head(hidden) / temperature), and the distribution's entropy.
+
+    Args:
+        hidden: `(N, H)`.
+        head: a linear layer: `weight` `(V, H)`, and maybe a `bias` `(V,)`.
+        targets: `(N,)` int64.
+        entropy: skip its cost with False (zeros are returned).
+        slope: the derivative of the loss that the log-probabilities will go into; they must go into no other.
+
+    Returns:
+        `(N,)` log-probabilities with gradient and `(N,)` entropies in nats without, both float32 (float64 of float64).
+    """
+    bias = getattr(head, "bias", None)
+    apply: Callable[..., tuple[torch.Tensor, torch.Tensor]] = _TargetLogprobs.apply
+    return apply(hidden, head.weight, bias, targets, temperature, entropy, slope)
+
+
+class _TargetLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        temperature: float,
+        entropy: bool,
+        slope: Slope | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        softmax = _Softmax(hidden, weight, bias, temperature)
+        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad) if slope else None
+        logp = torch.empty_like(targets, dtype=softmax.dtype)  # (N,)
+        entropies, slopes = torch.zeros_like(logp), torch.empty_like(logp)
+        for part in softmax.parts():
+            logits, probs, log_z = softmax(part)
+            logp[part] = logits.gather(-1, targets[part].unsqueeze(-1)).squeeze(-1) - log_z
+            if entropy:
+                entropies[part] = log_z - torch.mul(probs, logits, out=logits).sum(-1)
+            if slope and gradients:
+                slopes[part] = slope(logp[part], part)
+                gradients.add(part, probs, targets[part], slopes[part] / temperature)
+        ctx.mark_non_differentiable(entropies)
+        ctx.save_for_backward(hidden, weight, bias, targets, slopes)
+        ctx.temperature, ctx.gradients = temperature, gradients
+        return logp, entropies
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
+        arrived = grad_outputs[0]
+        hidden, weight, bias, targets, slopes = ctx.saved_tensors
+        gradients, ctx.gradients = ctx.gradients, None  # the only reference, so that autograd need not copy
+        if gradients:
+            surest = slopes.abs().argmax()
+            factor = arrived[surest] / slopes[surest] if slopes[surest] else slopes.new_ones(())
+            assert torch.allclose(arrived, factor * slopes, rtol=1e-4), "the loss has not the derivative it foretold"
+            gradients.scale(factor)
+        else:
+            softmax = _Softmax(hidden, weight, bias, ctx.temperature)
+            gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
+            for part in softmax.parts():
+                _, probs, _ = softmax(part)
+                gradients.add(part, probs, targets[part], arrived[part] / ctx.temperature)
+        return *gradients.take(), None, None, None, None
+
+
+class _Softmax:
+    """The head's distribution at a chunk of positions, in two buffers that all chunks share."""
+
+    def __init__(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float
+    ) -> None:
+        self.hidden, self.weight, self.bias, self.temperature = hidden, weight, bias, temperature
+        self.dtype = torch.promote_types(hidden.dtype, torch.float32)
+        positions, vocabulary = len(hidden), len(weight)
+        fit = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"]) // (4 * vocabulary)
+        self.rows = max(1, min(fit, positions))
+        self.logits, self.probs = (hidden.new_empty(self.rows, vocabulary, dtype=self.dtype) for _ in range(2))
+
+    def parts(self) -> Iterator[slice]:
+        """The chunks of the positions."""
+        return (slice(at, at + self.rows) for at in range(0, len(self.hidden), self.rows))
+
+    def __call__(self, part: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits `(n, V)`, probabilities `(n, V)` and log Z `(n,)`, valid until the next chunk; all may be changed."""
+        hidden = self.hidden[part]
+        logits, probs = self.logits[: len(hidden)], self.probs[: len(hidden)]
+        if hidden.dtype == self.dtype:
+            torch.mm(hidden, self.weight.t(), out=logits)
+        else:
+            logits.copy_(hidden @ self.weight.t())
+        if self.bias is not None:
+            logits += self.bias
+        if self.temperature != 1:
+            logits /= self.temperature
+        torch.softmax(logits, -1, out=probs)
+        # The likeliest token has p >= 1 / V, so its logarithm is exact, where another's may have run out of float32.
+        return logits, probs, logits.amax(-1) - probs.amax(-1).log()
+
+
+class _Gradients:
+    """The gradients in hidden states, weight and bias, those that are asked for, chunk by chunk."""
+
+    def __init__(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wanted: tuple[bool, ...]
+    ) -> None:
+        self.inputs = hidden, weight, bias
+        wide = torch.promote_types(hidden.dtype, torch.float32)  # a sum over chunks in bfloat16 would be biased
+        self.hidden = torch.empty_like(hidden) if wanted[0] else None
+        self.weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+        self.bias = torch.zeros_like(bias, dtype=wide) if bias is not None and wanted[2] else None
+
+    def add(self, part: slice, probs: torch.Tensor, targets: torch.Tensor, slope: torch.Tensor) -> None:
+        """Add d loss of a chunk, whose derivative in the raw logits is slope x (onehot - probs). Consumes `probs`."""
+        hidden, weight, _ = self.inputs
+        # Before any rounding to bfloat16: at p = 0.999 what is left is its last bits.
+        probs[torch.arange(len(probs), device=probs.device), targets] -= 1
+        narrow, scale = probs.to(weight.dtype), -slope.unsqueeze(-1)
+        if self.hidden is not None:
+            self.hidden[part] = scale * (narrow @ weight)
+        if self.weight is not None:
+            scaled = (scale * hidden[part]).to(weight.dtype)  # (n, H): nothing of size (n, V) is touched again
+            if self.weight.dtype == weight.dtype:
+                self.weight.addmm_(narrow.t(), scaled)
+            elif self.weight.is_cuda:
+                torch.addmm(self.weight, narrow.t(), scaled, out_dtype=torch.float32, out=self.weight)
+            else:
+                self.weight.addmm_(narrow.t().float(), scaled.float())
+        if self.bias is not None:
+            self.bias += probs.t() @ scale.squeeze(-1)
+
+    def scale(self, factor: torch.Tensor) -> None:
+        """Multiply all, where the loss went through a scaling on its way."""
+        if factor != 1:
+            for gradient in filter(torch.is_tensor, (self.hidden, self.weight, self.bias)):
+                gradient *= factor
+
+    def take(self) -> list[torch.Tensor | None]:
+        """The three of them in their inputs' types, given away."""
+        mine, self.hidden, self.weight, self.bias = (self.hidden, self.weight, self.bias), None, None, None
+        return [
+            g.to(x.dtype) if g is not None and x is not None else None for g, x in zip(mine, self.inputs, strict=True)
+        ]
