@@ -58,15 +58,18 @@ def flags_of(cls: type, skip: typing.Container[str] = ()) -> list[inspect.Parame
     return parameters
 
 
-def register(name: str, cls: type, call: Callable[..., Mapping[str, Any]], skip: tuple[str, ...] = ()) -> None:
+def register(
+    name: str, cls: type, call: Callable[..., Mapping[str, Any]], skip: tuple[str, ...] = (), table: str = ""
+) -> None:
     """A command whose flags are the fields of `cls`, which prints what `call(flags, **layers)` returns.
 
-    `call`'s docstring is the command's help; its keyword parameters are flags too.
+    `table` names the function of `evals.tables` that prints it for a person. `call`'s docstring is the command's
+    help; its keyword parameters are flags too.
     """
 
     def command(as_json: bool, **flags: Any) -> None:
         layers = {key: flags.pop(key) for key in inspect.signature(call).parameters if key != "flags"}
-        show(call({key: value for key, value in flags.items() if value is not None}, **layers), as_json)
+        show(call({key: value for key, value in flags.items() if value is not None}, **layers), as_json, table)
 
     own = list(inspect.signature(call, eval_str=True).parameters.values())[1:]
     json_flag = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
@@ -76,10 +79,15 @@ def register(name: str, cls: type, call: Callable[..., Mapping[str, Any]], skip:
     app.command(name)(command)
 
 
-def show(result: Mapping[str, Any], as_json: bool) -> None:
-    """A command's result on stdout: one JSON object, or a line per key."""
+def show(result: Mapping[str, Any], as_json: bool, table: str = "") -> None:
+    """A command's result on stdout: one JSON object, or a table of `evals.tables`, or a line per key."""
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
+        return
+    if table:
+        from grpo_gsm8k.evals import tables
+
+        getattr(tables, table)(result)
         return
     for key, value in result.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -117,7 +125,7 @@ def _demo(flags: Mapping[str, Any], config_file: Recipe = None, sets: Sets = Non
     return _pipeline(flags, config_file, sets)
 
 
-def _stage(section: str, module: str, help: str) -> None:
+def _stage(section: str, module: str, help: str, table: str = "") -> None:
     def call(
         flags: Mapping[str, Any], preset: Preset = None, config_file: Recipe = None, sets: Sets = None
     ) -> Mapping[str, Any]:
@@ -126,7 +134,7 @@ def _stage(section: str, module: str, help: str) -> None:
         return result
 
     call.__doc__ = help
-    register(section, config.SECTIONS[section], call)
+    register(section, config.SECTIONS[section], call, table=table)
 
 
 register("demo", config.PipelineConfig, _demo, skip=("preset", "data", "model_id"))
@@ -134,7 +142,7 @@ register("pipeline", config.PipelineConfig, _pipeline)
 _stage("sft", "sft", "Supervised fine-tuning on worked solutions.")
 _stage("ei", "ei", "Expert iteration: sample, keep what is right, fine-tune, again.")
 _stage("grpo", "grpo", "Group relative policy optimisation.")
-_stage("eval", "fast_eval_vllm", "Accuracy of a model on a file of problems.")
+_stage("eval", "fast_eval_vllm", "Accuracy of a model on a file of problems.", "print_eval")
 _stage("prep-eval", "pretokenize", "An evaluation set as one model will see it: prompts rendered, golds checked.")
 
 
@@ -191,14 +199,29 @@ def merge(
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(help="results file")],
-    b: Annotated[Path, typer.Argument(help="results file over the same problems")],
+    results: Annotated[list[Path], typer.Argument(help="results files over the same problems")],
+    gain: Annotated[float | None, typer.Option(help="a claimed gain in points; empty for the one seen")] = None,
+    examples: Annotated[int, typer.Option(help="problems shown of those won, and of those lost")] = 3,
     as_json: Json = False,
 ) -> None:
-    """Two results files, paired: how much better is B, and is it noise?"""
-    from grpo_gsm8k.evals import accuracy, stats
+    """Results files against the first, paired: how much better is B, and is it noise?"""
+    from grpo_gsm8k.evals.compare import compare_files
 
-    show(stats.compare(accuracy.read_results(a), accuracy.read_results(b)).as_dict(), as_json)
+    show(compare_files(results, None if gain is None else gain / 100, examples), as_json, "print_comparison")
+
+
+@app.command()
+def contamination(
+    files: Annotated[list[Path], typer.Argument(help="training files: any JSONL")],
+    test: Annotated[Path, typer.Option(help="the test split")] = Path("artifacts/data/test.jsonl"),
+    ngram: Annotated[int, typer.Option(help="words in common that count")] = 13,
+    examples: Annotated[int, typer.Option(help="overlaps shown of each file")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Test problems in training files: word n-grams that both have."""
+    from grpo_gsm8k.gsm8k.contamination import check
+
+    show(check(files, test, ngram, examples), as_json, "print_contamination")
 
 
 @app.command()

@@ -270,9 +270,12 @@ class EvalConfig(EngineConfig):
 
     eval_path: str = opt("artifacts/data/test.jsonl", "problems, or the rows that prep-eval writes")
     limit: int = opt(0, "only the first so many problems; 0 for all")
-    samples: int = opt(1, "completions per problem")
+    samples: int = opt(1, "completions per problem and seed")
+    seeds: str = opt("", "several sampling seeds, as in 0,1,2; empty for --seed alone")
     temperature: float = opt(0.0, "0 is greedy")
     top_p: float = opt(1.0, "nucleus mass")
+    shots: int = opt(0, "worked examples shown before each problem, drawn from --shots_path by --seed")
+    shots_path: str = opt("", "training problems that the examples come from; never the evaluated ones")
     out_dir: str = opt("artifacts/baselines", "where the results file goes")
 
 

@@ -1,7 +1,8 @@
 """Stage 7: evaluation as a command.
 
     grpo-gsm8k eval --model_id MODEL --eval_path DIR/test.jsonl                       greedy accuracy
-    grpo-gsm8k eval --model_id MODEL --samples 8 --temperature 1.0 --json             avg@8 and pass@k
+    grpo-gsm8k eval --model_id MODEL --samples 8 --temperature 1.0 --seeds 0,1,2      avg@8, pass@k, maj@k, spread
+    grpo-gsm8k eval --model_id MODEL --shots 4 --shots_path DIR/train.jsonl           four worked examples first
     grpo-gsm8k eval --model_id MODEL --engine vllm --tp_size 2                        vLLM, on two GPUs
     python -m grpo_gsm8k.fast_eval_vllm --model_id MODEL --eval_path F --limit 200    the same command
 
@@ -11,15 +12,17 @@ samples go to W&B, too, where it is on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from grpo_gsm8k.config import EvalConfig
-from grpo_gsm8k.datatypes import SamplingParams
+from grpo_gsm8k.datatypes import Problem, SamplingParams
 from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.gsm8k.contamination import words
 from grpo_gsm8k.gsm8k.problems import load_problems
-from grpo_gsm8k.repro import derive_seed
+from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.runs import wandb_sink
 from grpo_gsm8k.runs.files import write_json, write_jsonl
 from grpo_gsm8k.workbench import evaluate_model
@@ -32,22 +35,26 @@ def run(cfg: EvalConfig, results_path: Path | None = None, title: str = "eval") 
         results_path: where the rows go; by default a stamped name in `cfg.out_dir`.
 
     Raises:
-        ConfigError: several completions a problem without a temperature, or vLLM where it is not installed.
+        ConfigError: several completions a problem without a temperature, examples from nowhere or from the
+            evaluated file, or vLLM where it is not installed.
     """
-    if cfg.samples > 1 and cfg.temperature == 0:
-        raise ConfigError("--samples above 1 needs --temperature above 0: greedy completions are all the same")
+    seeds = sampling_seeds(cfg)
+    if (cfg.samples > 1 or len(seeds) > 1) and cfg.temperature == 0:
+        raise ConfigError(
+            "several --samples or --seeds need --temperature above 0: greedy completions are all the same"
+        )
     if cfg.samples < 1:
         raise ConfigError("--samples must be at least 1")
-    problems = load_problems(Path(cfg.eval_path))[: cfg.limit or None]
-    params = SamplingParams(
-        cfg.samples, cfg.max_new_tokens, cfg.temperature, cfg.top_p, seed=derive_seed(cfg.seed, "eval")
-    )
-    result = evaluate_model(cfg, problems, params, cfg.eval_path, title)
+    problems = load_problems(Path(cfg.eval_path))
+    shots = draw_shots(cfg, problems)
+    params = SamplingParams(cfg.samples, cfg.max_new_tokens, cfg.temperature, cfg.top_p)
+    result = evaluate_model(cfg, problems[: cfg.limit or None], params, cfg.eval_path, title, seeds, shots)
     if results_path is None:
         name = cfg.run_name or f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}_{Path(cfg.model_id).name}"
         results_path = Path(cfg.out_dir) / f"{Path(name).name}.jsonl"
     write_jsonl(results_path, result.rows)
-    summary = {**result.summary(), "results_path": str(results_path), "model_id": cfg.model_id}
+    asked = {key: getattr(cfg, key) for key in ("model_id", "eval_path", "grading", "samples", "temperature", "shots")}
+    summary = {**result.summary(), "results_path": str(results_path), **asked}
     write_json(results_path.with_suffix(".json"), summary)
     if wandb_sink.wanted():
         page = wandb_sink.WandbSink(cfg.wandb_project, results_path.stem, results_path.with_suffix(".wandb"), vars(cfg))
@@ -55,6 +62,29 @@ def run(cfg: EvalConfig, results_path: Path | None = None, title: str = "eval") 
         page.table(0, "val/samples", result.rows)
         page.close()
     return summary
+
+
+def sampling_seeds(cfg: EvalConfig) -> list[int]:
+    """The seeds of `--seeds`, or that of `--seed`."""
+    texts = [text.strip() for text in cfg.seeds.split(",")] if cfg.seeds else [str(cfg.seed)]
+    if not all(text.isascii() and text.isdigit() for text in texts) or len(set(texts)) < len(texts):
+        raise ConfigError(f"--seeds {cfg.seeds}: must be different whole numbers, as in 0,1,2")
+    return [int(text) for text in texts]
+
+
+def draw_shots(cfg: EvalConfig, evaluated: Sequence[Problem]) -> list[Problem]:
+    """The worked examples: the same for every problem, drawn by the seed, none of them an evaluated problem."""
+    if not cfg.shots:
+        return []
+    if not cfg.shots_path:
+        raise ConfigError("--shots needs --shots_path: the training problems that the examples come from")
+    if any(problem.source and problem.source.rendered for problem in evaluated):
+        raise ConfigError(f"--shots: {cfg.eval_path} holds prompts rendered without examples; name the bare problems")
+    known = {words(problem.question) for problem in evaluated}
+    pool = [problem for problem in load_problems(Path(cfg.shots_path)) if words(problem.question) not in known]
+    if len(pool) < cfg.shots:
+        raise ConfigError(f"--shots {cfg.shots}: {cfg.shots_path} has {len(pool)} problems that are not evaluated, too")
+    return [pool[i] for i in shuffled(len(pool), derive_seed(cfg.seed, "shots"))[: cfg.shots]]
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from grpo_gsm8k.engines.process import Engine, ProcessSampler, placements
 from grpo_gsm8k.errors import ConfigError, EngineError, RunDirError
 from grpo_gsm8k.evals.accuracy import CHUNK, Evaluation, evaluate
 from grpo_gsm8k.evals.evaluator import AsyncEvaluator, InlineEvaluator
+from grpo_gsm8k.gsm8k import contamination
 from grpo_gsm8k.gsm8k.grading import Tags
 from grpo_gsm8k.gsm8k.problems import load_problems
 from grpo_gsm8k.gsm8k.prompts import Renderer, check_lengths, make_tags, remembered
@@ -134,6 +135,7 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
     if cfg.uses_vllm:
         placements(cfg, gpus=torch.cuda.device_count())
     with open_run(cfg, stage, {**inputs, "eval_set": eval_path}) as run, ExitStack() as open_until_the_end:
+        contamination.warn(inputs.values(), Path(cfg.data) / "test.jsonl")
         repro.set_deterministic(cfg.deterministic)
         repro.seed_everything(cfg.seed)
         model = load_model(cfg)
@@ -268,9 +270,15 @@ def how_to_ask(cfg: PromptConfig) -> tuple[str, Tags]:
 
 
 def evaluate_model(
-    cfg: EvalConfig, problems: Sequence[Problem], params: SamplingParams, source: str, title: str
+    cfg: EvalConfig,
+    problems: Sequence[Problem],
+    params: SamplingParams,
+    source: str,
+    title: str,
+    seeds: Sequence[int] = (),
+    shots: Sequence[Problem] = (),
 ) -> Evaluation:
-    """Load a model, evaluate it on `problems`, let it go."""
+    """Load a model, evaluate it on `problems` (with each of `seeds`, after `shots`), let it go."""
     asked = how_to_ask(cfg)
     repro.set_deterministic(cfg.deterministic)
     # An engine is given the weights like any other time, from a copy on the CPU: their hash is what was evaluated.
@@ -278,16 +286,16 @@ def evaluate_model(
         gpu = placements(cfg, gpus=torch.cuda.device_count())[0][0] != "cpu"
         cfg = dataclasses.replace(cfg, device="cpu", dtype="bfloat16" if cfg.dtype == "auto" and gpu else cfg.dtype)
     model = load_model(cfg)
-    renderer = Renderer(load_tokenizer(cfg), *asked)
+    renderer = Renderer(load_tokenizer(cfg), *asked, shots)
     prompts = [renderer.prompt(problem) for problem in problems]
     check_lengths(prompts, context_length(model), source)
-    params = dataclasses.replace(params, stop=renderer.style.stop)
+    params = dataclasses.replace(params, stop=renderer.stop)
     digest = weights_sha256(adapter.own_weights(model))
     with open_sampler(cfg, model, renderer, Path(cfg.out_dir)) as sampler:
         sampler.load_weights(0, adapter.own_weights(model))
         del model
         chunk = ENGINE_CHUNK if cfg.uses_vllm else CHUNK
-        return evaluate(sampler, prompts, params, renderer, digest, cfg.grading, title, chunk)
+        return evaluate(sampler, prompts, params, renderer, digest, cfg.grading, title, chunk, seeds)
 
 
 def merge(cfg: ModelConfig, out: Path) -> dict[str, Any]:

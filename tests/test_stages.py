@@ -149,6 +149,10 @@ def test_evaluation_by_hand(tiny):
     # pass@2 of 4, 2, 1 and 0 right of four: 1, 1 - 1/6, 1 - 3/6, 0
     assert result.pass_at_k["2"] == pytest.approx((1 + 5 / 6 + 1 / 2) / 4)
     assert result.pass_at_k["4"] == pytest.approx(3 / 4) and set(result.pass_at_k) == {"1", "2", "4"}
+    # The majority: of p0 right; of p1 right (7 twice, 8 once); of p2 the only vote is right; of p3 there is none.
+    assert result.maj_at_k["4"] == pytest.approx(3 / 4) and result.maj_at_k["1"] == pytest.approx(7 / 16)
+    assert result.strict_accuracy == result.accuracy and result.flexible_accuracy == pytest.approx(7 / 16)
+    assert result.ci95 == result.intervals["accuracy"] and result.by_seed == {}
     assert result.format_accuracy == pytest.approx((4 + 3 + 1) / 16) and result.truncated == pytest.approx(1 / 16)
     assert [row["sample"] for row in result.rows[:4]] == [0, 1, 2, 3]
     assert {row["weights_sha256"] for row in result.rows} == {"abc"}
@@ -188,7 +192,7 @@ def test_compare_is_exact_mcnemar_and_refuses_other_problems():
     assert (result.won, result.lost, result.n) == (25, 10, 100) and result.difference == pytest.approx(0.15)
     assert result.p_value == pytest.approx(binomtest(10, 35).pvalue)
     assert result.ci95[0] < 0.15 < result.ci95[1]
-    with pytest.raises(UserError, match="one of the results only"):
+    with pytest.raises(UserError, match="1 only in B"):
         compare(a, {**b, "101": 1.0})
     assert compare(a, a).p_value == 1.0
 

@@ -1,16 +1,26 @@
-"""What may be said of an accuracy: intervals for one, paired tests for two."""
+"""What may be said of an accuracy: intervals for one, paired tests for two, how many problems a gain needs.
+
+The unit is the problem: completions of one problem are no independent evidence of how a model does on others, so
+everything but Wilson's interval resamples, flips or counts problems.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any
 
 from grpo_gsm8k.errors import UserError
 from grpo_gsm8k.repro import derive_seed
 
-RESAMPLES = 2000
+RESAMPLES = 10_000
+LEVEL, POWER = 0.05, 0.8  # two-sided
+FINEST = 1_000  # steps in a difference of 1, see `sign_flip`
+
+# ------------------------------------------------------------------------------------------------ one accuracy
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
@@ -21,15 +31,33 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def bootstrap_mean(values: Sequence[float]) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of a mean, resampling the values; the same every time."""
+def bootstrap_mean(values: Sequence[float], weights: Sequence[float] | None = None) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of a mean, resampling the values; the same every time.
+
+    Args:
+        weights: one a value, for a weighted mean: `sum(values * weights) / sum(weights)`.
+
+    Where all values are equal the interval is a point: nothing in the data says how far off they could be.
+    """
     import numpy as np
 
+    pairs = np.column_stack([values, np.ones(len(values)) if weights is None else weights]).astype(float)
+    kinds, counts = np.unique(pairs, axis=0, return_counts=True)  # resampling n values is a multinomial over the kinds
     rng = np.random.default_rng(derive_seed("bootstrap", len(values)))
-    data = np.asarray(values, dtype=float)
-    draws = np.array([data[rng.integers(0, len(data), len(data))].mean() for _ in range(RESAMPLES)])
-    low, high = np.quantile(draws, [0.025, 0.975])
+    drawn = rng.multinomial(len(values), counts / len(values), size=RESAMPLES)  # (RESAMPLES, kinds)
+    sums, totals = drawn @ (kinds[:, 0] * kinds[:, 1]), drawn @ kinds[:, 1]
+    low, high = np.quantile(sums / totals, [0.025, 0.975])
     return float(low), float(high)
+
+
+def rate_interval(outcomes: Sequence[Sequence[bool]]) -> tuple[float, float]:
+    """95 % interval of the share of true outcomes, given a problem's outcomes each.
+
+    Wilson's for one completion a problem; for several a bootstrap over problems.
+    """
+    if all(len(one) == 1 for one in outcomes):
+        return wilson(sum(one[0] for one in outcomes), len(outcomes))
+    return bootstrap_mean([sum(one) / len(one) for one in outcomes], [len(one) for one in outcomes])
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
@@ -37,12 +65,73 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
+def maj_at_k(votes: Sequence[tuple[Hashable | None, bool]], k: int) -> float:
+    """Chance that the most frequent answer of k completions is right (self-consistency, arXiv 2203.11171).
+
+    Args:
+        votes: (answer, whether it is right) of each completion; the answer None is no vote.
+
+    The mean over disjoint blocks of k; a tie counts the share of right answers in it, as a fair coin would.
+    """
+    blocks = [votes[i : i + k] for i in range(0, len(votes) - k + 1, k)]
+    return sum(_majority(block) for block in blocks) / len(blocks)
+
+
+def _majority(votes: Sequence[tuple[Hashable | None, bool]]) -> float:
+    counts = Counter(vote for vote in votes if vote[0] is not None)
+    leaders = [right for (_, right), count in counts.items() if count == max(counts.values())]
+    return sum(leaders) / len(leaders) if leaders else 0.0
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Where an accuracy could have come out otherwise, as standard deviations of the accuracy with one seed.
+
+    Attributes:
+        seeds: how far one seed is from the next on these problems, as observed; None for a single seed.
+        sampling: the same, as the completions of each problem predict it; None for one completion a problem.
+        problems: how far one set of problems of this size is from the next, sampling taken out.
+    """
+
+    seeds: float | None
+    sampling: float | None
+    problems: float | None
+
+
+def spread(right_S_P: Sequence[Sequence[int]], k: int) -> Spread:
+    """The two sources of noise apart, by the law of total variance (arXiv 2411.00640 sec. 3).
+
+    Args:
+        right_S_P: right completions, of k, of each problem with each seed.
+    """
+    import numpy as np
+
+    right = np.asarray(right_S_P, dtype=float)  # (seeds, problems)
+    seeds, problems = right.shape
+    n = seeds * k
+    between = float(np.std(right.mean(1) / k, ddof=1)) if seeds > 1 else None
+    if n < 2 or problems < 2:
+        return Spread(between, None, None)
+    share = right.sum(0) / n
+    within = share * (1 - share) * n / (n - 1)  # unbiased variance of one completion's verdict, each problem
+    across = max(0.0, float(share.var(ddof=1) - (within / n).mean()))
+    return Spread(between, math.sqrt(within.mean() / k / problems), math.sqrt(across / problems))
+
+
+# ------------------------------------------------------------------------------------------------ two accuracies
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """B against A on the same problems; `difference` is B - A in accuracy.
+    """B against A on the same problems.
 
-    `won` problems were right only in B, `lost` only in A; `p_value` is the exact McNemar test's (for several
-    completions a problem: of the sign of the per-problem difference). `ci95` is a paired bootstrap's.
+    Attributes:
+        difference: B - A in accuracy; `ci95` is a paired bootstrap's over problems.
+        p_value, p_mid: see `sign_flip`; exact McNemar and its mid-p variant for one completion a problem.
+        significant: `p_mid` (Holm-corrected, where several are compared) is below 5 %.
+        n: problems; B does better on `won` of them, and worse on `lost`.
+        gain: the gain that `problems_needed` is about: the one claimed, or the difference that was seen.
+        problems_needed: see `problems_needed`; None for a gain of 0.
     """
 
     difference: float
@@ -51,25 +140,106 @@ class Comparison:
     n: int
     won: int
     lost: int
+    accuracy_a: float
+    accuracy_b: float
+    p_mid: float
+    significant: bool
+    gain: float
+    problems_needed: int | None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON."""
         return asdict(self)
 
 
-def compare(a: Mapping[str, float], b: Mapping[str, float]) -> Comparison:
+def compare(a: Mapping[str, float], b: Mapping[str, float], gain: float | None = None) -> Comparison:
     """Paired comparison of two results, problem id → accuracy on it.
 
     Raises:
         UserError: when the two are not over the same problems.
     """
-    from scipy.stats import binomtest
-
     if a.keys() != b.keys():
-        odd = sorted(a.keys() ^ b.keys())
-        raise UserError(f"cannot compare: {len(odd)} problems are in one of the results only, {odd[0]} first")
+        odd = [(name, keys) for name, keys in (("A", a.keys() - b), ("B", b.keys() - a)) if keys]
+        sides = ", ".join(f"{len(keys)} only in {name} ({min(keys)!r})" for name, keys in odd)
+        raise UserError(f"cannot compare, these are not the same problems: {sides}, {len(a.keys() & b)} in both")
     differences = [b[key] - a[key] for key in sorted(a)]
-    won, lost = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-    p_value = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
-    mean = sum(differences) / len(differences)
-    return Comparison(mean, bootstrap_mean(differences), p_value, len(differences), won, lost)
+    n, squares = len(differences), sum(d * d for d in differences)
+    mean = sum(differences) / n
+    p_value, p_mid = sign_flip(differences)
+    claimed = mean if gain is None else gain
+    return Comparison(
+        difference=mean,
+        ci95=bootstrap_mean(differences),
+        p_value=p_value,
+        n=n,
+        won=sum(d > 0 for d in differences),
+        lost=sum(d < 0 for d in differences),
+        accuracy_a=sum(a.values()) / n,
+        accuracy_b=sum(b.values()) / n,
+        p_mid=p_mid,
+        significant=p_mid < LEVEL,
+        gain=claimed,
+        problems_needed=problems_needed(claimed, squares / n),
+    )
+
+
+def sign_flip(differences: Sequence[float]) -> tuple[float, float]:
+    """Two-sided p of a mean difference of 0: exact, and mid-p.
+
+    If A and B are equally good, each problem's difference could as well have the other sign. The exact p is the
+    share of all 2^n choices of signs with a sum at least as far from 0; for one completion a problem that is the
+    exact McNemar test. It never rejects too often, and with few differing problems too seldom: of null pairs at
+    5 % it rejects 4.5 % with 500 of them, 4.0 % with 100, 3.0 % with 26, 2.2 % with 10 (the mean over tables of 512
+    to 1,319 problems). Counting the sums that are just as far by half gives the mid-p (Fagerland, Lydersen and
+    Laake 2013, doi 10.1186/1471-2288-13-91): 5.0, 4.9, 4.5 and 4.1 %. So the exact p is what is quoted, and the
+    mid-p what decides.
+
+    Differences that have no common step down to 1 / `FINEST` are rounded to it; the test stays exact for those.
+    With unlike numbers of completions in A and B the signs are exchangeable in the limit only.
+    """
+    import numpy as np
+
+    steps = math.lcm(*(Fraction(d).limit_denominator(FINEST).denominator for d in differences))
+    units = [round(d * min(steps, FINEST)) for d in differences]
+    sizes = [abs(unit) for unit in units if unit]
+    if not sizes:
+        return 1.0, 1.0
+    total = sum(sizes)
+    null = np.zeros(2 * total + 1)  # probability of each sum, from -total to total
+    null[total] = 1.0
+    for size in sizes:
+        null = (np.roll(null, size) + np.roll(null, -size)) / 2
+    far, distance = abs(sum(units)), np.abs(np.arange(-total, total + 1))
+    beyond, level = float(null[distance > far].sum()), float(null[distance == far].sum())
+    return min(1.0, beyond + level), min(1.0, beyond + level / 2)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values, corrected for their number by Holm's step-down method (1979, Scand. J. Statist. 6:65)."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def problems_needed(gain: float, squares: float) -> int | None:
+    """How many problems show this gain with 80 % power in a two-sided test at 5 %; None for a gain of 0.
+
+        n = (z_0.975 sqrt(s) + z_0.8 sqrt(s - gain^2))^2 / gain^2
+
+    Args:
+        gain: the true difference in accuracy, 0.01 for a point.
+        squares: s, the mean squared difference of a problem; for one completion a problem the share of problems
+            on which the two differ, and the formula is that for McNemar's test (Connor 1987, doi 10.2307/2531961).
+            For several it is the same argument, the variance of a paired difference (arXiv 2411.00640 sec. 5).
+            No gain can come from fewer differing problems than itself: s is at least |gain|.
+    """
+    from scipy.stats import norm
+
+    if gain == 0:
+        return None
+    s = max(squares, abs(gain))
+    z_level, z_power = norm.ppf(1 - LEVEL / 2), norm.ppf(POWER)
+    return math.ceil((z_level * math.sqrt(s) + z_power * math.sqrt(s - gain * gain)) ** 2 / gain**2)

@@ -22,6 +22,7 @@ from grpo_gsm8k.runs.files import read_json, write_json
 
 Message = tuple[str, str]  # (role, content)
 PROMPT_FILE = "prompt.json"
+SHOT_BREAK = "\n\n\n"  # between worked examples in plain text; a completion that writes it begins another one
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,15 @@ def make_tags(think_open: str, think_close: str, answer_open: str, answer_close:
 class Renderer:
     """A style bound to a tokenizer: problems and chats in, token ids with their mask out."""
 
-    def __init__(self, tokenizer: Any, style: str = "gsm8k", tags: Tags | None = None) -> None:
-        """`tokenizer` is a transformers tokenizer; `tags` are those of the r1_zero style and of grading."""
-        self.tokenizer, self.name = tokenizer, style
+    def __init__(
+        self, tokenizer: Any, style: str = "gsm8k", tags: Tags | None = None, shots: Sequence[Problem] = ()
+    ) -> None:
+        """`tokenizer` is a transformers tokenizer; `tags` are those of the r1_zero style and of grading.
+
+        Args:
+            shots: problems that every prompt shows first, each with its reference solution.
+        """
+        self.tokenizer, self.name, self.shots = tokenizer, style, tuple(shots)
         self.tags = tags or Tags()
         self.style = STYLES[style](self.tags)
         self.end_id = self._end_of_turn()
@@ -162,14 +169,15 @@ class Renderer:
 
     def render(self, problem: Problem) -> Prompt:
         """The prompt of a problem, whatever is stored with it. Raises `DataError` for a special token in its text."""
-        if found := next((token for token in self.special_tokens if token in problem.question), None):
-            what = (
-                f"the question holds {found}, a special token of this model: a prompt that was rendered already would "
-                "be rendered twice; give the bare question, or a set that `grpo-gsm8k prep-eval` made"
-            )
-            source = problem.source or Source(f"problem {problem.id}", None)
-            raise DataError(source.path, what, source.line)
-        return Prompt(problem, tuple(self._prompt_ids(self.style.ask(problem.question))))
+        for asked in (problem, *self.shots):
+            if found := next((token for token in self.special_tokens if token in asked.question), None):
+                what = (
+                    f"the question holds {found}, a special token of this model: a prompt that was rendered already "
+                    "would be rendered twice; give the bare question, or a set that `grpo-gsm8k prep-eval` made"
+                )
+                source = asked.source or Source(f"problem {asked.id}", None)
+                raise DataError(source.path, what, source.line)
+        return Prompt(problem, tuple(self._prompt_ids(self._ask(problem.question))))
 
     def example(self, problem: Problem) -> TokenRow:
         """A problem with its reference solution; mask 1 on the solution and on the end-of-turn id."""
@@ -204,6 +212,11 @@ class Renderer:
         return self._join(parts)
 
     @property
+    def stop(self) -> tuple[str, ...]:
+        """Every string that ends a completion: the style's, and the break after which another example would begin."""
+        return (*self.style.stop, SHOT_BREAK) if self.shots and isinstance(self._ask(""), str) else self.style.stop
+
+    @property
     def stop_ids(self) -> frozenset[int]:
         """Every id that ends a completion: the template's end of turn and the tokenizer's own."""
         return frozenset(i for i in (self.end_id, self.tokenizer.eos_token_id) if i is not None)
@@ -224,13 +237,30 @@ class Renderer:
         why = f"was rendered for another model or style ({'; '.join(differ)})" if differ else "has been changed since"
         return f"the prompt {why}; run `grpo-gsm8k prep-eval` again"
 
+    def _ask(self, question: str) -> list[Message] | str:
+        """How a question is asked, the shots before it: earlier turns of the chat, or more of the text."""
+        asked = self.style.ask(question)
+        if not self.shots:
+            return asked
+        answers = [self.style.reference(shot) for shot in self.shots]
+        shown = [self.style.ask(shot.question) for shot in self.shots]
+        if isinstance(asked, str) or not self.tokenizer.chat_template:
+            texts = [self._plain(a) + answer for a, answer in zip(shown, answers, strict=True)]
+            return SHOT_BREAK.join([*texts, self._plain(asked)])
+        turns = [[*a, ("assistant", answer)] for a, answer in zip(shown, answers, strict=True)]
+        spoken = [message for turn in [*turns, asked] for message in turn]
+        return [m for i, m in enumerate(spoken) if m[0] != "system" or i == 0]  # a chat has its system message once
+
+    @staticmethod
+    def _plain(asked: Sequence[Message] | str) -> str:
+        """As text for a model without chat turns."""
+        return asked if isinstance(asked, str) else "\n\n".join(content for _, content in asked) + "\n\nAnswer: "
+
     def _prompt_ids(self, asked: list[Message] | str) -> list[int]:
         if isinstance(asked, list) and self.tokenizer.chat_template:
             return self._encode(self._template(asked, generation=True))
-        if isinstance(asked, list):
-            asked = "\n\n".join(content for _, content in asked) + "\n\nAnswer: "
         bos = self.tokenizer.bos_token_id
-        return ([] if bos is None else [bos]) + self._encode(asked)
+        return ([] if bos is None else [bos]) + self._encode(self._plain(asked))
 
     def _template(self, messages: Sequence[Message], generation: bool) -> str:
         chat = [{"role": role, "content": content} for role, content in messages]

@@ -1,0 +1,170 @@
+"""What `eval`, `compare` and `contamination` print for a person: their results as tables."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from os.path import commonpath
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+WIDTH = 130  # where stdout is no terminal
+Result = Mapping[str, Any]
+
+
+def print_eval(result: Result) -> None:
+    """Figures, intervals and the spread of an evaluation."""
+    out, k, intervals = _console(), result["samples"], result["intervals"]
+    seeds = len(result["by_seed"])
+    how = "greedy" if result["temperature"] == 0 else f"{k} x {seeds} at temperature {result['temperature']:g}"
+    shots = f", {result['shots']} worked examples" if result["shots"] else ""
+    out.print(f"{escape(result['model_id'])} on {escape(result['eval_path'])}", highlight=False, soft_wrap=True)
+    out.print(f"{result['n']:,} problems, {how}{shots}; {result['grading']} grading", highlight=False, soft_wrap=True)
+    table = _table("", "", "95 % interval", "")
+    by = "Wilson" if k * seeds == 1 else "bootstrap over problems"
+    rates = (
+        ("accuracy" if k * seeds == 1 else f"accuracy (avg@{k * seeds})", "accuracy", by),
+        ("  graded strictly", "strict_accuracy", "a marked answer only"),
+        ("  graded flexibly", "flexible_accuracy", "an answer in prose, too"),
+        ("in the asked form", "format_accuracy", ""),
+        ("cut off", "truncated", "ran into the token limit"),
+    )
+    for label, name, note in rates:
+        table.add_row(label, _percent(result[name]), _interval(intervals[name]), note)
+    for name, figures in (("pass", result["pass_at_k"]), ("maj", result["maj_at_k"])):
+        for size, value in list(figures.items())[1:]:  # the first, at k = 1, is the accuracy
+            table.add_row(f"{name}@{size}", _percent(value), _interval(intervals[f"{name}@{size}"]), "")
+    out.print(table)
+    if result["spread"]["problems"] is not None:
+        out.print(_spread(result), highlight=False, soft_wrap=True)
+    lengths = _table("tokens", "completions", "accuracy", "95 % interval", "cut off")
+    for part in result["by_length"]:
+        low, high = part["tokens"]
+        cells = (f"{part['n']:,}", _percent(part["accuracy"]), _interval(part["ci95"]), _percent(part["truncated"]))
+        lengths.add_row(f"{low} to {high}", *cells)
+    out.print(lengths)
+    out.print(
+        f"{result['tokens_per_s']:,.0f} tokens/s, {result['seconds']:.1f} s; {_path(result)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def print_comparison(result: Result) -> None:
+    """Runs against the first one, and for two of them examples and the problems that a gain needs."""
+    out, pair = _console(), "comparisons" not in result
+    rows = [result] if pair else result["comparisons"]
+    head = ("run", "accuracy", "difference", "95 % interval", "won", "lost", "p exact", "p mid")
+    table = _table(*head, *(() if pair else ("p Holm",)), "", "problems for this gain")
+    names = _names([result["a"], *(row["b"] for row in rows)])
+    table.add_row(names[0], _percent(rows[0]["accuracy_a"]))
+    for name, row in zip(names[1:], rows, strict=True):
+        verdict = "noise?" if not row["significant"] else "better" if row["difference"] > 0 else "worse"
+        tests = [_p(row[key]) for key in ("p_value", "p_mid", "p_holm") if key in row]
+        needed = "" if row["problems_needed"] is None else f"{row['problems_needed']:,} for {_points(row['gain'])}"
+        counts = (f"{row['won']:,}", f"{row['lost']:,}")
+        difference = (_points(row["difference"]), _points(row["ci95"]))
+        table.add_row(name, _percent(row["accuracy_b"]), *difference, *counts, *tests, verdict, needed)
+    out.print(
+        f"{rows[0]['n']:,} problems, paired; differences in points, verdict at 5 % by the last p", highlight=False
+    )
+    out.print(table)
+    if pair:
+        needed = ", ".join(f"{n:,} for {100 * float(gain):g}" for gain, n in result["needed"].items())
+        out.print(
+            f"problems that a gain needs, in points (80 % power, two-sided 5 %): {needed}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        out.print(_flips(result["examples"]))
+
+
+def print_contamination(result: Result) -> None:
+    """Test problems found in training files."""
+    out, n = _console(), result["ngram"]
+    table = _table("file", "rows", "whole questions", f"questions, {n} words", f"solutions, {n} words", "whole")
+    for entry in result["files"]:
+        keys = ("rows", "questions_whole", "questions_overlapping", "solutions_overlapping", "solutions_whole")
+        table.add_row(escape(entry["path"]), *(f"{entry[key]:,}" for key in keys))
+    out.print(f"of {result['test_problems']:,} test problems, found in training files", highlight=False, soft_wrap=True)
+    out.print(table)
+    for entry in result["files"]:
+        for row in entry["examples"]:
+            where = f"{escape(entry['path'])}:{row['line']}"
+            out.print(
+                f"{where} has of {escape(row['id'])} ({row['kind']}): {escape(row['shared'])}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def _spread(result: Result) -> str:
+    spread = result["spread"]
+    said = [f"another set of problems would move it by {_points(spread['problems'], sign=False)}"]
+    said += [f"another seed by {_points(spread['sampling'], sign=False)}"] if spread["sampling"] is not None else []
+    if spread["seeds"] is not None:
+        each = ", ".join(f"{seed}: {_percent(value)}" for seed, value in result["by_seed"].items())
+        said += [f"seen between the seeds {_points(spread['seeds'], sign=False)} ({each})"]
+    return f"one seed's accuracy, standard deviations in points: {'; '.join(said)}"
+
+
+def _flips(examples: Iterable[Result]) -> Table:
+    table = _table("", "problem", "gold", "A said", "B said", "question")
+    table.columns[-1].justify, table.columns[-1].no_wrap = "left", True
+    for row in examples:
+        said = (_said(row["extracted_a"]), _said(row["extracted_b"]))
+        question = " ".join(str(row["question"]).split())
+        table.add_row(row["flip"], escape(row["id"]), escape(str(row["gold"])), *said, escape(question))
+    return table
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """Paths below the folder that they have in common."""
+    parents = [Path(path).resolve().parent for path in paths]
+    common = commonpath(parents)
+    return [
+        escape((parent / Path(path).name).relative_to(common).as_posix())
+        for parent, path in zip(parents, paths, strict=True)
+    ]
+
+
+def _said(answers: Sequence[str | None]) -> str:
+    kinds = list(dict.fromkeys("nothing" if answer is None else answer for answer in answers))
+    return escape(", ".join(kinds[:3]) + (", …" if len(kinds) > 3 else ""))
+
+
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=WIDTH)
+
+
+def _table(*head: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for i, name in enumerate(head):
+        table.add_column(name, justify="left" if i == 0 or not name else "right", overflow="ellipsis" if i else "fold")
+    return table
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _points(value: float | Sequence[float], sign: bool = True) -> str:
+    form = "{:+.1f}" if sign else "{:.1f}"
+    values = [value] if isinstance(value, float | int) else value
+    return " to ".join(form.format(100 * one) for one in values)
+
+
+def _interval(ends: Sequence[float]) -> str:
+    return f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f}"
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
+
+
+def _path(result: Result) -> str:
+    return f"rows in {escape(str(Path(result['results_path'])))}"

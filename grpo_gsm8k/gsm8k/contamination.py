@@ -1,0 +1,161 @@
+"""Does a training file hold test problems? Word n-grams that both have, 13 words by default (arXiv 2005.14165 app. C).
+
+Words are runs of letters and digits without case: punctuation, layout and GSM8K's `<<…>>` annotations do not hide a
+copy. Every text of a row is looked at, whatever its key, so any training JSONL will do: problems, pairs, chats, traces.
+
+    grpo-gsm8k contamination artifacts/pairs.jsonl --test artifacts/data/test.jsonl
+
+A shared n-gram is a reason to look, not a verdict: word problems of one kind share phrases. A whole question is one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from grpo_gsm8k.datatypes import Problem
+from grpo_gsm8k.gsm8k.problems import load_problems
+from grpo_gsm8k.gsm8k.prompts import working
+from grpo_gsm8k.runs.files import read_jsonl
+from grpo_gsm8k.runs.progress import talk
+
+NGRAM = 13
+SHORTEST = 8  # the smallest n of the paper; shorter texts coincide by chance and are not looked for
+GLANCE = 300  # words of a text that the check before training reads
+
+Kind = Literal["question", "solution"]
+Words = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Words that a training text shares with a test problem.
+
+    Attributes:
+        kind: what of the problem they are from.
+        whole: all of it stands there in one piece.
+        line: of the training file, the first with this overlap.
+        shared: the words.
+    """
+
+    problem: Problem
+    kind: Kind
+    whole: bool
+    line: int
+    shared: str
+
+
+class Index:
+    """The n-grams of test problems, to be looked up in training texts."""
+
+    def __init__(self, problems: Sequence[Problem], n: int = NGRAM, whole_questions: bool = False) -> None:
+        """A text shorter than `n` words is looked for as a whole.
+
+        Args:
+            whole_questions: look for whole questions only, which is faster.
+        """
+        self.problems, self.whole_questions = problems, whole_questions
+        self.texts: list[tuple[Problem, Kind, Words]] = []
+        self.grams: dict[Words, list[tuple[int, int]]] = defaultdict(list)  # n-gram → (text, position in it)
+        for problem in problems:
+            self._add(problem, "question", words(problem.question), n)
+            if not whole_questions:
+                self._add(problem, "solution", words(working(problem)), n)
+        self.sizes = sorted({len(gram) for gram in self.grams})
+
+    def _add(self, problem: Problem, kind: Kind, text: Words, n: int) -> None:
+        if len(text) < SHORTEST:
+            return
+        size = min(n, len(text))
+        for start in range(1 if self.whole_questions else len(text) - size + 1):
+            self.grams[text[start : start + size]].append((len(self.texts), start))
+        self.texts.append((problem, kind, text))
+
+    def overlaps(self, text: Words, line: int) -> Iterator[Overlap]:
+        """Every overlap of one training text."""
+        for at in range(len(text) - SHORTEST + 1):
+            for size in self.sizes:
+                for number, start in self.grams.get(text[at : at + size], ()):
+                    problem, kind, full = self.texts[number]
+                    whole = start == 0 and text[at : at + len(full)] == full
+                    if whole or not self.whole_questions:
+                        shared = full if whole else text[at : at + size]
+                        yield Overlap(problem, kind, whole, line, " ".join(shared))
+
+
+def words(text: str) -> Words:
+    """Runs of letters and digits, without case."""
+    return tuple(re.findall(r"[^\W_]+", text.casefold()))
+
+
+def scan(path: Path, index: Index, most_words: int | None = None) -> tuple[int, list[Overlap]]:
+    """Rows of a training JSONL file, and the first overlap with each test text; a whole one is preferred.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    found: dict[tuple[str, Kind], Overlap] = {}
+    seen: set[Words] = set()
+    rows = 0
+    for line, row in read_jsonl(path):
+        rows += 1
+        for raw in texts_of(row):
+            text = words(re.sub(r"<<[^<>\n]*>>", "", raw))[:most_words]
+            if text in seen:
+                continue
+            seen.add(text)
+            for overlap in index.overlaps(text, line):
+                key = (overlap.problem.id, overlap.kind)
+                if key not in found or (overlap.whole and not found[key].whole):
+                    found[key] = overlap
+    return rows, list(found.values())
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, keys left out."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from texts_of(inner)
+
+
+def check(files: Sequence[Path], test: Path, n: int = NGRAM, examples: int = 3) -> dict[str, Any]:
+    """What each training file shares with the test split: counts of test problems, and a few of the overlaps."""
+    problems = load_problems(test)
+    index, report = Index(problems, n), list[dict[str, Any]]()
+    for path in files:
+        rows, found = scan(path, index)
+        found.sort(key=lambda o: (not o.whole, o.kind, o.line))
+        counts = {
+            f"{kind}s_{name}": sum(o.kind == kind and (o.whole or not only_whole) for o in found)
+            for kind in ("question", "solution")
+            for name, only_whole in (("whole", True), ("overlapping", False))
+        }
+        shown = [
+            {"line": o.line, "id": o.problem.id, "kind": o.kind, "whole": o.whole, "shared": o.shared}
+            for o in found[:examples]
+        ]
+        report.append({"path": str(path), "rows": rows, **counts, "examples": shown})
+    clean = not any(entry["questions_whole"] for entry in report)
+    return {"clean": clean, "ngram": n, "test_problems": len(problems), "files": report}
+
+
+def warn(files: Iterable[Path], test: Path) -> None:
+    """One line on stderr for each JSONL file with whole test questions in it; a look at the start of training."""
+    if not test.is_file():
+        return
+    problems = load_problems(test)
+    index = Index(problems, SHORTEST, whole_questions=True)
+    for path in files:
+        found = scan(path, index, GLANCE)[1] if path.suffix == ".jsonl" and path.is_file() else []
+        if found:
+            first = min(found, key=lambda overlap: overlap.line)
+            talk(
+                f"warning: {path} holds {len(found)} of the {len(problems)} test problems ({first.problem.id} in line "
+                f"{first.line}): accuracy on them will say little; see `grpo-gsm8k contamination`"
+            )

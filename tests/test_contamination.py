@@ -1,0 +1,108 @@
+"""Test problems in training files: found whatever the form of the row, and nothing where there is nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_gsm8k.datatypes import Problem
+from grpo_gsm8k.gsm8k.contamination import Index, check, scan, texts_of, warn, words
+from grpo_gsm8k.gsm8k.problems import load_problems
+from tests.toys import make_data
+
+QUESTION = "Ann buys 12 red apples, eats 3 of them, and gives half of what is left to her old friend Ben. How many?"
+ANSWER = "After eating, there are 12-3=<<12-3=9>>9 apples left in the basket on the table by the window.\n#### 4.5"
+
+
+def write(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def test_split(tmp_path):
+    return write(tmp_path / "test.jsonl", {"id": "t1", "question": QUESTION, "answer": ANSWER})
+
+
+def counts(path, test, n=13):
+    found = check([path], test, n)["files"][0]
+    kinds = ("questions_whole", "questions_overlapping", "solutions_whole", "solutions_overlapping")
+    return tuple(found[kind] for kind in kinds)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": QUESTION.upper(), "answer": "#### 1"},
+        {"prompt": "Solve: " + QUESTION.replace(",", " ,"), "response": "4.5"},
+        {"messages": [{"role": "user", "content": f"Q: {QUESTION}\n"}, {"role": "assistant", "content": "4.5"}]},
+        {"meta": {"trace": ["no", "thinking about: " + QUESTION]}},
+    ],
+)
+def test_a_whole_question_is_found_in_any_form(row, tmp_path, test_split):
+    other = {
+        "question": "Something else entirely, of which there are many words and none in common.",
+        "answer": "#### 2",
+    }
+    path = write(tmp_path / "train.jsonl", other, row)
+    assert counts(path, test_split) == (1, 1, 0, 0)
+    report = check([path], test_split)
+    assert not report["clean"] and report["files"][0]["examples"][0]["line"] == 2
+
+
+def test_thirteen_words_in_common_are_an_overlap_and_twelve_are_not(tmp_path, test_split):
+    asked = words(QUESTION)
+    for size, expected in ((13, (0, 1, 0, 0)), (12, (0, 0, 0, 0))):
+        text = "x y " + " ".join(asked[2 : 2 + size]) + " z"
+        path = write(tmp_path / f"{size}.jsonl", {"question": text, "answer": "#### 1"})
+        assert counts(path, test_split) == expected
+        assert check([path], test_split)["clean"]
+    assert counts(path, test_split, 12) == (0, 1, 0, 0)
+
+
+def test_a_solution_is_found_without_its_annotations(tmp_path, test_split):
+    plain = ANSWER.replace("<<12-3=9>>", "").replace("\n#### 4.5", "")
+    assert counts(write(tmp_path / "a.jsonl", {"response": plain}), test_split) == (0, 0, 1, 1)
+    assert counts(write(tmp_path / "b.jsonl", {"response": ANSWER}), test_split) == (0, 0, 1, 1)
+
+
+def test_short_texts_are_looked_for_as_a_whole_or_not_at_all(tmp_path):
+    nine, seven = "Tom is 3 and Ben is 4 years older", "Tom is 3, how old in May?"
+    index = Index([Problem("a", nine, "#### 1", "1"), Problem("b", seven, "#### 1", "1")])
+    path = write(tmp_path / "t.jsonl", {"x": nine + " than him"}, {"x": seven}, {"x": nine[:-6]})
+    rows, found = scan(path, index)
+    assert rows == 3 and [(o.problem.id, o.whole, o.line) for o in found] == [("a", True, 1)]
+
+
+def test_texts_are_values_not_keys():
+    assert list(texts_of({"a": ["b", {"c": "d"}, 1, None], "e": "f"})) == ["b", "d", "f"]
+
+
+def test_training_warns_of_test_questions_and_of_nothing_else(tmp_path, capsys):
+    data = make_data(tmp_path / "data")
+    test = data / "test.jsonl"
+    warn([data / "train.jsonl", tmp_path / "shards"], test)
+    warn([data / "train.jsonl"], tmp_path / "absent.jsonl")
+    assert capsys.readouterr().err == ""
+    long = next(p for p in load_problems(test) if len(words(p.question)) > 12)
+    leaked = write(tmp_path / "leaked.jsonl", {"prompt": "hello"}, {"prompt": f"Please: {long.question}"})
+    warn([leaked], test)
+    said = capsys.readouterr().err
+    assert f"{leaked} holds 1 of the 16 test problems ({long.id} in line 2)" in said and said.count("\n") == 1
+
+
+def test_the_warning_stands_at_the_start_of_training(tiny, tmp_path, capsys):
+    from grpo_gsm8k.workbench import open_bench
+    from tests.toys import stage_config
+
+    cfg = stage_config("sft", model_id=str(tiny.model), data=str(tiny.data), out_dir=str(tmp_path / "run"))
+    with open_bench(cfg, "sft", {"train": tiny.data / "test.jsonl"}):
+        assert "test problems" in capsys.readouterr().err
+
+
+def test_the_real_splits_share_no_question(gsm8k_dir):
+    found = check([gsm8k_dir / "train.jsonl"], gsm8k_dir / "test.jsonl")
+    assert found["clean"] and found["test_problems"] == 1319 and found["files"][0]["questions_overlapping"] < 10
