@@ -170,6 +170,14 @@ def data(
     show({**dataclasses.asdict(summary), "manifest": str(summary.manifest)}, as_json)
 
 
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def traces(context: typer.Context) -> None:
+    """Teacher traces over HTTP, every paid answer kept exactly once; its flags: `traces --help`."""
+    from grpo_gsm8k import r1_traces  # runs alone, too, so it reads its own flags
+
+    raise typer.Exit(r1_traces.main(context.args))
+
+
 @app.command()
 def validate(
     data: Annotated[Path, typer.Option(help="chat JSONL: one {messages: [...]} a line")],
