@@ -143,6 +143,9 @@ class TrainConfig(PolicyConfig):
     beta2: float = opt(0.95, "AdamW beta2")
     grad_clip: float = opt(1.0, "largest gradient norm; 0 for no clipping")
     max_tokens_per_microbatch: int = opt(8192, "padded cells (rows x longest) of one forward pass")
+    activation_checkpointing: bool = opt(
+        False, "keep only each layer's input, and compute the rest again in the backward pass", runtime=True
+    )
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from grpo_gsm8k.gsm8k.problems import SPLITS, load_split
 from grpo_gsm8k.runs.directory import RUNS, new_path
 from grpo_gsm8k.runs.files import read_json, write_json
 from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.trainer.ranks import world
 
 TRAINERS: dict[str, Callable[[Any], dict[str, Any]]] = {"sft": sft.run, "ei": ei.run, "grpo": grpo.run}
 
@@ -36,6 +37,8 @@ def run(cfg: PipelineConfig, config_file: Path | None = None, sets: Sequence[str
     """All stages up to `cfg.stop_after`; returns what the command prints."""
     if cfg.stop_after and cfg.stop_after not in STAGES:
         raise ConfigError(f"--stop_after {cfg.stop_after!r}: must be one of {', '.join(STAGES)}")
+    if world().size > 1:
+        raise ConfigError("torchrun starts one stage at a time: sft, ei or grpo; the pipeline runs in one process")
     resolve = _resolver(cfg, config_file, sets)
     resolve("grpo", {})  # a mistake in a recipe shows before any work is done
     folder = _open(cfg, sets)

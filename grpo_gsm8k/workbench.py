@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from grpo_gsm8k.config import EngineConfig, EvalConfig, GrpoConfig, ModelConfig,
 from grpo_gsm8k.datatypes import Evaluator, Learner, Problem, Prompt, Sampler, SamplingParams
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.engines.probe import TOLERANCE, probe
-from grpo_gsm8k.engines.process import Engine, ProcessSampler, placements
+from grpo_gsm8k.engines.process import Engine, ProcessSampler, placements, trained_on
 from grpo_gsm8k.errors import ConfigError, EngineError, RunDirError
 from grpo_gsm8k.evals.accuracy import CHUNK, Evaluation, evaluate
 from grpo_gsm8k.evals.evaluator import AsyncEvaluator, InlineEvaluator
@@ -30,7 +30,7 @@ from grpo_gsm8k.gsm8k.problems import load_problems
 from grpo_gsm8k.gsm8k.prompts import Renderer, check_lengths, make_tags, remembered
 from grpo_gsm8k.runs.directory import Run, open_run
 from grpo_gsm8k.runs.files import disk_errors, sync_tree
-from grpo_gsm8k.trainer import adapter, loop
+from grpo_gsm8k.trainer import adapter, loop, ranks
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.policy import (
     context_length,
@@ -40,6 +40,7 @@ from grpo_gsm8k.trainer.policy import (
     load_tokenizer,
     weights_sha256,
 )
+from grpo_gsm8k.trainer.ranks import Lead, world
 
 ENGINE_CHUNK = 1024  # prompts at once: an engine schedules them itself, and each chunk ends with a slow tail
 
@@ -124,10 +125,15 @@ class Bench:
 def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlaps: bool = False) -> Iterator[Bench]:
     """Everything ready-made from a config; what is cheap to refuse is refused before the model is loaded.
 
+    Of several ranks the first alone comes here: the others learn with it until it is done, and leave.
+
     Args:
         inputs: name → file that the stage reads, besides the evaluation set.
         overlaps: the sampler works while the learner does, so on one GPU neither can make room for the other.
     """
+    if world().rank:
+        ranks.follow(make_learner(cfg, load_seeded(cfg), None))
+        raise SystemExit(0)
     eval_path = Path(cfg.eval_set_path or Path(cfg.data) / "val.jsonl")
     problems = load_problems(eval_path)
     asked = how_to_ask(cfg)
@@ -136,13 +142,11 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
         placements(cfg, gpus=torch.cuda.device_count())
     with open_run(cfg, stage, {**inputs, "eval_set": eval_path}) as run, ExitStack() as open_until_the_end:
         contamination.warn(inputs.values(), Path(cfg.data) / "test.jsonl")
-        repro.set_deterministic(cfg.deterministic)
-        repro.seed_everything(cfg.seed)
-        model = load_model(cfg)
-        adapter.attach(model, cfg)
+        model = load_seeded(cfg)
         renderer = Renderer(load_tokenizer(cfg), *asked)
-        held = isinstance(cfg, GrpoConfig) and cfg.kl_coef > 0  # before a resume loads later weights into the model
-        learner = TorchLearner(model, renderer, cfg, reference=held)
+        learner: Learner = make_learner(cfg, model, renderer)
+        if world().size > 1:
+            learner = open_until_the_end.enter_context(closing(Lead(learner)))
         if not (apart and stage == "sft"):
             sampler = open_until_the_end.enter_context(open_sampler(cfg, model, renderer, run.path, overlaps))
         else:
@@ -157,6 +161,25 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
         except EngineError:
             loop.rescue(run, learner)
             raise
+
+
+def load_seeded(cfg: TrainConfig) -> Any:
+    """The model to train, with every generator and kernel set as the config says."""
+    repro.set_deterministic(cfg.deterministic)
+    repro.seed_everything(cfg.seed)
+    model = load_model(cfg)
+    adapter.attach(model, cfg)
+    return model
+
+
+def make_learner(cfg: TrainConfig, model: Any, tokenizer: Any) -> TorchLearner:
+    """Who learns in this process: alone, or as one of several ranks."""
+    held = isinstance(cfg, GrpoConfig) and cfg.kl_coef > 0  # before a resume loads later weights into the model
+    if world().size == 1:
+        return TorchLearner(model, tokenizer, cfg, reference=held)
+    from grpo_gsm8k.trainer.sharded import ShardedLearner
+
+    return ShardedLearner(model, tokenizer, cfg, reference=held)
 
 
 class NoSampler:
@@ -184,20 +207,20 @@ def open_sampler(
         folder: for the engines' log, and for weights that do not fit into shared memory.
         overlaps: see `open_bench`.
     """
+    here = world()
     if not cfg.uses_vllm:
-        yield HFSampler(model, renderer, cfg.sample_rows)
+        yield HFSampler(model, renderer, cfg.sample_rows, copy_model=here.size == 1)  # ranks train another copy
         return
     learner, log = device_name(model), folder / "engine.log"
-    rows = placements(cfg, learner, torch.cuda.device_count())
+    rows = placements(cfg, learner, torch.cuda.device_count(), here.local_size)
     cfg = dataclasses.replace(cfg, dtype=dtype_name(model.named_parameters()))
-    engines = [
-        Engine(cfg, renderer, row, log=log, naps=learner != "cpu" and learner in row and not overlaps) for row in rows
-    ]
+    shared = trained_on(learner, here.local_size) - {"cpu"} if not overlaps else set()
+    engines = [Engine(cfg, renderer, row, log=log, naps=not shared.isdisjoint(row)) for row in rows]
     connect = None
     if cfg.weight_transfer != "file":
         if adapter.has_adapter(model):
             raise ConfigError("a LoRA adapter is handed to vLLM as a file: leave --weight_transfer at file")
-        if len(engines) > 1 or learner == "cpu":
+        if len(engines) > 1 or learner == "cpu" or here.size > 1:
             raise ConfigError("--weight_transfer nccl and ipc go from one GPU to one engine; several take files")
         from grpo_gsm8k.engines.vllm import NativeTransfer
 
@@ -228,7 +251,7 @@ def async_evaluator(bench: Bench, model: Any, stage: str) -> AsyncEvaluator:
         if stage != "sft" and not device:
             raise ConfigError("--eval_mode async beside a vLLM sampler needs a device of its own: pass --eval_device")
         wanted = dataclasses.replace(cfg, vllm_device=device or cfg.vllm_device, vllm_devices="")
-        row = placements(wanted, device_name(model), torch.cuda.device_count())[0]
+        row = placements(wanted, device_name(model), torch.cuda.device_count(), world().local_size)[0]
     else:
         row = [device or "cpu"]
     engine = Engine(

@@ -31,7 +31,7 @@ def test_an_engine_sleeps_between_calls_only_where_it_shares_a_gpu(
             """Nothing was started."""
 
     monkeypatch.setattr(workbench, "Engine", Engine)
-    monkeypatch.setattr(workbench, "placements", lambda cfg, learner, gpus: [[engine]])
+    monkeypatch.setattr(workbench, "placements", lambda cfg, learner, gpus, ranks: [[engine]])
     monkeypatch.setattr(workbench, "device_name", lambda model: learner)
     cfg = config.build(config.EngineConfig, {"model_id": str(tiny.model), "device": "cpu", "engine": "vllm"})
     with workbench.open_sampler(cfg, load_model(cfg), Renderer(load_tokenizer(cfg)), tmp_path, overlaps):

@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import signal
 import socket
 import subprocess
@@ -31,6 +32,8 @@ from grpo_gsm8k.errors import EngineError, GrpoError, UserError
 
 BEAT_S = 0.5
 LAST_WORDS = 2000  # characters of the child's output that go into a message about its death
+
+TORCHRUN = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
 
 Handler = Callable[..., Mapping[str, Any]]
 
@@ -74,7 +77,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=self._output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **(environment or {})},
+                env={**_own_environment(), **(environment or {})},
                 start_new_session=True,  # Ctrl-C is for the parent, which may want to finish its step
             )
         self._socket, self._lock, self._sent = mine, threading.Lock(), 0
@@ -211,6 +214,11 @@ def serve(build: Callable[[Mapping[str, Any], Pulse], Mapping[str, Handler]]) ->
             send({"id": number, "fault": str(fault)})
         else:
             send({"id": number, "result": result})
+
+
+def _own_environment() -> dict[str, str]:
+    """This process' environment without what torchrun put there: a child is no rank, and must not look for others."""
+    return {name: value for name, value in os.environ.items() if not TORCHRUN.fullmatch(name)}
 
 
 def environment_of(devices: Sequence[str]) -> dict[str, str]:

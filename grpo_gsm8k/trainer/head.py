@@ -83,12 +83,12 @@ class _TargetLogprobs(torch.autograd.Function):
         arrived = grad_outputs[0]
         hidden, weight, bias, targets, slopes = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None  # the only reference, so that autograd need not copy
-        if gradients:
+        if gradients and len(slopes) and torch.isfinite(arrived).all():  # what is not finite, the learner refuses
             surest = slopes.abs().argmax()
             factor = arrived[surest] / slopes[surest] if slopes[surest] else slopes.new_ones(())
             assert torch.allclose(arrived, factor * slopes, rtol=1e-4), "the loss has not the derivative it foretold"
             gradients.scale(factor)
-        else:
+        elif not gradients:
             softmax = _Softmax(hidden, weight, bias, ctx.temperature)
             gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
             for part in softmax.parts():

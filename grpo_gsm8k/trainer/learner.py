@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from grpo_gsm8k.config import TrainConfig
 from grpo_gsm8k.errors import CheckpointError, NonFiniteError
-from grpo_gsm8k.trainer import adapter
+from grpo_gsm8k.trainer import adapter, shards
 from grpo_gsm8k.trainer.batch import Batch
+from grpo_gsm8k.trainer.head import Slope
 from grpo_gsm8k.trainer.logprobs import token_logprobs
 from grpo_gsm8k.trainer.objectives import (
     Objective,
@@ -27,10 +28,10 @@ from grpo_gsm8k.trainer.objectives import (
     slope,
     update_loss,
 )
-from grpo_gsm8k.trainer.optimizer import MasterAdamW
+from grpo_gsm8k.trainer.optimizer import MasterAdamW, State
 from grpo_gsm8k.trainer.policy import weights_sha256
 
-OPTIMIZER = "optimizer/state.safetensors"  # apart: vLLM takes every *.safetensors beside a model for its weights
+OPTIMIZER = f"{shards.FOLDER}/state.safetensors"  # apart: vLLM takes every *.safetensors beside a model for its own
 
 
 class TorchLearner:
@@ -43,17 +44,19 @@ class TorchLearner:
             reference: keep a frozen copy of `model` as it is now, for the KL term; of an adapter alone, where
                 there is one.
         """
-        self.model, self.tokenizer, self.cfg = model, tokenizer, cfg
+        self.tokenizer, self.cfg = tokenizer, cfg
+        self.device: torch.device = next(model.parameters()).device
+        adapted = adapter.has_adapter(model)
+        self.origin_sha256 = weights_sha256(model.named_parameters()) if reference or adapted else ""
         self.reference = self.first_adapter = None
-        if reference and adapter.has_adapter(model):
+        if reference and adapted:
             self.first_adapter = {name: p.detach().clone() for name, p in adapter.own_weights(model)}
         elif reference:
-            self.reference = copy.deepcopy(model).eval().requires_grad_(False)
-        held = reference or adapter.has_adapter(model)
-        self.origin_sha256 = weights_sha256(model.named_parameters()) if held else ""
-        self.device: torch.device = next(model.parameters()).device
-        self.model.train()
-        self.optimizer = MasterAdamW(model, cfg)
+            self.reference = self._place(copy.deepcopy(model).eval().requires_grad_(False))
+        self.model = self._place(model).train()
+        if cfg.activation_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.optimizer = self._make_optimizer()
 
     def forward_backward(self, batch: Batch, objective: Objective) -> dict[str, float]:
         """Accumulate the gradient of one whole update, microbatch by microbatch.
@@ -69,19 +72,20 @@ class TorchLearner:
             NonFiniteError: when the loss is NaN or infinite. No gradient is kept.
         """
         rows = rows_to_train(batch, objective)
-        started, loss_total, sums, cells = time.perf_counter(), 0.0, dict[str, float](), 0
-        for _, part in batch.microbatches(self.cfg.max_tokens_per_microbatch, rows):
+        started, sums = time.perf_counter(), {"loss": 0.0, "cells": 0.0}
+        for _, part in self._microbatches(batch, rows):
             part = part.to(self.device)
             foretold = slope(part, objective)
-            logp, entropies = token_logprobs(self.model, part, objective.temperature, slope=foretold)
+            logp, entropies = self._token_logprobs(self.model, part, objective.temperature, slope=foretold)
             loss = update_loss(logp, part, objective)
-            if not math.isfinite(value := float(loss.detach())):
-                self.optimizer.zero_grad()
-                raise NonFiniteError(f"the loss is {value}")
             loss.backward()
-            loss_total += value
-            cells += part.input_ids.numel()
+            add_sums(sums, {"loss": float(loss.detach()), "cells": part.input_ids.numel()})
             add_sums(sums, policy_sums(logp, entropies, part, objective))
+        sums = self._of_the_update(sums)
+        loss_total, cells = sums.pop("loss"), sums.pop("cells")
+        if not math.isfinite(loss_total):
+            self.optimizer.zero_grad()
+            raise NonFiniteError(f"the loss is {loss_total}")
         seconds, tokens = time.perf_counter() - started, sum(batch.lengths[row] for row in rows)
         return {
             "loss": loss_total,
@@ -111,12 +115,12 @@ class TorchLearner:
 
     def _frozen_pass(self, model: Any, batch: Batch, temperature: float) -> torch.Tensor:
         out = torch.zeros_like(batch.mask)
-        for rows, part in batch.microbatches(self.cfg.max_tokens_per_microbatch, batch.rows_with_targets()):
-            logp, _ = token_logprobs(model, part.to(self.device), temperature, entropy=False)
+        for rows, part in self._microbatches(batch, batch.rows_with_targets()):
+            logp, _ = self._token_logprobs(model, part.to(self.device), temperature, entropy=False)
             out[rows, : logp.shape[1]] = logp.cpu()
         return out
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(self) -> Iterable[tuple[str, torch.Tensor]]:
         """Names and tensors of the weights, tied ones once; those of the adapter alone, where there is one."""
         for name, parameter in adapter.own_weights(self.model):
             yield name, parameter.detach()
@@ -124,12 +128,15 @@ class TorchLearner:
     def save(self, folder: Path) -> None:
         """A folder that transformers loads: a model or an adapter; beside it the optimizer's and generators' state."""
         self.model.save_pretrained(folder)
+        self._save_beside(folder, self.optimizer.state())
+
+    def _save_beside(self, folder: Path, state: State) -> None:
         self.tokenizer.save_pretrained(folder)
         rng = {"rng.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        state = {name: t.detach().cpu().contiguous() for name, t in self.optimizer.state().items()}
-        (folder / OPTIMIZER).parent.mkdir()
+        state = {name: t.detach().cpu().contiguous() for name, t in state.items()}
+        (folder / OPTIMIZER).parent.mkdir(exist_ok=True)
         save_file(state | rng, folder / OPTIMIZER, {"origin": self.origin_sha256})
 
     def load(self, folder: Path) -> None:
@@ -138,8 +145,9 @@ class TorchLearner:
         Raises:
             CheckpointError: when it is of another model, or its adapter or KL term began from other weights.
         """
-        with safe_open(folder / OPTIMIZER, "pt") as stored_state:
-            before = (stored_state.metadata() or {}).get("origin", "")
+        with safe_open(folder / OPTIMIZER, "pt") as stored:
+            before = (stored.metadata() or {}).get("origin", "")
+            rng = {name: stored.get_tensor(name) for name in stored.keys() if name.startswith("rng.")}  # noqa: SIM118
         if before != self.origin_sha256:
             raise CheckpointError(
                 f"{folder}: its run began from other weights: those of {self.cfg.model_id} have changed since, and "
@@ -153,14 +161,40 @@ class TorchLearner:
             raise CheckpointError(f"{folder}: a checkpoint of another model; differs in {sorted(strange)[0]}")
         with torch.no_grad():
             for name, parameter in mine.items():
-                parameter.copy_(fresh[name])
-        flat = load_file(folder / OPTIMIZER)
-        torch.set_rng_state(flat.pop("rng.cpu"))
-        if "rng.cuda" in flat:
-            torch.cuda.set_rng_state(flat.pop("rng.cuda"), self.device)
-        self.optimizer.load_state(flat)
+                parameter.copy_(self._shard(fresh[name]))
+        torch.set_rng_state(rng["rng.cpu"])
+        if "rng.cuda" in rng:
+            torch.cuda.set_rng_state(rng["rng.cuda"], self.device)
+        self.optimizer.load_state(shards.read(folder, self._empty))
 
     def _stored_weights(self, folder: Path) -> dict[str, torch.Tensor]:
         if adapter.has_adapter(self.model):
             return load_file(folder / adapter.WEIGHTS_FILE)
-        return dict(type(self.model).from_pretrained(folder, dtype=self.model.dtype).named_parameters())
+        from transformers import AutoModelForCausalLM
+
+        return dict(AutoModelForCausalLM.from_pretrained(folder, dtype=self.model.dtype).named_parameters())
+
+    # Where one process differs from the ranks of trainer/sharded.py, which see to their share alone.
+
+    def _place(self, model: Any) -> Any:
+        return model
+
+    def _make_optimizer(self) -> MasterAdamW:
+        return MasterAdamW(self.model, self.cfg)
+
+    def _microbatches(self, batch: Batch, rows: Sequence[int]) -> Iterable[tuple[list[int], Batch]]:
+        return batch.microbatches(self.cfg.max_tokens_per_microbatch, rows)
+
+    def _token_logprobs(
+        self, model: Any, part: Batch, temperature: float, entropy: bool = True, slope: Slope | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return token_logprobs(model, part, temperature, entropy, slope)
+
+    def _of_the_update(self, sums: dict[str, float]) -> dict[str, float]:
+        return sums
+
+    def _shard(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def _empty(self, name: str, size: torch.Size) -> torch.Tensor:
+        return torch.empty(size)

@@ -12,12 +12,22 @@ import torch
 
 from grpo_gsm8k.config import ModelConfig, PromptConfig
 from grpo_gsm8k.errors import ConfigError, ModelError
+from grpo_gsm8k.trainer.ranks import world
 
 DESCRIPTIONS = ("config.json", "adapter_config.json")  # of a model, of a LoRA adapter that names its model
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a device. Raises `ConfigError` for one that is not there."""
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a device; of several ranks each gets a GPU of its own.
+
+    Raises:
+        ConfigError: for one that is not there, or a single GPU for several ranks.
+    """
+    here = world()
+    if here.size > 1 and name.startswith("cuda:"):
+        raise ConfigError(f"device {name!r} is one GPU, and {here.size} ranks train; pass --device auto, cuda or cpu")
+    if here.size > 1 and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
+        name = f"cuda:{here.local_rank}"
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

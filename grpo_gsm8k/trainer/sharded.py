@@ -1,0 +1,195 @@
+"""The learner of several ranks: FSDP2 shards the model, each rank takes its share of every update.
+
+The loss weights are those of the whole update (`trainer/batch.py`), so gradients are summed over the ranks, not
+averaged, and any number of ranks gives the gradient of one. Each rank holds float32 shards; where training is in
+bfloat16, FSDP rounds them on the way to the forward pass and sums gradients in float32.
+
+Simplified on purpose: no tensor parallelism, no offloading to the CPU, and every microbatch's gradient is reduced at
+once, which spares the memory of a whole one. Only gloo on a CPU has been run.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import empty as empty_dtensor
+
+from grpo_gsm8k.config import TrainConfig
+from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.trainer import adapter, ranks, shards
+from grpo_gsm8k.trainer.batch import Batch
+from grpo_gsm8k.trainer.head import Slope
+from grpo_gsm8k.trainer.learner import TorchLearner
+from grpo_gsm8k.trainer.logprobs import token_logprobs
+from grpo_gsm8k.trainer.objectives import add_sums
+from grpo_gsm8k.trainer.optimizer import SAMPLED_EVERY, MasterAdamW, State
+
+
+class ShardedLearner(TorchLearner):
+    """One rank's part of a learner. Every method but `save_model` is called on all ranks, with the same arguments."""
+
+    def __init__(self, model: Any, tokenizer: Any, cfg: TrainConfig, reference: bool = False) -> None:
+        """Meet the other ranks. A copy of `model` is sharded: rank 0 samples from the plain one, and saves as it."""
+        if adapter.has_adapter(model):
+            raise ConfigError("LoRA is trained in one process; start it without torchrun")
+        self.dtype: torch.dtype = model.dtype
+        self.group = ranks.meet(model.device)
+        self.rank, self.ranks = self.group.rank(), self.group.size()
+        self.mesh = init_device_mesh(model.device.type, (self.ranks,))
+        self.plain = model if self.rank == 0 else None
+        super().__init__(copy.deepcopy(model), tokenizer, cfg, reference)
+
+    def weights(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """Names and whole tensors on rank 0's CPU, in the type that is trained in; nothing on the others."""
+        whole: list[tuple[str, torch.Tensor]] = []
+        for name, parameter in self.model.named_parameters():
+            tensor = parameter.detach().to(self.dtype).full_tensor()
+            if self.rank == 0:
+                whole.append((name, tensor.cpu()))
+        return whole
+
+    def save_shards(self, folder: Path) -> None:
+        """This rank's part of the optimizer's state. Raises `DiskError` on all ranks."""
+        shards.write(folder, self.optimizer.state())
+
+    def save_model(self, folder: Path, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """What else `TorchLearner.save` writes, by rank 0."""
+        assert self.plain is not None
+        self.plain.save_pretrained(folder, state_dict=dict(weights))
+        self._save_beside(folder, {})
+
+    def _frozen_pass(self, model: Any, batch: Batch, temperature: float) -> torch.Tensor:
+        out = super()._frozen_pass(model, batch, temperature)
+        model.reshard()  # after a forward without a backward the root would stay whole, and go stale
+        dist.all_reduce(out, group=self.group)
+        return out
+
+    def _place(self, model: Any) -> Any:
+        # The batch travels through the forward, and must stay float32: nothing is cast but the parameters.
+        policy = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        model.float().token_logprobs = MethodType(token_logprobs, model)
+        for module in (*model.base_model.layers, model):
+            fully_shard(module, mesh=self.mesh, mp_policy=policy)
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+        register_fsdp_forward_method(model, "token_logprobs")  # gathers the root's parameters: embedding, norm, head
+        return model
+
+    def _make_optimizer(self) -> MasterAdamW:
+        return ShardedAdamW(self.model, self.cfg, self.dtype, self.group)
+
+    def _microbatches(self, batch: Batch, rows: Sequence[int]) -> Iterable[tuple[list[int], Batch]]:
+        return share(batch, self.cfg.max_tokens_per_microbatch, rows, self.rank, self.ranks)
+
+    def _token_logprobs(
+        self, model: Any, part: Batch, temperature: float, entropy: bool = True, slope: Slope | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        found: tuple[torch.Tensor, torch.Tensor] = model.token_logprobs(part, temperature, entropy, slope)
+        return found
+
+    def _of_the_update(self, sums: dict[str, float]) -> dict[str, float]:
+        parts: list[Any] = [None] * self.ranks
+        dist.all_gather_object(parts, sums, group=self.group)
+        total: dict[str, float] = {}
+        for part in parts:
+            add_sums(total, part)
+        return total
+
+    def _shard(self, tensor: torch.Tensor) -> torch.Tensor:
+        return distribute_tensor(tensor.to(self.device), self.mesh, [Shard(0)], src_data_rank=None)
+
+    def _empty(self, name: str, size: torch.Size) -> torch.Tensor:
+        return empty_dtensor(size, device_mesh=self.mesh, placements=[Shard(0)]) if size else torch.empty(())
+
+
+def share(batch: Batch, max_tokens: int, rows: Sequence[int], rank: int, size: int) -> list[tuple[list[int], Batch]]:
+    """A rank's microbatches of these rows of an update: every `size`-th of those that one process would take.
+
+    All ranks get the same number, since each pass through the model is one of all ranks: where none is left, a row
+    without mask and weight.
+    """
+    parts = list(batch.microbatches(max_tokens, rows))
+    if missing := -len(parts) % size:
+        row = batch.select(parts[-1][0][-1:])  # the shortest
+        blank = replace(row, mask=torch.zeros_like(row.mask), weights=torch.zeros_like(row.weights))
+        parts += [([], blank)] * missing
+    return parts[rank::size]
+
+
+class ShardedAdamW(MasterAdamW):
+    """`MasterAdamW` on this rank's shards as plain tensors: they are the masters. Its norms are of the whole."""
+
+    def __init__(self, model: nn.Module, cfg: TrainConfig, dtype: torch.dtype, group: dist.ProcessGroup) -> None:
+        """`dtype` is what is trained in, `group` what small sums go over."""
+        self.dtype, self.group = dtype, group
+        super().__init__(model, cfg)
+
+    def step(self, lr: float) -> dict[str, float]:
+        """See `MasterAdamW.step`."""
+        for name, parameter in self.params.items():
+            if parameter.grad is not None:
+                self.masters[name].grad, parameter.grad = local(parameter.grad), None
+        return super().step(lr)
+
+    def zero_grad(self) -> None:
+        """Forget what has been accumulated."""
+        super().zero_grad()
+        for parameter in self.params.values():
+            parameter.grad = None
+
+    def state(self) -> State:
+        """What one process has, under the same names, as this rank's shards."""
+        flat = super().state()
+        if self.dtype == torch.float32:  # then the model's own file holds the masters
+            flat = {key: value for key, value in flat.items() if not key.startswith("master.")}
+        return {key: self._whole(key.partition(".")[2], value) for key, value in flat.items()}
+
+    def load_state(self, flat: State) -> None:
+        """Undo `state`."""
+        super().load_state({key: local(value) for key, value in flat.items()})
+
+    def _master(self, param: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(local(param.detach()))  # shares its memory with FSDP's
+
+    def _norm(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        square = super()._norm(tensors).double().square().cpu()
+        dist.all_reduce(square, group=self.group)
+        return square.sqrt().float()
+
+    def _round(self, before: list[torch.Tensor]) -> dict[str, float]:
+        """FSDP does the rounding; here is the look at a sample of it."""
+        if self.dtype == torch.float32:
+            return {}
+        pairs = [
+            (m.flatten()[::SAMPLED_EVERY], b.flatten()[::SAMPLED_EVERY])
+            for m, b in zip(self.masters.values(), before, strict=True)
+        ]
+        changed = torch.cat([now.to(self.dtype) != then.to(self.dtype) for now, then in pairs])
+        counts = torch.tensor([float(changed.sum()), len(changed)], dtype=torch.float64)
+        dist.all_reduce(counts, group=self.group)
+        return {"policy/bf16_changed_frac": float(counts[0] / counts[1])}
+
+    def _whole(self, name: str, shard: torch.Tensor) -> torch.Tensor:
+        """A shard as a part of the whole, laid out like its parameter; a number stays one."""
+        if not shard.ndim:
+            return shard
+        param = self.params[name]
+        assert isinstance(param, DTensor)
+        mesh, placements = param.device_mesh, param.placements
+        return DTensor.from_local(shard, mesh, placements, run_check=False, shape=param.shape, stride=param.stride())
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard; a plain tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,54 @@
+"""The optimizer's state as each rank holds it, in safetensors: written and read by any number of ranks.
+
+torch.distributed.checkpoint does the work. Its default format keeps a pickle beside the tensors, and what may come
+from outside is never unpickled here; its safetensors format keeps each shard's place in the file's own header.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from grpo_gsm8k.errors import DiskError
+from grpo_gsm8k.trainer.optimizer import KINDS, State
+
+FOLDER = "optimizer"
+
+
+def write(folder: Path, state: State) -> None:
+    """Write this rank's part of `state` (DTensors, and tensors that all ranks have) below `folder`; all ranks call.
+
+    Raises:
+        DiskError: on every rank, when one of them cannot write.
+    """
+    writer = HuggingFaceStorageWriter(str(folder / FOLDER), save_distributed=True)
+    try:
+        save(state, storage_writer=writer)
+    except CheckpointException as fault:
+        rank, (error, _) = next(iter(fault.failures.items()))
+        if not isinstance(error, OSError | SafetensorError):
+            raise
+        raise DiskError(f"{folder}: rank {rank} cannot write: {error}; earlier checkpoints are untouched") from fault
+
+
+def read(folder: Path, empty: Callable[[str, torch.Size], torch.Tensor]) -> State:
+    """What `write` wrote, or the one file of a single process, as the tensors that `empty` makes.
+
+    Args:
+        empty: name and whole shape → a tensor to be filled: all of it, or a DTensor with this rank's shard.
+    """
+    reader = HuggingFaceStorageReader(str(folder / FOLDER))
+    stored = reader.read_metadata().state_dict_metadata
+    sizes = {name: entry.size for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+    state = {name: empty(name, size) for name, size in sizes.items() if name.split(".")[0] in KINDS}
+    load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+    return state
