@@ -1,4 +1,4 @@
-"""The local learner: one torch model on one device."""
+"""The local learner: one torch model on one device. `trainer/sharded.py` has that of several ranks."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ from outside is never unpickled here; its safetensors format keeps each shard's 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,5 +52,6 @@ def read(folder: Path, empty: Callable[[str, torch.Size], torch.Tensor]) -> Stat
     stored = reader.read_metadata().state_dict_metadata
     sizes = {name: entry.size for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
     state = {name: empty(name, size) for name, size in sizes.items() if name.split(".")[0] in KINDS}
-    load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that a single process is a single process
+        load(state, storage_reader=reader, no_dist=not dist.is_initialized())
     return state
