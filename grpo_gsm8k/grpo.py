@@ -5,7 +5,7 @@ and update the policy on exactly the ids that were sampled, with the log-probabi
 
     prompts ──sample──▶ completions ──grade──▶ rewards ──group──▶ advantages ──clip──▶ gradient ──sync──▶ sampler
 
-Simplified on purpose: one learner on one device, the sampler in step with it, no critic; rewards are of whole
+Simplified on purpose: one learner, the sampler in step with it, no critic; rewards are of whole
 responses; the KL to the starting model is a term of the loss, not of the reward, and off unless asked for (with
 verifiable rewards it usually is). Dr.GRPO, DAPO, GSPO, CISPO, RLOO, REINFORCE and dual-clip PPO are this file with
 other settings: `--algorithm`. Suffixes: `_P` prompts, `_G` completions of one prompt's group.

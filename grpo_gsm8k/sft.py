@@ -1,6 +1,6 @@
 """Stage 4: supervised fine-tuning on worked solutions.
 
-Simplified on purpose: one device, no packing, one pass order per epoch. What is trained is the response and
+Simplified on purpose: no packing, one pass order per epoch. What is trained is the response and
 its end-of-turn id; the loss is the mean over the response tokens of the whole update.
 
     grpo-gsm8k sft --model_id MODEL --data DIR                         # the reference solutions of train.jsonl

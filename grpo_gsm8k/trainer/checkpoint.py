@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, and never believed without their hashes.
 
-`checkpoints/step_000020/` is a model folder that transformers loads, plus `optimizer/`,
-`state.json` (the stage's own counters) and, written last, `manifest.json` with the sha256 of every file.
+`checkpoints/step_000020/` is a model folder that transformers loads, plus `optimizer/` (one file, or one of each rank
+that trained), `state.json` (the stage's own counters) and, written last, `manifest.json` with the sha256 of every file.
 The folder is filled under a temporary name, fsynced, then renamed.
 """
 

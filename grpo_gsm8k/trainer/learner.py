@@ -1,4 +1,4 @@
-"""The local learner: one torch model on one device."""
+"""The local learner: one torch model on one device. `trainer/sharded.py` has that of several ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from grpo_gsm8k.config import TrainConfig
 from grpo_gsm8k.errors import CheckpointError, NonFiniteError
-from grpo_gsm8k.trainer import adapter, shards
+from grpo_gsm8k.trainer import adapter, dcp
 from grpo_gsm8k.trainer.batch import Batch
 from grpo_gsm8k.trainer.head import Slope
 from grpo_gsm8k.trainer.logprobs import token_logprobs
@@ -31,7 +31,7 @@ from grpo_gsm8k.trainer.objectives import (
 from grpo_gsm8k.trainer.optimizer import MasterAdamW, State
 from grpo_gsm8k.trainer.policy import weights_sha256
 
-OPTIMIZER = f"{shards.FOLDER}/state.safetensors"  # apart: vLLM takes every *.safetensors beside a model for its own
+OPTIMIZER = f"{dcp.FOLDER}/state.safetensors"  # apart: vLLM takes every *.safetensors beside a model for its own
 
 
 class TorchLearner:
@@ -165,7 +165,7 @@ class TorchLearner:
         torch.set_rng_state(rng["rng.cpu"])
         if "rng.cuda" in rng:
             torch.cuda.set_rng_state(rng["rng.cuda"], self.device)
-        self.optimizer.load_state(shards.read(folder, self._empty))
+        self.optimizer.load_state(dcp.read(folder, self._empty))
 
     def _stored_weights(self, folder: Path) -> dict[str, torch.Tensor]:
         if adapter.has_adapter(self.model):

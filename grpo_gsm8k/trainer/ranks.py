@@ -44,7 +44,7 @@ class World:
 def world() -> World:
     """As torchrun's environment says; alone without it."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    return World(*(int(os.environ[name]) for name in names)) if "WORLD_SIZE" in os.environ else World()
+    return World(*(int(os.environ[name]) for name in names)) if names[-1] in os.environ else World()
 
 
 def meet(device: torch.device) -> dist.ProcessGroup:

@@ -27,7 +27,7 @@ from torch.distributed.tensor import empty as empty_dtensor
 
 from grpo_gsm8k.config import TrainConfig
 from grpo_gsm8k.errors import ConfigError
-from grpo_gsm8k.trainer import adapter, ranks, shards
+from grpo_gsm8k.trainer import adapter, dcp, ranks
 from grpo_gsm8k.trainer.batch import Batch
 from grpo_gsm8k.trainer.head import Slope
 from grpo_gsm8k.trainer.learner import TorchLearner
@@ -61,7 +61,7 @@ class ShardedLearner(TorchLearner):
 
     def save_shards(self, folder: Path) -> None:
         """This rank's part of the optimizer's state. Raises `DiskError` on all ranks."""
-        shards.write(folder, self.optimizer.state())
+        dcp.write(folder, self.optimizer.state())
 
     def save_model(self, folder: Path, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """What else `TorchLearner.save` writes, by rank 0."""
