@@ -26,10 +26,9 @@ from grpo_gsm8k.config import PrepEvalConfig
 from grpo_gsm8k.datatypes import Problem
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.gsm8k.problems import gold_number, load_problems, load_split
-from grpo_gsm8k.gsm8k.prompts import Renderer
+from grpo_gsm8k.gsm8k.prompts import Renderer, how_to_ask
 from grpo_gsm8k.runs.files import write_jsonl
 from grpo_gsm8k.trainer.policy import load_tokenizer
-from grpo_gsm8k.workbench import how_to_ask
 
 TOKENIZED = Path("artifacts/tokenized")
 
