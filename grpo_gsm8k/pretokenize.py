@@ -116,8 +116,8 @@ def survey(path: Path, shard_rows: int) -> tuple[list[Chunk], str]:
 def begin(folder: Path, plan: Mapping[str, Any]) -> None:
     """Write the plan into a new folder; go on in one that was begun with the same."""
     path = folder / MANIFEST
-    if path.is_file():
-        before = read_json(path)
+    before = read_json(path) if path.is_file() else {}
+    if "made_with" in before:
         if changed := [key for key in plan if before.get(key) != plan[key]]:
             raise ConfigError(f"{folder}: was begun with another {', '.join(changed)}; pick another --out_dir")
     elif folder.exists() and any(folder.iterdir()):
@@ -145,9 +145,10 @@ def make_shards(cfg: TokenizeConfig, chunks: Sequence[Chunk]) -> None:
         workers = [spawn.Process(target=work, args=(cfg, share), daemon=True) for share in shares]
         for worker in workers:
             worker.start()
-        while any(worker.is_alive() for worker in workers):
-            workers[0].join(0.2)
-            bar.update(sum(shard_path(cfg, chunk).exists() for chunk in chunks))
+        while alive := [worker for worker in workers if worker.is_alive()]:
+            alive[0].join(0.5)
+            if (done := sum(shard_path(cfg, chunk).exists() for chunk in chunks)) > bar.done:
+                bar.update(done)
         if any(worker.exitcode for worker in workers):
             raise GrpoError("a tokenizing process failed (its words are above); the same command goes on")
 

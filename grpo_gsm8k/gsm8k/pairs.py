@@ -35,7 +35,8 @@ _META = re.compile(
     r"|the user(?:'s)? (?:wants?|asks?|asked|is asking|said|says|query|question|prompt|request|needs?|provided|gave)"
     r"|(?:system|user) prompt|(?:the|these|your|my) instructions?\b"
     r"|(?:required|requested|specified|correct|right|proper) format\b"
-    r"|(?:put|place|present|write|give|format|box|enclose)\w* (?:the|my|your|it as the) (?:final )?(?:answer|result)\b"
+    r"|(?:put|place|present|write|give|format|box|enclose)\w* (?:the|my|your|it as the) (?:final )?(?:answer|result)"
+    r" (?:in|within|inside|into|as|with|clearly)\b"
     r"|final answer (?:should|must|needs?|has|goes|will|is to) (?:be|to|in)\b)"
     r"|\\boxed\{\s*\}",
     re.IGNORECASE,
@@ -193,8 +194,8 @@ def without_meta(text: str, question: str) -> tuple[str, int]:
 
 def without_tags(text: str, tags: Tags) -> str:
     """Tags, headings' hashes and `####` are markers of some style; as part of the working they would mislead."""
-    for tag in {*vars(tags).values(), *vars(Tags()).values()} - {None}:
-        text = text.replace(tag, "")
+    for tag in [*vars(tags).values(), *vars(Tags()).values()]:
+        text = text.replace(tag, "") if tag else text
     return re.sub(r"^[ \t]*#{1,6}[ \t]+", "", text, flags=re.MULTILINE).replace("####", "")
 
 

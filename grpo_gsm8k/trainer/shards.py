@@ -79,7 +79,7 @@ def read_shard(path: Path, format: str) -> dict[str, Any]:
             return {name: handle.get_tensor(name) for name in handle.keys()} | {  # noqa: SIM118  # no dict
                 "meta": json.loads(handle.metadata()["meta"])
             }
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as fault:
+    except (OSError, EOFError, SafetensorError, pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as fault:
         what = " ".join(str(fault).split())[:200]
         raise DataError(path, f"is no shard of format {format}: {what}") from None
 
