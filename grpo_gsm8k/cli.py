@@ -125,12 +125,12 @@ def _demo(flags: Mapping[str, Any], config_file: Recipe = None, sets: Sets = Non
     return _pipeline(flags, config_file, sets)
 
 
-def _stage(section: str, module: str, help: str, table: str = "") -> None:
+def _stage(section: str, module: str, help: str, table: str = "", function: str = "run") -> None:
     def call(
         flags: Mapping[str, Any], preset: Preset = None, config_file: Recipe = None, sets: Sets = None
     ) -> Mapping[str, Any]:
         cfg = config.resolve(section, preset=preset, config_file=config_file, flags=flags, sets=sets or ())
-        result: Mapping[str, Any] = importlib.import_module(f"grpo_gsm8k.{module}").run(cfg)
+        result: Mapping[str, Any] = getattr(importlib.import_module(f"grpo_gsm8k.{module}"), function)(cfg)
         return result
 
     call.__doc__ = help
@@ -144,6 +144,8 @@ _stage("ei", "ei", "Expert iteration: sample, keep what is right, fine-tune, aga
 _stage("grpo", "grpo", "Group relative policy optimisation.")
 _stage("eval", "fast_eval_vllm", "Accuracy of a model on a file of problems.", "print_eval")
 _stage("prep-eval", "pretokenize", "An evaluation set as one model will see it: prompts rendered, golds checked.")
+_stage("pairs", "gsm8k.pairs", "Teacher traces → pairs to fine-tune on: the right ones, in one prompt style.")
+_stage("tokenize", "pretokenize", "Pairs → shards of token ids for one model.", function="tokenize")
 
 
 # ------------------------------------------------------------------------------------------------- the rest

@@ -6,7 +6,8 @@ A layer that names an `algorithm` lays that paper's settings down first and its 
 `--set` count as one layer in this, so whatever is typed is stronger.
 An unknown key is an error that names the nearest known one.
 
-A TOML file has a table per stage (`[sft]`, `[ei]`, `[grpo]`, `[eval]`, `[prep-eval]`, `[tiny_model]`, `[toy]`)
+A TOML file has a table per stage (`[sft]`, `[ei]`, `[grpo]`, `[eval]`, `[prep-eval]`, `[pairs]`, `[tokenize]`,
+`[tiny_model]`, `[toy]`)
 and a table `[common]` whose keys go to every stage that knows them.
 """
 
@@ -152,7 +153,9 @@ class TrainConfig(PolicyConfig):
 class SftConfig(TrainConfig):
     """Supervised fine-tuning on worked solutions."""
 
-    data_path: str = opt("", "JSONL of {prompt, response} or {messages}; empty for the solutions in --data")
+    data_path: str = opt(
+        "", "JSONL of {prompt, response} or {messages}, or a folder of shards; empty for the solutions in --data"
+    )
     train_on: Literal["last", "all"] = opt("last", "which assistant messages of a chat are trained")
     max_length: int = opt(2048, "longer examples are left out, and counted")
     epochs: int = opt(3, "passes over the data")
@@ -294,6 +297,33 @@ class PrepEvalConfig(PromptConfig):
 
 
 @dataclass(frozen=True)
+class PairsConfig(PromptConfig):
+    """Teacher traces as pairs to fine-tune on, for a model that is asked in this way."""
+
+    traces: str = opt("artifacts/traces/traces.jsonl", "answers of a teacher", also="--infile")
+    out: str = opt("artifacts/traces/pairs.jsonl", "where the pairs go", also="--outfile")
+    part: Literal["auto", "content", "reasoning"] = opt(
+        "auto", "what of a trace becomes the response; auto: the reasoning for r1_zero, else the content"
+    )
+    grading: Literal["strict", "flexible"] = opt("flexible", "strict demands a marked answer of the teacher, too")
+    min_chars: int = opt(20, "shortest response in characters")
+    max_chars: int = opt(8000, "longest response in characters")
+
+
+@dataclass(frozen=True)
+class TokenizeConfig(PromptConfig):
+    """Pairs as shards of token ids, for one model."""
+
+    data_path: str = opt("artifacts/traces/pairs.jsonl", "JSONL of {prompt, response} or {messages}", also="--infile")
+    out_dir: str = opt("artifacts/tokenized/pairs", "folder of shards; continued if it was begun")
+    max_total_tokens: int = opt(1024, "columns of a shard; longer examples are left out, and counted")
+    train_on: Literal["last", "all"] = opt("last", "which assistant messages of a chat are trained")
+    shard_rows: int = opt(1024, "lines of the file that make one shard")
+    format: Literal["safetensors", "pt"] = opt("safetensors", "pt: a dict for torch.load(weights_only=True)")
+    workers: int = opt(1, "processes", runtime=True)
+
+
+@dataclass(frozen=True)
 class TinyModelConfig:
     """The model that a pipeline makes on the spot when none is named."""
 
@@ -335,6 +365,8 @@ SECTIONS: dict[str, type] = {
     "grpo": GrpoConfig,
     "eval": EvalConfig,
     "prep-eval": PrepEvalConfig,
+    "pairs": PairsConfig,
+    "tokenize": TokenizeConfig,
     "tiny_model": TinyModelConfig,
     "toy": ToyConfig,
 }

@@ -1,7 +1,15 @@
-"""Stage 3: an evaluation set as one model will see it.
+"""Stage 3: what one model will see, as token ids: pairs to train on, and an evaluation set.
 
-Every problem is rendered once, by the renderer that training and evaluation use, and written with what is needed
-to read, sample and grade it:
+`tokenize` turns a file of pairs into shards of one width (trainer/shards.py has their form). A shard is made of
+`--shard_rows` lines of the file, whatever else happens: so shards can be made side by side, in memory for one each, and
+a run that was killed goes on at the next whole shard and ends with the same bytes. Every line is checked before the
+first shard is made. `sft --data_path FOLDER` trains on them as it would on the file.
+
+    grpo-gsm8k tokenize --model_id MODEL --data_path pairs.jsonl --out_dir shards --max_total_tokens 1024 --workers 4
+    python scripts/shell/pretokenize_r1_pairs.py --infile pairs.jsonl --model_id MODEL --format pt
+
+`prep-eval` renders every problem of an evaluation set once, by the renderer that training and evaluation use, and
+writes it with what is needed to read, sample and grade it:
 
     id, question, answer     as in the data; `answer` is the reference solution
     gold, gold_num           the final answer, as text and as a number
@@ -18,20 +26,165 @@ a model that would be asked otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import hashlib
+import itertools
+import multiprocessing
+import signal
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from grpo_gsm8k.config import PrepEvalConfig
+from grpo_gsm8k.config import PrepEvalConfig, TokenizeConfig
 from grpo_gsm8k.datatypes import Problem
-from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.errors import ConfigError, DataError, GrpoError
+from grpo_gsm8k.gsm8k.chat import read_chat
 from grpo_gsm8k.gsm8k.problems import gold_number, load_problems, load_split
-from grpo_gsm8k.gsm8k.prompts import Renderer
-from grpo_gsm8k.runs.files import write_jsonl
+from grpo_gsm8k.gsm8k.prompts import Renderer, how_to_ask
+from grpo_gsm8k.runs.files import read_json, read_lines, sha256_file, write_json, write_jsonl
+from grpo_gsm8k.runs.progress import progress
 from grpo_gsm8k.trainer.policy import load_tokenizer
-from grpo_gsm8k.workbench import how_to_ask
+from grpo_gsm8k.trainer.shards import MANIFEST, pack, read_shard, write_shard
 
 TOKENIZED = Path("artifacts/tokenized")
+
+
+# ---------------------------------------------------------------------------------------------- pairs → shards
+
+
+class Chunk(NamedTuple):
+    """The lines of one shard."""
+
+    number: int
+    offset: int  # of its first byte
+    first_line: int  # 1-based
+    lines: int
+
+
+def tokenize(cfg: TokenizeConfig) -> dict[str, Any]:
+    """Make the shards that are not there yet, then the manifest; return what the command prints.
+
+    Raises:
+        DataError: a fault in the pairs, with file and line; nothing is written then.
+        ConfigError: the folder holds something else.
+    """
+    for name in ("max_total_tokens", "shard_rows", "workers"):
+        if getattr(cfg, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1")
+    folder = Path(cfg.out_dir)
+    renderer = renderer_of(cfg)
+    chunks, digest = survey(Path(cfg.data_path), cfg.shard_rows)
+    begin(
+        folder,
+        plan := {
+            "made_with": renderer.made_with(),
+            "input": {"sha256": digest, "rows": sum(chunk.lines for chunk in chunks)},
+            "pad_token_id": renderer.pad_id,
+            **{name: getattr(cfg, name) for name in ("train_on", "max_total_tokens", "shard_rows", "format")},
+        },
+    )
+    make_shards(cfg, chunks)
+    shards = [describe(shard_path(cfg, chunk), cfg.format) for chunk in chunks]
+    totals = {name: sum(shard[name] for shard in shards) for name in ("rows", "left_out", "tokens", "trained_tokens")}
+    if not totals["rows"]:
+        raise DataError(cfg.data_path, f"no example fits into {cfg.max_total_tokens} tokens; raise --max_total_tokens")
+    write_json(folder / MANIFEST, {**plan, **totals, "shards": shards})
+    said = {"written": totals.pop("rows"), **totals, "shards": len(shards)}
+    return {**said, "path": str(folder), "manifest": str(folder / MANIFEST), **plan["made_with"]}
+
+
+@functools.cache
+def renderer_of(cfg: TokenizeConfig) -> Renderer:
+    """The renderer of a config, made once in each process."""
+    return Renderer(load_tokenizer(cfg), *how_to_ask(cfg))
+
+
+def survey(path: Path, shard_rows: int) -> tuple[list[Chunk], str]:
+    """Where each shard's lines begin, and the file's sha256. Raises `DataError` for the first line with a fault."""
+    digest, chunks, offset, number = hashlib.sha256(), list[Chunk](), 0, 0
+    for number, raw in read_lines(path):
+        if faults := read_chat(raw)[1]:
+            raise DataError(path, f"{faults[0]}; `grpo-gsm8k validate --data {path}` lists every fault", number)
+        if (number - 1) % shard_rows == 0:
+            chunks.append(Chunk(len(chunks), offset, number, shard_rows))
+        digest.update(raw)
+        offset += len(raw)
+    chunks[-1] = chunks[-1]._replace(lines=number - chunks[-1].first_line + 1)
+    return chunks, digest.hexdigest()
+
+
+def begin(folder: Path, plan: Mapping[str, Any]) -> None:
+    """Write the plan into a new folder; go on in one that was begun with the same."""
+    path = folder / MANIFEST
+    before = read_json(path) if path.is_file() else {}
+    if "made_with" in before:
+        if changed := [key for key in plan if before.get(key) != plan[key]]:
+            raise ConfigError(f"{folder}: was begun with another {', '.join(changed)}; pick another --out_dir")
+    elif folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder}: holds other files and no shards; pick another --out_dir")
+    else:
+        write_json(path, plan)
+
+
+def shard_path(cfg: TokenizeConfig, chunk: Chunk) -> Path:
+    """Where a shard goes."""
+    return Path(cfg.out_dir) / f"shard_{chunk.number:05d}.{cfg.format}"
+
+
+def make_shards(cfg: TokenizeConfig, chunks: Sequence[Chunk]) -> None:
+    """Make what is missing, here or in processes that share it out."""
+    missing = [chunk for chunk in chunks if not shard_path(cfg, chunk).exists()]
+    with progress("tokenize", len(chunks), len(chunks) - len(missing)) as bar:
+        if cfg.workers == 1 or len(missing) < 2:
+            for chunk in missing:
+                make_shard(cfg, chunk)
+                bar.update(bar.done + 1)
+            return
+        spawn = multiprocessing.get_context("spawn")
+        shares = [missing[n :: cfg.workers] for n in range(min(cfg.workers, len(missing)))]
+        workers = [spawn.Process(target=work, args=(cfg, share), daemon=True) for share in shares]
+        for worker in workers:
+            worker.start()
+        while alive := [worker for worker in workers if worker.is_alive()]:
+            alive[0].join(0.5)
+            if (done := sum(shard_path(cfg, chunk).exists() for chunk in chunks)) > bar.done:
+                bar.update(done)
+        if any(worker.exitcode for worker in workers):
+            raise GrpoError("a tokenizing process failed (its words are above); the same command goes on")
+
+
+def work(cfg: TokenizeConfig, chunks: Sequence[Chunk]) -> None:
+    """One process's share. Ctrl-C is the parent's to handle; when the parent is gone, so is the reason to go on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    for chunk in itertools.takewhile(lambda _: parent and parent.is_alive(), chunks):
+        make_shard(cfg, chunk)
+
+
+def make_shard(cfg: TokenizeConfig, chunk: Chunk) -> None:
+    """Tokenize some lines of the file, and write what fits."""
+    renderer, rows = renderer_of(cfg), []
+    with Path(cfg.data_path).open("rb") as handle:
+        handle.seek(chunk.offset)
+        for raw in itertools.islice(handle, chunk.lines):
+            example, faults = read_chat(raw)
+            assert example, faults  # the survey has seen it
+            row = renderer.chat(example.messages, cfg.train_on, example.raw)
+            if len(row.token_ids) <= cfg.max_total_tokens:
+                rows.append(row)
+    meta = {"first_line": chunk.first_line, "lines": chunk.lines, "rows": len(rows)}
+    write_shard(shard_path(cfg, chunk), pack(rows, cfg.max_total_tokens, renderer.pad_id), meta, cfg.format)
+
+
+def describe(path: Path, format: str) -> dict[str, Any]:
+    """A shard's entry in the manifest."""
+    shard = read_shard(path, format)
+    rows, lines = shard["meta"]["rows"], shard["meta"]["lines"]
+    tokens = {"tokens": int(shard["lengths"].sum()), "trained_tokens": int(shard["response_mask"].sum())}
+    return {"file": path.name, "rows": rows, "left_out": lines - rows, **tokens, "sha256": sha256_file(path)}
+
+
+# ------------------------------------------------------------------------------- problems → an evaluation set
 
 
 def run(cfg: PrepEvalConfig) -> dict[str, Any]:

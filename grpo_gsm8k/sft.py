@@ -4,7 +4,7 @@ Simplified on purpose: no packing, one pass order per epoch. What is trained is 
 its end-of-turn id; the loss is the mean over the response tokens of the whole update.
 
     grpo-gsm8k sft --model_id MODEL --data DIR                         # the reference solutions of train.jsonl
-    grpo-gsm8k sft --model_id MODEL --data_path pairs.jsonl --eval_set_path DIR/val.jsonl
+    grpo-gsm8k sft --model_id MODEL --data_path pairs.jsonl --eval_set_path DIR/val.jsonl   # or a folder of shards
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from grpo_gsm8k.trainer import loop
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.objectives import Objective
 from grpo_gsm8k.trainer.optimizer import lr_at
+from grpo_gsm8k.trainer.shards import MANIFEST, load_rows, read_manifest
 from grpo_gsm8k.workbench import Bench, open_bench
 
 
@@ -74,9 +75,15 @@ def run(cfg: SftConfig) -> dict[str, Any]:
     if not cfg.eval_every:
         raise ConfigError("eval_every = 0: fine-tuning is always evaluated; give the steps between evaluations")
     source = Path(cfg.data_path or Path(cfg.data) / "train.jsonl")
-    examples = load_pairs(source) if cfg.data_path else load_split(Path(cfg.data), "train")
-    with open_bench(cfg, "sft", {"train": source}) as bench:
-        rows = [render(cfg, bench, item) for item in examples]
+    if sharded := bool(cfg.data_path) and source.is_dir():
+        read_manifest(source)
+    examples = [] if sharded else load_pairs(source) if cfg.data_path else load_split(Path(cfg.data), "train")
+    with open_bench(cfg, "sft", {"train": source / MANIFEST if sharded else source}) as bench:
+        rows = (
+            load_rows(source, bench.renderer.made_with(), cfg.train_on)
+            if sharded
+            else [render(cfg, bench, item) for item in examples]
+        )
         longest = min(cfg.max_length, bench.context)
         fitting = [row for row in rows if len(row.token_ids) <= longest]
         if not fitting:
@@ -90,7 +97,7 @@ def run(cfg: SftConfig) -> dict[str, Any]:
 def render(cfg: SftConfig, bench: Bench, item: Example | Problem) -> TokenRow:
     """A chat or a problem with its reference solution, as ids and mask."""
     if isinstance(item, Example):
-        return bench.renderer.chat(item.messages, cfg.train_on)
+        return bench.renderer.chat(item.messages, cfg.train_on, item.raw)
     return bench.renderer.example(item)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from grpo_gsm8k import repro
-from grpo_gsm8k.config import EngineConfig, EvalConfig, GrpoConfig, ModelConfig, PromptConfig, TrainConfig
+from grpo_gsm8k.config import EngineConfig, EvalConfig, GrpoConfig, ModelConfig, TrainConfig
 from grpo_gsm8k.datatypes import Evaluator, Learner, Problem, Prompt, Sampler, SamplingParams
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.engines.probe import TOLERANCE, probe
@@ -25,9 +25,8 @@ from grpo_gsm8k.errors import ConfigError, EngineError, RunDirError
 from grpo_gsm8k.evals.accuracy import CHUNK, Evaluation, evaluate
 from grpo_gsm8k.evals.evaluator import AsyncEvaluator, InlineEvaluator
 from grpo_gsm8k.gsm8k import contamination
-from grpo_gsm8k.gsm8k.grading import Tags
 from grpo_gsm8k.gsm8k.problems import load_problems
-from grpo_gsm8k.gsm8k.prompts import Renderer, check_lengths, make_tags, remembered
+from grpo_gsm8k.gsm8k.prompts import Renderer, check_lengths, how_to_ask
 from grpo_gsm8k.runs.directory import Run, open_run
 from grpo_gsm8k.runs.files import disk_errors, sync_tree
 from grpo_gsm8k.trainer import adapter, loop, ranks
@@ -282,14 +281,6 @@ def validation_params(bench: Bench) -> SamplingParams:
     """Greedy, one completion a problem."""
     cfg = bench.run.cfg
     return SamplingParams(1, cfg.max_new_tokens, temperature=0.0, stop=bench.renderer.style.stop)
-
-
-def how_to_ask(cfg: PromptConfig) -> tuple[str, Tags]:
-    """Prompt style and tags: as configured, or (auto) as the model folder remembers, else qwen_boxed."""
-    tags = make_tags(cfg.think_open, cfg.think_close, cfg.answer_open, cfg.answer_close)
-    if cfg.prompt_style != "auto":
-        return cfg.prompt_style, tags
-    return remembered(cfg.model_id) or ("qwen_boxed", tags)
 
 
 def evaluate_model(

@@ -1,20 +1,23 @@
 """Chat JSONL: checking a whole file, and reading the conversations that SFT learns from.
 
 A row is `{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}`: at most
-one system message, which comes first, then user and assistant in turns, the assistant last. Other keys are
-allowed and ignored. `load_pairs` also takes `{"prompt": "…", "response": "…"}`.
+one system message, which comes first, then user and assistant in turns, the assistant last. Or it is
+`{"prompt": "…", "response": "…"}`, a user and an assistant message; with `"raw": true` its prompt is the text as the
+model reads it, without a chat's turns. Other keys are allowed and ignored.
+
+`validate` and every reader for training go through `read_chat`: one check for all of them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
 from grpo_gsm8k.errors import DataError
-from grpo_gsm8k.runs.files import json_type, parse_line, read_jsonl, read_lines
+from grpo_gsm8k.runs.files import json_type, parse_line, read_lines
 
 ROLES = ("system", "user", "assistant")
 
@@ -46,58 +49,77 @@ class ChatReport:
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation to learn from: (role, content) pairs, the assistant last."""
+    """A conversation to learn from: (role, content) pairs, the assistant last; `raw`: without a chat's turns."""
 
     messages: tuple[tuple[str, str], ...]
+    raw: bool = False
 
 
 def check_chat(path: Path) -> ChatReport:
-    """Check every line of a chat JSONL file and name every fault in one pass.
+    """Check every line of a chat JSONL file and name every fault in one pass, in memory for one line.
 
     Raises:
         DataError: the file does not exist or cannot be read.
     """
     errors: list[Fault] = []
-    sound: list[Example] = []
+    stats = _Stats()
     rows = 0
     if Path(path).is_file() and Path(path).stat().st_size == 0:
-        return ChatReport(False, 0, [{"line": 0, "what": "the file is empty"}], _stats([]))
+        return ChatReport(False, 0, [{"line": 0, "what": "the file is empty"}], stats.as_dict())
     for line, raw in read_lines(path):
         rows += bool(raw.strip())
-        try:
-            row = parse_line(raw)
-        except ValueError as fault:
-            errors.append({"line": line, "what": str(fault)})
-            continue
-        faults = _faults(row)
+        example, faults = read_chat(raw)
         errors.extend({"line": line, "what": what} for what in faults)
-        if not faults:
-            sound.append(_example(row))
-    return ChatReport(ok=not errors, rows=rows, errors=errors, stats=_stats(sound))
+        if example:
+            stats.add(example)
+    return ChatReport(ok=not errors, rows=rows, errors=errors, stats=stats.as_dict())
 
 
-def load_pairs(path: Path) -> list[Example]:
-    """The conversations of a file of chat rows or prompt/response rows.
+def iter_pairs(path: Path) -> Iterator[Example]:
+    """The conversations of a file of chat rows or prompt/response rows, in its order.
 
     Raises:
         DataError: names the file and the line of the first fault.
     """
-    examples = []
-    for line, row in read_jsonl(path):
-        if "messages" not in row and ("prompt" in row or "response" in row):
-            messages: list[dict[str, Any]] = [{"role": "user"}, {"role": "assistant"}]
-            for message, key in zip(messages, ("prompt", "response"), strict=True):
-                if key in row:
-                    message["content"] = row[key]
-            row = {"messages": messages}
-            names = {"messages[0].content": "prompt", "messages[1].content": "response"}
-        else:
-            names = {}
-        for what in _faults(row):
-            place, _, rest = what.partition(" ")
-            raise DataError(path, f"{names.get(place, place)} {rest}", line)
-        examples.append(_example(row))
-    return examples
+    for line, raw in read_lines(path):
+        example, faults = read_chat(raw)
+        if example is None:
+            raise DataError(path, f"{faults[0]}; `grpo-gsm8k validate --data {path}` lists every fault", line)
+        yield example
+
+
+def load_pairs(path: Path) -> list[Example]:
+    """All of `iter_pairs`."""
+    return list(iter_pairs(path))
+
+
+def read_chat(raw: bytes) -> tuple[Example | None, list[str]]:
+    """The conversation in one line of a file, or everything that is wrong with it."""
+    try:
+        row = parse_line(raw)
+    except ValueError as fault:
+        return None, [str(fault)]
+    pair = "messages" not in row and ("prompt" in row or "response" in row)
+    faults = _pair_faults(row) if pair else _faults(row)
+    if faults:
+        return None, faults
+    if pair:
+        return Example((("user", row["prompt"]), ("assistant", row["response"])), row.get("raw", False)), []
+    return Example(tuple((message["role"], message["content"]) for message in row["messages"])), []
+
+
+def _pair_faults(row: Mapping[str, Any]) -> list[str]:
+    raw = row.get("raw", False)
+    wrong = [] if isinstance(raw, bool) else [f"raw must be true or false, not {json_type(raw)}"]
+    return [*_text_faults(row, "prompt", "prompt"), *_text_faults(row, "response", "response"), *wrong]
+
+
+def _text_faults(row: Mapping[str, Any], key: str, name: str) -> list[str]:
+    if key not in row:
+        return [f"{name} is missing"]
+    if not isinstance(row[key], str):
+        return [f"{name} must be text, not {json_type(row[key])}"]
+    return [] if row[key].strip() else [f"{name} is empty"]
 
 
 def _faults(row: Mapping[str, Any]) -> list[str]:
@@ -122,13 +144,7 @@ def _faults(row: Mapping[str, Any]) -> list[str]:
             faults.append(f"messages[{i}].role is {role!r}, which is none of {', '.join(ROLES)}")
         else:
             faults.append(f"messages[{i}].role is missing")
-        content = message.get("content")
-        if "content" not in message:
-            faults.append(f"messages[{i}].content is missing")
-        elif not isinstance(content, str):
-            faults.append(f"messages[{i}].content must be text, not {json_type(content)}")
-        elif not content.strip():
-            faults.append(f"messages[{i}].content is empty")
+        faults += _text_faults(message, "content", f"messages[{i}].content")
     return faults + _order_faults(roles) if len(roles) == len(messages) else faults
 
 
@@ -151,21 +167,36 @@ def _order_faults(roles: Sequence[str]) -> list[str]:
     return faults
 
 
-def _example(row: Mapping[str, Any]) -> Example:
-    return Example(tuple((message["role"], message["content"]) for message in row["messages"]))
+class _Stats:
+    """Turns, characters and roles of the rows so far."""
+
+    def __init__(self) -> None:
+        self.roles: Counter[str] = Counter()
+        self.turns, self.characters = _Spread(), _Spread()
+
+    def add(self, example: Example) -> None:
+        self.roles.update(role for role, _ in example.messages)
+        self.turns.add(len(example.messages))
+        self.characters.add(sum(len(text) for _, text in example.messages))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "rows": self.turns.n,
+            "turns": self.turns.as_dict(),
+            "characters": self.characters.as_dict(),
+            "roles": {role: self.roles[role] for role in ROLES},
+        }
 
 
-def _stats(examples: Sequence[Example]) -> dict[str, Any]:
-    roles = Counter(role for example in examples for role, _ in example.messages)
-    return {
-        "rows": len(examples),
-        "turns": _spread([len(example.messages) for example in examples]),
-        "characters": _spread([sum(len(text) for _, text in example.messages) for example in examples]),
-        "roles": {role: roles[role] for role in ROLES},
-    }
+class _Spread:
+    """Least, mean and most of the numbers so far."""
 
+    def __init__(self) -> None:
+        self.n = self.total = self.least = self.most = 0
 
-def _spread(values: Sequence[int]) -> dict[str, float]:
-    if not values:
-        return {"min": 0, "mean": 0.0, "max": 0}
-    return {"min": min(values), "mean": sum(values) / len(values), "max": max(values)}
+    def add(self, value: int) -> None:
+        self.least = min(self.least, value) if self.n else value
+        self.n, self.total, self.most = self.n + 1, self.total + value, max(self.most, value)
+
+    def as_dict(self) -> dict[str, float]:
+        return {"min": self.least, "mean": self.total / max(self.n, 1), "max": self.most}

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo_gsm8k.config import PromptConfig
 from grpo_gsm8k.datatypes import Problem, Prompt, Rendered, Source, TokenRow
 from grpo_gsm8k.errors import ConfigError, DataError
 from grpo_gsm8k.gsm8k.grading import Tags, extract, parse_number
@@ -23,6 +24,7 @@ from grpo_gsm8k.runs.files import read_json, write_json
 Message = tuple[str, str]  # (role, content)
 PROMPT_FILE = "prompt.json"
 SHOT_BREAK = "\n\n\n"  # between worked examples in plain text; a completion that writes it begins another one
+PROBE = "3.14 + 1,234 = $56  costs 7%\n\n\tIt's \\boxed{72}. Größe ½ 数"  # what tokenizers split in different ways
 
 
 @dataclass(frozen=True)
@@ -143,11 +145,13 @@ class Renderer:
         write_json(folder / PROMPT_FILE, {"prompt_style": self.name, **vars(self.tags)})
 
     def made_with(self) -> dict[str, str | None]:
-        """What a prompt depends on besides its question: style, tags, and a hash of vocabulary and chat template.
+        """What rendered ids depend on besides the text: style, tags, and a hash of tokenizer and chat template.
 
-        It explains a difference between two renderings; whether there is one, the ids alone decide.
+        Where the text is at hand (prepared prompts), this only explains a difference, and the ids decide whether there
+        is one. Shards of token ids are held to it.
         """
-        parts = [sorted(self.tokenizer.get_vocab().items()), self.tokenizer.chat_template]
+        ends = [self.end_id, self.tokenizer.bos_token_id, self._encode(PROBE)]
+        parts = [sorted(self.tokenizer.get_vocab().items()), self.tokenizer.chat_template, ends]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         return {"prompt_style": self.name, **vars(self.tags), "tokenizer": digest[:16]}
 
@@ -184,19 +188,20 @@ class Renderer:
         prompt = list(self.prompt(problem).token_ids)
         return self._join([(prompt, 0), ([*self._encode(self.style.reference(problem)), self.end_id], 1)])
 
-    def chat(self, messages: Sequence[Message], train_on: str = "last") -> TokenRow:
+    def chat(self, messages: Sequence[Message], train_on: str = "last", raw: bool = False) -> TokenRow:
         """A conversation that ends with the assistant.
 
         Args:
             messages: (role, content) pairs.
             train_on: "last" masks in the last assistant message; "all" every one.
+            raw: the first of two messages is the prompt as the model reads it, without a chat's turns.
 
         The trained part of an assistant message is its content and the end-of-turn id: exactly what a
         sampler would have drawn after the same prompt. Raises `ConfigError` where "all" is asked of a
         chat template that rewrites earlier turns.
         """
-        if train_on == "last":
-            prompt = self._prompt_ids(list(messages[:-1]))
+        if train_on == "last" or raw:
+            prompt = self._prompt_ids(messages[0][1] if raw else list(messages[:-1]))
             return self._join([(prompt, 0), ([*self._encode(messages[-1][1]), self.end_id], 1)])
         parts: list[tuple[list[int], int]] = []
         done = ""
@@ -289,6 +294,14 @@ class Renderer:
     def _join(parts: Sequence[tuple[list[int], int]]) -> TokenRow:
         ids = tuple(i for part, _ in parts for i in part)
         return TokenRow(ids, tuple(flag for part, flag in parts for _ in part))
+
+
+def how_to_ask(cfg: PromptConfig) -> tuple[str, Tags]:
+    """Prompt style and tags: as configured, or (auto) as the model folder remembers, else qwen_boxed."""
+    tags = make_tags(cfg.think_open, cfg.think_close, cfg.answer_open, cfg.answer_close)
+    if cfg.prompt_style != "auto":
+        return cfg.prompt_style, tags
+    return remembered(cfg.model_id) or ("qwen_boxed", tags)
 
 
 def remembered(model_id: str) -> tuple[str, Tags] | None:
