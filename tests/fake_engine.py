@@ -92,7 +92,7 @@ def build(start, pulse):
             "ci95": [0.0, 1.0],
             "n": 1,
             **{name: {"1": 1.0} for name in ("pass_at_k", "maj_at_k")},
-            **{name: 1.0 for name in ("strict_accuracy", "flexible_accuracy", "format_accuracy")},
+            **dict.fromkeys(("strict_accuracy", "flexible_accuracy", "format_accuracy"), 1.0),
             **{name: {} for name in ("intervals", "by_seed", "spread")},
             "by_length": [],
             "truncated": 0.0,
