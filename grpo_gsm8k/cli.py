@@ -237,7 +237,9 @@ def contamination(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="run directories")],
-    out: Annotated[Path | None, typer.Option(help="the page; by default report.html in the first run")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="the page; by default report.html, for several runs comparison.html")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """One self-contained HTML page about one run or several."""

@@ -29,6 +29,7 @@ from grpo_gsm8k.datatypes import Prompt, RewardFn, Rollout, Sampler, TokenRow
 from grpo_gsm8k.engines.probe import sampled_row
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.evals.accuracy import record
+from grpo_gsm8k.evals.diversity import diversity
 from grpo_gsm8k.gsm8k.problems import load_split
 from grpo_gsm8k.gsm8k.rewards import make_reward, with_overlong_penalty
 from grpo_gsm8k.repro import derive_seed, shuffled
@@ -59,6 +60,7 @@ def train(cfg: GrpoConfig, bench: Bench, prompts: Sequence[Prompt], reward: Rewa
             if bench.due(step, cfg.steps):
                 source.settle()
                 bench.run.samples(step, (sample_row(bench, cfg, rollout) for rollout in rollouts))
+                metrics |= diversity([[r.completion.token_ids for r in group] for group in grouped(rollouts)])
             metrics |= bench.validate(step, cfg.steps)
             clock.lap("eval")
             metrics |= {"progress/grpo_step": step, "progress/done_frac": step / cfg.steps}
@@ -210,10 +212,7 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     ended = [n for n, r in zip(lengths, rollouts, strict=True) if r.completion.finish_reason == "stop"]
     right = [n for n, r in zip(lengths, rollouts, strict=True) if r.correct]
     wrong = [n for n, r in zip(lengths, rollouts, strict=True) if not r.correct]
-    by_group: dict[int, list[Rollout]] = {}
-    for rollout in rollouts:
-        by_group.setdefault(rollout.group, []).append(rollout)
-    groups = list(by_group.values())
+    groups = grouped(rollouts)
     cut = [r.completion.finish_reason == "length" for r in rollouts]
     advantages = [r.advantage for r in rollouts]
     means: dict[str, Sequence[float]] = {
@@ -249,6 +248,14 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "advantage/min": min(advantages),
         "advantage/max": max(advantages),
     }
+
+
+def grouped(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
+    """The rollouts of each prompt."""
+    by_group: dict[int, list[Rollout]] = {}
+    for rollout in rollouts:
+        by_group.setdefault(rollout.group, []).append(rollout)
+    return list(by_group.values())
 
 
 def sample_row(bench: Bench, cfg: GrpoConfig, rollout: Rollout) -> dict[str, Any]:

@@ -5,7 +5,7 @@ as they went, and the page says what is missing. Nothing is fetched when the pag
 came from a file is escaped, and the same files give the same bytes.
 
     python -m grpo_gsm8k.cli report artifacts/runs/20260101T120000_abc1234
-    python -m grpo_gsm8k.cli report RUN RUN ...        # side by side
+    python -m grpo_gsm8k.cli report RUN RUN ...        # side by side, in comparison.html of the first
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from grpo_gsm8k import report_figures as figures
-from grpo_gsm8k.errors import RunDirError
+from grpo_gsm8k.errors import RunDirError, UserError
+from grpo_gsm8k.evals.compare import against, corrected_for_number
+from grpo_gsm8k.evals.stats import Comparison
 from grpo_gsm8k.report_figures import Curves, Line, Panel
 from grpo_gsm8k.report_read import (
     STAGES,
@@ -31,9 +33,12 @@ from grpo_gsm8k.report_read import (
     findings,
     headline,
     label,
+    last_evaluation,
     number,
+    p_value,
     pair,
     percent,
+    points,
     read_config,
     read_lines,
     read_run,
@@ -414,7 +419,7 @@ def comparison_page(runs: Mapping[str, Run]) -> Html:
         for key in keys
         if len({repr(c.get(key)) for c in configs.values()}) > 1
     ]
-    parts = [section("result", "Side by side", table(head, rows))]
+    parts = [section("result", "Side by side", table(head, rows), paired_table(runs))]
     differs = table(("setting", *runs), differing) if differing else tag("p", "No setting differs.", class_="mute")
     parts.append(section("settings", "Settings that differ", differs if keys else Html()))
     for kind, panels_ in figures.OVERLAYS.items():
@@ -422,6 +427,61 @@ def comparison_page(runs: Mapping[str, Run]) -> Html:
         drawn = [_figure(p, lines) for p in panels_ if (lines := figures.overlay_lines(p, curves_of))]
         parts.append(section(kind, LONG_NAMES[kind], tag("div", *drawn, class_="grid")) if drawn else Html())
     return join(parts)
+
+
+def paired_table(runs: Mapping[str, Run]) -> Html:
+    """The last evaluation of each run against the first run's, paired where both are over the same problems."""
+    evaluations = {name: last_evaluation(run) for name, run in runs.items()}
+    first = next(iter(runs))
+    found: list[tuple[str, Comparison]] = []
+    refused = []
+    for name in list(runs)[1:]:
+        if not all(evaluations[one][1] for one in (first, name)):
+            bare = name if evaluations[first][1] else first
+            refused.append(f"{name} is not compared: no evaluation of {bare} kept its answers.")
+            continue
+        try:
+            found.append((name, against(evaluations[first][1], evaluations[name][1], name)))
+        except UserError:
+            refused.append(f"{name} is not compared: its last evaluation ({evaluations[name][0]}) has other problems.")
+    corrected, p_holm = corrected_for_number([one for _, one in found])
+    rows = [
+        (
+            tag("b", name),
+            evaluations[name][0],
+            percent(one.accuracy_b),
+            number(100 * one.difference, "{:+.1f}"),
+            points(one.ci95),
+            f"{one.won:,}",
+            f"{one.lost:,}",
+            *(p_value(p).removeprefix("=\u00a0") for p in (one.p_value, holm)),
+            "noise?" if not one.significant else "better" if one.difference > 0 else "worse",
+            number(one.problems_needed, "{:,}") or "–",
+        )
+        for (name, _), one, holm in zip(found, corrected, p_holm, strict=True)
+    ]
+    head = (
+        "run",
+        "evaluation",
+        "accuracy",
+        "points",
+        "95 % CI",
+        "won",
+        "lost",
+        "p exact",
+        "p Holm",
+        "",
+        "n for this gain",
+    )
+    words = [tag("p", text, class_="mute") for text in refused]
+    if not rows:
+        return join(words)
+    lead = (
+        f"Against {first} ({evaluations[first][0]}, {percent(corrected[0].accuracy_a)}), over the same "
+        f"{corrected[0].n:,} problems, one by one. The verdict is at 5 % by the mid-p of McNemar's test after Holm's "
+        "correction; the last column is how many problems show a gain of this size with 80 % power."
+    )
+    return join([tag("h3", "Paired comparison"), tag("p", lead, class_="mute"), table(head, rows), *words])
 
 
 def run_page(run: Run) -> Html:
@@ -452,7 +512,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
 
     Args:
         runs: pipeline directories or directories of single training runs.
-        out: the page to write; `report.html` in the first run by default.
+        out: the page to write; by default `report.html` in the run, for several `comparison.html` in the first.
 
     Raises:
         RunDirError: a directory does not exist, or no run wrote it.
@@ -461,7 +521,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     if not paths:
         raise RunDirError("no run directory given; try: grpo-gsm8k report artifacts/runs/NAME")
     found = dict(zip(labels(paths), (read_run(path) for path in paths), strict=True))
-    target = out or paths[0] / "report.html"
+    target = out or paths[0] / ("report.html" if len(paths) == 1 else "comparison.html")
     write_atomic(target, page(found).encode(errors="replace"))
     return target
 

@@ -120,6 +120,24 @@ GRPO_PANELS = (
         (("policy/entropy", "entropy"),),
         "Near zero every sample of a group is the same, and nothing is left to compare.",
     ),
+    Panel(
+        "Diversity of a group's samples",
+        (
+            ("diversity/unique_frac", "distinct samples"),
+            ("diversity/distinct_2", "distinct pairs"),
+            ("diversity/distinct_1", "distinct tokens"),
+        ),
+        "Shares within a group, where samples were kept; when they sink together, sampling collapses.",
+        kind="points",
+        percent=True,
+    ),
+    Panel(
+        "Repetition",
+        (("diversity/repeated_4grams", "repeated 4-grams"),),
+        "Share of a response's 4-grams that it has written before; a rise is a loop in the making.",
+        kind="points",
+        percent=True,
+    ),
     _GRAD,
     Panel(
         "Clipped tokens",
@@ -184,7 +202,7 @@ TIME_PANEL = Panel(
 PANELS = {"grpo": GRPO_PANELS, "sft": SFT_PANELS, "ei": EI_PANELS}
 OVERLAID = {
     *("reward/mean", "val/accuracy", "length/mean", "policy/entropy", "policy/grad_norm", "policy/clip_frac"),
-    *("mismatch/logp_abs_mean", "loss", "ei/yield"),
+    *("mismatch/logp_abs_mean", "loss", "ei/yield", "diversity/unique_frac", "diversity/repeated_4grams"),
 }
 _MIXED = Panel("Mixed groups", (("groups/mixed_frac", "mixed groups"),), "", percent=True)
 OVERLAYS = {

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_gsm8k.errors import RunDirError
+from grpo_gsm8k.evals.accuracy import grouped
 from grpo_gsm8k.report_figures import TIMES, Curves
 from grpo_gsm8k.runs import diagnosis
 from grpo_gsm8k.runs.diagnosis import RISING, Finding, trend
@@ -186,6 +187,20 @@ def _derive(row: dict[str, float]) -> dict[str, float]:
         named = sum(row.get(f"time/{name}", 0.0) for name in TIMES)
         row["time/other"] = max(0.0, row["time/total"] - named)
     return row
+
+
+def last_evaluation(run: Run) -> tuple[str, dict[str, list[dict[str, Any]]]]:
+    """The last evaluation that kept its answers: what it is called, and its rows by problem; ("", {}) without one."""
+    names = [s["name"] for s in run.stages if run.evals.get(s["name"])]
+    if names:
+        title, rows = f"{label(names[-1])}, test", run.evals[names[-1]]
+    else:
+        kept = [path for folder in run.folders.values() for path in sorted(folder.glob("evals/step_*.jsonl"))]
+        if not kept:
+            return "", {}
+        title = f"validation, step {int(kept[-1].stem.removeprefix('step_')):,}"
+        rows = read_lines(kept[-1], run.notes, "evals/")
+    return title, grouped([r for r in rows if isinstance(r.get("id"), str) and isinstance(r.get("correct"), bool)])
 
 
 # -- numbers in words ---------------------------------------------------------------------------------

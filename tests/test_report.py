@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.stats import binomtest
 
 from grpo_gsm8k.errors import RunDirError
 from grpo_gsm8k.report import page, write_report
@@ -513,6 +514,54 @@ def test_several_runs(finished: tuple[Path, dict[str, Any], str], tmp_path: Path
     assert "2 runs side by side" in text and "def5678<b>" in text
     assert f"{100 * summary['stages'][3]['accuracy']:.1f} %" in text
     assert re.search(r"grpo\.train\.lr +3e-05 +0\.0001", text) and "grpo.train.stage" not in text
+
+
+def test_several_runs_are_compared_problem_by_problem(tmp_path: Path) -> None:
+    """Two runs over the same test problems, one over others, one that kept no answers."""
+    roots = [tmp_path / name for name in ("first", "second", "other", "bare")]
+    for root, skill, seed in zip(roots, (0.80, 0.90, 0.80, 0.8), (3, 3, 4, 3), strict=True):
+        make_pipeline(root, (0.0, 0.5, 0.6, skill), n=200, steps=20, seed=seed)
+    shutil.rmtree(roots[3] / "evals")
+    one_page = write_report([roots[0]]).read_text()
+    target = write_report(roots)
+    assert target == roots[0] / "comparison.html"
+    assert (roots[0] / "report.html").read_text() == one_page  # the first run's own page is left alone
+    text = check(target.read_text())
+    right = [
+        {r["id"] for r in map(json.loads, (root / "evals/grpo.jsonl").read_text().splitlines()) if r["correct"]}
+        for root in roots[:2]
+    ]
+    won, lost = len(right[1] - right[0]), len(right[0] - right[1])
+    p = binomtest(won, won + lost).pvalue
+    gain = 100 * (won - lost) / 200
+    assert won > lost
+    row = re.search(r"second GRPO, test ([\d.]+) % ([+−\d.]+) [+−\d.]+ to [+−\d.]+ (\d+) (\d+) (\S+)", text)
+    assert row and row.groups()[:4] == (f"{len(right[1]) / 2:.1f}", f"{gain:+.1f}", str(won), str(lost))
+    assert row[5] == (f"{p:.3f}" if p >= 0.001 else f"{p:.1e}".split("e")[0])
+    assert "other is not compared: its last evaluation (GRPO, test) has other problems." in text
+    assert "bare is not compared: no evaluation of bare kept its answers." in text
+
+
+def test_training_runs_are_compared_on_their_last_validation(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    for name, skill in (("a", 0.5), ("b", 0.95)):
+        jsonl(tmp_path / name / "metrics.jsonl", grpo_rows(rng, 30))
+        for step in (10, 20):
+            jsonl(tmp_path / name / f"evals/step_{step:06d}.jsonl", eval_rows("grpo", skill * step / 20, 60, 3))
+    text = check(write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "c.html").read_text())
+    assert "Against a (validation, step 20, " in text and "over the same 60 problems" in text
+    assert re.search(r"b validation, step 20 [\d.]+ % \+[\d.]+ .* better", text)
+
+
+def test_diversity_is_drawn(tmp_path: Path) -> None:
+    rows = grpo_rows(random.Random(0), 30)
+    for row in rows[9::10]:
+        row |= {"diversity/unique_frac": 1 - row["step"] / 40, "diversity/repeated_4grams": 0.1}
+        row |= {"diversity/distinct_1": 0.2, "diversity/distinct_2": 0.5}
+    jsonl(tmp_path / "metrics.jsonl", rows)
+    text = check(write_report([tmp_path]).read_text())
+    assert "Diversity of a group's samples" in text and "distinct samples 25.0 %" in text
+    assert "repeated 4-grams 10.0 %" in text
 
 
 def test_damaged_summary(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from os.path import commonpath
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from rich.console import Console
@@ -113,11 +114,10 @@ def _spread(result: Result) -> str:
 
 
 def _flips(examples: Iterable[Result]) -> Table:
-    table = _table("", "problem", "gold", "A said", "B said", "question")
-    table.columns[-1].justify, table.columns[-1].no_wrap = "left", True
+    table = _table("", "problem", "gold", "A said", "B said", "")
     for row in examples:
         said = (_said(row["extracted_a"]), _said(row["extracted_b"]))
-        question = " ".join(str(row["question"]).split())
+        question = shorten(str(row["question"]), 80, placeholder=" …")
         table.add_row(row["flip"], escape(row["id"]), escape(str(row["gold"])), *said, escape(question))
     return table
 
