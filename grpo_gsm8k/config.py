@@ -320,7 +320,7 @@ class TokenizeConfig(PromptConfig):
     train_on: Literal["last", "all"] = opt("last", "which assistant messages of a chat are trained")
     shard_rows: int = opt(1024, "lines of the file that make one shard")
     format: Literal["safetensors", "pt"] = opt("safetensors", "pt: a dict for torch.load(weights_only=True)")
-    workers: int = opt(1, "processes", runtime=True)
+    workers: int = opt(1, "processes")
 
 
 @dataclass(frozen=True)

@@ -265,6 +265,7 @@ class Log:
             if torn:  # no object ends before its last brace: only the newline is missing
                 self._write(b"\n")
                 whole += 1
+                break
         os.ftruncate(self._handle.fileno(), whole)
 
     def add(self, row: Mapping[str, Any]) -> None:

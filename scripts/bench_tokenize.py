@@ -3,8 +3,9 @@
     python scripts/bench_tokenize.py --model_id MODEL --data DIR/train.jsonl --pairs 20000 80000
 
 The pairs are the questions and solutions of a data file, over and over, each response as many solutions as it takes to
-be about 200 tokens long. Every run is a process of its own, which reads its own peak memory and processor time; start
-and imports are not in the time. Prints a line and, at the end, one JSON object.
+be about 200 tokens long (Qwen's; the demo model's tokenizer needs twice as many). Every run is a process of its own,
+which reads its own peak memory and processor time; start and imports are not in the time. Prints a line for each and,
+at the end, one JSON object.
 """
 
 from __future__ import annotations

@@ -54,6 +54,9 @@ def test_every_config_field_is_a_flag_and_every_fixed_command_is_there():
         "pipeline",
         "data",
         "validate",
+        "traces",
+        "pairs",
+        "tokenize",
         "eval",
         "compare",
         "sft",
@@ -62,7 +65,7 @@ def test_every_config_field_is_a_flag_and_every_fixed_command_is_there():
         "report",
         "doctor",
     }
-    for name in ("sft", "ei", "grpo", "eval", "prep-eval"):
+    for name in ("sft", "ei", "grpo", "eval", "prep-eval", "pairs", "tokenize"):
         flags = inspect.signature(commands[name]).parameters
         assert set(config._fields(config.SECTIONS[name])) <= set(flags)
 

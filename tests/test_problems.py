@@ -234,9 +234,27 @@ def test_pairs_become_user_and_assistant(tmp_path: Path) -> None:
         ({"response": "x"}, "prompt is missing"),
         ({"prompt": "", "response": "x"}, "prompt is empty"),
         ({"prompt": "x", "response": ["y"]}, "response must be text, not an array"),
+        ({"prompt": "x", "response": "y", "raw": 1}, "raw must be true or false, not a number"),
     ],
 )
 def test_faults_of_pairs(tmp_path: Path, row: Any, what: str) -> None:
     with pytest.raises(DataError, match=what) as caught:
         load_pairs(write(tmp_path / "f.jsonl", row))
     assert caught.value.line == 1
+
+
+def test_validate_takes_what_training_takes(tmp_path: Path) -> None:
+    rows = [{"prompt": "2 + 2?", "response": "4", "raw": True}, chat(S, U, A), {"prompt": 2, "raw": "no"}]
+    path = write(tmp_path / "f.jsonl", *rows)
+    report = check_chat(path)
+    assert [(error["line"], error["what"]) for error in report.errors] == [
+        (3, "prompt must be text, not a number"),
+        (3, "response is missing"),
+        (3, "raw must be true or false, not text"),
+    ]
+    assert report.stats["roles"] == {"system": 1, "user": 2, "assistant": 2}
+    with pytest.raises(
+        DataError, match=r"prompt must be text, not a number; `grpo-gsm8k validate .* lists every fault"
+    ):
+        load_pairs(path)
+    assert load_pairs(write(tmp_path / "f.jsonl", rows[0]))[0].raw

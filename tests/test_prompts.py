@@ -180,3 +180,12 @@ def test_a_saved_model_remembers_how_it_was_asked(tokenizer, tmp_path):
     (tmp_path / "prompt.json").write_text('{"prompt_style": "mine"}')
     with pytest.raises(DataError, match="prompt_style"):
         remembered(str(tmp_path))
+
+
+def test_a_raw_pair_is_the_text_as_it_stands(tokenizer):
+    row = Renderer(tokenizer, "r1_zero").chat((("user", "User: 1+1?\nAssistant:"), ("assistant", " 2")), raw=True)
+    assert split(Renderer(tokenizer), row) == ("User: 1+1?\nAssistant:", " 2<|im_end|>")
+    asked = Renderer(tokenizer, "r1_zero").prompt(PROBLEM).token_ids  # what pairs of this style hold, and sampling sees
+    text = STYLES["r1_zero"](make_tags("<think>", "</think>", "<answer>", "</answer>")).ask(PROBLEM.question)
+    row = Renderer(tokenizer, "r1_zero").chat((("user", text), ("assistant", " 2")), raw=True)
+    assert row.token_ids[: len(asked)] == asked and row.mask == (0,) * len(asked) + (1,) * (len(row.mask) - len(asked))

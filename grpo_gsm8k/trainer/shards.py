@@ -87,11 +87,9 @@ def read_shard(path: Path, format: str) -> dict[str, Any]:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a complete folder of shards. Raises `DataError` for any other."""
     path = folder / MANIFEST
-    if not path.is_file():
-        raise DataError(
-            folder, f"holds no shards (no {MANIFEST}); make them with `grpo-gsm8k tokenize --out_dir {folder}`"
-        )
-    manifest = read_json(path)
+    manifest = read_json(path) if path.is_file() else {}
+    if "made_with" not in manifest:
+        raise DataError(folder, f"holds no shards; make them with `grpo-gsm8k tokenize --out_dir {folder}`")
     if "shards" not in manifest:
         raise DataError(folder, "its shards are not complete; run the same `grpo-gsm8k tokenize` again")
     return manifest
