@@ -471,7 +471,7 @@ def paired_table(runs: Mapping[str, Run]) -> Html:
         "p exact",
         "p Holm",
         "",
-        "n for this gain",
+        "n needed",
     )
     words = [tag("p", text, class_="mute") for text in refused]
     if not rows:

@@ -103,6 +103,7 @@ def test_the_warning_stands_at_the_start_of_training(tiny, tmp_path, capsys):
         assert "test problems" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_real_splits_share_no_question(gsm8k_dir):
     found = check([gsm8k_dir / "train.jsonl"], gsm8k_dir / "test.jsonl")
     assert found["clean"] and found["test_problems"] == 1319 and found["files"][0]["questions_overlapping"] < 10

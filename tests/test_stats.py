@@ -56,7 +56,7 @@ def test_unlike_steps_are_rounded_and_the_p_hardly_moves():
     assert sign_flip([0.0] * 9) == (1.0, 1.0)
 
 
-@pytest.mark.parametrize(("n", "differing"), [(1319, 0.1), (512, 0.05), (200, 0.2), (100, 0.4)])
+@pytest.mark.parametrize(("n", "differing"), [(1319, 0.05), (512, 0.05), (200, 0.2), (100, 0.4)])
 def test_null_pairs_are_rejected_in_three_to_seven_percent(n, differing):
     """1,000 pairs of equally good runs: the test that decides (mid-p) has its level, the exact one never exceeds it."""
     rng = np.random.default_rng(n)
@@ -79,9 +79,9 @@ def test_as_many_problems_as_are_said_to_be_needed_show_the_gain():
     differing, gain = 0.2, 0.05
     n = problems_needed(gain, differing)
     rng = np.random.default_rng(3)
-    tables = rng.multinomial(n, [(differing + gain) / 2, (differing - gain) / 2, 1 - differing], size=1000)
+    tables = rng.multinomial(n, [(differing + gain) / 2, (differing - gain) / 2, 1 - differing], size=600)
     power = np.mean([sign_flip(pair(won, lost))[1] < 0.05 for won, lost, _ in tables])
-    assert 0.77 <= power <= 0.83
+    assert 0.76 <= power <= 0.84
     # By hand, with z of 1.959964 and 0.841621.
     assert n == math.ceil((1.959964 * math.sqrt(0.2) + 0.841621 * math.sqrt(0.2 - 0.0025)) ** 2 / 0.0025)
     assert problems_needed(0.0, 0.2) is None

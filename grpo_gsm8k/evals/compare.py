@@ -57,7 +57,7 @@ def against(a: Rows, b: Rows, name: object, gain: float | None = None) -> Compar
     Raises:
         UserError: they are over different problems; `name` is what B is called.
     """
-    for key in a.keys() & b.keys():
+    for key in sorted(a.keys() & b.keys()):
         texts = [rows[0].get("question", rows[0].get("prompt")) for rows in (a[key], b[key])]
         if texts[0] != texts[1] or a[key][0].get("gold") != b[key][0].get("gold"):
             raise UserError(f"cannot compare with {name}: {key!r} is another problem there")

@@ -205,10 +205,12 @@ def sign_flip(differences: Sequence[float]) -> tuple[float, float]:
     if not sizes:
         return 1.0, 1.0
     total = sum(sizes)
-    null = np.zeros(2 * total + 1)  # probability of each sum, from -total to total
-    null[total] = 1.0
+    null = np.ones(1)  # probability of each sum so far, from the smallest to the largest
     for size in sizes:
-        null = (np.roll(null, size) + np.roll(null, -size)) / 2
+        more = np.zeros(len(null) + 2 * size)
+        more[: len(null)] = null / 2
+        more[2 * size :] += null / 2
+        null = more
     far, distance = abs(sum(units)), np.abs(np.arange(-total, total + 1))
     beyond, level = float(null[distance > far].sum()), float(null[distance == far].sum())
     return min(1.0, beyond + level), min(1.0, beyond + level / 2)
