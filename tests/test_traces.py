@@ -10,6 +10,7 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -181,20 +182,24 @@ def test_429_halves_the_calls_at_once_and_retry_after_stops_all_of_them(infile):
         assert gate.open(now) is wanted
 
     class Busy(FakeApi):
+        arrived: ClassVar = []
+
+        async def _chat(self, request):
+            self.arrived.append(time.monotonic())
+            return await super()._chat(request)
+
         def _refusal(self, fault, request):
-            self.at = time.monotonic()
+            self.refused = time.monotonic()
             response = super()._refusal(fault, request)
             response.headers["Retry-After"] = "1"
             return response
 
-        def _body(self, *args):
-            assert time.monotonic() >= self.at + 0.99
-            return super()._body(*args)
-
     api = Busy(answer, delay=0.01)
     api.script = ["429"]
     with serve(api) as url:
-        assert run(url, infile, "--concurrency", "1")["records"] == 6
+        assert run(url, infile, "--concurrency", "2")["records"] == 6
+    soon = [at for at in api.arrived if at < api.refused + 0.99]
+    assert len(soon) <= 3 and len(api.arrived) == 7  # what was on the way, and then nobody for a second
 
 
 def test_retry_after_in_both_forms():
