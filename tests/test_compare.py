@@ -186,6 +186,7 @@ def test_seeds_are_runs_of_their_own(tiny, tmp_path, capsys):
         (5, 0),
         (5, 1),
     ]
+    assert len({tuple(row["response"] for row in rows if row["seed"] == seed) for seed in (3, 5)}) == 2
     alone = fast_eval_vllm.run(eval_config(tiny, tmp_path, **flags, seed=5))
     again = [json.loads(line) for line in Path(alone["results_path"]).read_text().splitlines()]
     assert [row["response"] for row in again] == [row["response"] for row in rows if row["seed"] == 5]

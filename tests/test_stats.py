@@ -107,6 +107,8 @@ def test_several_completions_of_one_problem_are_no_new_evidence():
     once = wilson(30, 100)
     eight = rate_interval([[i < 30] * 8 for i in range(100)])
     assert eight[1] - eight[0] == pytest.approx(once[1] - once[0], rel=0.05)
+    low, high = rate_interval([[True]] * 50 + [[False] * 9] * 50)  # 50 of 500 completions
+    assert low < 0.1 < high < 0.2
 
 
 def test_a_weighted_bootstrap_is_that_of_a_ratio():
@@ -139,13 +141,13 @@ def test_majority_of_independent_votes_is_the_binomial_tail():
 def test_spread_finds_the_two_sources_that_made_the_numbers():
     """Draw problems and seeds with known variances; the estimates find both."""
     rng = np.random.default_rng(4)
-    problems, seeds, k = 4000, 6, 2
+    problems, seeds, k = 6000, 2, 1
     skill = rng.beta(2, 2, problems)  # variance 1/20, and the mean of p (1 - p) is 1/5
     right = rng.binomial(k, skill, size=(seeds, problems))
     found = spread(right.tolist(), k)
     assert found.problems == pytest.approx(math.sqrt(1 / 20 / problems), rel=0.05)
     assert found.sampling == pytest.approx(math.sqrt(1 / 5 / k / problems), rel=0.05)
-    assert found.seeds == pytest.approx(found.sampling, rel=0.8)  # five degrees of freedom
+    assert spread([[1, 0, 1], [1, 1, 1]], 1).seeds == pytest.approx((1 / 3) / math.sqrt(2))  # of 2/3 and 1
     assert spread([[1, 0, 1]], 1).sampling is None
 
 

@@ -117,8 +117,8 @@ def _flips(examples: Iterable[Result]) -> Table:
     table = _table("", "problem", "gold", "A said", "B said", "")
     for row in examples:
         said = (_said(row["extracted_a"]), _said(row["extracted_b"]))
-        question = shorten(str(row["question"]), 80, placeholder=" …")
-        table.add_row(row["flip"], escape(row["id"]), escape(str(row["gold"])), *said, escape(question))
+        question = shorten(str(row["question"] or ""), 80, placeholder=" …")
+        table.add_row(row["flip"], escape(row["id"]), escape(str(row["gold"] or "")), *said, escape(question))
     return table
 
 
