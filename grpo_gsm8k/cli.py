@@ -266,6 +266,14 @@ def doctor(as_json: Json = False) -> None:
     Console().print(table)
 
 
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Benchmarks: update, sample, step. As `python -m grpo_gsm8k.bench` they need torch and transformers only."""
+    from grpo_gsm8k.bench import main as run
+
+    run(context.args)
+
+
 def main(argv: list[str] | None = None) -> None:
     """The console script. Errors of `errors.py` become one line and an exit code."""
     # OpenMP's threads spin while they wait. Where processes share cores that is ruinous: two of two threads each,

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -175,6 +176,24 @@ def test_draws_follow_the_distribution():
     chosen, _ = _draw(probs.log().expand(1000, 4), grid, SamplingParams(temperature=0.5))
     counts = Counter(chosen.tolist())
     assert [counts[i] / 1000 for i in (0, 1, 3)] == pytest.approx([25 / 38, 4 / 38, 9 / 38], abs=2e-3)
+
+
+@pytest.mark.parametrize("vocabulary", [5, 512, 513, 2000])
+def test_two_levels_of_inversion_draw_what_one_would(vocabulary):
+    """Against numpy's search in the whole cumulative distribution; many tokens have no probability at all."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = 4 * torch.randn(300, vocabulary, generator=generator)
+    logits[torch.rand(logits.shape, generator=generator) < 0.5] = float("-inf")
+    logits[:, 1] = 0.0
+    uniforms = torch.rand(300, generator=generator, dtype=torch.float64)
+    uniforms[:2] = torch.tensor([0.0, 1 - 2**-53])
+    chosen, _ = _draw(logits, uniforms, SamplingParams())
+    mass = np.cumsum(np.exp(logits.double().numpy()), axis=1)
+    wanted = [
+        int(np.searchsorted(row, u * row[-1], side="right")) for row, u in zip(mass, uniforms.numpy(), strict=True)
+    ]
+    assert sum(a == b for a, b in zip(chosen.tolist(), wanted, strict=True)) >= 299  # one may lie on an edge
+    assert torch.isfinite(logits.gather(-1, chosen.unsqueeze(-1))).all()
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_the_mass():

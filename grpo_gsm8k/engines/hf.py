@@ -110,9 +110,9 @@ class HFSampler:
     def _decode(self, prompts: Sequence[Prompt], rows: list[_Row], params: SamplingParams) -> None:
         """Fill `rows`, which belong to `prompts` in order, n each."""
         logits, cache, attention, positions = self._prefill(prompts, params.n)
-        alive = rows
+        alive, scratch = rows, torch.empty_like(logits, dtype=torch.float32)
         for t in itertools.count():
-            chosen, logp = _draw(logits, torch.stack([row.uniforms[t] for row in alive]), params)
+            chosen, logp = _draw(logits, torch.stack([row.uniforms[t] for row in alive]), params, scratch)
             for row, token, value in zip(alive, chosen.tolist(), logp.tolist(), strict=True):
                 row.token_ids.append(token)
                 row.logprobs.append(value)
@@ -190,25 +190,58 @@ class HFSampler:
         )
 
 
-def _draw(logits: torch.Tensor, uniforms: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+def _draw(
+    logits: torch.Tensor, uniforms: torch.Tensor, params: SamplingParams, scratch: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One token a row and its log-probability.
 
     Args:
         logits: `(rows, V)`.
         uniforms: `(rows,)` float64 in [0, 1).
+        scratch: `(rows, V)` float32, or larger: fresh memory at each token costs as much as the softmax itself.
     """
-    logp = torch.log_softmax(logits.float() / (params.temperature or 1.0), -1)
-    if not torch.isfinite(logp.amax(-1)).all():
+    logits = logits.float()
+    if params.temperature not in (0.0, 1.0):
+        logits = logits / params.temperature
+    probs = torch.empty_like(logits) if scratch is None else scratch[: len(logits)]
+    torch.softmax(logits, -1, out=probs)
+    log_z = logits.amax(-1) - probs.amax(-1).log()  # of the likeliest token, which is never too small for float32
+    if not torch.isfinite(log_z).all():
         raise NonFiniteError("the model's logits are not finite while sampling")
     if params.temperature == 0:
-        chosen = logp.argmax(-1)
+        chosen = logits.argmax(-1)
     else:
-        probs = logp.double().exp()
-        if params.top_p < 1:
-            ranked, order = probs.sort(dim=-1, descending=True, stable=True)
-            ranked[ranked.cumsum(-1) - ranked >= params.top_p] = 0.0  # the first to reach the mass stays
-            probs = torch.zeros_like(probs).scatter(-1, order, ranked)
-        mass = probs.cumsum(-1)
-        threshold = uniforms.to(mass.device).unsqueeze(-1) * mass[:, -1:]
-        chosen = torch.searchsorted(mass, threshold, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
-    return chosen, logp.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+        chosen = _invert(_nucleus(probs, params.top_p) if params.top_p < 1 else probs, uniforms.to(probs.device))
+    return chosen, logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1) - log_z
+
+
+def _nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The probabilities with those beyond the smallest set that reaches the mass `top_p` at 0, float64."""
+    ranked, order = probs.double().sort(dim=-1, descending=True, stable=True)
+    ranked[ranked.cumsum(-1) - ranked >= top_p] = 0.0  # the first to reach the mass stays
+    return torch.zeros_like(ranked).scatter(-1, order, ranked)
+
+
+def _invert(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """The first token of each row at which the cumulative distribution exceeds the uniform number, `(rows,)`.
+
+    In two levels, so that float64 is needed for few numbers: which block of 512 tokens, then which token in it.
+    """
+    width = min(512, probs.shape[-1])
+    even = probs.shape[-1] // width * width
+    blocks = torch.cat([probs[:, :even].unflatten(-1, (-1, width)).sum(-1), probs[:, even:].sum(-1, keepdim=True)], -1)
+    mass = blocks.double().cumsum(-1)
+    block, below = _exceeds(mass, uniforms.unsqueeze(-1) * mass[:, -1:])
+    index = block * width + torch.arange(width, device=probs.device)
+    inside = probs.gather(-1, index.clamp(max=probs.shape[-1] - 1)).double() * (index < probs.shape[-1])
+    inner = inside.cumsum(-1)
+    rest = (uniforms.unsqueeze(-1) * mass[:, -1:] - below) / blocks.gather(-1, block)  # in [0, 1) of the block
+    token, _ = _exceeds(inner, rest * inner[:, -1:])
+    return (block * width + token).squeeze(-1)
+
+
+def _exceeds(mass: torch.Tensor, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a cumulative sum first exceeds the threshold, and its value before that; both `(rows, 1)`."""
+    last = torch.searchsorted(mass, mass[:, -1:].contiguous())  # what lies behind has no probability
+    at = torch.searchsorted(mass, threshold, right=True).minimum(last)
+    return at, torch.where(at > 0, mass.gather(-1, (at - 1).clamp(min=0)), 0.0)

@@ -33,7 +33,7 @@ from grpo_gsm8k.trainer.head import Slope
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.logprobs import token_logprobs
 from grpo_gsm8k.trainer.objectives import add_sums
-from grpo_gsm8k.trainer.optimizer import SAMPLED_EVERY, MasterAdamW, State
+from grpo_gsm8k.trainer.optimizer import MasterAdamW, State
 
 
 class ShardedLearner(TorchLearner):
@@ -132,8 +132,9 @@ class ShardedAdamW(MasterAdamW):
 
     def __init__(self, model: nn.Module, cfg: TrainConfig, dtype: torch.dtype, group: dist.ProcessGroup) -> None:
         """`dtype` is what is trained in, `group` what small sums go over."""
-        self.dtype, self.group = dtype, group
+        self.group = group
         super().__init__(model, cfg)
+        self.dtype = dtype
 
     def step(self, lr: float) -> dict[str, float]:
         """See `MasterAdamW.step`."""
@@ -167,18 +168,13 @@ class ShardedAdamW(MasterAdamW):
         dist.all_reduce(square, group=self.group)
         return square.sqrt().float()
 
-    def _round(self, before: list[torch.Tensor]) -> dict[str, float]:
-        """FSDP does the rounding; here is the look at a sample of it."""
-        if self.dtype == torch.float32:
-            return {}
-        pairs = [
-            (m.flatten()[::SAMPLED_EVERY], b.flatten()[::SAMPLED_EVERY])
-            for m, b in zip(self.masters.values(), before, strict=True)
-        ]
-        changed = torch.cat([now.to(self.dtype) != then.to(self.dtype) for now, then in pairs])
-        counts = torch.tensor([float(changed.sum()), len(changed)], dtype=torch.float64)
+    def _round(self) -> None:
+        """FSDP does it, on the way to each forward pass."""
+
+    def _share(self, flags: torch.Tensor) -> float:
+        counts = torch.tensor([float(flags.sum()), len(flags)], dtype=torch.float64)
         dist.all_reduce(counts, group=self.group)
-        return {"policy/bf16_changed_frac": float(counts[0] / counts[1])}
+        return float(counts[0] / counts[1])
 
     def _whole(self, name: str, shard: torch.Tensor) -> torch.Tensor:
         """A shard as a part of the whole, laid out like its parameter; a number stays one."""

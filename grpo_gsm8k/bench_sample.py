@@ -1,0 +1,100 @@
+"""The embedded sampler against transformers' `generate`, same model, same prompts, ends at different times.
+
+A random model never ends by itself, so 1 id in `--ends` is made an end of sequence: lengths are geometric, cut at
+`--max_new_tokens`. Both draw from the whole distribution at T = 1, and tokens are counted up to the end of each row.
+Ours gives the log-probabilities along; they are held against a full forward pass in the same run. `generate` is not
+asked for any: it would keep the logits of every token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from types import SimpleNamespace
+from typing import Any
+
+from grpo_gsm8k import bench
+from grpo_gsm8k.datatypes import Problem, Prompt, SamplingParams
+
+FLAGS: dict[str, tuple[Any, str]] = {
+    "prompts": (16, "prompts"),
+    "group": (8, "samples of each"),
+    "max_new_tokens": (128, "longest completion"),
+    "prompt_tokens": (100, "mean length of a prompt"),
+    "ends": (64, "1 id in so many ends a completion"),
+}
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Ours against `generate`."""
+    found = bench.rounds(args, ["ours", "generate"])
+    slower = bench.ratio(found["ours"], found["generate"], "tokens_per_s")
+    medians = {name: bench.medians(runs) for name, runs in found.items()}
+    return {
+        **medians,
+        "ratio_tokens_per_s": slower["median"],
+        "ratio_tokens_per_s_spread": slower,
+        "completions": args.prompts * args.group,
+        **bench.machine(args),
+    }
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
+    """One of the two, in this process."""
+    model = bench.make_model(args).eval()
+    model.generation_config.eos_token_id = list(range(2, args.vocabulary, args.ends))
+    prompts = make_prompts(args)
+    return _ours(model, prompts, args) if name == "ours" else _generate(model, prompts, args)
+
+
+def make_prompts(args: argparse.Namespace) -> list[Prompt]:
+    """Random ids; half to one and a half times the mean length."""
+    draw = random.Random(0)
+    sizes = [round(args.prompt_tokens * draw.uniform(0.5, 1.5)) for _ in range(args.prompts)]
+    ids = [tuple(draw.randrange(3, args.vocabulary) for _ in range(size)) for size in sizes]
+    return [Prompt(Problem(str(i), "", "", ""), row) for i, row in enumerate(ids)]
+
+
+def _ours(model: Any, prompts: list[Prompt], args: argparse.Namespace) -> dict[str, float]:
+    import torch
+
+    from grpo_gsm8k.config import TrainConfig
+    from grpo_gsm8k.engines.hf import HFSampler
+    from grpo_gsm8k.engines.probe import sampled_row
+    from grpo_gsm8k.trainer.batch import make_batch
+    from grpo_gsm8k.trainer.learner import TorchLearner
+
+    silent: Any = SimpleNamespace(stop_ids=frozenset(), pad_id=0, decode=lambda ids: "")
+    sampler = HFSampler(model, silent, args.prompts * args.group, copy_model=False)
+    params = SamplingParams(args.group, args.max_new_tokens)
+    sampler.sample(prompts[:2], SamplingParams(2, 4))
+    with bench.measuring(args.device) as measured:
+        drawn = sampler.sample(prompts, params)
+    rows = [sampled_row(prompt, c, 1.0) for prompt, group in zip(prompts, drawn, strict=True) for c in group]
+    tokens = sum(len(c.token_ids) for group in drawn for c in group)
+    batch = make_batch(rows, 0)
+    full = TorchLearner(model.requires_grad_(True), None, TrainConfig(max_tokens_per_microbatch=4096)).logprobs(batch)
+    error = float((full - batch.old_logprobs).abs().max())
+    assert torch.isfinite(full).all()
+    return {**measured, "tokens_per_s": tokens / measured["seconds"], "tokens": tokens, "logprob_error": error}
+
+
+def _generate(model: Any, prompts: list[Prompt], args: argparse.Namespace) -> dict[str, float]:
+    import torch
+
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    padded = [(0,) * (longest - len(p.token_ids)) + p.token_ids for p in prompts]
+    ids = torch.tensor(padded, device=args.device)
+    settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
+    mask = (ids != 0).long()
+
+    def generate(few: slice, n: int, longest: int) -> Any:
+        where = {"input_ids": ids[few], "attention_mask": mask[few]}
+        with torch.inference_mode():
+            return model.generate(**where, **settings, num_return_sequences=n, max_new_tokens=longest)
+
+    generate(slice(2), 2, 4)
+    with bench.measuring(args.device) as measured:
+        out = generate(slice(None), args.group, args.max_new_tokens)
+    tokens = int((out[:, longest:] != 0).sum())
+    return {**measured, "tokens_per_s": tokens / measured["seconds"], "tokens": tokens}

@@ -1,0 +1,67 @@
+"""The benchmarks: what they compare is the same work, and torch and transformers are enough to run them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from grpo_gsm8k import bench, bench_sample, bench_update
+from tests.toys import REPOSITORY
+
+SMALL = ["--hidden=16", "--heads=2", "--kv_heads=1", "--layers=1", "--intermediate=32", "--vocabulary=700"]
+UPDATE = ["--prompts=2", "--group=4", "--mean_tokens=8", "--max_tokens=12", "--prompt_tokens=5"]
+
+
+@pytest.fixture
+def args(tmp_path):
+    return bench.parser().parse_args(["update", *SMALL, *UPDATE, "--gradients", str(tmp_path / "g.safetensors")])
+
+
+def test_ours_and_trls_update_have_the_same_gradient(args):
+    pytest.importorskip("trl")
+    bench_update.compare_gradients("ours", args)
+    errors = [bench_update.compare_gradients(peer, args)["gradient_error"] for peer in bench_update.PEERS]
+    assert 0 < max(errors) < 1e-5
+    args.prompt_tokens = 6  # another update, and the error says so
+    assert bench_update.compare_gradients("trl", args)["gradient_error"] > 0.1
+
+
+def test_what_the_ablation_leaves_out_changes_no_gradient(args):
+    args.flat = 0.5
+    bench_update.compare_gradients("ours", args)
+    ours = load_file(args.gradients)
+    for name, without in bench_update.WITHOUT.items():
+        with without(args):
+            bench_update.compare_gradients(name, args)
+        other = load_file(args.gradients)
+        assert all(torch.allclose(other[k], ours[k], rtol=1e-4, atol=1e-7) for k in ours), name
+
+
+def test_the_samplers_logprobs_are_those_of_a_full_pass():
+    args = bench.parser().parse_args(["sample", *SMALL, "--prompts=3", "--group=2", "--max_new_tokens=9", "--ends=7"])
+    found = bench_sample.measure("ours", args)
+    assert found["logprob_error"] < 1e-5 and 6 <= found["tokens"] < 54  # some rows end early
+    assert 6 <= bench_sample.measure("generate", args)["tokens"] < 54
+
+
+def test_a_ratio_is_taken_within_each_round():
+    ours, theirs = [{"s": 1.0}, {"s": 10.0}, {"s": 2.0}], [{"s": 3.0}, {"s": 50.0}, {"s": 8.0}]
+    assert bench.ratio(theirs, ours, "s") == {"median": 4.0, "min": 3.0, "max": 5.0}
+
+
+def test_torch_and_transformers_are_enough():
+    code = (
+        "import sys\n"
+        "for name in ('typer', 'datasets', 'wandb', 'rich', 'trl', 'peft', 'scipy', 'aiohttp', 'matplotlib'):\n"
+        "    sys.modules[name] = None\n"
+        f"from grpo_gsm8k.bench import main; main({['update', *UPDATE, *SMALL, '--alone=ours']!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found.keys() >= {"seconds", "cpu_seconds", "tokens_per_s", "peak_rss_mb"} and found["peak_rss_mb"] > 100
