@@ -61,6 +61,8 @@ def test_thirteen_words_in_common_are_an_overlap_and_twelve_are_not(tmp_path, he
         assert counts(path, held_out) == expected
         assert check([path], held_out)["clean"]
     assert counts(path, held_out, 12) == (0, 1, 0, 0)
+    path = write(tmp_path / "5.jsonl", {"question": "x " + " ".join(asked[2:7]), "answer": "#### 1"})
+    assert counts(path, held_out, 5) == (0, 1, 0, 0) and counts(path, held_out, 6) == (0, 0, 0, 0)
 
 
 def test_a_solution_is_found_without_its_annotations(tmp_path, held_out):
