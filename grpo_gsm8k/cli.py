@@ -224,7 +224,7 @@ def compare(
 def contamination(
     files: Annotated[list[Path], typer.Argument(help="training files: any JSONL")],
     test: Annotated[Path, typer.Option(help="the test split")] = Path("artifacts/data/test.jsonl"),
-    ngram: Annotated[int, typer.Option(help="words in common that count")] = 13,
+    ngram: Annotated[int, typer.Option(min=1, help="words in common that count")] = 13,
     examples: Annotated[int, typer.Option(help="overlaps shown of each file")] = 3,
     as_json: Json = False,
 ) -> None:

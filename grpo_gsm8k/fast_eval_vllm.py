@@ -43,8 +43,8 @@ def run(cfg: EvalConfig, results_path: Path | None = None, title: str = "eval") 
         raise ConfigError(
             "several --samples or --seeds need --temperature above 0: greedy completions are all the same"
         )
-    if cfg.samples < 1:
-        raise ConfigError("--samples must be at least 1")
+    if cfg.samples < 1 or cfg.shots < 0:
+        raise ConfigError("--samples must be at least 1, and --shots must not be negative")
     problems = load_problems(Path(cfg.eval_path))
     shots = draw_shots(cfg, problems)
     params = SamplingParams(cfg.samples, cfg.max_new_tokens, cfg.temperature, cfg.top_p)
@@ -66,7 +66,9 @@ def run(cfg: EvalConfig, results_path: Path | None = None, title: str = "eval") 
 
 def sampling_seeds(cfg: EvalConfig) -> list[int]:
     """The seeds of `--seeds`, or that of `--seed`."""
-    texts = [text.strip() for text in cfg.seeds.split(",")] if cfg.seeds else [str(cfg.seed)]
+    if not cfg.seeds:
+        return [cfg.seed]
+    texts = [text.strip() for text in cfg.seeds.split(",")]
     if not all(text.isascii() and text.isdigit() for text in texts) or len(set(texts)) < len(texts):
         raise ConfigError(f"--seeds {cfg.seeds}: must be different whole numbers, as in 0,1,2")
     return [int(text) for text in texts]
@@ -83,7 +85,9 @@ def draw_shots(cfg: EvalConfig, evaluated: Sequence[Problem]) -> list[Problem]:
     known = {words(problem.question) for problem in evaluated}
     pool = [problem for problem in load_problems(Path(cfg.shots_path)) if words(problem.question) not in known]
     if len(pool) < cfg.shots:
-        raise ConfigError(f"--shots {cfg.shots}: {cfg.shots_path} has {len(pool)} problems that are not evaluated, too")
+        raise ConfigError(
+            f"--shots {cfg.shots}: {cfg.shots_path} has {len(pool)} problems that are not evaluated themselves"
+        )
     return [pool[i] for i in shuffled(len(pool), derive_seed(cfg.seed, "shots"))[: cfg.shots]]
 
 

@@ -23,7 +23,7 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
 
 
 @pytest.fixture
-def test_split(tmp_path):
+def held_out(tmp_path):
     return write(tmp_path / "test.jsonl", {"id": "t1", "question": QUESTION, "answer": ANSWER})
 
 
@@ -42,31 +42,33 @@ def counts(path, test, n=13):
         {"meta": {"trace": ["no", "thinking about: " + QUESTION]}},
     ],
 )
-def test_a_whole_question_is_found_in_any_form(row, tmp_path, test_split):
+def test_a_whole_question_is_found_in_any_form(row, tmp_path, held_out):
     other = {
         "question": "Something else entirely, of which there are many words and none in common.",
         "answer": "#### 2",
     }
     path = write(tmp_path / "train.jsonl", other, row)
-    assert counts(path, test_split) == (1, 1, 0, 0)
-    report = check([path], test_split)
+    assert counts(path, held_out) == (1, 1, 0, 0)
+    report = check([path], held_out)
     assert not report["clean"] and report["files"][0]["examples"][0]["line"] == 2
 
 
-def test_thirteen_words_in_common_are_an_overlap_and_twelve_are_not(tmp_path, test_split):
+def test_thirteen_words_in_common_are_an_overlap_and_twelve_are_not(tmp_path, held_out):
     asked = words(QUESTION)
     for size, expected in ((13, (0, 1, 0, 0)), (12, (0, 0, 0, 0))):
         text = "x y " + " ".join(asked[2 : 2 + size]) + " z"
         path = write(tmp_path / f"{size}.jsonl", {"question": text, "answer": "#### 1"})
-        assert counts(path, test_split) == expected
-        assert check([path], test_split)["clean"]
-    assert counts(path, test_split, 12) == (0, 1, 0, 0)
+        assert counts(path, held_out) == expected
+        assert check([path], held_out)["clean"]
+    assert counts(path, held_out, 12) == (0, 1, 0, 0)
+    path = write(tmp_path / "5.jsonl", {"question": "x " + " ".join(asked[2:7]), "answer": "#### 1"})
+    assert counts(path, held_out, 5) == (0, 1, 0, 0) and counts(path, held_out, 6) == (0, 0, 0, 0)
 
 
-def test_a_solution_is_found_without_its_annotations(tmp_path, test_split):
+def test_a_solution_is_found_without_its_annotations(tmp_path, held_out):
     plain = ANSWER.replace("<<12-3=9>>", "").replace("\n#### 4.5", "")
-    assert counts(write(tmp_path / "a.jsonl", {"response": plain}), test_split) == (0, 0, 1, 1)
-    assert counts(write(tmp_path / "b.jsonl", {"response": ANSWER}), test_split) == (0, 0, 1, 1)
+    assert counts(write(tmp_path / "a.jsonl", {"response": plain}), held_out) == (0, 0, 1, 1)
+    assert counts(write(tmp_path / "b.jsonl", {"response": ANSWER}), held_out) == (0, 0, 1, 1)
 
 
 def test_short_texts_are_looked_for_as_a_whole_or_not_at_all(tmp_path):
@@ -107,3 +109,14 @@ def test_the_warning_stands_at_the_start_of_training(tiny, tmp_path, capsys):
 def test_the_real_splits_share_no_question(gsm8k_dir):
     found = check([gsm8k_dir / "train.jsonl"], gsm8k_dir / "test.jsonl")
     assert found["clean"] and found["test_problems"] == 1319 and found["files"][0]["questions_overlapping"] < 10
+
+
+def test_the_command_prints_a_table_or_one_object(tmp_path, held_out, capsys):
+    from grpo_gsm8k.cli import main
+
+    path = write(tmp_path / "train.jsonl", {"prompt": QUESTION})
+    for argv in (["--json"], []):
+        with pytest.raises(SystemExit, match="0"):
+            main(["contamination", str(path), "--test", str(held_out), *argv])
+        out = capsys.readouterr().out
+        assert json.loads(out)["files"][0]["questions_whole"] == 1 if argv else "t1 (question): ann buys 12" in out

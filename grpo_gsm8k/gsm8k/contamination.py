@@ -77,7 +77,7 @@ class Index:
 
     def overlaps(self, text: Words, line: int) -> Iterator[Overlap]:
         """Every overlap of one training text."""
-        for at in range(len(text) - SHORTEST + 1):
+        for at in range(len(text) - min(self.sizes, default=0) + 1):
             for size in self.sizes:
                 for number, start in self.grams.get(text[at : at + size], ()):
                     problem, kind, full = self.texts[number]
