@@ -201,7 +201,7 @@ def test_damaged_shards_are_refused_and_no_code_is_run(tiny, pairs, tmp_path):
         shards.load_rows(folder, made_with, "last")
     manifest["shards"][1]["sha256"] = sha256_file(shard)  # and the manifest vouches for it
     write_json(folder / "manifest.json", manifest)
-    for bad in (None, b"", b"PK\x03\x04", pickle.dumps({"a": 1})):
+    for bad in (None, b"", b"PK\x03\x04", pickle.dumps({"a": 1}, protocol=2)):
         if bad is not None:
             shard.write_bytes(bad)
             manifest["shards"][1]["sha256"] = sha256_file(shard)
