@@ -88,6 +88,8 @@ def tokenize(cfg: TokenizeConfig) -> dict[str, Any]:
     totals = {name: sum(shard[name] for shard in shards) for name in ("rows", "left_out", "tokens", "trained_tokens")}
     if not totals["rows"]:
         raise DataError(cfg.data_path, f"no example fits into {cfg.max_total_tokens} tokens; raise --max_total_tokens")
+    for torn in folder.glob(".tmp-*"):  # what a kill has left
+        torn.unlink(missing_ok=True)
     write_json(folder / MANIFEST, {**plan, **totals, "shards": shards})
     said = {"written": totals.pop("rows"), **totals, "shards": len(shards)}
     return {**said, "path": str(folder), "manifest": str(folder / MANIFEST), **plan["made_with"]}

@@ -300,7 +300,7 @@ def sync_folder(folder: Path) -> None:
 
 def write_json(path: Path, obj: Mapping[str, Any]) -> None:
     """Replace a file as a whole, or not at all."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary = path.with_name(f".tmp-{path.name}")
     with temporary.open("w", encoding="utf-8") as handle:
         handle.write(json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
         handle.flush()
