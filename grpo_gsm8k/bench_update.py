@@ -168,7 +168,7 @@ def _whole_head(args: argparse.Namespace) -> Any:
 def _with_token_logprobs(cells: Callable[[Any], Any]) -> Any:
     import torch
 
-    def token_logprobs(model: Any, batch: Any, temperature: float, entropy: bool = True, slope: Any = None) -> Any:
+    def token_logprobs(model: Any, batch: Any, temperature: float, _: bool = True, slope: Any = None) -> Any:
         chosen = cells(batch)
         hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         logp = (model.get_output_embeddings()(hidden[chosen]).float() / temperature).log_softmax(-1)
