@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from grpo_gsm8k.trainer.objectives import (
     update_loss,
 )
 from grpo_gsm8k.trainer.optimizer import MasterAdamW
+from grpo_gsm8k.trainer.plan import auto_cells, out_of_memory
 from grpo_gsm8k.trainer.policy import weights_sha256
 
 
@@ -46,6 +49,11 @@ class TorchLearner:
         self.model.train()
         self.optimizer = MasterAdamW(model, cfg)
 
+    @functools.cached_property
+    def budget(self) -> int:
+        """Padded cells of a microbatch: as configured, or what fits beside all that is there at its first use."""
+        return self.cfg.max_tokens_per_microbatch or auto_cells(self.model)
+
     def forward_backward(self, batch: Batch, objective: Objective) -> dict[str, float]:
         """Accumulate the gradient of one whole update, microbatch by microbatch.
 
@@ -58,18 +66,20 @@ class TorchLearner:
 
         Raises:
             NonFiniteError: when the loss is NaN or infinite. No gradient is kept.
+            ConfigError: when a microbatch does not fit into the GPU's memory; says what to lower.
         """
         rows = rows_to_train(batch, objective)
         started, loss_total, sums, cells = time.perf_counter(), 0.0, dict[str, float](), 0
-        for _, part in batch.microbatches(self.cfg.max_tokens_per_microbatch, rows):
-            part = part.to(self.device)
-            foretold = slope(part, objective)
-            logp, entropies = token_logprobs(self.model, part, objective.temperature, slope=foretold)
-            loss = update_loss(logp, part, objective)
-            if not math.isfinite(value := float(loss.detach())):
-                self.optimizer.zero_grad()
-                raise NonFiniteError(f"the loss is {value}")
-            loss.backward()
+        for _, part in batch.microbatches(self.budget, rows):
+            with self._room_for(part):
+                part = part.to(self.device)
+                foretold = slope(part, objective)
+                logp, entropies = token_logprobs(self.model, part, objective.temperature, slope=foretold)
+                loss = update_loss(logp, part, objective)
+                if not math.isfinite(value := float(loss.detach())):
+                    self.optimizer.zero_grad()
+                    raise NonFiniteError(f"the loss is {value}")
+                loss.backward()
             loss_total += value
             cells += part.input_ids.numel()
             add_sums(sums, policy_sums(logp, entropies, part, objective))
@@ -99,10 +109,18 @@ class TorchLearner:
 
     def _frozen_pass(self, model: Any, batch: Batch, temperature: float) -> torch.Tensor:
         out = torch.zeros_like(batch.mask)
-        for rows, part in batch.microbatches(self.cfg.max_tokens_per_microbatch, batch.rows_with_targets()):
-            logp, _ = token_logprobs(model, part.to(self.device), temperature, entropy=False)
+        for rows, part in batch.microbatches(self.budget, batch.rows_with_targets()):
+            with self._room_for(part):
+                logp, _ = token_logprobs(model, part.to(self.device), temperature, entropy=False)
             out[rows, : logp.shape[1]] = logp.cpu()
         return out
+
+    @contextmanager
+    def _room_for(self, part: Batch) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise out_of_memory(len(part), max(part.lengths), self.budget) from None
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors of the weights, tied ones once."""
