@@ -143,7 +143,10 @@ class TrainConfig(PolicyConfig):
     beta1: float = opt(0.9, "AdamW beta1")
     beta2: float = opt(0.95, "AdamW beta2")
     grad_clip: float = opt(1.0, "largest gradient norm; 0 for no clipping")
-    max_tokens_per_microbatch: int = opt(8192, "padded cells (rows x longest) of one forward pass")
+    max_tokens_per_microbatch: int = opt(
+        0,
+        "padded cells (rows x longest) of one forward pass; 0: 2048 on a CPU, on a GPU as many as fit (8192 if deterministic)",
+    )
     activation_checkpointing: bool = opt(
         False, "keep only each layer's input, and compute the rest again in the backward pass", runtime=True
     )
@@ -265,6 +268,9 @@ class GrpoConfig(TrainConfig):
     reward: str = opt("default", "default, random (the control), or package.module:function")
     format_weight: float = opt(0.2, "reward for the format")
     answer_weight: float = opt(0.8, "reward for the right answer")
+    estimate: str = opt(
+        "", "print the predicted memory and time on this GPU (H200, H100, A100, L40S, 4090) and exit", runtime=True
+    )
     overlong_buffer: float = opt(
         0.0, "last share of max_new_tokens, over which a length penalty grows from 0 to -1; 0 for no penalty"
     )

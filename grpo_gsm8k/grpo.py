@@ -39,6 +39,7 @@ from grpo_gsm8k.trainer import loop
 from grpo_gsm8k.trainer.batch import Batch, make_batch, mismatch_metrics, with_old_logprobs, with_ref_logprobs
 from grpo_gsm8k.trainer.objectives import Objective
 from grpo_gsm8k.trainer.optimizer import lr_at
+from grpo_gsm8k.trainer.plan import estimate
 from grpo_gsm8k.workbench import Bench, open_bench
 
 
@@ -304,6 +305,8 @@ class Clock:
 def run(cfg: GrpoConfig) -> dict[str, Any]:
     """The stage as a command: load, train, return the result."""
     check(cfg)
+    if cfg.estimate:
+        return estimate(cfg, cfg.estimate)
     source = Path(cfg.data) / "train.jsonl"
     problems = load_split(Path(cfg.data), "train")
     with open_bench(cfg, "grpo", {"train": source}, overlaps=cfg.mode == "one_step_off") as bench:

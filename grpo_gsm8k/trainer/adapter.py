@@ -71,6 +71,8 @@ def attach(model: Any, cfg: PolicyConfig) -> None:
             raise ConfigError(f"--lora_targets {cfg.lora_targets}: {' '.join(str(fault).split())[:300]}") from None
     else:
         return
+    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):  # it is read weight by weight, see head.py
+        raise ConfigError(f"{cfg.model_id}: an adapter on the output head cannot be trained here")
     for name, parameter in model.named_parameters():
         trained = "lora_" in name
         parameter.requires_grad_(trained)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from grpo_gsm8k.trainer.objectives import (
     update_loss,
 )
 from grpo_gsm8k.trainer.optimizer import MasterAdamW, State
+from grpo_gsm8k.trainer.plan import auto_cells, out_of_memory
 from grpo_gsm8k.trainer.policy import weights_sha256
 
 OPTIMIZER = f"{dcp.FOLDER}/state.safetensors"  # apart: vLLM takes every *.safetensors beside a model for its own
@@ -58,6 +61,11 @@ class TorchLearner:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimizer = self._make_optimizer()
 
+    @functools.cached_property
+    def budget(self) -> int:
+        """Padded cells of a microbatch: as configured, or what fits beside all that is there at its first use."""
+        return self.cfg.max_tokens_per_microbatch or self._cells_that_fit()
+
     def forward_backward(self, batch: Batch, objective: Objective) -> dict[str, float]:
         """Accumulate the gradient of one whole update, microbatch by microbatch.
 
@@ -70,15 +78,17 @@ class TorchLearner:
 
         Raises:
             NonFiniteError: when the loss is NaN or infinite. No gradient is kept.
+            ConfigError: when a microbatch does not fit into the GPU's memory; says what to lower.
         """
         rows = rows_to_train(batch, objective)
         started, sums = time.perf_counter(), {"loss": 0.0, "cells": 0.0}
         for _, part in self._microbatches(batch, rows):
-            part = part.to(self.device)
-            foretold = slope(part, objective)
-            logp, entropies = self._token_logprobs(self.model, part, objective.temperature, slope=foretold)
-            loss = update_loss(logp, part, objective)
-            loss.backward()
+            with self._room_for(part):
+                part = part.to(self.device)
+                foretold = slope(part, objective)
+                logp, entropies = self._token_logprobs(self.model, part, objective.temperature, slope=foretold)
+                loss = update_loss(logp, part, objective)
+                loss.backward()
             add_sums(sums, {"loss": float(loss.detach()), "cells": part.input_ids.numel()})
             add_sums(sums, policy_sums(logp, entropies, part, objective))
         sums = self._of_the_update(sums)
@@ -116,9 +126,17 @@ class TorchLearner:
     def _frozen_pass(self, model: Any, batch: Batch, temperature: float) -> torch.Tensor:
         out = torch.zeros_like(batch.mask)
         for rows, part in self._microbatches(batch, batch.rows_with_targets()):
-            logp, _ = self._token_logprobs(model, part.to(self.device), temperature, entropy=False)
+            with self._room_for(part):
+                logp, _ = self._token_logprobs(model, part.to(self.device), temperature, entropy=False)
             out[rows, : logp.shape[1]] = logp.cpu()
         return out
+
+    @contextmanager
+    def _room_for(self, part: Batch) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise out_of_memory(len(part), max(part.lengths), self.budget) from None
 
     def weights(self) -> Iterable[tuple[str, torch.Tensor]]:
         """Names and tensors of the weights, tied ones once; those of the adapter alone, where there is one."""
@@ -183,7 +201,10 @@ class TorchLearner:
         return MasterAdamW(self.model, self.cfg)
 
     def _microbatches(self, batch: Batch, rows: Sequence[int]) -> Iterable[tuple[list[int], Batch]]:
-        return batch.microbatches(self.cfg.max_tokens_per_microbatch, rows)
+        return batch.microbatches(self.budget, rows)
+
+    def _cells_that_fit(self) -> int:
+        return auto_cells(self.model, self.cfg.deterministic)
 
     def _token_logprobs(
         self, model: Any, part: Batch, temperature: float, entropy: bool = True, slope: Slope | None = None

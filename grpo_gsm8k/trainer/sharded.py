@@ -90,7 +90,12 @@ class ShardedLearner(TorchLearner):
         return ShardedAdamW(self.model, self.cfg, self.dtype, self.group)
 
     def _microbatches(self, batch: Batch, rows: Sequence[int]) -> Iterable[tuple[list[int], Batch]]:
-        return share(batch, self.cfg.max_tokens_per_microbatch, rows, self.rank, self.ranks)
+        return share(batch, self.budget, rows, self.rank, self.ranks)
+
+    def _cells_that_fit(self) -> int:
+        least = torch.tensor(super()._cells_that_fit())  # all ranks must cut an update alike
+        dist.all_reduce(least, dist.ReduceOp.MIN, self.group)
+        return int(least)
 
     def _token_logprobs(
         self, model: Any, part: Batch, temperature: float, entropy: bool = True, slope: Slope | None = None
