@@ -144,8 +144,7 @@ class TrainConfig(PolicyConfig):
     beta2: float = opt(0.95, "AdamW beta2")
     grad_clip: float = opt(1.0, "largest gradient norm; 0 for no clipping")
     max_tokens_per_microbatch: int = opt(
-        0,
-        "padded cells (rows x longest) of one forward pass; 0: as many as fit a GPU (deterministic: 8192), 2048 on a CPU",
+        0, "padded cells (rows x longest) of one forward pass; 0: what fits a GPU (deterministic: 8192), 2048 on a CPU"
     )
     activation_checkpointing: bool = opt(
         False, "keep only each layer's input, and compute the rest again in the backward pass", runtime=True
