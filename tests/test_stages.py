@@ -248,6 +248,7 @@ def test_pipeline_stops_goes_on_and_repeats(tmp_path):
         pipeline.run(config.build(config.PipelineConfig, {"out_dir": str(tmp_path / "whole")}), sets=FEW)
 
 
+@pytest.mark.slow
 def test_pipeline_runs_every_stage_on_the_real_questions(gsm8k_dir, tmp_path):
     from grpo_gsm8k.data_prep import prepare
 

@@ -62,7 +62,7 @@ def rows_to_train(batch: Batch, objective: Objective) -> list[int]:
     share = batch.weights
     if objective.loss != "cross_entropy" and not objective.kl_coef:
         share = share * batch.advantages
-    rows = share.abs().sum(1).gt(0).nonzero().flatten().tolist()
+    rows = share.abs().sum(1).ne(0).nonzero().flatten().tolist()  # what is not a number is not nothing
     return rows or sorted(batch.rows_with_targets(), key=lambda row: batch.lengths[row])[:1]
 
 
