@@ -251,7 +251,8 @@ def grpo_flags(tiny, out):
     return [*map(str, flags), "--set", "steps=12", "--resume", "--json"]
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [20])
 def test_kill_9_and_resume_is_bitwise_the_uninterrupted_run(kills, tiny, tmp_path):
     """One command line in a restart loop; killed at moments spread over sampling, updates and checkpoints."""
     whole = cli("grpo", *grpo_flags(tiny, tmp_path / "whole"))
