@@ -21,6 +21,7 @@ import typer
 
 from grpo_gsm8k import config
 from grpo_gsm8k.errors import GrpoError, Interrupted, UserError
+from grpo_gsm8k.launch import settings as launch_settings
 
 app = typer.Typer(
     help="SFT → expert iteration → GRPO on GSM8K, on one node.",
@@ -59,7 +60,12 @@ def flags_of(cls: type, skip: typing.Container[str] = ()) -> list[inspect.Parame
 
 
 def register(
-    name: str, cls: type, call: Callable[..., Mapping[str, Any]], skip: tuple[str, ...] = (), table: str = ""
+    name: str,
+    cls: type,
+    call: Callable[..., Mapping[str, Any]],
+    skip: tuple[str, ...] = (),
+    table: str = "",
+    into: typer.Typer = app,
 ) -> None:
     """A command whose flags are the fields of `cls`, which prints what `call(flags, **layers)` returns.
 
@@ -76,7 +82,7 @@ def register(
     parameters = [*flags_of(cls, skip), *(p.replace(kind=p.KEYWORD_ONLY) for p in own), json_flag]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__doc__ = call.__doc__
-    app.command(name)(command)
+    into.command(name)(command)
 
 
 def show(result: Mapping[str, Any], as_json: bool, table: str = "") -> None:
@@ -260,6 +266,72 @@ def doctor(as_json: Json = False) -> None:
     for check in found:
         table.add_row("[green]ok[/]" if check.ok else "[yellow]--[/]", check.name, check.detail)
     Console().print(table)
+
+
+# ------------------------------------------------------------------------------------------------ rented GPUs
+
+launch_app = typer.Typer(help="Rented GPUs: a pod is made, does one job, and is deleted.", no_args_is_help=True)
+app.add_typer(launch_app, name="launch")
+
+StateDir = Annotated[Path, typer.Option(help="where runs are recorded on this machine")]
+RunName = Annotated[str, typer.Argument(help="name of a run, or the beginning of it")]
+RECORDS = Path(launch_settings.UpConfig.state_dir)
+
+
+def _up(
+    flags: Mapping[str, Any], command: Annotated[list[str] | None, typer.Argument(help="the job, behind --")] = None
+) -> Mapping[str, Any]:
+    """Rent a pod, run a job on it, fetch what it made, delete the pod: launch up --budget 5 --image … -- COMMAND."""
+    from grpo_gsm8k.launch.up import up
+
+    return up(flags, command or ())
+
+
+register("up", launch_settings.UpConfig, _up, into=launch_app)
+
+
+@launch_app.command("status")
+def launch_status(state_dir: StateDir = RECORDS, as_json: Json = False) -> None:
+    """Pods of this project, and runs on record here that have not ended."""
+    from grpo_gsm8k.launch import manage
+
+    show(manage.status(state_dir), as_json)
+
+
+@launch_app.command("logs")
+def launch_logs(run: RunName, state_dir: StateDir = RECORDS) -> None:
+    """The log of a run's job."""
+    from grpo_gsm8k.launch import manage
+
+    manage.logs(state_dir, run)
+
+
+@launch_app.command("attach")
+def launch_attach(run: RunName, state_dir: StateDir = RECORDS, as_json: Json = False) -> None:
+    """Go on with a run whose launcher is gone: follow its job, fetch, delete the pod."""
+    from grpo_gsm8k.launch import manage
+
+    show(manage.attach(state_dir, run), as_json)
+
+
+@launch_app.command("down")
+def launch_down(run: RunName, state_dir: StateDir = RECORDS, as_json: Json = False) -> None:
+    """Delete a run's pod, whatever it is doing."""
+    from grpo_gsm8k.launch import manage
+
+    show(manage.down(state_dir, run), as_json)
+
+
+@launch_app.command("reap")
+def launch_reap(
+    everything: Annotated[bool, typer.Option("--all", help="also pods within their deadline")] = False,
+    state_dir: StateDir = RECORDS,
+    as_json: Json = False,
+) -> None:
+    """Delete pods of this project that outlived their deadline, from any machine that has the key."""
+    from grpo_gsm8k.launch import manage
+
+    show(manage.reap(state_dir, everything), as_json)
 
 
 def main(argv: list[str] | None = None) -> None:
