@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from grpo_gsm8k.errors import ConfigError, GrpoError
-from grpo_gsm8k.launch import manage, records, up
-from tests.fake_runpod import FakeRunpod, serve
+from grpo_gsm8k.launch import manage, up, watchdog, webhook
+from tests.fake_runpod import FakeRunpod, Pod, serve
 from tests.toys import REPOSITORY
 
 SECRETS = {
@@ -177,3 +177,246 @@ def test_no_pod_is_left_and_the_user_is_told(script, tmp_path, capfd):
         assert (tmp_path / "state" / result["run"] / "log").read_text() == "working\ndone\n"
         last = json.loads(fake.webhooks[-1][1])
         assert last["event"] == "end" and last["cost"] > 0
+
+
+# ---- killed from outside
+
+
+def start(fake, tmp_path, *flags, job=JOB):
+    """`launch up` in a process of its own."""
+    values = {**QUICK, "budget": 5.0, "state_dir": tmp_path / "state"}
+    words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "grpo_gsm8k.cli", "launch", "up", *words, *flags, "--", *job]
+    env = {**os.environ, "RUNPOD_API_BASE_URL": fake.url}
+    return subprocess.Popen(command, cwd=REPOSITORY, env=env, stderr=subprocess.PIPE, text=True)
+
+
+STAGES = ("catalog", "create", "created", "running", "command_1", "command_3", "delete")
+
+
+def kill_at(stage, number, tmp_path):
+    """Send a signal when the fake sees `stage`; what became of it."""
+    fake = FakeRunpod(tmp_path / "pods", SECRETS["RUNPOD_API_KEY"])
+    shown = []
+    with serve(fake):
+        process = start(fake, tmp_path, job=["sh", "-c", "mkdir -p artifacts; sleep 0.5"])
+
+        def watch(event):
+            if event == stage and not shown:
+                shown.append(Path(f"/proc/{process.pid}/cmdline").read_bytes())
+                shown.append(Path(f"/proc/{process.pid}/status").read_bytes())
+                process.send_signal(number)
+
+        fake.watch = watch
+        said = process.communicate(timeout=60)[1]
+        left = fake.billable()
+        os.environ["RUNPOD_API_BASE_URL"] = fake.url
+        reaped = manage.reap(tmp_path / "state", everything=True) if number == signal.SIGKILL else {"deleted": []}
+        del os.environ["RUNPOD_API_BASE_URL"]
+        again = fake.billable()
+    assert shown and not any(secret.encode() in shown[0] for secret in SECRETS.values())
+    return process.returncode, said, left, reaped["deleted"], again, fake
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("stage", [s if s == "command_3" else pytest.param(s, marks=pytest.mark.slow) for s in STAGES])
+def test_a_signal_ends_the_run_and_its_pod(stage, number, tmp_path):
+    if stage == "command_3" and number != signal.SIGTERM:
+        pytest.skip("one of them is enough by default")
+    code, said, _, _, left, fake = kill_at(stage, number, tmp_path)
+    assert left == [] and code == (0 if stage == "delete" else 128 + number), said
+    assert_over(fake, tmp_path, said)
+
+
+@pytest.mark.parametrize("stage", [s if s == "created" else pytest.param(s, marks=pytest.mark.slow) for s in STAGES])
+def test_what_a_killed_launcher_leaves_is_reaped(stage, tmp_path, capfd):
+    code, _, before, deleted, left, fake = kill_at(stage, signal.SIGKILL, tmp_path)
+    assert code == -signal.SIGKILL and left == []
+    assert [row["pod"] for row in deleted] == before
+    said = capfd.readouterr().err
+    assert "ended; it cost about $" in said
+    assert_no_secret(fake, tmp_path, said)
+
+
+# ---- from another machine, and later
+
+
+@pytest.fixture
+def account(tmp_path, monkeypatch):
+    """A fake that serves, and the function that puts a pod of that name on its ledger."""
+    fake = FakeRunpod(tmp_path / "pods", SECRETS["RUNPOD_API_KEY"])
+
+    def put(name):
+        pod = Pod(
+            next(fake.numbers), {"name": name, "gpu": {"id": "NVIDIA L40S", "count": 2}, "env": {}}, "ok", fake.folder
+        )
+        fake.pods[pod.id] = pod
+        return pod.id
+
+    with serve(fake):
+        monkeypatch.setenv("RUNPOD_API_BASE_URL", fake.url)
+        yield fake, put
+
+
+def test_reap_needs_only_the_name(account, tmp_path):
+    fake, put = account
+    old, new = put("grpo-gsm8k-a-000001-20200101T000000Z"), put("grpo-gsm8k-b-000002-20990101T000000Z")
+    put("somebody-elses-20200101T000000Z"), put("grpo-gsm8k-c-000003-20209999T000000Z")
+    assert [row["run"] for row in manage.status(tmp_path)["pods"]] == ["a-000001", "b-000002"]
+    assert [row["pod"] for row in manage.reap(tmp_path, everything=False)["deleted"]] == [old]
+    assert manage.down(tmp_path, "b-000002")["deleted"][0]["pod"] == new
+    assert fake.billable() == ["pod3", "pod4"]
+    with pytest.raises(ConfigError, match="no run on record"):
+        manage.down(tmp_path, "b-000002")
+
+
+def test_a_pod_that_could_not_be_deleted_is_named_and_reaped_later(tmp_path, capfd, monkeypatch):
+    fake = FakeRunpod(tmp_path / "pods", SECRETS["RUNPOD_API_KEY"], {"delete": ["500"] * 60})
+    with serve(fake):
+        code, result = run(fake, tmp_path, delete_s=0.2)
+        said = capfd.readouterr().err
+        assert code == 1 and "pod1 could not be deleted" in str(result)
+        assert "AND MAY GO ON COSTING: pod1" in said and fake.billable() == ["pod1"]
+        fake.faults.clear()
+        monkeypatch.setenv("RUNPOD_API_BASE_URL", fake.url)
+        manage.reap(tmp_path / "state", everything=True)
+    assert fake.billable() == []
+
+
+def test_attach_goes_on_where_a_killed_launcher_was(tmp_path, capfd, monkeypatch):
+    fake = FakeRunpod(tmp_path / "pods", SECRETS["RUNPOD_API_KEY"])
+    with serve(fake):
+        monkeypatch.setenv("RUNPOD_API_BASE_URL", fake.url)
+        process = start(
+            fake, tmp_path, job=["sh", "-c", "mkdir artifacts; echo one; sleep 1; echo two; echo 7 > artifacts/x"]
+        )
+        fake.watch = lambda event: process.kill() if event == "command_3" else None
+        process.communicate(timeout=60)
+        fake.watch = lambda event: None
+        assert manage.reap(tmp_path / "state", everything=False) == {"deleted": []}  # its job runs: it may be wanted
+        manage.logs(tmp_path / "state", "run")
+        assert capfd.readouterr().out.startswith("one\n")
+        done = manage.attach(tmp_path / "state", "run")
+    assert fake.billable() == [] and done["exit_code"] == 0 and len(fake.pods) == 1
+    assert Path(done["log"]).read_text() == "one\ntwo\n"
+    assert (Path(done["results"]) / "artifacts" / "x").read_text() == "7\n"
+
+
+# ---- the pod's own end
+
+
+@pytest.mark.parametrize(
+    ("files", "limits", "why"),
+    [
+        ({}, (1e10, 900, 3600), ""),
+        ({}, (0, 900, 3600), "deadline has passed"),
+        ({}, (1e10, 900, 0), "nothing was heard"),
+        ({"log": ""}, (1e10, 900, 3600), ""),
+        ({"log": "", "status": "0"}, (1e10, 900, 0), ""),
+        ({"log": "", "status": "0"}, (1e10, 0, 3600), "nobody came"),
+        ({"DONE": ""}, (1e10, 900, 3600), "started again after its job"),
+        ({"boots": "6"}, (1e10, 900, 3600), "started 6 times"),
+    ],
+)
+def test_a_pod_knows_when_to_end(tmp_path, files, limits, why):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    now = time.time()
+    found = watchdog.reason_to_end(tmp_path, watchdog.Limits(*limits), now, now + 1)
+    assert why in found and bool(found) == bool(why)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_the_watchdog_ends_a_forgotten_pod_or_its_job(tmp_path, refused):
+    """The launcher is killed; the job ends in the pod, and nobody comes."""
+    faults = {"action": ["403"] * 400} if refused else {}
+    fake = FakeRunpod(tmp_path / "pods", SECRETS["RUNPOD_API_KEY"], faults, run_args=True)
+    with serve(fake):
+        job = ["sleep", "30"] if refused else ["true"]
+        process = start(fake, tmp_path, "--grace_s", "0.2", "--stale_s", "0.8", job=job)
+        fake.watch = lambda event: process.kill() if event == "command_2" else None
+        process.communicate(timeout=60)
+        home, until = tmp_path / "pods" / "pod1", time.monotonic() + 20
+        ended = "CANNOT END THIS POD (HTTP 403), IT GOES ON COSTING MONEY; its job was killed" if refused else "asked"
+        while ended not in (home / "container.log").read_text() and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(0.2)
+        log = (home / "container.log").read_text()
+        assert "own key sees it" in log and ended in log
+        assert fake.billable() == (["pod1"] if refused else [])
+        assert "pod1-key" not in log
+
+
+# ---- words to the outside
+
+
+def test_a_webhook_that_fails_hangs_or_lies_never_slows_the_run(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(webhook.Webhook.__init__, "__defaults__", (0.3,))
+    fake = FakeRunpod(tmp_path / "pods", SECRETS["RUNPOD_API_KEY"])
+    fake.webhook_faults = ["503", "429", "404", "hang"]
+    with serve(fake):
+        code, done = run(fake, tmp_path, webhook=fake.url.replace("/v2", "/hook"))
+    assert code == 0 and done["seconds"] < 4
+    assert "webhook events could not be delivered" in capfd.readouterr().err
+
+
+def test_events_are_signed_and_shaped(tmp_path, monkeypatch):
+    fake = FakeRunpod(tmp_path / "pods", SECRETS["RUNPOD_API_KEY"])
+    metrics = '{"step": 4, "reward/mean": 0.5, "val/accuracy": 0.25}'
+    job = ["sh", "-c", f"mkdir -p artifacts/a; echo '{metrics}' > artifacts/a/metrics.jsonl; sleep 0.2"]
+    with serve(fake):
+        monkeypatch.setenv("GRPO_GSM8K_WEBHOOK", fake.url.replace("/v2", "/hook"))
+        run(fake, tmp_path, job)
+        run(fake, tmp_path, job, webhook_form="discord")
+        run(fake, tmp_path, job, webhook_form="slack")
+    secret = SECRETS["GRPO_GSM8K_WEBHOOK_SECRET"].encode()
+    for headers, body in fake.webhooks:
+        assert headers["X-Grpo-Gsm8k-Signature"] == f"sha256={hmac.new(secret, body, hashlib.sha256).hexdigest()}"
+    said = [json.loads(body) for _, body in fake.webhooks]
+    plain = [event for event in said if "event" in event]
+    assert {"event", "message", "timestamp", "stage", "project", "repo_id"} <= plain[0].keys()
+    (step,) = (event for event in plain if event["event"] == "step")
+    assert (step["step"], step["reward"], step["accuracy"], step["stage"]) == (4, 0.5, 0.25, "run")
+    assert [e["event"] for e in plain][-1] == "end"
+    for key in ("content", "text"):
+        assert any("step 4" in event.get(key, "") and "accuracy 0.25" in event[key] for event in said)
+
+
+# ---- refused before anything is rented
+
+
+@pytest.mark.parametrize(
+    ("command", "settings", "says"),
+    [
+        ([], {}, "behind --"),
+        (JOB, {"image": ""}, "--image"),
+        (JOB, {"budget": 0.0}, "--budget"),
+        (JOB, {"budget": 1.9, "hours": 2.0, "gpu": "NVIDIA L40S"}, r"2 hours cost \$1.98"),
+        (JOB, {"count": 3}, "must be one of 1, 2, 4, 6, 8"),
+        (JOB, {"name": "A b"}, "lower-case"),
+        (JOB, {"gpu": "NVIDIA ABACUS"}, "the catalog has no NVIDIA ABACUS"),
+        (JOB, {"min_memory": 200.0}, "with 200 GiB"),
+        (JOB, {"fetch": "../../etc"}, "below the job's folder"),
+        (["echo", "hf_TOKEN0123456789abcdef"], {}, "holds the value of HF_TOKEN"),
+        (JOB, {"think_open": "<r>"}, "tags come in pairs"),
+        (JOB, {"think_open": "<r>", "think_close": "</r>", "answer_open": "<a>"}, "tags come in pairs"),
+        (JOB, {"think_open": "<r>", "think_close": "<r>"}, "differ from each other"),
+    ],
+)
+def test_refused_before_anything_is_rented(tmp_path, capfd, command, settings, says):
+    fake = FakeRunpod(tmp_path / "pods", SECRETS["RUNPOD_API_KEY"])
+    with serve(fake):
+        code, fault = run(fake, tmp_path, command, **settings)
+    assert code == 2 and re.search(says, str(fault)), fault
+    assert not fake.requests["create"]
+    assert_no_secret(fake, tmp_path, str(fault), capfd.readouterr().err)
+
+
+def test_tags_travel_to_the_job_as_pairs(tmp_path):
+    fake = FakeRunpod(tmp_path / "pods", SECRETS["RUNPOD_API_KEY"])
+    tags = {"think_open": "<r x>", "think_close": "</r>", "answer_open": "<a>", "answer_close": "</a>"}
+    with serve(fake):
+        _, done = run(fake, tmp_path, ["printf", "%s|"], **tags)
+    assert (
+        Path(done["log"]).read_text() == "--think_open|<r x>|--think_close|</r>|--answer_open|<a>|--answer_close|</a>|"
+    )
