@@ -287,6 +287,14 @@ def _up(
     return up(flags, command or ())
 
 
+def _plan(flags: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Which GPUs suffice for a model, at what price now, for how long: an estimate. Nothing is rented."""
+    from grpo_gsm8k.launch.plan import plan
+
+    return plan(flags)
+
+
+register("plan", launch_settings.PlanConfig, _plan, into=launch_app)
 register("up", launch_settings.UpConfig, _up, into=launch_app)
 
 

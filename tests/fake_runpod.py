@@ -34,6 +34,7 @@ CATALOG = {
     "NVIDIA H200": (141, 4.59),
 }
 REQUIRED = {"name": str, "image": str, "cloud": str, "gpu": dict, "disk": int, "ports": list, "env": dict}
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 OPTIONAL = {"startSsh": bool, "args": str, "registry": str, "dataCenterIds": list, "mounts": dict}
 
 
@@ -327,7 +328,7 @@ class FakeRunpod:
         if fault == "restart":  # of the container: its disk is new, its processes are gone
             pod.kill_job()
             subprocess.run(["rm", "-rf", str(pod.home / "grpo-job")], check=True)
-        env = {"HOME": str(pod.home), "PATH": os.environ["PATH"], "LANG": "C.UTF-8", **self.pod_env(pod)}
+        env = {"HOME": str(pod.home), "PATH": PATH, "LANG": "C.UTF-8", **self.pod_env(pod)}
         ran = await asyncio.create_subprocess_shell(
             process.command or "sh", cwd=pod.home, env=env, stdin=-1, stdout=-1, stderr=-1
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from grpo_gsm8k.errors import ConfigError, ModelError
 from grpo_gsm8k.runs.files import read_json
@@ -39,6 +39,8 @@ def api() -> Any:
 
 def check_push(repo_id: str) -> None:
     """Make sure that HF_TOKEN may write to the repository; a missing one is made, private. Raises `ConfigError`."""
+    if repo_id.count("/") != 1:
+        raise ConfigError(f"--repo_id {repo_id}: must read owner/name")
     hub = api()
     try:
         try:
@@ -46,8 +48,6 @@ def check_push(repo_id: str) -> None:
         except RepositoryNotFoundError:
             hub.create_repo(repo_id, private=True, exist_ok=True)
             hub.auth_check(repo_id, write=True)
-    except HFValidationError:
-        raise ConfigError(f"--repo_id {repo_id}: must read owner/name") from None
     except UNREACHABLE as fault:
         raise ConfigError(
             f"--repo_id {repo_id}: cannot be pushed to with this HF_TOKEN ({_short(fault)}); nothing was rented"

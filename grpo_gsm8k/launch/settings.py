@@ -26,7 +26,7 @@ class PlanConfig:
     sampled_tokens: int = opt(65536, "tokens in the sampler's cache: sequences x length")
     kl: bool = opt(False, "with a KL term: a reference model beside the trained one")
     sleep: bool = opt(True, "the sampler sleeps while the trainer trains")
-    total_tokens: float = opt(1e9, "tokens trained in all, for the estimate of time")
+    total_tokens: float = opt(1e8, "tokens trained in all, for the estimate of time")
     gpu: str = opt("", "GPU ids in order, comma separated; empty for L40S, A100 SXM, H100 SXM, H200")
     count: int = opt(0, "GPUs of a pod: 1, 2, 4, 6 or 8; 0 for the fewest that suffice (`up`: 1)")
     cloud: Literal["SECURE", "COMMUNITY"] = opt("SECURE", "whose machines")

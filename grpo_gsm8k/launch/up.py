@@ -19,7 +19,7 @@ from typing import Any
 from grpo_gsm8k import config
 from grpo_gsm8k.errors import ConfigError, DiskError, Interrupted, LaunchError
 from grpo_gsm8k.gsm8k.prompts import make_tags
-from grpo_gsm8k.launch import hub, records
+from grpo_gsm8k.launch import records
 from grpo_gsm8k.launch.api import DEAD, GONE, ApiError, Offer, Pod, Refused, Runpod, Unsure, connect
 from grpo_gsm8k.launch.records import Blot, Lease, Record
 from grpo_gsm8k.launch.settings import PREFERENCE, UpConfig
@@ -59,6 +59,8 @@ def up(values: Mapping[str, Any], command: Sequence[str]) -> dict[str, Any]:
     cfg = config.build(UpConfig, values)
     command = check(cfg, command)
     if cfg.repo_id:
+        from grpo_gsm8k.launch import hub  # its client takes half a second to load
+
         hub.check_push(cfg.repo_id)
     deadline = time.time() + (cfg.hours or MOST_HOURS) * 3600
     settings = {name: value for name, value in vars(cfg).items() if name != "webhook"}  # its URL is a secret
