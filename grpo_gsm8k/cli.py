@@ -212,6 +212,19 @@ def merge(
 
 
 @app.command()
+def push(
+    model: Annotated[Path, typer.Argument(help="checkpoint folder in a run directory")],
+    repo_id: Annotated[str, typer.Option(help="hub repository, owner/name")],
+    public: Annotated[bool, typer.Option(help="make it public; it is private otherwise")] = False,
+    as_json: Json = False,
+) -> None:
+    """Upload a checkpoint with a model card written from its run."""
+    from grpo_gsm8k.launch import publish
+
+    show(publish.push(model, repo_id, public), as_json)
+
+
+@app.command()
 def compare(
     results: Annotated[list[Path], typer.Argument(help="results files over the same problems")],
     gain: Annotated[float | None, typer.Option(help="a claimed gain in points; empty for the one seen")] = None,
@@ -296,6 +309,21 @@ def _plan(flags: Mapping[str, Any]) -> Mapping[str, Any]:
 
 register("plan", launch_settings.PlanConfig, _plan, into=launch_app)
 register("up", launch_settings.UpConfig, _up, into=launch_app)
+
+
+def _sky(
+    flags: Mapping[str, Any],
+    nodes: Annotated[int, typer.Option(help="machines")] = 1,
+    out: Annotated[Path, typer.Option(help="where the task goes")] = Path("task.yaml"),
+    command: Annotated[list[str] | None, typer.Argument(help="the job, behind --")] = None,
+) -> Mapping[str, Any]:
+    """The same job as a SkyPilot task: `sky jobs launch task.yaml`."""
+    from grpo_gsm8k.launch.sky import write_task
+
+    return {"path": str(write_task(flags, command or (), nodes, out))}
+
+
+register("sky", launch_settings.UpConfig, _sky, into=launch_app)
 
 
 @launch_app.command("status")

@@ -28,6 +28,7 @@ class FakeHub:
     def app(self) -> web.Application:
         app = web.Application(client_max_size=1 << 28)
         app.router.add_post("/api/repos/create", self.create)
+        app.router.add_post("/api/validate-yaml", self.card)
         app.router.add_get("/api/models/{owner}/{name}/auth-check", self.auth)
         app.router.add_get("/api/models/{owner}/{name}/auth-check/write", self.auth_write)
         app.router.add_post("/api/models/{owner}/{name}/preupload/main", self.preupload)
@@ -60,6 +61,9 @@ class FakeHub:
         assert body["visibility"] == "private"
         self.files.setdefault(repo, {})
         return web.json_response({"url": f"{self.url}/{repo}", "id": repo, "name": repo})
+
+    async def card(self, request: web.Request) -> web.Response:
+        return web.json_response({"errors": [], "warnings": []})
 
     async def auth(self, request: web.Request) -> web.Response:
         if self._repo(request) in self.gated and not self._mine(request):
@@ -104,7 +108,7 @@ class FakeHub:
                 files.pop(value["path"], None)
             elif row["key"] == "header":
                 self.commits.append(value["summary"])
-        return web.json_response({"commitUrl": f"{self.url}/commit/x", "commitOid": "c" * 40})
+        return web.json_response({"commitUrl": f"{self.url}/{self._repo(request)}/commit/c", "commitOid": "c" * 40})
 
     async def resolve(self, request: web.Request) -> web.Response:
         data = self.files.get(self._repo(request), {}).get(request.match_info["path"])

@@ -61,6 +61,23 @@ class Script:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+SLOW = {  # near relatives of the others
+    "this GPU is not allowed",
+    "the catalog is garbage once",
+    "create fails and made nothing",
+    "create fails and made a pod",
+    "create: a broken reply, a pod",
+    "create: no reply again and again",
+    "the image is never there",
+    "ssh never comes",
+    "questions fail while it boots",
+    "ssh drops in the fetch",
+    "the container is started again",
+    "all attempts at a delete fail, once",
+    "a delete is refused once",
+    "the list is garbage at the end",
+    "what is to be fetched is not there",
+}
 SCRIPTS = [
     Script("nothing happens", "results:"),
     Script("no capacity anywhere", "no GPU could be had in 3 rounds", 1, 0, {"create": ["400"] * 12}),
@@ -153,7 +170,9 @@ def assert_over(fake, tmp_path, said):
     assert not list((tmp_path / "state").glob("*/id_ed25519"))
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+@pytest.mark.parametrize(
+    "script", [pytest.param(s, id=s.name, marks=[pytest.mark.slow] if s.name in SLOW else []) for s in SCRIPTS]
+)
 def test_no_pod_is_left_and_the_user_is_told(script, tmp_path, capfd):
     fake = FakeRunpod(
         tmp_path / "pods",
@@ -283,6 +302,7 @@ def test_a_pod_that_could_not_be_deleted_is_named_and_reaped_later(tmp_path, cap
     assert fake.billable() == []
 
 
+@pytest.mark.slow
 def test_attach_goes_on_where_a_killed_launcher_was(tmp_path, capfd, monkeypatch):
     fake = FakeRunpod(tmp_path / "pods", SECRETS["RUNPOD_API_KEY"])
     with serve(fake):
@@ -326,6 +346,7 @@ def test_a_pod_knows_when_to_end(tmp_path, files, limits, why):
     assert why in found and bool(found) == bool(why)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refused", [False, True])
 def test_the_watchdog_ends_a_forgotten_pod_or_its_job(tmp_path, refused):
     """The launcher is killed; the job ends in the pod, and nobody comes."""

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import huggingface_hub
 import pytest
+import yaml
 from huggingface_hub import HfApi
 
 from grpo_gsm8k import config
-from grpo_gsm8k.errors import ConfigError, ModelError
-from grpo_gsm8k.launch import hub, keep
+from grpo_gsm8k.errors import CheckpointError, ConfigError, ModelError
+from grpo_gsm8k.launch import hub, keep, publish
 from grpo_gsm8k.launch.hub import ModelFacts
 from grpo_gsm8k.launch.plan import GIB, lora_parameters, need, plan
 from grpo_gsm8k.launch.settings import PlanConfig
+from grpo_gsm8k.launch.sky import write_task
 from grpo_gsm8k.launch.up import up
+from grpo_gsm8k.runs.files import write_json, write_jsonl
+from grpo_gsm8k.trainer import checkpoint
 from tests import fake_hub
 from tests.fake_runpod import FakeRunpod, serve
 from tests.test_launch import QUICK
@@ -116,7 +121,7 @@ def test_a_plan_names_the_gpus_that_suffice_at_the_live_price(world, tmp_path):
     assert provider.pods == {}
 
 
-def test_push_rights_are_known_before_a_cent_is_spent(world):
+def test_push_rights_are_known_before_a_cent_is_spent(world, monkeypatch):
     the_hub, provider = world
     hub.check_push("me/new")
     assert the_hub.files == {"me/new": {}}  # made, private
@@ -126,6 +131,9 @@ def test_push_rights_are_known_before_a_cent_is_spent(world):
             plan({"repo_id": repo})
     with pytest.raises(ConfigError, match="must read owner/name"):
         hub.check_push("a/b/c")
+    monkeypatch.setattr(hub, "api", lambda: HfApi(endpoint="http://127.0.0.1:1", token=TOKEN))
+    with pytest.raises(ConfigError, match="nothing was rented"):
+        hub.check_push("me/new")
     assert not provider.met
 
 
@@ -162,3 +170,74 @@ def test_after_a_dead_host_a_new_pod_goes_on_from_the_last_push(world, tmp_path,
     assert "pod1 is EXITED; a new pod will go on from the last pushed checkpoint" in said
     assert "going on from what was pushed" in said and "\npushed\n" in said
     assert (tmp_path / "state" / done["run"] / "results" / "artifacts" / "step").read_text() == "pushed\n"
+
+
+# ---- the same job elsewhere
+
+
+def sky_task(tmp_path):
+    flags = {"image": QUICK["image"], "budget": 5.0, "hours": 2.0, "count": 4, "repo_id": "me/run"}
+    path = write_task(flags, ["grpo-gsm8k", "pipeline", "--preset", "full"], 2, tmp_path / "task.yaml")
+    return path, yaml.safe_load(path.read_text())
+
+
+def test_a_sky_task_says_the_same_job(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    path, said = sky_task(tmp_path)
+    assert [row["accelerators"] for row in said["resources"]["ordered"]] == [
+        "L40S:4",
+        "A100-80GB:4",
+        "H100:4",
+        "H200:4",
+    ]
+    assert said["num_nodes"] == 2 and said["secrets"] == {"HF_TOKEN": None, "WANDB_API_KEY": None}
+    assert said["run"].startswith("timeout --signal=TERM 7200 python -m grpo_gsm8k.launch.keep --repo_id me/run")
+    assert said["run"].endswith("-- grpo-gsm8k pipeline --preset full\n")
+    assert TOKEN not in path.read_text()
+    with pytest.raises(ConfigError, match="must be one of"):
+        write_task({"image": "i", "budget": 1.0, "gpu": "Abacus"}, ["true"], 1, tmp_path / "no.yaml")
+
+
+@pytest.mark.slow
+def test_skypilots_own_parser_takes_the_task(tmp_path):
+    sky = pytest.importorskip("sky", reason="needs SkyPilot: uv run --with skypilot pytest --runslow")
+    path, _ = sky_task(tmp_path)
+    read = sky.Task.from_yaml_config(
+        yaml.safe_load(path.read_text()), secrets_overrides=[("HF_TOKEN", "x"), ("WANDB_API_KEY", "y")]
+    )
+    assert read.num_nodes == 2 and len(read.resources) == 4
+
+
+# ---- publishing
+
+
+def test_a_checkpoint_is_pushed_with_what_its_run_recorded(world, tmp_path):
+    the_hub, _ = world
+    run = tmp_path / "runs" / "grpo"
+    fill = lambda folder: [(folder / name).write_text(name) for name in ("model.safetensors", "optimizer.safetensors")]  # noqa: E731
+    model = checkpoint.write(run / "checkpoints", 3, fill, {})
+    write_json(run / "data.json", {"train": {"path": "/home/me/train.jsonl", "sha256": "ab" * 32}})
+    (run / "config.toml").write_text('[grpo]\nmodel_id = "Qwen/Qwen2.5-0.5B"\nlr = 1e-05\ndata = "/home/me"\n')
+    (run / "code.diff").write_text("# commit 43ac3f93\n")
+    counted = {"val/accuracy": 0.9, "val/ci_low": 0.85, "val/ci_high": 0.94, "val/n": 100.0}
+    write_jsonl(run / "metrics.jsonl", [{"step": 2, **counted, "val/accuracy": 0.1}, {"step": 3, **counted}])
+    stage = {"name": "grpo", "model": str(model), "accuracy": 0.95, "ci95": [0.93, 0.97], "n": 600}
+    write_json(run.parent / "pipeline.json", {"stages": [stage]})
+    done = publish.push(model, "me/model")
+    files = the_hub.files["me/model"]
+    assert done["step"] == 3 and set(files) == {"README.md", "model.safetensors"}
+    card = files["README.md"].decode()
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "Qwen/Qwen2.5-0.5B"
+    for said in (
+        "| validation | 90.0% | 85.0% to 94.0% | 100 |",
+        "| test | 95.0% | 93.0% to 97.0% | 600 |",
+        f"| train | `{'ab' * 32}` |",
+        "commit `43ac3f93`",
+        "lr = 1e-05",
+        hashlib.sha256(b"model.safetensors").hexdigest(),
+    ):
+        assert said in card
+    assert "10.0%" not in card and "/home/me" not in card
+    (model / "model.safetensors").write_text("other")
+    with pytest.raises(CheckpointError, match="damaged"):
+        publish.push(model, "me/model")

@@ -27,5 +27,8 @@ nothing but the key, since a pod's name carries its deadline; and the budget, ch
     keep.py      checkpoints pushed and restored, in the pod           publish.py  a model card and `push`
     sky.py       the same job as a SkyPilot task                       settings.py every setting
 
+What the image owes: `PUBLIC_KEY` into authorized_keys, sshd at port 22, the environment in /etc/environment, the host's
+ed25519 key in its log, then its arguments as the command; sh, setsid, tar, GNU find and python on the path.
+
 Nothing here has been tried against the live service: the tests use a fake one, as strict as its documentation.
 """

@@ -12,7 +12,9 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from grpo_gsm8k.errors import ConfigError, ModelError
 from grpo_gsm8k.runs.files import read_json
 
-UNREACHABLE = (HfHubHTTPError, OSError, ValueError)
+# The first base of the hub's error is HTTPError of httpx or of httpx2, by the hub client's version; a connection that
+# fails is one of those, and no OSError. ValueError: a reply that is not what was asked for.
+UNREACHABLE: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError, ValueError)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def plan(values: Mapping[str, Any]) -> dict[str, Any]:
         hub.check_push(cfg.repo_id)
     facts = hub.model_facts(cfg.model_id)
     options = [row for count, offers in asyncio.run(_catalogs(cfg)) for row in _options(cfg, facts, count, offers)]
-    wanted = [name.strip() for name in cfg.gpu.split(",") if name.strip()] or list(PREFERENCE)
+    wanted = records.names_in(cfg.gpu) or list(PREFERENCE)
     best = sorted(options, key=lambda row: (row["count"], wanted.index(row["gpu"])))
     first = {name: next((row for row in best if row["gpu"] == name), None) for name in wanted}
     return {
@@ -98,7 +98,7 @@ async def _catalogs(cfg: PlanConfig) -> list[tuple[int, list[Offer]]]:
 
 def _options(cfg: PlanConfig, facts: ModelFacts, count: int, offers: list[Offer]) -> list[dict[str, Any]]:
     """Those on which it fits."""
-    wanted = [name.strip() for name in cfg.gpu.split(",") if name.strip()] or list(PREFERENCE)
+    wanted = records.names_in(cfg.gpu) or list(PREFERENCE)
     size = need(facts, cfg, count)
     flops = 6 * facts.parameters * cfg.total_tokens * (SAMPLING if "grpo" in cfg.method else 1)
     rows = []

@@ -16,7 +16,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -184,7 +184,16 @@ class Blot:
 SECRETS = ("RUNPOD_API_KEY", "HF_TOKEN", "WANDB_API_KEY", "GRPO_GSM8K_WEBHOOK", "GRPO_GSM8K_WEBHOOK_SECRET")
 
 
+def names_in(text: str) -> list[str]:
+    """The names in a comma separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def environment(names: Iterable[str]) -> dict[str, str]:
+    """Those of these variables that are set."""
+    return {name: os.environ[name] for name in names if os.environ.get(name)}
+
+
 def secrets_of(pass_env: str) -> dict[str, str]:
     """The secrets of this environment by name: those known, and those that the job is to get."""
-    names = [*SECRETS, *filter(None, (name.strip() for name in pass_env.split(",")))]
-    return {name: os.environ[name] for name in names if os.environ.get(name)}
+    return environment([*SECRETS, *names_in(pass_env)])

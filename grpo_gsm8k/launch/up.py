@@ -102,7 +102,7 @@ def check(cfg: UpConfig, command: Sequence[str]) -> list[str]:
 
 def ranked(offers: Sequence[Offer], cfg: UpConfig) -> list[Offer]:
     """The GPUs to try, in order of preference. Raises `ConfigError` if none is in the catalog."""
-    wanted = [name.strip() for name in cfg.gpu.split(",") if name.strip()] or list(PREFERENCE)
+    wanted = records.names_in(cfg.gpu) or list(PREFERENCE)
     known = {offer.gpu: offer for offer in offers}
     fitting = [
         known[name]
@@ -333,7 +333,7 @@ class Launcher:
 
     async def _follow(self, shell: Shell) -> None:
         """Start the job (once), show its log until it ends or its time is up, and fetch what it made."""
-        env = {name: os.environ[name] for name in self.cfg.pass_env.split(",") if os.environ.get(name)}
+        env = records.environment(records.names_in(self.cfg.pass_env))
         script = start_script(wrapped(self.cfg, self.record.command), env)
         self.record.enter("run")
         self._offset = 0
