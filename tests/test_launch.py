@@ -21,8 +21,8 @@ import pytest
 from grpo_gsm8k.errors import ConfigError, GrpoError
 from grpo_gsm8k.launch import manage, up, watchdog, webhook
 from tests.fake_runpod import FakeRunpod, Pod, serve
-from tests.toys import REPOSITORY
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 SECRETS = {
     "RUNPOD_API_KEY": "rpa_KEY0123456789abcdef",
     "HF_TOKEN": "hf_TOKEN0123456789abcdef",
@@ -32,16 +32,16 @@ SECRETS = {
 QUICK: dict[str, Any] = {
     "image": "ghcr.io/owner/image@sha256:" + "0" * 64,
     "budget": 1.0,
-    "poll_s": 0.02,
+    "poll_s": 0.05,
     "backoff_s": 0.005,
     "round_s": 0.01,
-    "place_s": 0.3,
-    "pull_s": 0.3,
-    "ssh_s": 0.4,
+    "place_s": 5.0,
+    "pull_s": 5.0,
+    "ssh_s": 5.0,
     "delete_s": 2.0,
     "fetch_s": 5.0,
 }
-JOB = ["sh", "-c", "mkdir -p artifacts && echo 42 > artifacts/answer && echo working && sleep 0.15 && echo done"]
+JOB = ["sh", "-c", "mkdir -p artifacts && echo 42 > artifacts/answer && echo working && sleep 0.1 && echo done"]
 NO_JOB = ["sh", "-c", "exit 3"]
 
 
@@ -67,6 +67,10 @@ SLOW = {  # near relatives of the others
     "create fails and made nothing",
     "create fails and made a pod",
     "create: a broken reply, a pod",
+    "create: no reply, no pod",
+    "too many requests",
+    "ssh refuses three times",
+    "two deletes fail",
     "create: no reply again and again",
     "the image is never there",
     "ssh never comes",
@@ -99,13 +103,23 @@ SCRIPTS = [
         "create: no reply again and again", "no clear answer in 3", 0, 1, {"create": ["drop"] * 3, "list": [""] * 2}
     ),
     Script("create: no reply, and no list", "no GPU|HTTP 500", 1, 1, {"create": ["late"], "list": ["500"] * 5}),
-    Script("no machine is found", "still PROVISIONING after 0.3 s", 0, 2, lives=("stuck_place",)),
-    Script("the image is never there", "still STARTING after 0.3 s", 0, 2, lives=("stuck_pull",)),
+    Script(
+        "no machine is found", "still PROVISIONING after 0.5 s", 0, 2, lives=("stuck_place",), settings={"place_s": 0.5}
+    ),
+    Script(
+        "the image is never there", "still STARTING after 0.5 s", 0, 2, lives=("stuck_pull",), settings={"pull_s": 0.5}
+    ),
     Script("the pod is in error", "the pod is ERROR", 0, 2, lives=("error",)),
-    Script("ssh never comes", "still RUNNING after 0.4 s", 0, 3, lives=("no_ssh", "no_ssh")),
+    Script("ssh never comes", "still RUNNING after 0.5 s", 0, 2, lives=("no_ssh",), settings={"ssh_s": 0.5}),
     Script("ssh refuses three times", "results:", 0, 1, lives=("refuse_3",)),
     Script("no pod ever works", "no GPU could be had", 1, 4, lives=("error",) * 4, settings={"rounds": 1}),
-    Script("another host answers", "Host key is not trusted", 1, 4, host_key_in_log="other", settings={"rounds": 1}),
+    Script(
+        "another host answers",
+        "Host key is not trusted",
+        1,
+        host_key_in_log="other",
+        settings={"rounds": 1, "ssh_s": 0.3, "gpu": "NVIDIA L40S"},
+    ),
     Script("the log shows no host key", "is pinned from now on", host_key_in_log="none"),
     Script("questions fail while it boots", "HTTP 500", 0, 1, {"get": ["500"] * 5 + ["malformed", "drop", "404"]}),
     Script("ssh drops at the start", "connecting again", on_command={1: "drop"}),
@@ -389,7 +403,6 @@ def test_events_are_signed_and_shaped(tmp_path, monkeypatch):
         monkeypatch.setenv("GRPO_GSM8K_WEBHOOK", fake.url.replace("/v2", "/hook"))
         run(fake, tmp_path, job)
         run(fake, tmp_path, job, webhook_form="discord")
-        run(fake, tmp_path, job, webhook_form="slack")
     secret = SECRETS["GRPO_GSM8K_WEBHOOK_SECRET"].encode()
     for headers, body in fake.webhooks:
         assert headers["X-Grpo-Gsm8k-Signature"] == f"sha256={hmac.new(secret, body, hashlib.sha256).hexdigest()}"
@@ -399,8 +412,8 @@ def test_events_are_signed_and_shaped(tmp_path, monkeypatch):
     (step,) = (event for event in plain if event["event"] == "step")
     assert (step["step"], step["reward"], step["accuracy"], step["stage"]) == (4, 0.5, 0.25, "run")
     assert [e["event"] for e in plain][-1] == "end"
-    for key in ("content", "text"):
-        assert any("step 4" in event.get(key, "") and "accuracy 0.25" in event[key] for event in said)
+    assert any("step 4" in event.get("content", "") and "accuracy 0.25" in event["content"] for event in said)
+    assert "reward 0.5" in webhook.FORMS["slack"](step)["text"]
 
 
 # ---- refused before anything is rented
