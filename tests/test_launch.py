@@ -109,6 +109,13 @@ SCRIPTS = [
     Script(
         "the image is never there", "still STARTING after 0.5 s", 0, 2, lives=("stuck_pull",), settings={"pull_s": 0.5}
     ),
+    Script(
+        "the budget is gone before the job begins",
+        "used up before the job began",
+        1,
+        lives=("stuck_pull",),
+        settings={"budget": 0.99 / 3600 * 0.8, "gpu": "NVIDIA L40S"},
+    ),
     Script("the pod is in error", "the pod is ERROR", 0, 2, lives=("error",)),
     Script("ssh never comes", "still RUNNING after 0.5 s", 0, 2, lives=("no_ssh",), settings={"ssh_s": 0.5}),
     Script("ssh refuses three times", "results:", 0, 1, lives=("refuse_3",)),

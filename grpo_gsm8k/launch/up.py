@@ -215,6 +215,7 @@ class Launcher:
         public = public_half(key) if key.exists() else make_key(key, record.run)
         lease = Lease("", offer.gpu, rate, time.time())
         record.leases.append(lease)
+        record.host_key = ""  # that was another host's
         record.enter("create")
         self._tell("create", f"asking for {self.cfg.count} x {offer.gpu} at ${rate:.2f} an hour")
         for _ in range(CREATES):
@@ -280,6 +281,8 @@ class Launcher:
                     trouble = f": {fault}"
             if time.monotonic() - since >= limits.get(state, cfg.place_s):
                 raise BootError(f"still {state} after {limits.get(state, cfg.place_s):g} s{trouble}")
+            if time.time() >= self.record.deadline:
+                raise TimeUpError("the budget or the time was used up before the job began")
             await asyncio.sleep(cfg.poll_s)
 
     async def _pod(self, pod_id: str) -> Pod | None:
