@@ -329,11 +329,10 @@ class FakeRunpod:
             pod.kill_job()
             subprocess.run(["rm", "-rf", str(pod.home / "grpo-job")], check=True)
         env = {"HOME": str(pod.home), "PATH": PATH, "LANG": "C.UTF-8", **self.pod_env(pod)}
-        ran = await asyncio.create_subprocess_shell(
-            process.command or "sh", cwd=pod.home, env=env, stdin=-1, stdout=-1, stderr=-1
-        )
-        said, _ = await ran.communicate(await process.stdin.read() if process.command == "sh -s" else None)
-        process.stdout.write(said)
+        told = await process.stdin.read() if process.command == "sh -s" else b""
+        command = ["sh", "-c", process.command or "sh"]
+        ran = await asyncio.to_thread(subprocess.run, command, cwd=pod.home, env=env, input=told, capture_output=True)
+        process.stdout.write(ran.stdout)
         process.exit(ran.returncode)
 
     def pod_env(self, pod: Pod) -> dict[str, str]:
@@ -428,6 +427,7 @@ def serve(fake: FakeRunpod) -> Iterator[FakeRunpod]:
             pod.kill_job()
             pod.hang_up()
         await runner.cleanup()
+        await loop.shutdown_default_executor()
 
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()

@@ -258,11 +258,17 @@ def kill_at(stage, number, tmp_path):
     return process.returncode, said, left, reaped["deleted"], again, fake
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("stage", [s if s == "command_3" else pytest.param(s, marks=pytest.mark.slow) for s in STAGES])
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    [
+        pytest.param(
+            stage, number, marks=[] if (stage, number) == ("command_3", signal.SIGTERM) else [pytest.mark.slow]
+        )
+        for stage in STAGES
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    ],
+)
 def test_a_signal_ends_the_run_and_its_pod(stage, number, tmp_path):
-    if stage == "command_3" and number != signal.SIGTERM:
-        pytest.skip("one of them is enough by default")
     code, said, _, _, left, fake = kill_at(stage, number, tmp_path)
     assert left == [] and code == (0 if stage == "delete" else 128 + number), said
     assert_over(fake, tmp_path, said)
