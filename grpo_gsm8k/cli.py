@@ -21,6 +21,7 @@ import typer
 
 from grpo_gsm8k import config
 from grpo_gsm8k.errors import GrpoError, Interrupted, UserError
+from grpo_gsm8k.launch import settings as launch_settings
 
 app = typer.Typer(
     help="SFT → expert iteration → GRPO on GSM8K, on one node.",
@@ -59,7 +60,12 @@ def flags_of(cls: type, skip: typing.Container[str] = ()) -> list[inspect.Parame
 
 
 def register(
-    name: str, cls: type, call: Callable[..., Mapping[str, Any]], skip: tuple[str, ...] = (), table: str = ""
+    name: str,
+    cls: type,
+    call: Callable[..., Mapping[str, Any]],
+    skip: tuple[str, ...] = (),
+    table: str = "",
+    into: typer.Typer = app,
 ) -> None:
     """A command whose flags are the fields of `cls`, which prints what `call(flags, **layers)` returns.
 
@@ -76,7 +82,7 @@ def register(
     parameters = [*flags_of(cls, skip), *(p.replace(kind=p.KEYWORD_ONLY) for p in own), json_flag]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__doc__ = call.__doc__
-    app.command(name)(command)
+    into.command(name)(command)
 
 
 def show(result: Mapping[str, Any], as_json: bool, table: str = "") -> None:
@@ -208,6 +214,19 @@ def merge(
 
 
 @app.command()
+def push(
+    model: Annotated[Path, typer.Argument(help="checkpoint folder in a run directory")],
+    repo_id: Annotated[str, typer.Option(help="hub repository, owner/name")],
+    public: Annotated[bool, typer.Option(help="make it public; it is private otherwise")] = False,
+    as_json: Json = False,
+) -> None:
+    """Upload a checkpoint with a model card written from its run."""
+    from grpo_gsm8k.launch import publish
+
+    show(publish.push(model, repo_id, public), as_json)
+
+
+@app.command()
 def compare(
     results: Annotated[list[Path], typer.Argument(help="results files over the same problems")],
     gain: Annotated[float | None, typer.Option(help="a claimed gain in points; empty for the one seen")] = None,
@@ -272,6 +291,95 @@ def bench(context: typer.Context) -> None:
     from grpo_gsm8k.bench import main as run
 
     run(context.args)
+
+
+# ------------------------------------------------------------------------------------------------ rented GPUs
+
+launch_app = typer.Typer(help="Rented GPUs: a pod is made, does one job, and is deleted.", no_args_is_help=True)
+app.add_typer(launch_app, name="launch")
+
+StateDir = Annotated[Path, typer.Option(help="where runs are recorded on this machine")]
+RunName = Annotated[str, typer.Argument(help="name of a run, or the beginning of it")]
+RECORDS = Path(launch_settings.UpConfig.state_dir)
+
+
+def _up(
+    flags: Mapping[str, Any], command: Annotated[list[str] | None, typer.Argument(help="the job, behind --")] = None
+) -> Mapping[str, Any]:
+    """Rent a pod, run a job on it, fetch what it made, delete the pod: launch up --budget 5 --image … -- COMMAND."""
+    from grpo_gsm8k.launch.up import up
+
+    return up(flags, command or ())
+
+
+def _plan(flags: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Which GPUs suffice for a model, at what price now, for how long: an estimate. Nothing is rented."""
+    from grpo_gsm8k.launch.plan import plan
+
+    return plan(flags)
+
+
+register("plan", launch_settings.PlanConfig, _plan, into=launch_app)
+register("up", launch_settings.UpConfig, _up, into=launch_app)
+
+
+def _sky(
+    flags: Mapping[str, Any],
+    nodes: Annotated[int, typer.Option(help="machines")] = 1,
+    out: Annotated[Path, typer.Option(help="where the task goes")] = Path("task.yaml"),
+    command: Annotated[list[str] | None, typer.Argument(help="the job, behind --")] = None,
+) -> Mapping[str, Any]:
+    """The same job as a SkyPilot task: `sky jobs launch task.yaml`."""
+    from grpo_gsm8k.launch.sky import write_task
+
+    return {"path": str(write_task(flags, command or (), nodes, out))}
+
+
+register("sky", launch_settings.UpConfig, _sky, into=launch_app)
+
+
+@launch_app.command("status")
+def launch_status(state_dir: StateDir = RECORDS, as_json: Json = False) -> None:
+    """Pods of this project, and runs on record here that have not ended."""
+    from grpo_gsm8k.launch import manage
+
+    show(manage.status(state_dir), as_json)
+
+
+@launch_app.command("logs")
+def launch_logs(run: RunName, state_dir: StateDir = RECORDS) -> None:
+    """The log of a run's job."""
+    from grpo_gsm8k.launch import manage
+
+    manage.logs(state_dir, run)
+
+
+@launch_app.command("attach")
+def launch_attach(run: RunName, state_dir: StateDir = RECORDS, as_json: Json = False) -> None:
+    """Go on with a run whose launcher is gone: follow its job, fetch, delete the pod."""
+    from grpo_gsm8k.launch import manage
+
+    show(manage.attach(state_dir, run), as_json)
+
+
+@launch_app.command("down")
+def launch_down(run: RunName, state_dir: StateDir = RECORDS, as_json: Json = False) -> None:
+    """Delete a run's pod, whatever it is doing."""
+    from grpo_gsm8k.launch import manage
+
+    show(manage.down(state_dir, run), as_json)
+
+
+@launch_app.command("reap")
+def launch_reap(
+    everything: Annotated[bool, typer.Option("--all", help="also pods within their deadline")] = False,
+    state_dir: StateDir = RECORDS,
+    as_json: Json = False,
+) -> None:
+    """Delete pods of this project that outlived their deadline, from any machine that has the key."""
+    from grpo_gsm8k.launch import manage
+
+    show(manage.reap(state_dir, everything), as_json)
 
 
 def main(argv: list[str] | None = None) -> None:

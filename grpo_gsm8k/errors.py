@@ -14,6 +14,7 @@ for it. Whatever is not in this tree is a bug and keeps its traceback.
     │   └── NonFiniteError               a loss or gradient that is not a number; the batch was kept
     ├── EngineError             exit 1   a sampling or evaluating process that fails again and again, or that
     │                                    does not hold the weights it was given; checkpoints are good
+    ├── LaunchError             exit 1   a rented machine that could not be had, was lost, or whose job failed
     └── Interrupted             exit 130 Ctrl-C (143 on SIGTERM); a checkpoint was written first
 """
 
@@ -74,6 +75,10 @@ class NonFiniteError(UserError):
 
 class EngineError(GrpoError):
     """An engine process fails again and again, or does not sample from the weights that it was given."""
+
+
+class LaunchError(GrpoError):
+    """A rented machine could not be had, was lost, or its job failed; what it cost has been said."""
 
 
 class Interrupted(GrpoError):

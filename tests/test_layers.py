@@ -28,7 +28,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("report*", "pipeline", "serve", "launch", "doctor", "bench*"),
     ("cli", "__main__"),
 )
-NETWORK = {"aiohttp", "datasets", "http.client", "httpx", "huggingface_hub", "requests", "urllib.request", "urllib3"}
+NETWORK = {
+    "aiohttp",
+    "asyncssh",
+    "datasets",
+    "http.client",
+    "httpx",
+    "huggingface_hub",
+    "requests",
+    "urllib.request",
+    "urllib3",
+}
 MAY_USE_THE_NETWORK = {"data_prep", "r1_traces", "launch", "serve"}  # and one function of doctor
 IN_ONE_MODULE_ONLY = ("vllm", "wandb")
 HEAVY = {"torch", "transformers", "vllm", "datasets", "wandb", "matplotlib", "scipy"}

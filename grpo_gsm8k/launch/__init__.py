@@ -1,0 +1,34 @@
+"""Rented GPUs: a pod is made, does one job, and is deleted, whatever happens in between.
+
+`up.py` tells it from top to bottom. What the launcher owes, state by state:
+
+| state  | deadline     | when it fails                            | the launcher owes                            |
+|--------|--------------|------------------------------------------|----------------------------------------------|
+| plan   |              | beyond --budget, no push rights          | to say so before anything costs money        |
+| create | the client's | no capacity, a rule, 403                 | the next GPU; rounds with back-off           |
+|        |              | 402, 422                                 | to stop                                      |
+|        |              | reply lost, 5xx                          | to list by name, then adopt or ask again     |
+| place  | --place_s    | still PROVISIONING                       | to delete it, and try the next GPU           |
+| pull   | --pull_s     | still STARTING, or ERROR                 | the same                                     |
+| ssh    | --ssh_s      | refused, or not the host key of the logs | the same                                     |
+| run    | the name's   | ssh drops, the port changes              | to ask for the address; the job goes on      |
+|        |              | the pod dies or vanishes                 | a new pod from the last push, or the end     |
+|        |              | budget or time used up                   | to stop the job, fetch what is there, delete |
+| fetch  | --fetch_s    | ssh drops                                | to fetch again                               |
+| end    | --delete_s   | a delete fails                           | to try again; at last to name what is left   |
+
+Four layers see to the end: `finally` and the signal handlers here; `watchdog.py` in the pod; `reap`, which needs
+nothing but the key, since a pod's name carries its deadline; and the budget, checked before the create.
+
+    records.py   names, and what is known of a run on this machine     api.py      the provider's REST API, version 2
+    up.py        the life of a run                                     shell.py    ssh: start, follow, fetch
+    manage.py    status, logs, attach, down, reap                      watchdog.py inside the pod, standard library only
+    plan.py      which GPU, how long, how much                         webhook.py  progress events
+    keep.py      checkpoints pushed and restored, in the pod           publish.py  a model card and `push`
+    sky.py       the same job as a SkyPilot task                       settings.py every setting
+
+What the image owes: `PUBLIC_KEY` into authorized_keys, sshd at port 22, the environment in /etc/environment, the host's
+ed25519 key in its log, then its arguments as the command; sh, setsid, tar, GNU find and python on the path.
+
+Nothing here has been tried against the live service: the tests use a fake one, as strict as its documentation.
+"""

@@ -1,0 +1,92 @@
+"""In the pod: a job whose run folder is pushed to the hub while it runs, and restored before it begins.
+
+    python -m grpo_gsm8k.launch.keep --repo_id owner/name --folder artifacts --every_s 600 -- COMMAND
+
+The folder lies in the repository under `run/`. Checkpoints are renamed into place whole, and a push is one commit, so
+what a new pod restores is a state from which `--resume` goes on; what is half written is left out. A push that fails is
+tried again at the next turn, and does not disturb the job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from grpo_gsm8k.launch import hub
+from grpo_gsm8k.runs.progress import talk
+
+WHERE = "run"
+UNFINISHED = [".tmp-*", "**/.tmp-*", ".writing*", "**/.writing*/**", "**/.lock", ".lock"]
+
+
+def restore(repo_id: str, folder: Path) -> bool:
+    """What was pushed last, put back into `folder`; whether there was anything. Errors of the hub end the job."""
+    found = hub.api().snapshot_download(repo_id, allow_patterns=[f"{WHERE}/*"], local_dir=folder / ".restoring")
+    pushed = Path(found) / WHERE
+    files = [path for path in pushed.rglob("*") if path.is_file()]
+    for path in files:
+        target = folder / path.relative_to(pushed)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    return bool(files)
+
+
+def push(repo_id: str, folder: Path) -> None:
+    """The folder as one commit; what is no longer there is removed. A failure is said, no more."""
+    if not folder.is_dir():
+        return
+    try:
+        hub.api().upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            path_in_repo=WHERE,
+            commit_message="The run so far",
+            ignore_patterns=[*UNFINISHED, ".restoring/**"],
+            delete_patterns="*",
+        )
+    except hub.UNREACHABLE as fault:  # also a checkpoint that was retired while it was read
+        talk(f"not pushed this time: {type(fault).__name__}")
+
+
+def run(repo_id: str, folder: Path, every_s: float, command: Sequence[str]) -> int:
+    """Restore, run, push every so often and at the end; the command's exit code."""
+    if restore(repo_id, folder):
+        talk(f"going on from what was pushed to {repo_id}")
+    ended = threading.Event()
+
+    def keep_pushing() -> None:
+        while not ended.wait(every_s):
+            push(repo_id, folder)
+
+    thread = threading.Thread(target=keep_pushing)
+    thread.start()
+    try:
+        code = subprocess.run(command, check=False).returncode
+    finally:
+        ended.set()
+        thread.join()
+        push(repo_id, folder)
+    return code if code >= 0 else 128 - code
+
+
+def main() -> int:
+    """Read the flags. SIGTERM is for the job, which shares this process's group."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repo_id", required=True)
+    parser.add_argument("--folder", required=True, type=Path)
+    parser.add_argument("--every_s", required=True, type=float)
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    flags = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    command = flags.command[1:] if flags.command[:1] == ["--"] else flags.command
+    return run(flags.repo_id, flags.folder, flags.every_s, command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Every setting of the launcher, declared once: a field is a flag and its help."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from grpo_gsm8k.config import opt
+from grpo_gsm8k.errors import ConfigError
+
+API = "https://api.runpod.io/v2"
+PREFERENCE = ("NVIDIA L40S", "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA H200")
+COUNTS = (1, 2, 4, 6, 8)
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What is to be trained, and on what."""
+
+    model_id: str = opt("Qwen/Qwen2.5-Math-1.5B", "model on the hub")
+    method: Literal["sft", "lora", "grpo", "grpo-lora"] = opt("grpo", "what is trained, and whether it samples too")
+    lora_rank: int = opt(32, "rank of the adapters (lora, grpo-lora)")
+    microbatch_tokens: int = opt(8192, "tokens of one forward pass, as max_tokens_per_microbatch")
+    logit_chunk: int = opt(1024, "tokens whose logits are there at once")
+    sampled_tokens: int = opt(65536, "tokens in the sampler's cache: sequences x length")
+    kl: bool = opt(False, "with a KL term: a reference model beside the trained one")
+    sleep: bool = opt(True, "the sampler sleeps while the trainer trains")
+    total_tokens: float = opt(1e8, "tokens trained in all, for the estimate of time")
+    gpu: str = opt("", "GPU ids in order, comma separated; empty for L40S, A100 SXM, H100 SXM, H200")
+    count: int = opt(0, "GPUs of a pod: 1, 2, 4, 6 or 8; 0 for the fewest that suffice (`up`: 1)")
+    cloud: Literal["SECURE", "COMMUNITY"] = opt("SECURE", "whose machines")
+    repo_id: str = opt("", "hub repository that checkpoints are pushed to; push rights are checked first")
+
+
+@dataclass(frozen=True)
+class UpConfig:
+    """One job on one pod."""
+
+    image: str = opt("", "container image, by digest: ghcr.io/owner/name@sha256:…")
+    budget: float = opt(0.0, "dollars that the run may cost in all; must be given")
+    hours: float = opt(0.0, "hours that it may take in all; 0 for what the budget pays, at most 24")
+    gpu: str = opt("", "GPU ids in order, comma separated; empty for L40S, A100 SXM, H100 SXM, H200")
+    count: int = opt(1, "GPUs of the pod: 1, 2, 4, 6 or 8")
+    min_memory: float = opt(0.0, "GiB that a GPU must have at least; `launch plan` says how much")
+    cloud: Literal["SECURE", "COMMUNITY"] = opt("SECURE", "whose machines")
+    min_cuda: str = opt("13.0", "oldest CUDA version of the driver; empty for any")
+    disk: int = opt(120, "GB of the container's disk")
+    volume: str = opt("", "id of a network volume, mounted at /workspace")
+    registry: str = opt("", "id of the provider's stored login for a private image")
+    name: str = opt("run", "short name of the run: letters and digits")
+    fetch: str = opt("artifacts", "what to bring home, relative to the job's folder; empty for nothing but the log")
+    repo_id: str = opt("", "hub repository that checkpoints are pushed to, and continued from after a dead host")
+    push_every_s: float = opt(600.0, "seconds between pushes")
+    restarts: int = opt(2, "new pods after a dead host; only with --repo_id")
+    pass_env: str = opt("HF_TOKEN,WANDB_API_KEY", "environment variables that the job gets, over ssh")
+    think_open: str = opt("", "opens the reasoning; tags are appended to the command, and come in pairs")
+    think_close: str = opt("", "closes the reasoning")
+    answer_open: str = opt("", "opens the answer")
+    answer_close: str = opt("", "closes the answer")
+    webhook: str = opt("", "URL for progress events; better in GRPO_GSM8K_WEBHOOK, which no process list shows")
+    webhook_form: Literal["plain", "discord", "slack"] = opt("plain", "shape of the events")
+    state_dir: str = opt("artifacts/launch", "where runs are recorded on this machine")
+    rounds: int = opt(3, "times that the list of GPUs is walked when none is free")
+    round_s: float = opt(30.0, "seconds before the second round; then twice as long each time")
+    place_s: float = opt(300.0, "deadline for a machine")
+    pull_s: float = opt(1500.0, "deadline for the image")
+    ssh_s: float = opt(180.0, "deadline for ssh, also when it comes back")
+    fetch_s: float = opt(1800.0, "deadline for the results")
+    delete_s: float = opt(300.0, "how long a failing delete is tried again")
+    poll_s: float = opt(5.0, "seconds between questions")
+    backoff_s: float = opt(1.0, "first wait after a failed request; then twice as long each time")
+    grace_s: float = opt(900.0, "how long a pod whose job has ended waits for the launcher before it ends itself")
+    stale_s: float = opt(3600.0, "silence of a job after which the pod ends itself")
+
+    def __post_init__(self) -> None:
+        if self.count not in COUNTS:
+            raise ConfigError(f"--count {self.count}: must be one of {', '.join(map(str, COUNTS))}")
+        if not self.name.isascii() or not self.name.isalnum() or not self.name.islower() or len(self.name) > 20:
+            raise ConfigError(f"--name {self.name!r}: at most 20 lower-case letters and digits")
+
+
+def api_key() -> str:
+    """The provider's key, from the environment and nowhere else. Raises `ConfigError`."""
+    key = os.environ.get("RUNPOD_API_KEY", "").strip()
+    if not key:
+        raise ConfigError("the environment variable RUNPOD_API_KEY holds no key; set it")
+    return key
+
+
+def api_base() -> str:
+    """The API's address; RUNPOD_API_BASE_URL overrides it."""
+    return os.environ.get("RUNPOD_API_BASE_URL", API).rstrip("/")

@@ -1,0 +1,469 @@
+"""The launcher against a provider that misbehaves. After every script the same holds: no pod is left that costs
+money, the user was told what happened and what it cost, and no secret is anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_gsm8k.errors import ConfigError, GrpoError
+from grpo_gsm8k.launch import manage, up, watchdog, webhook
+from tests.fake_runpod import FakeRunpod, Pod, serve
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SECRETS = {
+    "RUNPOD_API_KEY": "rpa_KEY0123456789abcdef",
+    "HF_TOKEN": "hf_TOKEN0123456789abcdef",
+    "WANDB_API_KEY": "wandb0123456789abcdef",
+    "GRPO_GSM8K_WEBHOOK_SECRET": "hook0123456789abcdef",
+}
+QUICK: dict[str, Any] = {
+    "image": "ghcr.io/owner/image@sha256:" + "0" * 64,
+    "budget": 1.0,
+    "poll_s": 0.05,
+    "backoff_s": 0.005,
+    "round_s": 0.01,
+    "place_s": 5.0,
+    "pull_s": 5.0,
+    "ssh_s": 5.0,
+    "delete_s": 2.0,
+    "fetch_s": 5.0,
+}
+JOB = ["sh", "-c", "mkdir -p artifacts && echo 42 > artifacts/answer && echo working && sleep 0.1 && echo done"]
+NO_JOB = ["sh", "-c", "exit 3"]
+
+
+@dataclass
+class Script:
+    """What befalls a run, and what must come of it: words said, the exit code (0 for success), pods that were made."""
+
+    name: str
+    says: str
+    code: int = 0
+    pods: int = 1
+    faults: dict[str, list[str]] = field(default_factory=dict)
+    lives: tuple[str, ...] = ()
+    on_command: dict[int, str] = field(default_factory=dict)
+    host_key_in_log: str = "own"
+    command: list[str] = field(default_factory=lambda: JOB)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+SLOW = {  # near relatives of the others
+    "this GPU is not allowed",
+    "the catalog is garbage once",
+    "create fails and made nothing",
+    "create fails and made a pod",
+    "create: a broken reply, a pod",
+    "create: no reply, no pod",
+    "too many requests",
+    "ssh refuses three times",
+    "two deletes fail",
+    "create: no reply again and again",
+    "the image is never there",
+    "ssh never comes",
+    "questions fail while it boots",
+    "ssh drops in the fetch",
+    "the container is started again",
+    "all attempts at a delete fail, once",
+    "a delete is refused once",
+    "the list is garbage at the end",
+    "what is to be fetched is not there",
+}
+SCRIPTS = [
+    Script("nothing happens", "results:"),
+    Script("no capacity anywhere", "no GPU could be had in 3 rounds", 1, 0, {"create": ["400"] * 12}),
+    Script("capacity for the third choice alone", r"NVIDIA H100 80GB HBM3 at \$3.29", 0, 1, {"create": ["400", "400"]}),
+    Script("no money", "HTTP 402", 1, 0, {"create": ["402"]}),
+    Script("this GPU is not allowed", "HTTP 403", 0, 1, {"create": ["403"]}),
+    Script("the request is not taken", "HTTP 422", 1, 0, {"create": ["422"]}),
+    Script("too many requests", "results:", 0, 1, {"create": ["429", "429"], "get": ["429"]}),
+    Script("the key is not known", "HTTP 401", 1, 0, {"catalog": ["401"]}),
+    Script("the API is down", "HTTP 503", 1, 0, {"catalog": ["503"] * 5}),
+    Script("the catalog is garbage once", "results:", 0, 1, {"catalog": ["malformed", "html"]}),
+    Script("create fails and made nothing", "looking for", 0, 1, {"create": ["503"]}),
+    Script("create fails and made a pod", "looking for", 0, 1, {"create": ["500_after"]}),
+    Script("create: no reply, no pod", "looking for", 0, 1, {"create": ["drop"]}),
+    Script("create: no reply, a pod", "looking for", 0, 1, {"create": ["drop_after"]}),
+    Script("create: no reply, a pod that turns up late", "looking for", 0, 1, {"create": ["late"]}),
+    Script("create: a broken reply, a pod", "looking for", 0, 1, {"create": ["malformed_after"]}),
+    Script(
+        "create: no reply again and again", "no clear answer in 3", 0, 1, {"create": ["drop"] * 3, "list": [""] * 2}
+    ),
+    Script("create: no reply, and no list", "no GPU|HTTP 500", 1, 1, {"create": ["late"], "list": ["500"] * 5}),
+    Script(
+        "no machine is found", "still PROVISIONING after 0.5 s", 0, 2, lives=("stuck_place",), settings={"place_s": 0.5}
+    ),
+    Script(
+        "the image is never there", "still STARTING after 0.5 s", 0, 2, lives=("stuck_pull",), settings={"pull_s": 0.5}
+    ),
+    Script(
+        "the budget is gone before the job begins",
+        "used up before the job began",
+        1,
+        lives=("stuck_pull",),
+        settings={"budget": 0.99 / 3600 * 0.8, "gpu": "NVIDIA L40S"},
+    ),
+    Script("the pod is in error", "the pod is ERROR", 0, 2, lives=("error",)),
+    Script("ssh never comes", "still RUNNING after 0.5 s", 0, 2, lives=("no_ssh",), settings={"ssh_s": 0.5}),
+    Script("ssh refuses three times", "results:", 0, 1, lives=("refuse_3",)),
+    Script("no pod ever works", "no GPU could be had", 1, 4, lives=("error",) * 4, settings={"rounds": 1}),
+    Script(
+        "another host answers",
+        "Host key is not trusted",
+        1,
+        host_key_in_log="other",
+        settings={"rounds": 1, "ssh_s": 0.3, "gpu": "NVIDIA L40S"},
+    ),
+    Script("the log shows no host key", "is pinned from now on", host_key_in_log="none"),
+    Script("questions fail while it boots", "HTTP 500", 0, 1, {"get": ["500"] * 5 + ["malformed", "drop", "404"]}),
+    Script("ssh drops at the start", "connecting again", on_command={1: "drop"}),
+    Script("ssh drops in the run, the port changes", "connecting again", on_command={2: "move", 4: "move"}),
+    Script("ssh drops in the fetch", "connecting again|did not arrive", on_command={5: "drop", 6: "drop", 7: "drop"}),
+    Script("the host dies", "is EXITED; with --repo_id", 1, on_command={3: "die"}),
+    Script("the pod vanishes", "is gone; with --repo_id", 1, on_command={3: "vanish"}),
+    Script("the container is started again", "the job is gone", 1, on_command={3: "restart"}),
+    Script("the list forgets the pod", "results:", on_command={2: "hide"}),
+    Script("two deletes fail", "results:", faults={"delete": ["500", "drop"]}),
+    Script("all attempts at a delete fail, once", "5 attempts", faults={"delete": ["500"] * 5}),
+    Script("a delete is not answered, and was done", "results:", faults={"delete": ["drop_after"]}),
+    Script("a delete is refused once", "HTTP 403", faults={"delete": ["403"]}),
+    Script("the list is garbage at the end", "results:", faults={"list": ["malformed"] * 4}),
+    Script("the job fails", "exit code 3", 1, command=NO_JOB),
+    Script("what is to be fetched is not there", "results:", settings={"fetch": "nowhere"}),
+    Script("the job prints its secrets", r"token \[secret\]", command=["sh", "-c", "echo token $HF_TOKEN; env"]),
+    Script(
+        "the budget is used up",
+        "told to stop",
+        1,
+        command=["sh", "-c", "trap 'mkdir artifacts; echo saved; exit 0' TERM; while :; do sleep 0.05; done"],
+        settings={"budget": 0.99 / 3600 * 1.5, "fetch_s": 0.8, "gpu": "NVIDIA L40S"},
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch):
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(up, "LEAST_S", 0.5)
+
+
+def run(fake, tmp_path, command=JOB, **settings):
+    """`up` in this process; (exit code, its result or its error)."""
+    os.environ["RUNPOD_API_BASE_URL"] = fake.url
+    try:
+        return 0, up.up({**QUICK, "state_dir": str(tmp_path / "state"), **settings}, command)
+    except GrpoError as fault:
+        return fault.exit_code, fault
+    finally:
+        del os.environ["RUNPOD_API_BASE_URL"]
+
+
+def assert_no_secret(fake, tmp_path, *texts):
+    """Neither in what was said, sent and logged, nor in a file, but for the one in the pod that holds the job's."""
+    for path in tmp_path.rglob("*"):
+        if path.is_file() and path.parts[-2:] != ("grpo-job", "env") and path.parts[-2:] != ("grpo-job", "log"):
+            assert not [s for s in SECRETS.values() if s.encode() in path.read_bytes()], path
+        if path.name in ("env", "state.json", "id_ed25519"):
+            assert path.stat().st_mode & 0o077 == 0, path
+    sent = json.dumps(fake.requests) + "".join(body.decode() for _, body in fake.webhooks)
+    assert not [s for s in SECRETS.values() for text in (*texts, sent) if s in text]
+
+
+def assert_over(fake, tmp_path, said):
+    """The invariant."""
+    assert fake.billable() == []
+    assert re.search(r"it cost about \$\d+\.\d{4} \(price x time\), no pod is left", said)
+    assert_no_secret(fake, tmp_path, said)
+    assert not list((tmp_path / "state").glob("*/id_ed25519"))
+
+
+@pytest.mark.parametrize(
+    "script", [pytest.param(s, id=s.name, marks=[pytest.mark.slow] if s.name in SLOW else []) for s in SCRIPTS]
+)
+def test_no_pod_is_left_and_the_user_is_told(script, tmp_path, capfd):
+    fake = FakeRunpod(
+        tmp_path / "pods",
+        SECRETS["RUNPOD_API_KEY"],
+        script.faults,
+        script.lives,
+        script.on_command,
+        host_key_in_log=script.host_key_in_log,
+    )
+    with serve(fake):
+        settings = {"webhook": fake.url.replace("/v2", "/hook"), **script.settings}
+        code, result = run(fake, tmp_path, script.command, **settings)
+    said = capfd.readouterr().err + str(result)
+    assert_over(fake, tmp_path, said)
+    assert re.search(script.says, said), said
+    assert (code, len(fake.pods), fake.most_at_once <= 1) == (script.code, script.pods, True), said
+    assert not any(any(script) for script in fake.faults.values()), fake.faults  # all of it happened
+    if code == 0 and script.command is JOB and not script.settings:
+        (answer,) = (tmp_path / "state").glob("*/results/artifacts/answer")
+        assert answer.read_text() == "42\n"
+        assert (tmp_path / "state" / result["run"] / "log").read_text() == "working\ndone\n"
+        last = json.loads(fake.webhooks[-1][1])
+        assert last["event"] == "end" and last["cost"] > 0
+
+
+# ---- killed from outside
+
+
+def start(fake, tmp_path, *flags, job=JOB):
+    """`launch up` in a process of its own."""
+    values = {**QUICK, "budget": 5.0, "state_dir": tmp_path / "state"}
+    words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "grpo_gsm8k.cli", "launch", "up", *words, *flags, "--", *job]
+    env = {**os.environ, "RUNPOD_API_BASE_URL": fake.url}
+    return subprocess.Popen(command, cwd=REPOSITORY, env=env, stderr=subprocess.PIPE, text=True)
+
+
+STAGES = ("catalog", "create", "created", "running", "command_1", "command_3", "delete")
+
+
+def kill_at(stage, number, tmp_path):
+    """Send a signal when the fake sees `stage`; what became of it."""
+    fake = FakeRunpod(tmp_path / "pods", SECRETS["RUNPOD_API_KEY"])
+    shown = []
+    with serve(fake):
+        process = start(fake, tmp_path, job=["sh", "-c", "mkdir -p artifacts; sleep 0.5"])
+
+        def watch(event):
+            if event == stage and not shown:
+                shown.append(Path(f"/proc/{process.pid}/cmdline").read_bytes())
+                shown.append(Path(f"/proc/{process.pid}/status").read_bytes())
+                process.send_signal(number)
+
+        fake.watch = watch
+        said = process.communicate(timeout=60)[1]
+        left = fake.billable()
+        os.environ["RUNPOD_API_BASE_URL"] = fake.url
+        reaped = manage.reap(tmp_path / "state", everything=True) if number == signal.SIGKILL else {"deleted": []}
+        del os.environ["RUNPOD_API_BASE_URL"]
+        again = fake.billable()
+    assert shown and not any(secret.encode() in shown[0] for secret in SECRETS.values())
+    return process.returncode, said, left, reaped["deleted"], again, fake
+
+
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    [
+        pytest.param(
+            stage, number, marks=[] if (stage, number) == ("command_3", signal.SIGTERM) else [pytest.mark.slow]
+        )
+        for stage in STAGES
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    ],
+)
+def test_a_signal_ends_the_run_and_its_pod(stage, number, tmp_path):
+    code, said, _, _, left, fake = kill_at(stage, number, tmp_path)
+    assert left == [] and code == (0 if stage == "delete" else 128 + number), said
+    assert_over(fake, tmp_path, said)
+
+
+@pytest.mark.parametrize("stage", [s if s == "created" else pytest.param(s, marks=pytest.mark.slow) for s in STAGES])
+def test_what_a_killed_launcher_leaves_is_reaped(stage, tmp_path, capfd):
+    code, _, before, deleted, left, fake = kill_at(stage, signal.SIGKILL, tmp_path)
+    assert code == -signal.SIGKILL and left == []
+    assert [row["pod"] for row in deleted] == before
+    said = capfd.readouterr().err
+    assert "ended; it cost about $" in said
+    assert_no_secret(fake, tmp_path, said)
+
+
+# ---- from another machine, and later
+
+
+@pytest.fixture
+def account(tmp_path, monkeypatch):
+    """A fake that serves, and the function that puts a pod of that name on its ledger."""
+    fake = FakeRunpod(tmp_path / "pods", SECRETS["RUNPOD_API_KEY"])
+
+    def put(name):
+        pod = Pod(
+            next(fake.numbers), {"name": name, "gpu": {"id": "NVIDIA L40S", "count": 2}, "env": {}}, "ok", fake.folder
+        )
+        fake.pods[pod.id] = pod
+        return pod.id
+
+    with serve(fake):
+        monkeypatch.setenv("RUNPOD_API_BASE_URL", fake.url)
+        yield fake, put
+
+
+def test_reap_needs_only_the_name(account, tmp_path):
+    fake, put = account
+    old, new = put("grpo-gsm8k-a-000001-20200101T000000Z"), put("grpo-gsm8k-b-000002-20990101T000000Z")
+    put("somebody-elses-20200101T000000Z"), put("grpo-gsm8k-c-000003-20209999T000000Z")
+    assert [row["run"] for row in manage.status(tmp_path)["pods"]] == ["a-000001", "b-000002"]
+    assert [row["pod"] for row in manage.reap(tmp_path, everything=False)["deleted"]] == [old]
+    assert manage.down(tmp_path, "b-000002")["deleted"][0]["pod"] == new
+    assert fake.billable() == ["pod3", "pod4"]
+    with pytest.raises(ConfigError, match="no run on record"):
+        manage.down(tmp_path, "b-000002")
+
+
+def test_a_pod_that_could_not_be_deleted_is_named_and_reaped_later(tmp_path, capfd, monkeypatch):
+    fake = FakeRunpod(tmp_path / "pods", SECRETS["RUNPOD_API_KEY"], {"delete": ["500"] * 60})
+    with serve(fake):
+        code, result = run(fake, tmp_path, delete_s=0.2)
+        said = capfd.readouterr().err
+        assert code == 1 and "pod1 could not be deleted" in str(result)
+        assert "AND MAY GO ON COSTING: pod1" in said and fake.billable() == ["pod1"]
+        fake.faults.clear()
+        monkeypatch.setenv("RUNPOD_API_BASE_URL", fake.url)
+        manage.reap(tmp_path / "state", everything=True)
+    assert fake.billable() == []
+
+
+@pytest.mark.slow
+def test_attach_goes_on_where_a_killed_launcher_was(tmp_path, capfd, monkeypatch):
+    fake = FakeRunpod(tmp_path / "pods", SECRETS["RUNPOD_API_KEY"])
+    with serve(fake):
+        monkeypatch.setenv("RUNPOD_API_BASE_URL", fake.url)
+        process = start(
+            fake, tmp_path, job=["sh", "-c", "mkdir artifacts; echo one; sleep 1; echo two; echo 7 > artifacts/x"]
+        )
+        fake.watch = lambda event: process.kill() if event == "command_3" else None
+        process.communicate(timeout=60)
+        fake.watch = lambda event: None
+        assert manage.reap(tmp_path / "state", everything=False) == {"deleted": []}  # its job runs: it may be wanted
+        manage.logs(tmp_path / "state", "run")
+        assert capfd.readouterr().out.startswith("one\n")
+        done = manage.attach(tmp_path / "state", "run")
+    assert fake.billable() == [] and done["exit_code"] == 0 and len(fake.pods) == 1
+    assert Path(done["log"]).read_text() == "one\ntwo\n"
+    assert (Path(done["results"]) / "artifacts" / "x").read_text() == "7\n"
+
+
+# ---- the pod's own end
+
+
+@pytest.mark.parametrize(
+    ("files", "limits", "why"),
+    [
+        ({}, (1e10, 900, 3600), ""),
+        ({}, (0, 900, 3600), "deadline has passed"),
+        ({}, (1e10, 900, 0), "nothing was heard"),
+        ({"log": ""}, (1e10, 900, 3600), ""),
+        ({"log": "", "status": "0"}, (1e10, 900, 0), ""),
+        ({"log": "", "status": "0"}, (1e10, 0, 3600), "nobody came"),
+        ({"DONE": ""}, (1e10, 900, 3600), "started again after its job"),
+        ({"boots": "6"}, (1e10, 900, 3600), "started 6 times"),
+    ],
+)
+def test_a_pod_knows_when_to_end(tmp_path, files, limits, why):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    now = time.time()
+    found = watchdog.reason_to_end(tmp_path, watchdog.Limits(*limits), now, now + 1)
+    assert why in found and bool(found) == bool(why)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("refused", [False, True])
+def test_the_watchdog_ends_a_forgotten_pod_or_its_job(tmp_path, refused):
+    """The launcher is killed; the job ends in the pod, and nobody comes."""
+    faults = {"action": ["403"] * 400} if refused else {}
+    fake = FakeRunpod(tmp_path / "pods", SECRETS["RUNPOD_API_KEY"], faults, run_args=True)
+    with serve(fake):
+        job = ["sleep", "30"] if refused else ["true"]
+        process = start(fake, tmp_path, "--grace_s", "0.2", "--stale_s", "0.8", job=job)
+        fake.watch = lambda event: process.kill() if event == "command_2" else None
+        process.communicate(timeout=60)
+        home, until = tmp_path / "pods" / "pod1", time.monotonic() + 20
+        ended = "CANNOT END THIS POD (HTTP 403), IT GOES ON COSTING MONEY; its job was killed" if refused else "asked"
+        while ended not in (home / "container.log").read_text() and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(0.2)
+        log = (home / "container.log").read_text()
+        assert "own key sees it" in log and ended in log
+        assert fake.billable() == (["pod1"] if refused else [])
+        assert "pod1-key" not in log
+
+
+# ---- words to the outside
+
+
+def test_a_webhook_that_fails_hangs_or_lies_never_slows_the_run(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(webhook.Webhook.__init__, "__defaults__", (0.3,))
+    fake = FakeRunpod(tmp_path / "pods", SECRETS["RUNPOD_API_KEY"])
+    fake.webhook_faults = ["503", "429", "404", "hang"]
+    with serve(fake):
+        code, done = run(fake, tmp_path, webhook=fake.url.replace("/v2", "/hook"))
+    assert code == 0 and done["seconds"] < 4
+    assert "webhook events could not be delivered" in capfd.readouterr().err
+
+
+def test_events_are_signed_and_shaped(tmp_path, monkeypatch):
+    fake = FakeRunpod(tmp_path / "pods", SECRETS["RUNPOD_API_KEY"])
+    metrics = '{"step": 4, "reward/mean": 0.5, "val/accuracy": 0.25}'
+    job = ["sh", "-c", f"mkdir -p artifacts/a; echo '{metrics}' > artifacts/a/metrics.jsonl; sleep 0.2"]
+    with serve(fake):
+        monkeypatch.setenv("GRPO_GSM8K_WEBHOOK", fake.url.replace("/v2", "/hook"))
+        run(fake, tmp_path, job)
+        run(fake, tmp_path, job, webhook_form="discord")
+    secret = SECRETS["GRPO_GSM8K_WEBHOOK_SECRET"].encode()
+    for headers, body in fake.webhooks:
+        assert headers["X-Grpo-Gsm8k-Signature"] == f"sha256={hmac.new(secret, body, hashlib.sha256).hexdigest()}"
+    said = [json.loads(body) for _, body in fake.webhooks]
+    plain = [event for event in said if "event" in event]
+    assert {"event", "message", "timestamp", "stage", "project", "repo_id"} <= plain[0].keys()
+    (step,) = (event for event in plain if event["event"] == "step")
+    assert (step["step"], step["reward"], step["accuracy"], step["stage"]) == (4, 0.5, 0.25, "run")
+    assert [e["event"] for e in plain][-1] == "end"
+    assert any("step 4" in event.get("content", "") and "accuracy 0.25" in event["content"] for event in said)
+    assert "reward 0.5" in webhook.FORMS["slack"](step)["text"]
+
+
+# ---- refused before anything is rented
+
+
+@pytest.mark.parametrize(
+    ("command", "settings", "says"),
+    [
+        ([], {}, "behind --"),
+        (JOB, {"image": ""}, "--image"),
+        (JOB, {"budget": 0.0}, "--budget"),
+        (JOB, {"budget": 1.9, "hours": 2.0, "gpu": "NVIDIA L40S"}, r"2 hours cost \$1.98"),
+        (JOB, {"count": 3}, "must be one of 1, 2, 4, 6, 8"),
+        (JOB, {"name": "A b"}, "lower-case"),
+        (JOB, {"gpu": "NVIDIA ABACUS"}, "the catalog has no NVIDIA ABACUS"),
+        (JOB, {"min_memory": 200.0}, "with 200 GiB"),
+        (JOB, {"fetch": "../../etc"}, "below the job's folder"),
+        (["echo", "hf_TOKEN0123456789abcdef"], {}, "holds the value of HF_TOKEN"),
+        (JOB, {"think_open": "<r>"}, "tags come in pairs"),
+        (JOB, {"think_open": "<r>", "think_close": "</r>", "answer_open": "<a>"}, "tags come in pairs"),
+        (JOB, {"think_open": "<r>", "think_close": "<r>"}, "differ from each other"),
+    ],
+)
+def test_refused_before_anything_is_rented(tmp_path, capfd, command, settings, says):
+    fake = FakeRunpod(tmp_path / "pods", SECRETS["RUNPOD_API_KEY"])
+    with serve(fake):
+        code, fault = run(fake, tmp_path, command, **settings)
+    assert code == 2 and re.search(says, str(fault)), fault
+    assert not fake.requests["create"]
+    assert_no_secret(fake, tmp_path, str(fault), capfd.readouterr().err)
+
+
+def test_tags_travel_to_the_job_as_pairs(tmp_path):
+    fake = FakeRunpod(tmp_path / "pods", SECRETS["RUNPOD_API_KEY"])
+    tags = {"think_open": "<r x>", "think_close": "</r>", "answer_open": "<a>", "answer_close": "</a>"}
+    with serve(fake):
+        _, done = run(fake, tmp_path, ["printf", "%s|"], **tags)
+    assert (
+        Path(done["log"]).read_text() == "--think_open|<r x>|--think_close|</r>|--answer_open|<a>|--answer_close|</a>|"
+    )

@@ -1,0 +1,243 @@
+"""What is known before anything is rented: memory, prices, access; and what is pushed and restored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import huggingface_hub
+import pytest
+import yaml
+from huggingface_hub import HfApi
+
+from grpo_gsm8k import config
+from grpo_gsm8k.errors import CheckpointError, ConfigError, ModelError
+from grpo_gsm8k.launch import hub, keep, publish
+from grpo_gsm8k.launch.hub import ModelFacts
+from grpo_gsm8k.launch.plan import GIB, lora_parameters, need, plan
+from grpo_gsm8k.launch.settings import PlanConfig
+from grpo_gsm8k.launch.sky import write_task
+from grpo_gsm8k.launch.up import up
+from grpo_gsm8k.runs.files import write_json, write_jsonl
+from grpo_gsm8k.trainer import checkpoint
+from tests import fake_hub
+from tests.fake_runpod import FakeRunpod, serve
+from tests.test_launch import QUICK
+
+TOKEN = "hf_TOKEN0123456789abcdef"
+KEY = "rpa_KEY0123456789abcdef"
+SMALL = ModelFacts("Qwen2.5-Math-1.5B", "", "", 1_543_714_304, 28, 1536, 8960, 12, 2, 128, 151936)
+LARGE = ModelFacts("Qwen2.5-Math-7B", "", "", 7_615_616_512, 28, 3584, 18944, 28, 4, 128, 152064)
+WORKED = {"microbatch_tokens": 16384, "sampled_tokens": 16384, "lora_rank": 64}
+
+
+def settings(**values):
+    return config.build(PlanConfig, {**WORKED, **values})
+
+
+@pytest.mark.parametrize(
+    ("facts", "values", "gib"),
+    [
+        (SMALL, {"sleep": False}, 37),
+        (SMALL, {"sleep": True}, 32),
+        (LARGE, {"sleep": False}, 151),
+        (LARGE, {"method": "grpo-lora", "sleep": False}, 46),
+    ],
+)
+def test_memory_of_the_worked_examples(facts, values, gib):
+    assert need(facts, settings(**values)) / GIB == pytest.approx(gib, abs=0.6)
+
+
+def test_memory_term_by_term():
+    """By hand, for a model of round numbers: N 1000, L 2, d 10, ff 30, H 2 and kv 1 of 5, V 100; T 8, chunk 4."""
+    toy = ModelFacts("toy", "", "", 1000, 2, 10, 30, 2, 1, 5, 100)
+    values = {"microbatch_tokens": 8, "logit_chunk": 4, "sampled_tokens": 7, "lora_rank": 2, "sleep": False}
+    # Act: 8 (2*2*10 + 2 (100 + 90) + 4 * 4 * 5) = 8 * 500 = 4000; logits 10 * 100 * 4 = 4000
+    # sampler: 2000 + 4 * 2 * 1 * 5 * 7 = 2280, and 1.5 GiB; with the 2 GiB of the context 3.5 GiB
+    fixed = 3.5 * GIB
+    assert need(toy, settings(**values)) == pytest.approx(1.08 * (16000 + 8000 + 2280 + fixed), abs=1e-3)
+    assert need(toy, settings(**values, kl=True)) == pytest.approx(1.08 * (18000 + 8000 + 2280 + fixed), abs=1e-3)
+    assert need(toy, settings(**values, method="sft")) == pytest.approx(1.08 * (16000 + 8000 + 2 * GIB), abs=1e-3)
+    # q and o 2 (10 + 10), k and v 2 (10 + 5), the MLP 3 (10 + 30): 190 a layer and rank
+    assert lora_parameters(toy, 2) == 2 * 2 * 190
+    asleep = settings(**(values | {"sleep": True}))
+    assert need(toy, asleep) == pytest.approx(1.08 * (14000 + 2280 + fixed), abs=1e-3)  # awake is the larger half
+    assert need(toy, settings(**values), 4) == pytest.approx(1.08 * (4000 + 8000 + 2280 + fixed), abs=1e-3)
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A fake hub and a fake provider, and the environment that points at them."""
+    monkeypatch.setenv("RUNPOD_API_KEY", KEY)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with fake_hub.serve(fake_hub.FakeHub(TOKEN)) as the_hub, serve(FakeRunpod(tmp_path / "pods", KEY)) as provider:
+        monkeypatch.setenv("RUNPOD_API_BASE_URL", provider.url)
+        who = {"token": TOKEN}
+        monkeypatch.setattr(hub, "api", lambda: HfApi(endpoint=the_hub.url, token=who["token"]))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        the_hub.who = who
+        yield the_hub, provider
+
+
+def put_model(the_hub, facts, gated=False):
+    repo = f"Qwen/{facts.model_id}"
+    shape = {"num_hidden_layers": facts.layers, "hidden_size": facts.hidden, "intermediate_size": facts.mlp}
+    shape |= {"num_attention_heads": facts.heads, "num_key_value_heads": facts.kv_heads, "vocab_size": facts.vocab}
+    the_hub.files[repo] = {"config.json": json.dumps(shape).encode()}
+    the_hub.info[repo] = {
+        "safetensors": {"parameters": {"BF16": facts.parameters}, "total": facts.parameters},
+        "gated": gated,
+    }
+    the_hub.gated |= {repo} if gated else set()
+    return repo
+
+
+def test_a_plan_names_the_gpus_that_suffice_at_the_live_price(world, tmp_path):
+    the_hub, provider = world
+    repo = put_model(the_hub, SMALL)
+    found = plan({**WORKED, "model_id": repo, "sleep": False})
+    assert [(row["gpu"], row["count"], row["price"]) for row in found["gpus"]] == [
+        ("NVIDIA L40S", 1, 0.99),
+        ("NVIDIA A100-SXM4-80GB", 1, 1.59),
+        ("NVIDIA H100 80GB HBM3", 1, 3.29),
+        ("NVIDIA H200", 1, 4.59),
+    ]
+    # 6 * 1.5437e9 * 1e8 * 1.5 FLOP at 0.4 * 362e12 a second are 2.665 hours; a quarter of an hour to set up
+    assert found["gpus"][0]["hours"] == pytest.approx(2.665 + 0.25, abs=0.01)
+    assert found["gpus"][0]["cost"] == pytest.approx(2.915 * 0.99, abs=0.02)
+    large = put_model(the_hub, LARGE, gated="manual")
+    full = plan({**WORKED, "model_id": large, "sleep": False})
+    assert [(row["gpu"], row["count"]) for row in full["gpus"]][1:3] == [
+        ("NVIDIA A100-SXM4-80GB", 4),
+        ("NVIDIA H100 80GB HBM3", 4),
+    ]
+    lora = plan({**WORKED, "model_id": large, "method": "grpo-lora", "sleep": False, "count": 1})
+    assert lora["too_small"] == ["NVIDIA L40S"] and lora["gpus"][0]["gpu"] == "NVIDIA A100-SXM4-80GB"
+    the_hub.who["token"] = "hf_somebody_else"
+    with pytest.raises(ModelError, match="gated, and this HF_TOKEN has no access"):
+        plan({"model_id": large})
+    with pytest.raises(ModelError, match="no such model"):
+        plan({"model_id": "Qwen/none"})
+    assert provider.pods == {}
+
+
+def test_push_rights_are_known_before_a_cent_is_spent(world, monkeypatch):
+    the_hub, provider = world
+    hub.check_push("me/new")
+    assert the_hub.files == {"me/new": {}}  # made, private
+    the_hub.read_only.add("me/new")
+    for repo in ("me/new", "others/new"):
+        with pytest.raises(ConfigError, match="cannot be pushed to with this HF_TOKEN"):
+            plan({"repo_id": repo})
+    with pytest.raises(ConfigError, match="must read owner/name"):
+        hub.check_push("a/b/c")
+    monkeypatch.setattr(hub, "api", lambda: HfApi(endpoint="http://127.0.0.1:1", token=TOKEN))
+    with pytest.raises(ConfigError, match="nothing was rented"):
+        hub.check_push("me/new")
+    assert not provider.met
+
+
+def test_a_run_folder_is_pushed_and_a_new_machine_goes_on_from_it(world, tmp_path):
+    the_hub, _ = world
+    hub.check_push("me/run")
+    first, second = tmp_path / "a", tmp_path / "b"
+    job = (
+        "mkdir -p {0}/checkpoints/step_1 {0}/.writing_2; echo 1 >> {0}/checkpoints/step_1/w; echo x > {0}/.writing_2/w"
+    )
+    assert keep.run("me/run", first, 0.05, ["sh", "-c", job.format(first) + "; sleep 0.5; kill -9 $$"]) == 137
+    assert the_hub.files["me/run"] == {"run/checkpoints/step_1/w": b"1\n"} and the_hub.commits
+    then = job.format(second).replace("step_1", "step_3") + f"; rm -r {second}/checkpoints/step_1"
+    assert keep.run("me/run", second, 60, ["sh", "-c", f"cat {second}/checkpoints/step_1/w && {then}"]) == 0
+    assert the_hub.files["me/run"] == {"run/checkpoints/step_3/w": b"1\n"}
+
+
+@pytest.mark.slow  # two pods load the hub's client
+def test_after_a_dead_host_a_new_pod_goes_on_from_the_last_push(world, tmp_path, monkeypatch, capfd):
+    the_hub, provider = world
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("HF_ENDPOINT", the_hub.url)
+
+    def watch(event):
+        if event.startswith("command_") and the_hub.commits and len(provider.pods) == 1:
+            provider.on_command.setdefault(int(event.removeprefix("command_")) + 1, "die")
+
+    provider.watch = watch
+    job = "mkdir -p artifacts; cat artifacts/step && exit; echo pushed > artifacts/step; sleep 100"
+    settings = {"repo_id": "me/run", "push_every_s": 0.1, "ssh_s": 5.0, "state_dir": str(tmp_path / "state")}
+    done = up({**QUICK, **settings}, ["sh", "-c", job])
+    said = capfd.readouterr().err
+    assert provider.billable() == [] and done["pods"] == ["pod1", "pod2"] and provider.most_at_once == 1
+    assert "pod1 is EXITED; a new pod will go on from the last pushed checkpoint" in said
+    assert "going on from what was pushed" in said and "\npushed\n" in said
+    assert (tmp_path / "state" / done["run"] / "results" / "artifacts" / "step").read_text() == "pushed\n"
+
+
+# ---- the same job elsewhere
+
+
+def sky_task(tmp_path):
+    flags = {"image": QUICK["image"], "budget": 5.0, "hours": 2.0, "count": 4, "repo_id": "me/run"}
+    path = write_task(flags, ["grpo-gsm8k", "pipeline", "--preset", "full"], 2, tmp_path / "task.yaml")
+    return path, yaml.safe_load(path.read_text())
+
+
+def test_a_sky_task_says_the_same_job(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    path, said = sky_task(tmp_path)
+    assert [row["accelerators"] for row in said["resources"]["ordered"]] == [
+        "L40S:4",
+        "A100-80GB:4",
+        "H100:4",
+        "H200:4",
+    ]
+    assert said["num_nodes"] == 2 and said["secrets"] == {"HF_TOKEN": None, "WANDB_API_KEY": None}
+    assert said["run"].startswith("timeout --signal=TERM 7200 python -m grpo_gsm8k.launch.keep --repo_id me/run")
+    assert said["run"].endswith("-- grpo-gsm8k pipeline --preset full\n")
+    assert TOKEN not in path.read_text()
+    with pytest.raises(ConfigError, match="must be one of"):
+        write_task({"image": "i", "budget": 1.0, "gpu": "Abacus"}, ["true"], 1, tmp_path / "no.yaml")
+
+
+@pytest.mark.slow
+def test_skypilots_own_parser_takes_the_task(tmp_path):
+    sky = pytest.importorskip("sky", reason="needs SkyPilot: uv run --with skypilot pytest --runslow")
+    path, _ = sky_task(tmp_path)
+    read = sky.Task.from_yaml_config(
+        yaml.safe_load(path.read_text()), secrets_overrides=[("HF_TOKEN", "x"), ("WANDB_API_KEY", "y")]
+    )
+    assert read.num_nodes == 2 and len(read.resources) == 4
+
+
+# ---- publishing
+
+
+def test_a_checkpoint_is_pushed_with_what_its_run_recorded(world, tmp_path):
+    the_hub, _ = world
+    run = tmp_path / "runs" / "grpo"
+    fill = lambda folder: [(folder / name).write_text(name) for name in ("model.safetensors", "optimizer.safetensors")]  # noqa: E731
+    model = checkpoint.write(run / "checkpoints", 3, fill, {})
+    write_json(run / "data.json", {"train": {"path": "/home/me/train.jsonl", "sha256": "ab" * 32}})
+    (run / "config.toml").write_text('[grpo]\nmodel_id = "Qwen/Qwen2.5-0.5B"\nlr = 1e-05\ndata = "/home/me"\n')
+    (run / "code.diff").write_text("# commit 43ac3f93\n")
+    counted = {"val/accuracy": 0.9, "val/ci_low": 0.85, "val/ci_high": 0.94, "val/n": 100.0}
+    write_jsonl(run / "metrics.jsonl", [{"step": 2, **counted, "val/accuracy": 0.1}, {"step": 3, **counted}])
+    stage = {"name": "grpo", "model": str(model), "accuracy": 0.95, "ci95": [0.93, 0.97], "n": 600}
+    write_json(run.parent / "pipeline.json", {"stages": [stage]})
+    done = publish.push(model, "me/model")
+    files = the_hub.files["me/model"]
+    assert done["step"] == 3 and set(files) == {"README.md", "model.safetensors"}
+    card = files["README.md"].decode()
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "Qwen/Qwen2.5-0.5B"
+    for said in (
+        "| validation | 90.0% | 85.0% to 94.0% | 100 |",
+        "| test | 95.0% | 93.0% to 97.0% | 600 |",
+        f"| train | `{'ab' * 32}` |",
+        "commit `43ac3f93`",
+        "lr = 1e-05",
+        hashlib.sha256(b"model.safetensors").hexdigest(),
+    ):
+        assert said in card
+    assert "10.0%" not in card and "/home/me" not in card
+    (model / "model.safetensors").write_text("other")
+    with pytest.raises(CheckpointError, match="damaged"):
+        publish.push(model, "me/model")
