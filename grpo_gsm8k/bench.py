@@ -33,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, measure, print."""
     args = parser().parse_args(argv)
     module = importlib.import_module(f"grpo_gsm8k.{COMMANDS[args.command]}")
+    if args.alone and args.threads:
+        import torch
+
+        torch.set_num_threads(args.threads)
     found = module.measure(args.alone, args) if args.alone else module.run(args)
     if args.json or args.alone:
         print(json.dumps(found))
@@ -78,13 +82,12 @@ def rounds(args: argparse.Namespace, contestants: Sequence[str]) -> dict[str, li
     """What each contestant measured, round by round, in turns."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
     given = [f"--{k}={v}" for k, v in vars(args).items() if k not in ("command", "json", "alone") and v is not False]
-    environment = os.environ | ({"OMP_NUM_THREADS": str(args.threads)} if args.threads else {})
     given = [flag.removesuffix("=True") for flag in given]
     for number in range(args.repeats):
         for name in contestants:
             print(f"round {number + 1} of {args.repeats}: {name}", file=sys.stderr)
             command = [sys.executable, "-m", "grpo_gsm8k.bench", args.command, f"--alone={name}", *given]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise ConfigError(f"bench {args.command}: {name} failed:\n{done.stderr[-2000:]}")
             found[name].append(json.loads(done.stdout.splitlines()[-1]))

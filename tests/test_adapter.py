@@ -163,9 +163,13 @@ def test_a_checkpoint_is_evaluated_and_continued_as_it_is(tiny, tmp_path):
 
 @pytest.mark.parametrize(
     ("flags", "what"),
-    [({"lora_rank": 8}, "--lora_rank 4"), ({"lora_rank": 0}, "grpo-gsm8k merge")],
+    [
+        ({"lora_rank": 8, "lora_alpha": ALPHA}, "--lora_rank 4"),
+        ({"lora_rank": RANK, "lora_alpha": 99}, "--lora_alpha 12"),
+        ({"lora_rank": 0}, "merge"),
+    ],
 )
-def test_an_adapter_of_another_rank_is_refused(tiny, tmp_path, flags, what):
+def test_an_adapter_of_another_rank_or_alpha_is_refused(tiny, tmp_path, flags, what):
     learner_of(tiny).save(tmp_path / "adapter")
     with pytest.raises(ConfigError, match=what):
         sft.run(config_of("sft", tiny, tmp_path / "run", model_id=str(tmp_path / "adapter"), **flags))

@@ -51,14 +51,14 @@ def attach(model: Any, cfg: PolicyConfig) -> None:
     """Make `model` what is to be trained: with a new adapter, with the one that it came with, or as it is.
 
     Raises:
-        ConfigError: an adapter of another rank is there already, or none was asked for; or peft cannot make one.
+        ConfigError: another adapter is there already, or none was asked for; or peft cannot make one.
     """
     if has_adapter(model):
-        rank = model.peft_config["default"].r
-        if rank != cfg.lora_rank:
+        held = model.peft_config["default"]
+        if (held.r, held.lora_alpha) != (cfg.lora_rank, cfg.lora_alpha):
             raise ConfigError(
-                f"{cfg.model_id} is a LoRA adapter of rank {rank}: continue it with --lora_rank {rank}, or make it a "
-                "model of its own with `grpo-gsm8k merge`"
+                f"{cfg.model_id} is a LoRA adapter: continue it with --lora_rank {held.r} --lora_alpha "
+                f"{held.lora_alpha}, or make it a model of its own with `grpo-gsm8k merge`"
             )
     elif cfg.lora_rank:
         if Path(cfg.model_id).is_dir():  # the adapter names its base, from wherever it will be loaded
@@ -92,7 +92,7 @@ def own_weights(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
 
 @contextmanager
 def swapped(model: Any, other: dict[str, torch.Tensor]) -> Iterator[None]:
-    """The model with another adapter's weights, which cost a thousandth of a second model's."""
+    """The model with another adapter's weights, where the base is the same: no second model is needed."""
     own = dict(own_weights(model))
     kept = {name: parameter.data for name, parameter in own.items()}
     try:
