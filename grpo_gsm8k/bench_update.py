@@ -18,6 +18,7 @@ import math
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -168,10 +169,12 @@ def _whole_head(args: argparse.Namespace) -> Any:
 def _with_token_logprobs(cells: Callable[[Any], Any]) -> Any:
     import torch
 
+    from grpo_gsm8k.trainer.packing import last_hidden_states
+
     def token_logprobs(model: Any, batch: Any, temperature: float, _: bool = True, slope: Any = None) -> Any:
         chosen = cells(batch)
-        hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        logp = (model.get_output_embeddings()(hidden[chosen]).float() / temperature).log_softmax(-1)
+        hidden = last_hidden_states(model, replace(batch, mask=chosen.float()))
+        logp = (model.get_output_embeddings()(hidden).float() / temperature).log_softmax(-1)
         picked = logp.gather(-1, batch.targets[chosen].unsqueeze(-1)).squeeze(-1)
         with torch.no_grad():
             entropy = -(logp.exp() * logp).sum(-1)
@@ -189,11 +192,16 @@ def _recomputed(args: argparse.Namespace) -> Any:
 def _padded(args: argparse.Namespace) -> Any:
     """16 completions a microbatch as they come, instead of sorted ones up to a number of tokens."""
 
-    def microbatches(self: Any, max_tokens: int, rows: Sequence[int]) -> Iterator[Any]:
+    def microbatches(batch: Any, max_tokens: int, rows: Sequence[int], packs: bool) -> Iterator[Any]:
         for at in range(0, len(rows), TRL_ROWS):
-            yield rows[at : at + TRL_ROWS], self.select(rows[at : at + TRL_ROWS])
+            yield rows[at : at + TRL_ROWS], batch.select(rows[at : at + TRL_ROWS])
 
-    return mock.patch("grpo_gsm8k.trainer.batch.Batch.microbatches", microbatches)
+    return mock.patch("grpo_gsm8k.trainer.packing.microbatches", microbatches)
+
+
+def _unpacked(args: argparse.Namespace) -> Any:
+    """Rows of like length side by side, padded, each with its prompt."""
+    return mock.patch("grpo_gsm8k.trainer.packing.enable", lambda model: False)
 
 
 def _unskipped(args: argparse.Namespace) -> Any:
@@ -205,7 +213,8 @@ WITHOUT: dict[str, Callable[[argparse.Namespace], Any]] = {
     "without:response_only_head": _head_everywhere,
     "without:chunked_head": _whole_head,
     "without:gradient_in_forward": _recomputed,
-    "without:token_budget": _padded,
+    "without:packing": _unpacked,
+    "without:packing_and_token_budget": _padded,
     "without:skipped_rows": _unskipped,
 }
 

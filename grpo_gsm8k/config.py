@@ -146,6 +146,9 @@ class TrainConfig(PolicyConfig):
     max_tokens_per_microbatch: int = opt(
         0, "padded cells (rows x longest) of one forward pass; 0: what fits a GPU (deterministic: 8192), 2048 on a CPU"
     )
+    packing: Literal["auto", "on", "off"] = opt(
+        "auto", "no cell of padding, and a prompt read once for all its completions; auto: on a CPU, if the model can"
+    )
     activation_checkpointing: bool = opt(
         False, "keep only each layer's input, and compute the rest again in the backward pass", runtime=True
     )

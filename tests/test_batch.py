@@ -69,13 +69,3 @@ def test_weights_of_the_three_aggregations_by_hand():
 def test_an_all_masked_update_weighs_nothing_and_stays_finite():
     weights = loss_weights(torch.zeros(2, 3), "sequence")
     assert weights.tolist() == [[0, 0, 0], [0, 0, 0]]
-
-
-def test_microbatches_hold_every_trained_row_once_within_the_budget():
-    batch = make_batch(rows(*[(range(n + 1), 1) for n in (3, 9, 5, 2, 7)]), 0)
-    seen = []
-    for index, part in batch.microbatches(18, batch.rows_with_targets()):
-        assert part.input_ids.numel() <= 18
-        assert part.input_ids.shape[1] == max(part.lengths)
-        seen += index
-    assert sorted(seen) == [0, 1, 2, 3, 4]

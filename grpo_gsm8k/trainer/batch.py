@@ -11,7 +11,7 @@ Rows are padded on the right. A causal model never sees what follows, so no atte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -37,6 +37,8 @@ class Batch:
         weights: `(B, T)` float32; the loss is the sum of weight x per-token loss. They are set from the
             whole update before it is split, so any split, order or packing gives the same gradient.
         lengths: true length of each row of `input_ids`.
+        shared: how many first tokens each row has in common with the row before it, where rows are packed
+            (`trainer/packing.py`); empty where they are padded.
     """
 
     input_ids: torch.Tensor
@@ -47,48 +49,47 @@ class Batch:
     advantages: torch.Tensor
     weights: torch.Tensor
     lengths: tuple[int, ...]
+    shared: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def select(self, rows: Sequence[int]) -> Batch:
-        """Some rows, cut to the longest of them."""
+    def select(self, rows: Sequence[int], shared: tuple[int, ...] = ()) -> Batch:
+        """Some rows, cut to the longest of them; `shared` where they are to be packed."""
         index, longest = list(rows), max(self.lengths[r] for r in rows)
-        return replace(self._each(lambda x: x[index, :longest]), lengths=tuple(self.lengths[r] for r in rows))
+        few = self._each(lambda x: x[index, :longest])
+        return replace(few, lengths=tuple(self.lengths[r] for r in rows), shared=shared)
+
+    def prompt_lengths(self, rows: Sequence[int]) -> list[int]:
+        """Tokens of each of these rows before its first trained one; all of them where none is trained."""
+        trained, first = self.mask[rows].max(1)
+        return [int(at) + 1 if any_ else self.lengths[row] for row, any_, at in zip(rows, trained, first, strict=True)]
 
     def trained_targets(self) -> Batch:
         """The N trained targets alone, `(1, N)`, in their order, row by row. Rows and lengths are no more."""
         chosen = self.mask.bool()
-        return replace(self._each(lambda x: x[chosen].unsqueeze(0)), lengths=(int(chosen.sum()),))
+        return replace(self._each(lambda x: x[chosen].unsqueeze(0)), lengths=(int(chosen.sum()),), shared=())
 
     def columns(self, part: slice) -> Batch:
         """Some targets of a batch of one row."""
         few = self._each(lambda x: x[:, part])
         return replace(few, lengths=(few.mask.shape[1],))
 
+    @property
+    def cells(self) -> int:
+        """Cells of the forward pass: tokens that are read where rows are packed, else rows x longest."""
+        return sum(self.lengths) - sum(self.shared) if self.shared else self.input_ids.numel()
+
     def rows_with_targets(self) -> list[int]:
         """The rows that have a trained token."""
         return [r for r, tokens in enumerate(self.mask.sum(1).tolist()) if tokens]
-
-    def microbatches(self, max_tokens: int, rows: Sequence[int]) -> Iterator[tuple[list[int], Batch]]:
-        """Slices of these rows of at most `max_tokens` padded cells, longest rows first; with the rows' numbers.
-
-        A single row longer than the budget is a microbatch of its own.
-        """
-        order = sorted(rows, key=lambda r: (-self.lengths[r], r))
-        start = 0
-        while start < len(order):
-            size = max(1, max_tokens // self.lengths[order[start]])
-            chosen = order[start : start + size]
-            yield chosen, self.select(chosen)
-            start += size
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         return self._each(lambda x: x.to(device, non_blocking=True))
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        changed: dict[str, Any] = {name: change(x) for name, x in vars(self).items() if name != "lengths"}
+        changed: dict[str, Any] = {name: change(x) for name, x in vars(self).items() if torch.is_tensor(x)}
         return replace(self, **changed)
 
 

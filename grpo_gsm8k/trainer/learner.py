@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from grpo_gsm8k.config import TrainConfig
-from grpo_gsm8k.errors import CheckpointError, NonFiniteError
-from grpo_gsm8k.trainer import adapter, dcp
+from grpo_gsm8k.errors import CheckpointError, ConfigError, NonFiniteError
+from grpo_gsm8k.trainer import adapter, dcp, packing
 from grpo_gsm8k.trainer.batch import Batch
 from grpo_gsm8k.trainer.head import Slope
 from grpo_gsm8k.trainer.logprobs import token_logprobs
@@ -49,6 +49,7 @@ class TorchLearner:
         """
         self.tokenizer, self.cfg = tokenizer, cfg
         self.device: torch.device = next(model.parameters()).device
+        self.packs = self._packs(model)
         adapted = adapter.has_adapter(model)
         self.origin_sha256 = weights_sha256(model.named_parameters()) if reference or adapted else ""
         self.reference = self.first_adapter = None
@@ -89,7 +90,7 @@ class TorchLearner:
                 logp, entropies = self._token_logprobs(self.model, part, objective.temperature, slope=foretold)
                 loss = update_loss(logp, part, objective)
                 loss.backward()
-            add_sums(sums, {"loss": float(loss.detach()), "cells": part.input_ids.numel()})
+            add_sums(sums, {"loss": float(loss.detach()), "cells": part.cells})
             add_sums(sums, policy_sums(logp, entropies, part, objective))
         sums = self._of_the_update(sums)
         loss_total, cells = sums.pop("loss"), sums.pop("cells")
@@ -101,7 +102,8 @@ class TorchLearner:
             "loss": loss_total,
             **policy_metrics(sums),
             "perf/tokens_per_s": tokens / seconds,
-            "perf/padding_frac": 1 - tokens / cells if cells else 0.0,
+            "perf/padding_frac": max(0.0, 1 - tokens / cells),
+            "perf/shared_frac": max(0.0, 1 - cells / tokens),
             "perf/skipped_rows_frac": 1 - len(rows) / len(batch),
         }
 
@@ -192,6 +194,15 @@ class TorchLearner:
 
         return dict(AutoModelForCausalLM.from_pretrained(folder, dtype=self.model.dtype).named_parameters())
 
+    def _packs(self, model: Any) -> bool:
+        wanted = self.cfg.packing
+        if wanted == "off" or (wanted == "auto" and self.device.type != "cpu"):
+            return False
+        able = packing.enable(model)
+        if wanted == "on" and not able:
+            raise ConfigError("--packing on: this model does not read packed rows as it reads others; leave it at auto")
+        return able
+
     # Where one process differs from the ranks of trainer/sharded.py, which see to their share alone.
 
     def _place(self, model: Any) -> Any:
@@ -201,7 +212,7 @@ class TorchLearner:
         return MasterAdamW(self.model, self.cfg)
 
     def _microbatches(self, batch: Batch, rows: Sequence[int]) -> Iterable[tuple[list[int], Batch]]:
-        return batch.microbatches(self.budget, rows)
+        return packing.microbatches(batch, self.budget, rows, self.packs)
 
     def _cells_that_fit(self) -> int:
         return auto_cells(self.model, self.cfg.deterministic)

@@ -8,6 +8,7 @@ import torch
 
 from grpo_gsm8k.trainer.batch import Batch
 from grpo_gsm8k.trainer.head import Slope, target_logprobs
+from grpo_gsm8k.trainer.packing import last_hidden_states
 
 
 def token_logprobs(
@@ -28,10 +29,10 @@ def token_logprobs(
         `(B, T)` float32 log-probabilities with gradient and `(B, T)` entropies in nats without; both are
         zero where the mask is zero.
     """
-    hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # (B, T, H)
     chosen = batch.mask.bool()
     # The head is applied to the N trained positions alone: at V = 152k it is most of the memory.
     head, targets = model.get_output_embeddings(), batch.targets[chosen]
-    picked, spread = target_logprobs(hidden[chosen], head, targets, temperature, entropy, slope)  # (N,) each
+    hidden = last_hidden_states(model, batch)
+    picked, spread = target_logprobs(hidden, head, targets, temperature, entropy, slope)  # (N,) each
     out = torch.zeros_like(batch.mask, dtype=picked.dtype)
     return out.masked_scatter(chosen, picked), out.masked_scatter(chosen, spread)

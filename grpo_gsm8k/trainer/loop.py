@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from grpo_gsm8k.datatypes import Learner
@@ -109,7 +110,7 @@ def update(run: Run, learner: Learner, batch: Batch, objective: Objective, lr: f
         return metrics | learner.step(lr)
     except NonFiniteError as fault:
         kept = run.path / f"nonfinite_step_{step:06d}.safetensors"
-        tensors = {name: t.contiguous() for name, t in vars(batch).items() if name != "lengths"}
+        tensors = {name: t.contiguous() for name, t in vars(batch).items() if torch.is_tensor(t)}
         with disk_errors(kept):
             save_file(tensors, kept)
         raise NonFiniteError(

@@ -34,6 +34,7 @@ from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.logprobs import token_logprobs
 from grpo_gsm8k.trainer.objectives import add_sums
 from grpo_gsm8k.trainer.optimizer import MasterAdamW, State
+from grpo_gsm8k.trainer.packing import microbatches
 
 
 class ShardedLearner(TorchLearner):
@@ -90,7 +91,7 @@ class ShardedLearner(TorchLearner):
         return ShardedAdamW(self.model, self.cfg, self.dtype, self.group)
 
     def _microbatches(self, batch: Batch, rows: Sequence[int]) -> Iterable[tuple[list[int], Batch]]:
-        return share(batch, self.budget, rows, self.rank, self.ranks)
+        return share(batch, self.budget, rows, self.rank, self.ranks, self.packs)
 
     def _cells_that_fit(self) -> int:
         least = torch.tensor(super()._cells_that_fit())  # all ranks must cut an update alike
@@ -118,13 +119,15 @@ class ShardedLearner(TorchLearner):
         return empty_dtensor(size, device_mesh=self.mesh, placements=[Shard(0)]) if size else torch.empty(())
 
 
-def share(batch: Batch, max_tokens: int, rows: Sequence[int], rank: int, size: int) -> list[tuple[list[int], Batch]]:
+def share(
+    batch: Batch, max_tokens: int, rows: Sequence[int], rank: int, size: int, packs: bool = False
+) -> list[tuple[list[int], Batch]]:
     """A rank's microbatches of these rows of an update: every `size`-th of those that one process would take.
 
     All ranks get the same number, since each pass through the model is one of all ranks: where none is left, a row
     without mask and weight.
     """
-    parts = list(batch.microbatches(max_tokens, rows))
+    parts = list(microbatches(batch, max_tokens, rows, packs))
     if missing := -len(parts) % size:
         row = batch.select(parts[-1][0][-1:])  # the shortest
         blank = replace(row, mask=torch.zeros_like(row.mask), weights=torch.zeros_like(row.weights))

@@ -1,0 +1,182 @@
+"""What a forward pass reads: every token once, without padding, and what rows begin with alike once for all of them.
+
+The rows of a microbatch stand end to end in one sequence of S tokens. A row that begins like the row before it, as the
+completions of one prompt do, takes those cells over, and the gradients of all of them meet there:
+
+    rows (B, T)   p0 p1 p2 a0 a1     packed (1, S)   p0 p1 p2 a0 a1 b0 b1 b2
+                  p0 p1 p2 b0 b1 b2  positions        0  1  2  3  4  3  4  5
+
+Embedding, norms, projections and MLPs work token by token, on the S tokens. Attention alone needs rows: queries, keys
+and values are copied into `(B, T)` for it, where the kernel of plain causal rows serves, and its output back. It is
+the same function of the same tokens, so the gradient is the same, too.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from grpo_gsm8k.datatypes import TokenRow
+from grpo_gsm8k.trainer.batch import Batch, make_batch
+
+ATTENTION = "sdpa_of_packed_rows"
+PROOF = ((1, 2, 3, 4, 5), (1, 2, 6, 7, 8, 9), (9, 3, 1, 2))  # the second branches off in the middle of the first
+
+
+def microbatches(batch: Batch, max_tokens: int, rows: Sequence[int], packs: bool) -> Iterator[tuple[list[int], Batch]]:
+    """Slices of these rows that a forward pass reads at once, longest rows first; with the rows' numbers.
+
+    A slice has at most `max_tokens` cells: tokens, each read once, where it `packs`; else rows x longest, padded. A
+    single row that is longer is a slice of its own.
+    """
+    order = _neighbours(batch, rows) if packs else sorted(rows, key=lambda row: (-batch.lengths[row], row))
+    shared = _in_common(batch, order) if packs else [0] * len(order)
+    start = 0
+    while start < len(order):
+        end, tokens = start + 1, batch.lengths[order[start]]
+        longest = tokens
+        while end < len(order):
+            tokens += batch.lengths[order[end]] - shared[end]
+            if (tokens if packs else longest * (end + 1 - start)) > max_tokens:
+                break
+            end += 1
+        yield order[start:end], batch.select(order[start:end], (0, *shared[start + 1 : end]) if packs else ())
+        start = end
+
+
+def _neighbours(batch: Batch, rows: Sequence[int]) -> list[int]:
+    """These rows, those with the same prompt together, prompts with long rows first."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, prompt in zip(rows, batch.prompt_lengths(rows), strict=True):
+        groups.setdefault(tuple(batch.input_ids[row, :prompt].tolist()), []).append(row)
+    longest_first = [sorted(group, key=lambda row: (-batch.lengths[row], row)) for group in groups.values()]
+    longest_first.sort(key=lambda group: (-batch.lengths[group[0]], group[0]))
+    return [row for group in longest_first for row in group]
+
+
+def _in_common(batch: Batch, order: Sequence[int]) -> list[int]:
+    """How many first tokens each row of this order has in common with the one before it."""
+    ids = batch.input_ids[list(order)]
+    lengths = torch.tensor([batch.lengths[row] for row in order])
+    shorter = torch.minimum(lengths[1:], lengths[:-1]).unsqueeze(1)
+    alike = (ids[1:] == ids[:-1]) & (torch.arange(ids.shape[1]) < shorter)
+    return [0, *alike.long().cumprod(1).sum(1).tolist()]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch as one sequence.
+
+    Attributes:
+        input_ids, position_ids: `(1, S)` int64.
+        cells: `(B, T)` int64, where each position of the batch stands among the S; 0 where there is none.
+        home: `(S,)` int64, the position among the B x T that each token was taken from.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    cells: torch.Tensor
+    home: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> Packed:
+        """A batch that says what its rows share, on its device."""
+        ids = batch.input_ids
+        shared, length = torch.tensor([batch.shared, batch.lengths], device=ids.device).unsqueeze(-1)  # (B, 1) each
+        columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)  # (B, T)
+        there, new = columns < length, columns >= shared
+        home = (there & new).flatten().nonzero().squeeze(-1)
+        starts = (length - shared).cumsum(0) - length  # where a row's position 0 would stand, had it cells of its own
+        row = torch.arange(len(batch), device=ids.device).unsqueeze(1)
+        owner = (row * new).cummax(0).values  # the last row before that did not take the cell over
+        cells = (starts.squeeze(-1)[owner] + columns) * there
+        return cls(ids.flatten()[home].unsqueeze(0), columns.flatten()[home].unsqueeze(0), cells, home)
+
+
+def attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    packed_cells: torch.Tensor | None = None,
+    packed_home: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' SDPA attention, `(1, heads, S, width)` of a `Packed` sequence, each row by itself.
+
+    Returns:
+        `(1, S, heads, width)`. Whatever comes without a `Packed` is answered as by "sdpa".
+    """
+    if packed_cells is None or packed_home is None:
+        found: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return found
+
+    def in_rows(x: torch.Tensor) -> torch.Tensor:
+        spread = x[0].transpose(0, 1).index_select(0, packed_cells.flatten())  # (B T, heads, width)
+        return spread.view(*packed_cells.shape, *spread.shape[1:]).transpose(1, 2)  # (B, heads, T, width)
+
+    out, _ = sdpa_attention_forward(module, in_rows(query), in_rows(key), in_rows(value), None, **kwargs)
+    return out.flatten(0, 1).index_select(0, packed_home).unsqueeze(0), None
+
+
+AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def last_hidden_states(model: Any, batch: Batch) -> torch.Tensor:
+    """The model's last hidden state at each trained position, `(N, H)`, row by row."""
+    chosen = batch.mask.bool()
+    if batch.shared:
+        packed = Packed.of(batch)
+        inputs = {
+            "input_ids": packed.input_ids,
+            "position_ids": packed.position_ids,
+            "attention_mask": packed.cells.bool()[None, None],  # never looked at; of four dimensions, so none is made
+            "packed_cells": packed.cells,
+            "packed_home": packed.home,
+        }
+        at = packed.cells[chosen]
+    else:
+        inputs, at = {"input_ids": batch.input_ids}, chosen.flatten().nonzero().squeeze(-1)
+    hidden: torch.Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1).index_select(0, at)
+
+
+def enable(model: Any) -> bool:
+    """Let the model read packed batches; False, and nothing changed, where it cannot.
+
+    It must take positions, have SDPA attention that can be exchanged, and neither windows nor layers of another kind,
+    which would look across rows. Then it is asked: two short rows must come out alike, packed and not.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if not hasattr(config, "layer_types") else None
+    if kinds != {"full_attention"} or window is not None or config._attn_implementation not in ("sdpa", ATTENTION):
+        return False
+    takes = inspect.signature(model.base_model.forward).parameters
+    if "position_ids" not in takes or "kwargs" not in takes or not model._can_set_attn_implementation():
+        return False
+    model.set_attn_implementation(ATTENTION)
+    if _reads_alike(model):
+        return True
+    model.set_attn_implementation("sdpa")
+    return False
+
+
+@torch.no_grad()
+def _reads_alike(model: Any) -> bool:
+    """Whether the model finds the same for a few short rows, packed and padded."""
+    rows = [TokenRow(ids, (1,) * len(ids), (), 0.0) for ids in PROOF]
+    padded = make_batch(rows, 0).to(next(model.parameters()).device)
+    expected = last_hidden_states(model, padded).float()
+    found = last_hidden_states(model, replace(padded, shared=(0, *_in_common(padded, range(len(rows)))[1:]))).float()
+    limit = 1e-3 if model.dtype == torch.float32 else 0.1
+    return bool((found - expected).abs().max() <= limit * expected.abs().max())
