@@ -1,7 +1,8 @@
 """Whole GRPO steps of a tiny model: does the cost grow linearly, and what do data, grading and logging take of it?
 
 `grpo.run` as it is, on made-up problems, rewards by a coin so that there is something to learn from at any size; the
-first step is not counted. `overhead_frac` is what is neither sampling nor the update: data, grading, hand-over of
+first step is not counted. The sampler decodes equally many completions side by side at every size: more of them are
+faster, but that is its setting and not the step's size. `overhead_frac` is what is neither sampling nor the update: data, grading, hand-over of
 weights, metrics, samples and checkpoints, up to the end of the run.
 """
 
@@ -24,6 +25,7 @@ FLAGS: dict[str, tuple[Any, str]] = {
     "completions": ("32,128,512,2048", "completions a step, of which each is a contestant"),
     "group": (8, "completions of a prompt"),
     "max_new_tokens": (48, "longest completion; a random model seldom ends before"),
+    "sample_rows": (32, "completions that the sampler decodes side by side, at every size"),
     "counted": (2048, "completions counted at each size, in as many steps as that takes"),
 }
 
@@ -73,6 +75,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
             "rollouts_per_step": size,
             "group_size": args.group,
             "max_new_tokens": args.max_new_tokens,
+            "sample_rows": args.sample_rows,
             "reward": "random",
             "eval_every": 0,
         }

@@ -254,7 +254,9 @@ class GrpoConfig(TrainConfig):
         True, "weigh the estimator by the ratio, so that its gradient is that KL's; without, k3's is another KL's"
     )
     old_logprobs: Literal["sampler", "recompute"] = opt(
-        "sampler", "denominator of the ratio: as sampled, or a frozen forward pass before the update"
+        "sampler",
+        "denominator of the ratio: as sampled, or as the trainer has it before the step's updates (a frozen pass, where "
+        "there are several)",
     )
     mode: Literal["on_policy", "one_step_off"] = opt(
         "on_policy", "one_step_off samples the next step's rollouts while the learner updates: at most one update old"

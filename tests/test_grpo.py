@@ -9,6 +9,7 @@ import math
 import random
 import threading
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -253,11 +254,12 @@ def test_settings_that_cannot_mean_what_they_say_are_refused(flags, word):
 def test_settings_reach_the_objective(bench_of):
     settings = {"clip_eps": 0.1, "clip_eps_high": 0.4, "temperature": 0.7, "dual_clip": 2.0}
     settings |= {"loss": "gspo", "kl_coef": 0.25, "kl_estimator": "k2", "kl_bias_correction": False}
-    cfg, bench, prompts = bench_of(steps=1, **settings)
+    settings |= {"importance_correction": "mask", "importance_cap": 3.0}
+    cfg, bench, prompts = bench_of(steps=1, old_logprobs="recompute", **settings)
     seen, forward = [], bench.learner.forward_backward
     bench.learner.forward_backward = lambda batch, objective: (seen.append(objective), forward(batch, objective))[1]
     grpo.train(cfg, bench, prompts, even_tokens)
-    assert vars(seen[0]) == settings
+    assert vars(seen[0]) == settings | {"on_policy": True}
 
 
 def test_without_a_baseline_a_group_may_be_of_one():
@@ -504,3 +506,40 @@ def test_metrics_of_a_recomputed_pass_are_those_of_the_sampler(bench_of):
     assert row["mismatch/logp_abs_mean"] == pytest.approx(0.5, abs=1e-4)
     assert row["mismatch/ratio_mean"] == pytest.approx(math.exp(0.5), rel=1e-4)
     assert row["mismatch/ess"] == pytest.approx(1.0, abs=1e-4) and row["mismatch/capped_frac"] == 0
+
+
+@pytest.mark.parametrize("loss", ["grpo_clip", "gspo", "cispo"])
+@pytest.mark.parametrize("correction", ["none", "truncate", "mask"])
+def test_a_single_update_needs_no_frozen_pass(bench_of, loss, correction, monkeypatch):
+    """Its own log-probabilities, held fixed, are what the pass would find: same metrics, same weights."""
+    flags = {"old_logprobs": "recompute", "loss": loss, "importance_correction": correction, "importance_cap": 1.3}
+    flags |= {"kl_coef": 0.1, "steps": 2, "lr": 1e-3}
+    found = []
+    for passes in (0, 2):
+        cfg, bench, prompts = bench_of(**flags)
+        bench.sampler.sample = drifting(bench.sampler.sample)
+        frozen = Mock(wraps=bench.learner.logprobs)
+        monkeypatch.setattr(bench.learner, "logprobs", frozen)
+        if passes:
+            monkeypatch.setattr(grpo, "trains_its_old_policy", lambda cfg: False)
+        grpo.train(cfg, bench, prompts, even_tokens)
+        assert frozen.call_count == passes
+        found.append((metrics_of(bench), dict(bench.learner.weights())))
+    (rows, weights), (expected_rows, expected) = found
+    assert all(torch.allclose(weights[name], tensor, atol=1e-6) for name, tensor in expected.items())
+    for row, expected_row in zip(rows, expected_rows, strict=True):
+        assert 0 < row["mismatch/capped_frac"] < 1
+        for name in [key for key in expected_row if key.startswith(("mismatch/", "policy/", "loss"))]:
+            assert row[name] == pytest.approx(expected_row[name], rel=1e-3, abs=1e-5), name
+
+
+def drifting(sample):
+    """A sampler whose log-probabilities are too low, right and too high by turns."""
+
+    def off(asked, params):
+        def moved(c):
+            return replace(c, logprobs=tuple(x + 0.4 * (i % 3 - 1) for i, x in enumerate(c.logprobs)))
+
+        return [[moved(c) for c in group] for group in sample(asked, params)]
+
+    return off

@@ -22,6 +22,7 @@ from grpo_gsm8k.datatypes import TokenRow
 MAX_LOG_RATIO = 20.0  # e^20 = 5e8: beyond it a ratio is an accident, and must not become inf
 
 Aggregation = Literal["sequence", "token", "constant"]
+Correction = Literal["none", "truncate", "mask"]
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,10 @@ def loss_weights(mask: torch.Tensor, aggregation: Aggregation, max_tokens: int =
 def with_old_logprobs(
     batch: Batch,
     logprobs: torch.Tensor,
-    correction: Literal["none", "truncate", "mask"] = "none",
+    correction: Correction = "none",
     cap: float = 2.0,
 ) -> Batch:
-    """The same batch with the log-probabilities of a frozen pass, `(B, T)`, as its old ones.
+    """The same batch with other log-probabilities, `(B, T)` and without a gradient, as its old ones.
 
     The tokens were drawn by the sampler, whose kernels (and, one step off, whose weights) are others. A correction
     weighs each token's loss by p = pi_old / pi_sampler, held fixed: "truncate" by min(p, cap), "mask" by p where

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from grpo_gsm8k.trainer.batch import MAX_LOG_RATIO, Batch
+from grpo_gsm8k.trainer.batch import MAX_LOG_RATIO, Batch, Correction, with_old_logprobs
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ class Objective:
         dual_clip: where the advantage is negative, the ratio counts at most this; 0 for no such bound.
         kl_coef: weight of the KL to the reference model; 0 for none.
         kl_estimator, kl_bias_correction: see `kl_to_reference`.
+        on_policy: the old policy is the very one that is trained, held fixed: so says who makes one update only from a
+            batch. No frozen pass is needed for its log-probabilities; those of the batch are the sampler's.
+        importance_correction, importance_cap: then, of that policy over the sampler; see `batch.with_old_logprobs`.
     """
 
     loss: str = "cross_entropy"
@@ -37,6 +40,9 @@ class Objective:
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
     kl_bias_correction: bool = True
+    on_policy: bool = False
+    importance_correction: Correction = "none"
+    importance_cap: float = 2.0
 
 
 def per_token_loss(logp: torch.Tensor, batch: Batch, objective: Objective) -> torch.Tensor:
@@ -49,7 +55,15 @@ def per_token_loss(logp: torch.Tensor, batch: Batch, objective: Objective) -> to
 
 def update_loss(logp: torch.Tensor, batch: Batch, objective: Objective) -> torch.Tensor:
     """What is minimised: the weighed sum over all targets of the batch, a scalar."""
+    batch = with_its_old_policy(batch, logp, objective)
     return (batch.weights * per_token_loss(logp, batch, objective)).sum()
+
+
+def with_its_old_policy(batch: Batch, logp: torch.Tensor, objective: Objective) -> Batch:
+    """The batch with the old log-probabilities, and the weights, that the objective means."""
+    if not objective.on_policy:
+        return batch
+    return with_old_logprobs(batch, logp.detach(), objective.importance_correction, objective.importance_cap)
 
 
 def rows_to_train(batch: Batch, objective: Objective) -> list[int]:
@@ -181,21 +195,26 @@ def policy_sums(logp: torch.Tensor, entropies: torch.Tensor, batch: Batch, objec
 
     Those that speak of an old policy are left out where the loss knows none.
     """
-    mask = batch.mask
+    mask, drawn = batch.mask, batch
+    batch = with_its_old_policy(batch, logp, objective)
     sums = {"tokens": mask.sum(), "entropy": entropies.sum()}
     if objective.loss != "cross_entropy":
-        delta, ratio = (logp - batch.old_logprobs) * mask, importance_ratio(logp, batch)
         above, below = where_clipped(logp, batch, objective)
+        moved = (logp - batch.old_logprobs) * mask
+        delta, ratio = (logp - drawn.old_logprobs) * mask, importance_ratio(logp, drawn)
         sums |= {
             "clip_high": (mask * above).sum(),
             "clip_low": (mask * below).sum(),
-            "kl": ((ratio - 1 - delta) * mask).sum(),
+            "kl": ((importance_ratio(logp, batch) - 1 - moved) * mask).sum(),
             "delta": delta.abs().sum(),
             "ratio": (ratio * mask).sum(),
             "ratio_squared": (ratio.square() * mask).sum(),
             "max_delta": delta.abs().max(),
             "max_ratio": (ratio * mask).max(),
         }
+    if objective.on_policy:
+        cap = objective.importance_cap
+        sums["capped"] = (mask * ((ratio > cap) | (ratio < 1 / cap))).sum()
     if objective.kl_coef:
         sums["kl_ref"] = (mask * kl_to_reference(logp, batch, objective)).sum()
     return {name: float(value) for name, value in sums.items()}
@@ -248,4 +267,6 @@ def policy_metrics(sums: dict[str, float]) -> dict[str, float]:
             "mismatch/ratio_max": sums["max_ratio"],
             "mismatch/ess": sums["ratio"] ** 2 / max(sums["ratio_squared"], 1e-30) / n,
         }
+    if "capped" in sums:
+        metrics["mismatch/capped_frac"] = sums["capped"] / n
     return metrics
