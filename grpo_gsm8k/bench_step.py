@@ -2,8 +2,8 @@
 
 `grpo.run` as it is, on made-up problems, rewards by a coin so that there is something to learn from at any size; the
 first step is not counted. The sampler decodes equally many completions side by side at every size: more of them are
-faster, but that is its setting and not the step's size. `overhead_frac` is what is neither sampling nor the update: data, grading, hand-over of
-weights, metrics, samples and checkpoints, up to the end of the run.
+faster, but that is its setting and not the step's size. `overhead_frac` is what is neither sampling nor the update:
+data, grading, hand-over of weights, metrics, samples and checkpoints, up to the end of the run.
 """
 
 from __future__ import annotations

@@ -255,8 +255,8 @@ class GrpoConfig(TrainConfig):
     )
     old_logprobs: Literal["sampler", "recompute"] = opt(
         "sampler",
-        "denominator of the ratio: as sampled, or as the trainer has it before the step's updates (a frozen pass, where "
-        "there are several)",
+        "denominator of the ratio: as sampled, or as the trainer has it before the step's updates (a frozen pass, "
+        "where there are several)",
     )
     mode: Literal["on_policy", "one_step_off"] = opt(
         "on_policy", "one_step_off samples the next step's rollouts while the learner updates: at most one update old"
