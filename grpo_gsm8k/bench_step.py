@@ -24,7 +24,7 @@ from grpo_gsm8k import bench
 FLAGS: dict[str, tuple[Any, str]] = {
     "completions": ("32,128,512,2048", "completions a step, of which each is a contestant"),
     "group": (8, "completions of a prompt"),
-    "max_new_tokens": (48, "longest completion; a random model seldom ends before"),
+    "max_new_tokens": (96, "longest completion; a random model seldom ends before"),
     "sample_rows": (32, "completions that the sampler decodes side by side, at every size"),
     "counted": (2048, "completions counted at each size, in as many steps as that takes"),
 }

@@ -18,7 +18,7 @@ from typing import Any
 from grpo_gsm8k.config import GrpoConfig
 from grpo_gsm8k.datatypes import Completion, Prompt, Reward, RewardFn, Rollout, SamplingParams
 from grpo_gsm8k.errors import EngineError
-from grpo_gsm8k.evals.accuracy import record
+from grpo_gsm8k.gsm8k.grading import grade
 from grpo_gsm8k.gsm8k.rewards import score
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.workbench import Bench
@@ -164,8 +164,9 @@ def sampling_params(cfg: GrpoConfig, bench: Bench, step: int, attempt: int) -> S
 
 def grade_one(cfg: GrpoConfig, bench: Bench, rollout: Rollout) -> Rollout:
     """Whether the answer is right and the form kept: for the metrics, whatever the reward was."""
-    graded = record(rollout.prompt, rollout.completion, bench.renderer, cfg.grading)
-    return replace(rollout, correct=graded["correct"], format_ok=graded["format_ok"])
+    text, renderer = rollout.completion.text, bench.renderer
+    correct = grade(text, rollout.prompt.problem.gold, cfg.grading, tags=renderer.tags)
+    return replace(rollout, correct=correct, format_ok=renderer.style.format_ok(text))
 
 
 def _rows(rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ Every step is linear in the response, or works on a bounded excerpt of it.
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -74,11 +75,16 @@ def grade(response: str, gold: str, mode: Mode = "flexible", *, tags: Tags = DEF
     Raises:
         ValueError: if `gold` is not a number, or `mode` is unknown. A broken reference never counts as right.
     """
-    gold_value = parse_number(str(gold).rpartition("####")[2])
+    gold_value = _gold_value(str(gold))
     if gold_value is None:
         raise ValueError(f"gold is not a number: {str(gold)[:80]!r}")
     answer = _answer(response, mode, tags)
     return answer is not None and answer.value == gold_value
+
+
+@functools.lru_cache(maxsize=1024)  # one for all completions of a problem
+def _gold_value(gold: str) -> Fraction | None:
+    return parse_number(gold.rpartition("####")[2])
 
 
 def extract(response: str, mode: Mode = "flexible", *, tags: Tags = DEFAULT_TAGS) -> str | None:
@@ -114,8 +120,11 @@ def _answer(response: str, mode: Mode, tags: Tags) -> Quantity | None:
     """The one path from a response to its answer."""
     if mode not in ("flexible", "strict"):
         raise ValueError(f"mode must be 'flexible' or 'strict', not {mode!r}")
-    if not isinstance(response, str):
-        return None
+    return _answer_of(response, mode, tags) if isinstance(response, str) else None
+
+
+@functools.lru_cache(maxsize=8)  # a completion's reward, its verdict and its record ask the same, one after the other
+def _answer_of(response: str, mode: Mode, tags: Tags) -> Quantity | None:
     text = _own_turn(_without_thoughts(response, tags).strip(), tags)
     text, fragment = _without_fragment(text, tags)
     found = _last_marked(text, tags)
