@@ -178,8 +178,8 @@ def _with_token_logprobs(cells: Callable[[Any], Any]) -> Any:
         picked = logp.gather(-1, batch.targets[chosen].unsqueeze(-1)).squeeze(-1)
         with torch.no_grad():
             entropy = -(logp.exp() * logp).sum(-1)
-        out = torch.zeros_like(batch.mask)
-        return out.masked_scatter(chosen, picked) * batch.mask, out.masked_scatter(chosen, entropy) * batch.mask
+        out = torch.zeros_like(batch.mask).masked_scatter(chosen, picked) * batch.mask
+        return out, {"entropy": entropy[batch.mask[chosen].bool()], "top_prob": logp.amax(-1).exp()}
 
     return mock.patch("grpo_gsm8k.trainer.learner.token_logprobs", token_logprobs)
 

@@ -43,10 +43,11 @@ def test_known_logits_give_known_log_probabilities():
     table = torch.zeros(4, 4)
     table[1] = torch.tensor([0.0, 1.0, 2.0, 3.0]).log().nan_to_num(neginf=-1e9)  # after 1: 0, 1/6, 2/6, 3/6
     batch = make_batch(rows(([1, 3, 0], 1)), 0)
-    logp, entropy = token_logprobs(TableModel(table), batch)
+    logp, said = token_logprobs(TableModel(table), batch)
     assert logp[0].tolist() == pytest.approx([-0.6931472, -1.3862944], abs=1e-6)  # log 1/2, log 1/4
     # -(1/6 log 1/6 + 1/3 log 1/3 + 1/2 log 1/2) and log 4, by hand
-    assert entropy[0].tolist() == pytest.approx([1.0114043, 1.3862944], abs=1e-6)
+    assert said["entropy"].tolist() == pytest.approx([1.0114043, 1.3862944], abs=1e-6)
+    assert said["top_prob"].tolist() == pytest.approx([0.5, 0.25])
 
 
 def test_temperature_is_part_of_the_distribution():

@@ -66,11 +66,13 @@ def test_the_gradient_is_that_of_finite_differences(foretold, bias):
 @pytest.mark.parametrize("foretold", [slope_of_squares, None], ids=["foretold", "recomputed"])
 def test_numbers_and_gradients_are_those_of_all_logits(dtype, temperature, foretold):
     hidden, weight, shift, targets = parts(dtype)
-    logp, entropy = target_logprobs(hidden, SimpleNamespace(weight=weight, bias=shift), targets, temperature)
+    logp, said = target_logprobs(hidden, SimpleNamespace(weight=weight, bias=shift), targets, temperature)
     wanted, spread = plainly(hidden, weight, shift, targets, temperature)
-    assert logp.dtype == torch.float32 and not entropy.requires_grad
+    assert logp.dtype == torch.float32 and not any(x.requires_grad for x in said.values())
     near = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
-    assert torch.allclose(logp, wanted, **near) and torch.allclose(entropy, spread, **near)
+    assert torch.allclose(logp, wanted, **near) and torch.allclose(said["entropy"], spread, **near)
+    largest = ((hidden.float() @ weight.float().T + shift) / temperature).softmax(-1).max(-1).values
+    assert torch.allclose(said["top_prob"], largest, **near)
     again, _ = target_logprobs(hidden, SimpleNamespace(weight=weight, bias=shift), targets, temperature, slope=foretold)
     mine = torch.autograd.grad(loss_of_squares(again), (hidden, weight, shift))
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight, shift)]

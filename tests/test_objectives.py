@@ -178,7 +178,7 @@ def test_kl_values_by_hand():
     for estimator, value in [("k1", math.log(2)), ("k2", math.log(2) ** 2 / 2), ("k3", 0.5 - 1 + math.log(2))]:
         objective = replace(CLIP, kl_coef=0.1, kl_estimator=estimator)
         assert float(per_token_loss(logp, batch, objective)) == pytest.approx(0.1 * value, abs=1e-6)
-        sums = policy_sums(logp, torch.zeros(1, 1), batch, objective)
+        sums = policy_sums(logp, {}, batch, objective)
         assert policy_metrics(sums)["policy/kl_ref"] == pytest.approx(value, abs=1e-6)
 
 
@@ -201,7 +201,7 @@ def test_clip_fractions_count_where_each_clip_acts(objective, high, low):
     ratios, ids = torch.tensor([1 / 8, 1 / 2, 1, 2, 8]), (range(1, 7), 1)
     batch = make_batch(rows(ids, advantage=1.0, logprob=-3.0) + rows(ids, advantage=-1.0, logprob=-3.0), 0)
     logp = (-3.0 + ratios.log()).repeat(2, 1)
-    figures = policy_metrics(policy_sums(logp, torch.zeros(2, 5), batch, objective))
+    figures = policy_metrics(policy_sums(logp, {}, batch, objective))
     assert figures["policy/clip_frac_high"] == pytest.approx(high / 10)
     assert figures["policy/clip_frac_low"] == pytest.approx(low / 10)
 
@@ -210,9 +210,10 @@ def test_figures_of_an_update_by_hand():
     batch = make_batch(rows(([1, 2, 3], 1), advantage=1.0, logprob=math.log(0.25)), 0)
     logp = torch.tensor([[math.log(0.25), math.log(0.5)]])  # ratios 1 and 2
     sums: dict[str, float] = {}
-    add_sums(sums, policy_sums(logp, torch.tensor([[0.5, 1.5]]), batch, CLIP))
+    said = {"entropy": torch.tensor([0.5, 1.5]), "top_prob": torch.tensor([0.5, 0.3])}
+    add_sums(sums, policy_sums(logp, said, batch, CLIP))
     figures = policy_metrics(sums)
-    assert figures["policy/entropy"] == pytest.approx(1.0)
+    assert figures["policy/entropy"] == pytest.approx(1.0) and figures["policy/top_prob"] == pytest.approx(0.4)
     assert figures["policy/clip_frac_high"] == pytest.approx(0.5)
     assert figures["policy/clip_frac_low"] == 0.0
     assert figures["policy/approx_kl"] == pytest.approx((2 - 1 - math.log(2)) / 2, abs=1e-6)
@@ -229,7 +230,7 @@ def test_approximate_kl_is_the_true_one_in_expectation():
     estimate = 0.0
     for token, p in enumerate(old.tolist()):  # the expectation over what the old policy would draw
         batch = make_batch(rows(([1, token], 1), logprob=math.log(p)), 0)
-        part = policy_sums(new[token].log().reshape(1, 1), torch.zeros(1, 1), batch, CLIP)
+        part = policy_sums(new[token].log().reshape(1, 1), {}, batch, CLIP)
         estimate += p * policy_metrics(part)["policy/approx_kl"]
     assert estimate == pytest.approx(exact, abs=1e-6)
 

@@ -20,6 +20,9 @@ import torch
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 """Size of one chunk's logits in float32; two buffers of this size are held. Measured on the CPU, guessed for GPUs."""
 
+STATISTICS = ("entropy", "top_prob")
+"""What is said of each distribution: its entropy in nats, and the probability of its likeliest token."""
+
 Slope = Callable[[torch.Tensor, slice], torch.Tensor]
 """From the log-probabilities `(n,)` of some of the targets, and which they are, to d loss / d logp `(n,)`."""
 
@@ -29,24 +32,26 @@ def target_logprobs(
     head: Any,
     targets: torch.Tensor,
     temperature: float = 1.0,
-    entropy: bool = True,
+    statistics: bool = True,
     slope: Slope | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each target under softmax(head(hidden) / temperature), and the distribution's entropy.
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Log-probability of each target under softmax(head(hidden) / temperature), and what the distribution is like.
 
     Args:
         hidden: `(N, H)`.
         head: a linear layer: `weight` `(V, H)`, and maybe a `bias` `(V,)`.
         targets: `(N,)` int64.
-        entropy: skip its cost with False (zeros are returned).
+        statistics: skip their cost with False (zeros are returned).
         slope: the derivative of the loss that the log-probabilities will go into; they must go into no other.
 
     Returns:
-        `(N,)` log-probabilities with gradient and `(N,)` entropies in nats without, both float32 (float64 of float64).
+        `(N,)` log-probabilities with gradient and, without, `(N,)` of each of `STATISTICS`; all of them float32
+        (float64 of float64).
     """
     bias = getattr(head, "bias", None)
-    apply: Callable[..., tuple[torch.Tensor, torch.Tensor]] = _TargetLogprobs.apply
-    return apply(hidden, head.weight, bias, targets, temperature, entropy, slope)
+    apply: Callable[..., tuple[torch.Tensor, ...]] = _TargetLogprobs.apply
+    logp, *found = apply(hidden, head.weight, bias, targets, temperature, statistics, slope)
+    return logp, dict(zip(STATISTICS, found, strict=True))
 
 
 class _TargetLogprobs(torch.autograd.Function):
@@ -58,25 +63,26 @@ class _TargetLogprobs(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         temperature: float,
-        entropy: bool,
+        statistics: bool,
         slope: Slope | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         softmax = _Softmax(hidden, weight, bias, temperature)
         gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad) if slope else None
         logp = torch.empty_like(targets, dtype=softmax.dtype)  # (N,)
-        entropies, slopes = torch.zeros_like(logp), torch.empty_like(logp)
+        entropies, tops, slopes = torch.zeros_like(logp), torch.zeros_like(logp), torch.empty_like(logp)
         for part in softmax.parts():
-            logits, probs, log_z = softmax(part)
+            logits, probs, top, log_z = softmax(part)
             logp[part] = logits.gather(-1, targets[part].unsqueeze(-1)).squeeze(-1) - log_z
-            if entropy:
+            if statistics:
+                tops[part] = top
                 entropies[part] = log_z - torch.mul(probs, logits, out=logits).sum(-1)
             if slope and gradients:
                 slopes[part] = slope(logp[part], part)
                 gradients.add(part, probs, targets[part], slopes[part] / temperature)
-        ctx.mark_non_differentiable(entropies)
+        ctx.mark_non_differentiable(entropies, tops)
         ctx.save_for_backward(hidden, weight, bias, targets, slopes)
         ctx.temperature, ctx.gradients = temperature, gradients
-        return logp, entropies
+        return logp, entropies, tops
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
@@ -92,7 +98,7 @@ class _TargetLogprobs(torch.autograd.Function):
             softmax = _Softmax(hidden, weight, bias, ctx.temperature)
             gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
             for part in softmax.parts():
-                _, probs, _ = softmax(part)
+                _, probs, *_ = softmax(part)
                 gradients.add(part, probs, targets[part], arrived[part] / ctx.temperature)
         return *gradients.take(), None, None, None, None
 
@@ -114,8 +120,11 @@ class _Softmax:
         """The chunks of the positions."""
         return (slice(at, at + self.rows) for at in range(0, len(self.hidden), self.rows))
 
-    def __call__(self, part: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits `(n, V)`, probabilities `(n, V)` and log Z `(n,)`, valid until the next chunk; all may be changed."""
+    def __call__(self, part: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits and probabilities `(n, V)`, the largest of these `(n,)` and log Z `(n,)`.
+
+        The first two are valid until the next chunk, and may be changed.
+        """
         hidden = self.hidden[part]
         logits, probs = self.logits[: len(hidden)], self.probs[: len(hidden)]
         if hidden.dtype == self.dtype:
@@ -128,7 +137,8 @@ class _Softmax:
             logits /= self.temperature
         torch.softmax(logits, -1, out=probs)
         # The likeliest token has p >= 1 / V, so its logarithm is exact, where another's may have run out of float32.
-        return logits, probs, logits.amax(-1) - probs.amax(-1).log()
+        top = probs.amax(-1)
+        return logits, probs, top, logits.amax(-1) - top.log()
 
 
 class _Gradients:

@@ -75,7 +75,8 @@ class TorchLearner:
 
         Returns:
             the loss, `objectives.policy_metrics`, and `perf/` figures, all of the whole update, over the rows that
-            were not skipped; `perf/skipped_rows_frac` says how many were.
+            were not skipped; `perf/skipped_rows_frac` says how many were. `perf/padding_frac` is the share of cells
+            without a token, `perf/shared_frac` that of tokens which another row had brought already.
 
         Raises:
             NonFiniteError: when the loss is NaN or infinite. No gradient is kept.
@@ -87,11 +88,11 @@ class TorchLearner:
             with self._room_for(part):
                 part = part.to(self.device)
                 foretold = slope(part, objective)
-                logp, entropies = self._token_logprobs(self.model, part, objective.temperature, slope=foretold)
+                logp, found = self._token_logprobs(self.model, part, objective.temperature, slope=foretold)
                 loss = update_loss(logp, part, objective)
                 loss.backward()
             add_sums(sums, {"loss": float(loss.detach()), "cells": part.cells})
-            add_sums(sums, policy_sums(logp, entropies, part, objective))
+            add_sums(sums, policy_sums(logp, found, part, objective))
         sums = self._of_the_update(sums)
         loss_total, cells = sums.pop("loss"), sums.pop("cells")
         if not math.isfinite(loss_total):
@@ -102,8 +103,8 @@ class TorchLearner:
             "loss": loss_total,
             **policy_metrics(sums),
             "perf/tokens_per_s": tokens / seconds,
-            "perf/padding_frac": max(0.0, 1 - tokens / cells),
-            "perf/shared_frac": max(0.0, 1 - cells / tokens),
+            "perf/padding_frac": _missing(tokens, cells),
+            "perf/shared_frac": _missing(cells, tokens),
             "perf/skipped_rows_frac": 1 - len(rows) / len(batch),
         }
 
@@ -129,7 +130,7 @@ class TorchLearner:
         out = torch.zeros_like(batch.mask)
         for rows, part in self._microbatches(batch, batch.rows_with_targets()):
             with self._room_for(part):
-                logp, _ = self._token_logprobs(model, part.to(self.device), temperature, entropy=False)
+                logp, _ = self._token_logprobs(model, part.to(self.device), temperature, statistics=False)
             out[rows, : logp.shape[1]] = logp.cpu()
         return out
 
@@ -218,9 +219,9 @@ class TorchLearner:
         return auto_cells(self.model, self.cfg.deterministic)
 
     def _token_logprobs(
-        self, model: Any, part: Batch, temperature: float, entropy: bool = True, slope: Slope | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return token_logprobs(model, part, temperature, entropy, slope)
+        self, model: Any, part: Batch, temperature: float, statistics: bool = True, slope: Slope | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return token_logprobs(model, part, temperature, statistics, slope)
 
     def _of_the_update(self, sums: dict[str, float]) -> dict[str, float]:
         return sums
@@ -230,3 +231,8 @@ class TorchLearner:
 
     def _empty(self, name: str, size: torch.Size) -> torch.Tensor:
         return torch.empty(size)
+
+
+def _missing(part: float, whole: float) -> float:
+    """The share of `whole` that `part` leaves out; 0 where it is more, or nothing is there."""
+    return max(0.0, 1 - part / whole) if whole else 0.0

@@ -8,12 +8,13 @@ A new objective is a function of (log-probabilities, batch, settings) and an ent
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from grpo_gsm8k.trainer.batch import MAX_LOG_RATIO, Batch, Correction, with_old_logprobs
+from grpo_gsm8k.trainer.head import STATISTICS
 
 
 @dataclass(frozen=True)
@@ -190,14 +191,16 @@ def kl_to_reference(logp: torch.Tensor, batch: Batch, objective: Objective) -> t
 
 
 @torch.no_grad()
-def policy_sums(logp: torch.Tensor, entropies: torch.Tensor, batch: Batch, objective: Objective) -> dict[str, float]:
+def policy_sums(
+    logp: torch.Tensor, statistics: Mapping[str, torch.Tensor], batch: Batch, objective: Objective
+) -> dict[str, float]:
     """Sums (and maxima) over a slice's trained tokens, from which `policy_metrics` makes the update's figures.
 
-    Those that speak of an old policy are left out where the loss knows none.
+    `statistics` are those of `token_logprobs`. What speaks of an old policy is left out where the loss knows none.
     """
     mask, drawn = batch.mask, batch
     batch = with_its_old_policy(batch, logp, objective)
-    sums = {"tokens": mask.sum(), "entropy": entropies.sum()}
+    sums = {"tokens": mask.sum(), **{name: values.sum() for name, values in statistics.items()}}
     if objective.loss != "cross_entropy":
         above, below = where_clipped(logp, batch, objective)
         moved = (logp - batch.old_logprobs) * mask
@@ -244,6 +247,7 @@ def add_sums(total: dict[str, float], part: dict[str, float]) -> None:
 def policy_metrics(sums: dict[str, float]) -> dict[str, float]:
     """The figures of a whole update, means over its trained tokens: those of `rows_to_train`.
 
+    `policy/entropy` and `policy/top_prob` are of the distributions that the tokens were drawn from (`head.STATISTICS`).
     `policy/kl_ref` is the KL term to the reference as the loss has it, without its coefficient;
     `policy/approx_kl` is the k3 estimator of KL(old || new) under the old policy's samples
     (http://joschu.net/blog/kl-approx.html); `mismatch/ess` the effective sample size of the importance
@@ -252,7 +256,7 @@ def policy_metrics(sums: dict[str, float]) -> dict[str, float]:
     if not sums:
         return {}
     n = max(sums["tokens"], 1.0)
-    metrics = {"policy/entropy": sums["entropy"] / n}
+    metrics = {f"policy/{name}": sums[name] / n for name in STATISTICS if name in sums}
     if "kl_ref" in sums:
         metrics["policy/kl_ref"] = sums["kl_ref"] / n
     if "ratio" in sums:

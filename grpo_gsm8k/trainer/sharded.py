@@ -99,9 +99,9 @@ class ShardedLearner(TorchLearner):
         return int(least)
 
     def _token_logprobs(
-        self, model: Any, part: Batch, temperature: float, entropy: bool = True, slope: Slope | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        found: tuple[torch.Tensor, torch.Tensor] = model.token_logprobs(part, temperature, entropy, slope)
+        self, model: Any, part: Batch, temperature: float, statistics: bool = True, slope: Slope | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        found: tuple[torch.Tensor, dict[str, torch.Tensor]] = model.token_logprobs(part, temperature, statistics, slope)
         return found
 
     def _of_the_update(self, sums: dict[str, float]) -> dict[str, float]:
