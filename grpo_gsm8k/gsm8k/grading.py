@@ -623,7 +623,28 @@ def _tokens(text: str) -> list[_Token]:
     for m in islice(_TOKEN.finditer(source), MAX_TOKENS):
         value = _number_value(m[0]) if m.lastgroup == "num" else None
         tokens.append(_Token(m.lastgroup, m[0].lower(), m.start(), m.end(), source, value))  # type: ignore[arg-type]
-    return tokens if _has_number(tokens) else _spelled(tokens)
+    return _shares_as_products(tokens if _has_number(tokens) else _spelled(tokens))
+
+
+_SHARES = _words("% percent half halves third thirds quarter quarters fourth fourths fifth fifths tenth tenths")
+
+
+def _shares_as_products(tokens: list[_Token]) -> list[_Token]:
+    """ "20% of her 90", "1/2 of 50": a product, still to be worked out; "18 of the 50" is 18."""
+    folded: list[_Token] = []
+    i = 0
+    while i < len(tokens):
+        number = i + 1
+        while _at(tokens, number) in _DETERMINERS:
+            number += 1
+        share = _at(tokens, i - 1) in _SHARES or (i > 2 and tokens[i - 2].text == "/" and tokens[i - 1].kind == "num")
+        if tokens[i].text == "of" and share and number < len(tokens) and tokens[number].kind == "num":
+            folded.append(tokens[i]._replace(kind="op", text="*"))
+            i = number
+        else:
+            folded.append(tokens[i])
+            i += 1
+    return folded
 
 
 def _at(tokens: list[_Token], i: int) -> str:
