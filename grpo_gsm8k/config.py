@@ -149,6 +149,18 @@ class TrainConfig(PolicyConfig):
     activation_checkpointing: bool = opt(
         False, "keep only each layer's input, and compute the rest again in the backward pass", runtime=True
     )
+    compile: bool = opt(False, "compile each layer with torch.compile; needs a C++ compiler (CPU) or triton (GPU)")
+    optimizer_device: Literal["auto", "cpu"] = opt(
+        "auto", "auto: AdamW's state beside the model; cpu: in main memory, where its step is made", runtime=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compile and self.deterministic:
+            raise ConfigError(
+                "--compile with --deterministic: kernels are made for the shapes that a process meets first, and a "
+                "resumed run meets others; leave one of them out"
+            )
 
 
 @dataclass(frozen=True)

@@ -204,9 +204,9 @@ def _bf16(gpus: list[dict[str, Any]], cuda: bool) -> Check:
 
 
 def _compiler(cuda: bool) -> Check:
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
+    compiler = repro.compiler(cuda)
     if compiler or not cuda:
-        return Check("compiler", True, compiler or "none, and none needed without a GPU")
+        return Check("compiler", True, compiler or "none; without a GPU --compile alone needs one")
     return Check("compiler", False, "no C compiler, triton kernels fail: install gcc, libc6-dev and python3-dev")
 
 

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
-"""Size of one chunk's logits in float32; two buffers of this size are held. Measured on the CPU, guessed for GPUs."""
+from grpo_gsm8k.trainer.costs import CHUNK_BYTES
 
 Slope = Callable[[torch.Tensor, slice], torch.Tensor]
 """From the log-probabilities `(n,)` of some of the targets, and which they are, to d loss / d logp `(n,)`."""

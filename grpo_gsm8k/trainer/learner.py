@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from grpo_gsm8k.config import TrainConfig
 from grpo_gsm8k.errors import CheckpointError, NonFiniteError
-from grpo_gsm8k.trainer import adapter, dcp
+from grpo_gsm8k.trainer import adapter, costs, dcp, memory
 from grpo_gsm8k.trainer.batch import Batch
+from grpo_gsm8k.trainer.compiled import compile_layers
 from grpo_gsm8k.trainer.head import Slope
 from grpo_gsm8k.trainer.logprobs import token_logprobs
 from grpo_gsm8k.trainer.objectives import (
@@ -30,9 +31,9 @@ from grpo_gsm8k.trainer.objectives import (
     slope,
     update_loss,
 )
-from grpo_gsm8k.trainer.optimizer import MasterAdamW, State
-from grpo_gsm8k.trainer.plan import auto_cells, out_of_memory
-from grpo_gsm8k.trainer.policy import weights_sha256
+from grpo_gsm8k.trainer.optimizer import MasterAdamW, OffloadedAdamW, State
+from grpo_gsm8k.trainer.policy import context_length, weights_sha256
+from grpo_gsm8k.trainer.ranks import world
 
 OPTIMIZER = f"{dcp.FOLDER}/state.safetensors"  # apart: vLLM takes every *.safetensors beside a model for its own
 
@@ -59,7 +60,11 @@ class TorchLearner:
         self.model = self._place(model).train()
         if cfg.activation_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if cfg.compile:
+            compile_layers(self.model)
         self.optimizer = self._make_optimizer()
+        self.gauge = memory.gauge_of(self.model, cfg, self.optimizer.dtype, world().size)
+        self.line: memory.Line | None = None  # what the probe found
 
     @functools.cached_property
     def budget(self) -> int:
@@ -81,33 +86,46 @@ class TorchLearner:
             ConfigError: when a microbatch does not fit into the GPU's memory; says what to lower.
         """
         rows = rows_to_train(batch, objective)
+        parts = self._microbatches(batch, rows)
+        if self.gauge:
+            self.gauge.start()
         started, sums = time.perf_counter(), {"loss": 0.0, "cells": 0.0}
-        for _, part in self._microbatches(batch, rows):
+        for _, part in parts:
+            if self.gauge:
+                self.gauge.saw(part)
             with self._room_for(part):
-                part = part.to(self.device)
-                foretold = slope(part, objective)
-                logp, entropies = self._token_logprobs(self.model, part, objective.temperature, slope=foretold)
-                loss = update_loss(logp, part, objective)
-                loss.backward()
-            add_sums(sums, {"loss": float(loss.detach()), "cells": part.input_ids.numel()})
-            add_sums(sums, policy_sums(logp, entropies, part, objective))
+                add_sums(sums, self._pass(part, objective))
         sums = self._of_the_update(sums)
         loss_total, cells = sums.pop("loss"), sums.pop("cells")
         if not math.isfinite(loss_total):
             self.optimizer.zero_grad()
             raise NonFiniteError(f"the loss is {loss_total}")
-        seconds, tokens = time.perf_counter() - started, sum(batch.lengths[row] for row in rows)
+        seconds, lengths = time.perf_counter() - started, [batch.lengths[row] for row in rows]
+        tokens = sum(lengths)
+        speed = self.gauge.speed(lengths, int(batch.mask[rows].sum()), seconds) if self.gauge else {}
         return {
             "loss": loss_total,
             **policy_metrics(sums),
             "perf/tokens_per_s": tokens / seconds,
             "perf/padding_frac": 1 - tokens / cells if cells else 0.0,
             "perf/skipped_rows_frac": 1 - len(rows) / len(batch),
+            **speed,
         }
 
+    def _pass(self, part: Batch, objective: Objective) -> dict[str, float]:
+        """Forward and backward pass of one microbatch; what it adds to the update's sums."""
+        part = part.to(self.device)
+        foretold = slope(part, objective)
+        logp, entropies = self._token_logprobs(self.model, part, objective.temperature, slope=foretold)
+        loss = update_loss(logp, part, objective)
+        loss.backward()
+        sums = policy_sums(logp, entropies, part, objective)
+        return {**sums, "loss": float(loss.detach()), "cells": float(part.input_ids.numel())}
+
     def step(self, lr: float) -> dict[str, float]:
-        """One optimizer step; see `MasterAdamW.step`."""
-        return self.optimizer.step(lr)
+        """One optimizer step; see `MasterAdamW.step`. On a GPU also the update's peak of memory, see `memory.Gauge`."""
+        metrics = self.optimizer.step(lr)
+        return metrics | (self.gauge.finish() if self.gauge else {})
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
@@ -136,7 +154,8 @@ class TorchLearner:
         try:
             yield
         except torch.OutOfMemoryError:
-            raise out_of_memory(len(part), max(part.lengths), self.budget) from None
+            each = self.line.each if self.line else 0.0
+            raise memory.out_of_memory(len(part), max(part.lengths), self.budget, each) from None
 
     def weights(self) -> Iterable[tuple[str, torch.Tensor]]:
         """Names and tensors of the weights, tied ones once; those of the adapter alone, where there is one."""
@@ -198,13 +217,36 @@ class TorchLearner:
         return model
 
     def _make_optimizer(self) -> MasterAdamW:
-        return MasterAdamW(self.model, self.cfg)
+        offloads = self.cfg.optimizer_device == "cpu" and self.device.type != "cpu"
+        return (OffloadedAdamW if offloads else MasterAdamW)(self.model, self.cfg)
 
     def _microbatches(self, batch: Batch, rows: Sequence[int]) -> Iterable[tuple[list[int], Batch]]:
         return batch.microbatches(self.budget, rows)
 
     def _cells_that_fit(self) -> int:
-        return auto_cells(self.model, self.cfg.deterministic)
+        """The token budget of `--max_tokens_per_microbatch 0`.
+
+        How an update is cut decides the order of its sums, so a deterministic run takes a fixed number of cells on a
+        GPU: what is free there may be another amount when it is resumed.
+        """
+        if self.gauge is None:
+            return memory.CPU_CELLS
+        if self.cfg.deterministic:
+            return memory.FIXED_CELLS
+        return self._probed_cells(self.gauge)
+
+    def _probed_cells(self, gauge: memory.Gauge) -> int:
+        context, free = context_length(self.model), gauge.meter.free()
+        beside = costs.beside_bytes(gauge.shape, gauge.setup, self.cfg)
+        if beside:  # a sampler that works at the same time, whose memory the probe would take for its own
+            return costs.cells_that_fit(gauge.shape, gauge.setup, costs.SPARE * (free + gauge.meter.held()) - beside)
+        try:
+            self.line = memory.probe(lambda part: self._pass(part, Objective()), gauge, self.device, context)
+        except torch.OutOfMemoryError:
+            raise memory.out_of_memory(1, memory.PROBE_TOKENS, 0) from None
+        room = costs.SPARE * (gauge.meter.free() - self.optimizer.coming_bytes())
+        self.optimizer.zero_grad()
+        return costs.most_cells(self.line.taken, room)
 
     def _token_logprobs(
         self, model: Any, part: Batch, temperature: float, entropy: bool = True, slope: Slope | None = None
