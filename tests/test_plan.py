@@ -150,7 +150,7 @@ def test_the_probe_finds_what_fits_and_fills_it(probing, hoards, flags):
     if hoards:  # by the formula the pass would have been too large by far
         assert peak_of_a_pass(learner, formula) > 1.5 * room and cells < 0.6 * formula
     else:
-        assert cells == pytest.approx(formula, rel=0.1)
+        assert 0.85 * formula < cells <= formula  # head and backward pass are added, though they take turns
 
 
 def test_a_budget_that_was_probed_changes_no_number(probing):
@@ -166,12 +166,8 @@ def test_a_budget_that_was_probed_changes_no_number(probing):
 def test_what_is_not_probed(probing):
     assert probing(deterministic=True).budget == memory.FIXED_CELLS
     assert probing(0).budget == costs.LEAST_CELLS
-    cfg = stage_config("grpo", max_tokens_per_microbatch=0, mode="one_step_off", rollouts_per_step=32, sample_rows=32)
     learner = probing()
-    learner.cfg = (
-        cfg  # the sampler's 32 rows of 112 tokens, 3 x 2 x 2 x 8 numbers of 4 bytes each, work at the same time
-    )
-    beside = 32 * (112 * 384 * (1 + 1 / 6) + 300 * 12)
+    learner.gauge.beside = beside = 7_000_000
     room = costs.SPARE * LIMIT - beside
     assert learner.budget == costs.cells_that_fit(learner.gauge.shape, learner.gauge.setup, room)
     assert learner.line is None

@@ -83,10 +83,12 @@ def story(learner, folder, other):
     return said, weights
 
 
-def one_rank(rank, port, folder, dtype):
+def one_rank(rank, port, folder, dtype, compiles):
     """One of three ranks; the first tells what it saw."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    learner = make_learner(ShardedLearner, dtype, activation_checkpointing=True)
+    make_machine_code = torch.nn.Module.compile  # tracing is what could go wrong among ranks, and machine code is slow
+    torch.nn.Module.compile = lambda self, **how: make_machine_code(self, backend="aot_eager", **how)
+    learner = make_learner(ShardedLearner, dtype, activation_checkpointing=True, compile=compiles)
     if rank:
         follow(learner)
         return
@@ -101,13 +103,13 @@ def one_rank(rank, port, folder, dtype):
     save_file(weights, folder / "weights.safetensors")
 
 
-def fork_ranks(folder, dtype):
+def fork_ranks(folder, dtype, compiles):
     """Before this process has run anything in threads, forking it is safe, and spares three starts of torch."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     children = [
-        multiprocessing.get_context("fork").Process(target=one_rank, args=(r, port, folder, dtype))
+        multiprocessing.get_context("fork").Process(target=one_rank, args=(r, port, folder, dtype, compiles))
         for r in range(RANKS)
     ]
     for child in children:
@@ -117,8 +119,15 @@ def fork_ranks(folder, dtype):
     sys.exit(max(abs(child.exitcode) for child in children))
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_three_ranks_learn_what_one_process_learns(dtype, tmp_path):
+@pytest.mark.parametrize(
+    ("dtype", "compiles"),
+    [
+        ("float32", ""),
+        pytest.param("bfloat16", "", marks=pytest.mark.slow),
+        pytest.param("float32", "compiles", marks=pytest.mark.slow),
+    ],
+)
+def test_three_ranks_learn_what_one_process_learns(dtype, compiles, tmp_path):
     near = {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
     one = make_learner(TorchLearner, getattr(torch, dtype))
     said = learn(one, [1, 2])
@@ -126,7 +135,7 @@ def test_three_ranks_learn_what_one_process_learns(dtype, tmp_path):
     one.save(tmp_path / "one")
     said += 2 * learn(one, [3])
     done = subprocess.run(
-        [sys.executable, "-m", "tests.test_ranks", tmp_path, dtype],
+        [sys.executable, "-m", "tests.test_ranks", tmp_path, dtype, compiles],
         capture_output=True, text=True, cwd=REPOSITORY, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -308,4 +317,4 @@ def test_a_rank_that_is_killed_ends_the_job_and_the_job_resumes(number, victim, 
 
 
 if __name__ == "__main__":
-    fork_ranks(Path(sys.argv[1]), getattr(torch, sys.argv[2]))
+    fork_ranks(Path(sys.argv[1]), getattr(torch, sys.argv[2]), bool(sys.argv[3]))

@@ -229,22 +229,22 @@ class TorchLearner:
         How an update is cut decides the order of its sums, so a deterministic run takes a fixed number of cells on a
         GPU: what is free there may be another amount when it is resumed.
         """
-        if self.gauge is None:
+        if self.device.type == "cpu" and not self.gauge:
             return memory.CPU_CELLS
-        if self.cfg.deterministic:
+        if self.cfg.deterministic or not self.gauge:
             return memory.FIXED_CELLS
         return self._probed_cells(self.gauge)
 
     def _probed_cells(self, gauge: memory.Gauge) -> int:
-        context, free = context_length(self.model), gauge.meter.free()
-        beside = costs.beside_bytes(gauge.shape, gauge.setup, self.cfg)
-        if beside:  # a sampler that works at the same time, whose memory the probe would take for its own
-            return costs.cells_that_fit(gauge.shape, gauge.setup, costs.SPARE * (free + gauge.meter.held()) - beside)
+        meter, context = gauge.meter, context_length(self.model)
+        if gauge.beside:  # a sampler that works at the same time: the probe would take its memory for our own
+            room = costs.SPARE * (meter.free() + meter.held()) - gauge.beside
+            return costs.cells_that_fit(gauge.shape, gauge.setup, room)
         try:
             self.line = memory.probe(lambda part: self._pass(part, Objective()), gauge, self.device, context)
         except torch.OutOfMemoryError:
             raise memory.out_of_memory(1, memory.PROBE_TOKENS, 0) from None
-        room = costs.SPARE * (gauge.meter.free() - self.optimizer.coming_bytes())
+        room = costs.SPARE * (meter.free() - self.optimizer.coming_bytes())
         self.optimizer.zero_grad()
         return costs.most_cells(self.line.taken, room)
 

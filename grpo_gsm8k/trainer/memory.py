@@ -88,9 +88,14 @@ def shape_of(model: Any) -> Shape:
 class Gauge:
     """What a learner on a GPU says of its own speed and memory: `perf/mfu`, and the peak as predicted and measured."""
 
-    def __init__(self, shape: Shape, setup: Setup, meter: Meter, flops: float = 0.0) -> None:
-        """`flops`: peak operations a second of all ranks' GPUs; 0 where it is not known, and no MFU is given."""
-        self.shape, self.setup, self.meter, self.flops = shape, setup, meter, flops
+    def __init__(self, shape: Shape, setup: Setup, meter: Meter, flops: float = 0.0, beside: int = 0) -> None:
+        """Of one learner.
+
+        Args:
+            flops: peak operations a second of all ranks' GPUs; 0 where it is not known, and no MFU is given.
+            beside: bytes that a sampler on the same GPU takes while the learner learns.
+        """
+        self.shape, self.setup, self.meter, self.flops, self.beside = shape, setup, meter, flops, beside
         self.predicted, self.said = 0, world().rank > 0
 
     def start(self) -> None:
@@ -101,7 +106,8 @@ class Gauge:
     def saw(self, part: Batch) -> None:
         """One of its microbatches, still on the CPU."""
         cells, targets = part.input_ids.numel(), int(part.mask.sum())
-        self.predicted = max(self.predicted, costs.training_bytes(self.shape, self.setup, cells, targets))
+        needed = costs.training_bytes(self.shape, self.setup, cells, targets) + self.beside
+        self.predicted = max(self.predicted, needed)
 
     def speed(self, lengths: Sequence[int], targets: int, seconds: float) -> dict[str, float]:
         """`perf/mfu` of forward and backward passes over rows of these lengths: nominal, see `costs.training_flops`."""
@@ -121,13 +127,19 @@ class Gauge:
 
 
 def gauge_of(model: Any, cfg: TrainConfig, dtype: torch.dtype, ranks: int) -> Gauge | None:
-    """The gauge of a model on a GPU; None on a CPU, where no allocator tells its peak."""
+    """The gauge of a model on a GPU; None on a CPU, where no allocator tells its peak, and for a shape unknown here."""
     device: torch.device = next(model.parameters()).device
     if device.type != "cuda":
         return None
+    try:
+        shape = shape_of(model)
+    except ConfigError as fault:
+        talk(str(fault))
+        return None
     gpu = costs.gpu_called(torch.cuda.get_device_name(device))
     flops = gpu.flops * ranks if gpu and dtype == torch.bfloat16 else 0.0
-    return Gauge(shape_of(model), costs.setup_of(cfg, dtype.itemsize, ranks), CudaMeter(device), flops)
+    setup = costs.setup_of(cfg, dtype.itemsize, ranks)
+    return Gauge(shape, setup, CudaMeter(device), flops, costs.beside_bytes(shape, setup, cfg))
 
 
 # -------------------------------------------------------------------------------------------------- the probe

@@ -159,6 +159,7 @@ class OffloadedAdamW(MasterAdamW):
         """See `MasterAdamW`."""
         self.sums: dict[torch.Tensor, torch.Tensor] = {}  # of bfloat16 weights, which have no float32 gradient
         super().__init__(model, cfg)
+        self._await_copies()
 
     def step(self, lr: float) -> dict[str, float]:
         """See `MasterAdamW.step`."""
@@ -167,9 +168,7 @@ class OffloadedAdamW(MasterAdamW):
             if gradient is not None:
                 self.masters[name].grad = _to_main_memory(gradient)
             param.grad = None
-        device = next(iter(self.params.values())).device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        self._await_copies()
         return super().step(lr)
 
     def zero_grad(self) -> None:
@@ -195,6 +194,11 @@ class OffloadedAdamW(MasterAdamW):
         if param.dtype != torch.float32:
             param.register_post_accumulate_grad_hook(self._accumulate)
         return nn.Parameter(_to_main_memory(param.detach().float()))
+
+    def _await_copies(self) -> None:
+        device = next(iter(self.params.values())).device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     def _accumulate(self, param: torch.Tensor) -> None:
         assert param.grad is not None
