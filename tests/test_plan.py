@@ -48,6 +48,11 @@ def test_an_estimate_of_the_full_recipe(tmp_path):
     )
     # 18 bytes a weight and the sampler's 2 are 30.9 GB; the budget fills 0.85 of what CUDA leaves of 141 GB
     assert found["peak_gb"] == pytest.approx(0.85 * (141 - 2.147), abs=0.05)
+    again = 2 * 1.31e9 * 716_800 / 989e12 + 0.022  # the layers' forward pass a second time
+    slower = plan.estimate(replace(cfg, activation_checkpointing=True), "H200")["update_seconds_at_peak"]
+    assert slower - found["update_seconds_at_peak"] == pytest.approx(again, abs=0.02)
+    frozen = plan.estimate(replace(cfg, kl_coef=0.1, old_logprobs="recompute"), "H200")["update_seconds_at_peak"]
+    assert frozen == pytest.approx(5 / 3 * found["update_seconds_at_peak"], abs=0.02)  # two more forward passes
     small = replace(cfg, max_tokens_per_microbatch=4096)
     peak = plan.estimate(small, "H200")["peak_gb"]
     saved = {"optimizer_device": 12 * 1.5437, "engine": 2 * 1.5437}

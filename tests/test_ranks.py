@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -28,11 +29,14 @@ from grpo_gsm8k.engines import channel, process
 from grpo_gsm8k.engines.process import placements, trained_on
 from grpo_gsm8k.errors import ConfigError, DiskError, NonFiniteError
 from grpo_gsm8k.trainer.batch import make_batch, with_old_logprobs, with_ref_logprobs
+from grpo_gsm8k.trainer.costs import LEAST_CELLS, Setup
 from grpo_gsm8k.trainer.learner import TorchLearner
+from grpo_gsm8k.trainer.memory import Gauge, shape_of
 from grpo_gsm8k.trainer.objectives import Objective
 from grpo_gsm8k.trainer.policy import pick_device
 from grpo_gsm8k.trainer.ranks import Lead, World, follow, world
 from grpo_gsm8k.trainer.sharded import ShardedLearner, share
+from tests.meter import ProfiledMemory
 from tests.toys import REPOSITORY, cli, rows, train_config
 
 RANKS = 3
@@ -89,6 +93,7 @@ def one_rank(rank, port, folder, dtype, compiles):
     make_machine_code = torch.nn.Module.compile  # tracing is what could go wrong among ranks, and machine code is slow
     torch.nn.Module.compile = lambda self, **how: make_machine_code(self, backend="aot_eager", **how)
     learner = make_learner(ShardedLearner, dtype, activation_checkpointing=True, compile=compiles)
+    agree_on_a_budget(learner)
     if rank:
         follow(learner)
         return
@@ -101,6 +106,22 @@ def one_rank(rank, port, folder, dtype, compiles):
     lead.close()
     (folder / "said.json").write_text(json.dumps(said))
     save_file(weights, folder / "weights.safetensors")
+
+
+def agree_on_a_budget(learner):
+    """Each rank probes, has another amount of memory, and takes what the one with the least can."""
+    before = {name: p.detach().full_tensor().clone() for name, p in learner.model.named_parameters()}
+    with ProfiledMemory(2_000_000 * (1 + learner.rank)) as meter:
+        learner.gauge = Gauge(shape_of(learner.model), Setup(4, ranks=RANKS, device="cpu"), meter)
+        own, agreed = TorchLearner._cells_that_fit(learner), learner._cells_that_fit()
+    learner.gauge = learner.line = None
+    found = [None] * RANKS
+    dist.all_gather_object(found, (own, agreed), group=learner.group)
+    owns, agreeds = zip(*found, strict=True)
+    assert LEAST_CELLS < owns[0] < owns[1] / 1.5 < owns[2] / 2 and len(set(agreeds)) == 1, found
+    assert agreed == pytest.approx(owns[0], rel=0.01)
+    assert not any(p.grad is not None for p in learner.model.parameters())
+    assert all(torch.equal(before[name], p.detach().full_tensor()) for name, p in learner.model.named_parameters())
 
 
 def fork_ranks(folder, dtype, compiles):

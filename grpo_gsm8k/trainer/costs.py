@@ -121,6 +121,16 @@ class Shape:
 # ------------------------------------------------------------------------------------------------- operations
 
 
+def forward_flops(shape: Shape, tokens: int, targets: int, pairs: int = 0) -> float:
+    """Operations of the matrix products of a forward pass; see `training_flops`."""
+    return 2.0 * (shape.matrices * tokens + shape.head * targets) + _attention_flops(shape, pairs)
+
+
+def _attention_flops(shape: Shape, pairs: int) -> float:
+    """Of queries with keys, and of what comes out with values."""
+    return 4.0 * shape.layers * shape.heads * shape.head_dim * pairs
+
+
 def training_flops(shape: Shape, tokens: int, targets: int, pairs: int = 0, lora_rank: int = 0) -> float:
     """Operations of forward and backward passes (6 a weight and token: arXiv 2001.08361 sec. 2.1).
 
@@ -133,11 +143,10 @@ def training_flops(shape: Shape, tokens: int, targets: int, pairs: int = 0, lora
             as if it did not (a nominal MFU).
         pairs: of a query and a key that it sees, see `causal_pairs`.
     """
-    linear = 2.0 * (shape.matrices * tokens + shape.head * targets)
-    scores = 4.0 * shape.layers * shape.heads * shape.head_dim * pairs
+    forward = forward_flops(shape, tokens, targets, pairs)
     if not lora_rank:
-        return 3 * (linear + scores)
-    return 2 * linear + 3 * scores + 6.0 * shape.adapters(lora_rank) * tokens
+        return 3 * forward
+    return 2 * forward + _attention_flops(shape, pairs) + 6.0 * shape.adapters(lora_rank) * tokens
 
 
 def causal_pairs(lengths: Iterable[int]) -> int:

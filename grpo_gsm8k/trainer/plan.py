@@ -38,11 +38,8 @@ def estimate(cfg: GrpoConfig, name: str) -> dict[str, Any]:
     cells = cfg.max_tokens_per_microbatch or costs.cells_that_fit(shape, setup, room)
     training = costs.training_bytes(shape, setup, cells) + beside
     peak = max(training, costs.state_bytes(shape, setup, gradients=False) + sampler)
+    work = _operations(cfg, shape, length)
     rollouts = cfg.rollouts_per_step
-    pairs = rollouts * costs.causal_pairs([length])
-    work = cfg.epochs * costs.training_flops(
-        shape, rollouts * length, rollouts * cfg.max_new_tokens, pairs, cfg.lora_rank
-    )
     read = cfg.max_new_tokens * costs.decoding_bytes(shape, width, [PROMPT + cfg.max_new_tokens // 2] * rows)
     return {
         "gpu": name,
@@ -54,6 +51,16 @@ def estimate(cfg: GrpoConfig, name: str) -> dict[str, Any]:
         "update_seconds_at_peak": round(work / gpu.flops, 2),
         "sampling_seconds_at_bandwidth": round(-(-rollouts // rows) * read / gpu.bandwidth, 2),
     }
+
+
+def _operations(cfg: GrpoConfig, shape: Shape, length: int) -> float:
+    """Of a step's updates, what checkpointing does again and the passes over old and reference policies included."""
+    tokens, targets = cfg.rollouts_per_step * length, cfg.rollouts_per_step * cfg.max_new_tokens
+    pairs = cfg.rollouts_per_step * costs.causal_pairs([length])
+    update = costs.training_flops(shape, tokens, targets, pairs, cfg.lora_rank)
+    again = costs.forward_flops(shape, tokens, 0, pairs) if cfg.activation_checkpointing else 0
+    frozen = (cfg.old_logprobs == "recompute") + (cfg.kl_coef > 0)
+    return cfg.epochs * (update + again) + frozen * costs.forward_flops(shape, tokens, targets, pairs)
 
 
 def _model_config(cfg: PromptConfig) -> Any:
