@@ -98,11 +98,10 @@ def _measure_update(kind: str, args: argparse.Namespace, rows: Sequence[TokenRow
     model = bench.make_model(args)
     shape = shape_of(model)
     update = _trl(model, args, kind) if kind in PEERS else _ours(model, args, kind)
-    update(rows[:2], 1.0, False)  # so that the first use of anything is over
-    if kind in WITH:
-        update(rows, 1.0, True)  # and what is compiled is so for every shape
+    # So that the first use of anything is over; and what is compiled must be so for every shape.
+    update(rows if kind in WITH else rows[:2], 1.0, "drop")
     with bench.measuring(args.device) as measured:
-        update(rows, 1.0, True)
+        update(rows, 1.0, "step")
     tokens = sum(len(row.token_ids) for row in rows)
     found = {**measured, "tokens_per_s": tokens / measured["seconds"]}
     if args.device.startswith("cuda") and kind not in PEERS:
@@ -127,7 +126,7 @@ def compare_gradients(kind: str, args: argparse.Namespace) -> dict[str, float]:
     rows[1] = TokenRow(rows[1].token_ids, (0,) * len(rows[1].mask), rows[1].logprobs, rows[1].advantage)
     model = bench.make_model(args)
     update = _trl(model, args, kind) if kind in PEERS else _ours(model, args, kind)
-    update(rows, TEMPERATURE, False)
+    update(rows, TEMPERATURE, "keep")
     mine = {name: p.grad.contiguous() for name, p in model.named_parameters() if p.grad is not None}
     if kind not in PEERS:
         save_file(mine, args.gradients)
@@ -156,7 +155,8 @@ def make_rows(args: argparse.Namespace) -> list[TokenRow]:
     return rows
 
 
-Update = Callable[[Sequence[TokenRow], float, bool], None]  # rows, temperature, whether the optimizer steps
+Update = Callable[[Sequence[TokenRow], float, str], None]
+"""Of rows at a temperature; then the optimizer steps ("step"), or the gradient is let go ("drop") or kept ("keep")."""
 
 
 def _config(kind: str, args: argparse.Namespace) -> TrainConfig:
@@ -172,12 +172,12 @@ def _ours(model: Any, args: argparse.Namespace, kind: str) -> Update:
 
     learner = TorchLearner(model, None, _config(kind, args))
 
-    def update(rows: Sequence[TokenRow], temperature: float, steps: bool) -> None:
+    def update(rows: Sequence[TokenRow], temperature: float, then: str) -> None:
         objective = Objective("grpo_clip", CLIP, CLIP, temperature)
         learner.forward_backward(make_batch(rows, 0, "token"), objective)
-        if steps:
+        if then == "step":
             learner.step(1e-6)
-        elif len(rows) == 2:
+        elif then == "drop":
             learner.optimizer.zero_grad()
 
     return update
@@ -263,17 +263,17 @@ def _trl(model: Any, args: argparse.Namespace, kind: str) -> Update:
     trainers: dict[float, Any] = {}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
 
-    def update(rows: Sequence[TokenRow], temperature: float, steps: bool) -> None:
+    def update(rows: Sequence[TokenRow], temperature: float, then: str) -> None:
         if temperature not in trainers:
             trainers[temperature] = _trl_trainer(model, args, temperature)
         trainer, total = trainers[temperature], sum(map(sum, (row.mask for row in rows)))
         with _compact(kind == "trl_compact"):
             for at in range(0, len(rows), TRL_ROWS):
                 trainer._compute_loss(model, _trl_inputs(rows[at : at + TRL_ROWS], total, args.device)).backward()
-        if steps:
+        if then == "step":
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-        if steps or len(rows) == 2:
+        if then != "keep":
             optimizer.zero_grad()
 
     return update

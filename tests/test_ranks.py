@@ -36,7 +36,7 @@ from grpo_gsm8k.trainer.objectives import Objective
 from grpo_gsm8k.trainer.policy import pick_device
 from grpo_gsm8k.trainer.ranks import Lead, World, follow, world
 from grpo_gsm8k.trainer.sharded import ShardedLearner, share
-from tests.meter import ProfiledMemory
+from tests.meter import LiveMemory
 from tests.toys import REPOSITORY, cli, rows, train_config
 
 RANKS = 3
@@ -111,10 +111,10 @@ def one_rank(rank, port, folder, dtype, compiles):
 def agree_on_a_budget(learner):
     """Each rank probes, has another amount of memory, and takes what the one with the least can."""
     before = {name: p.detach().full_tensor().clone() for name, p in learner.model.named_parameters()}
-    with ProfiledMemory(2_000_000 * (1 + learner.rank)) as meter:
+    with LiveMemory(2_000_000 * (1 + learner.rank)) as meter:
         learner.gauge = Gauge(shape_of(learner.model), Setup(4, ranks=RANKS, device="cpu"), meter)
         own, agreed = TorchLearner._cells_that_fit(learner), learner._cells_that_fit()
-    learner.gauge = learner.line = None
+    learner.gauge = learner.probed = None
     found = [None] * RANKS
     dist.all_gather_object(found, (own, agreed), group=learner.group)
     owns, agreeds = zip(*found, strict=True)

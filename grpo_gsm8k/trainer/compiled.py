@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from grpo_gsm8k import repro
 from grpo_gsm8k.errors import ConfigError
 
@@ -23,5 +25,6 @@ def compile_layers(model: Any) -> None:
     layers = getattr(model.base_model, "layers", None)
     if layers is None:
         raise ConfigError(f"--compile: {model.name_or_path} has no decoder layers that are known here; leave it out")
+    torch._dynamo.reset()  # eight variants of a function are compiled, and an earlier stage's would count
     for layer in layers:
         layer.compile(dynamic=True)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from grpo_gsm8k.config import TrainConfig
 from grpo_gsm8k.errors import CheckpointError, NonFiniteError
+from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.trainer import adapter, costs, dcp, memory
 from grpo_gsm8k.trainer.batch import Batch
 from grpo_gsm8k.trainer.compiled import compile_layers
@@ -64,7 +65,7 @@ class TorchLearner:
             compile_layers(self.model)
         self.optimizer = self._make_optimizer()
         self.gauge = memory.gauge_of(self.model, cfg, self.optimizer.dtype, world().size)
-        self.line: memory.Line | None = None  # what the probe found
+        self.probed: memory.Probed | None = None
 
     @functools.cached_property
     def budget(self) -> int:
@@ -154,7 +155,7 @@ class TorchLearner:
         try:
             yield
         except torch.OutOfMemoryError:
-            each = self.line.each if self.line else 0.0
+            each = self.probed.each if self.probed else 0.0
             raise memory.out_of_memory(len(part), max(part.lengths), self.budget, each) from None
 
     def weights(self) -> Iterable[tuple[str, torch.Tensor]]:
@@ -241,12 +242,15 @@ class TorchLearner:
             room = costs.SPARE * (meter.free() + meter.held()) - gauge.beside
             return costs.cells_that_fit(gauge.shape, gauge.setup, room)
         try:
-            self.line = memory.probe(lambda part: self._pass(part, Objective()), gauge, self.device, context)
+            self.probed = memory.probe(lambda part: self._pass(part, Objective()), self.model, gauge, context)
         except torch.OutOfMemoryError:
             raise memory.out_of_memory(1, memory.PROBE_TOKENS, 0) from None
         room = costs.SPARE * (meter.free() - self.optimizer.coming_bytes())
         self.optimizer.zero_grad()
-        return costs.most_cells(self.line.taken, room)
+        cells = costs.most_cells(self.probed.taken, room)
+        if not gauge.said:
+            talk(f"memory: {self.probed.each / 1e6:.3g} MB a token by a probe, so {cells} tokens a forward pass")
+        return cells
 
     def _token_logprobs(
         self, model: Any, part: Batch, temperature: float, entropy: bool = True, slope: Slope | None = None

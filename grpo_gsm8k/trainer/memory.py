@@ -1,9 +1,10 @@
 """Memory as a GPU really has it: the token budget from a probe, and a run's measured peak beside the predicted one.
 
 How much a pass through a model takes is linear in its cells (attention is SDPA's, which keeps no scores), so two small
-passes of the model itself say what a cell costs, whatever its layers are made of, and no pass has to fail. The head is
-not left to them: its buffers grow with the targets only up to a chunk, which the small passes do not fill, and they are
-our own, so `costs.py` knows them.
+passes of the model itself say what a cell costs, whatever its layers are made of, and no pass has to fail. A pass is
+highest either at the head or in the layers' backward pass; which of them depends on its size, so each has a line of its
+own. The head is not left to the passes: its buffers grow with the targets only up to a chunk, which small ones do not
+fill, and they are our own, so `costs.py` knows them.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.trainer import costs
 from grpo_gsm8k.trainer.batch import Batch, make_batch
-from grpo_gsm8k.trainer.costs import Setup, Shape
+from grpo_gsm8k.trainer.costs import GIB, Setup, Shape
 from grpo_gsm8k.trainer.ranks import world
 
 CPU_CELLS = 2048  # measured: fewer pad less, and fresh memory costs more the larger it is (artifacts/RESULTS.md)
 FIXED_CELLS = 8192
-PROBE_TOKENS, PROBE_TARGETS = 128, 32
+PROBE_BYTES, PROBE_TOKENS, PROBE_TARGETS = GIB, 128, 64  # at most, of the smaller pass; length of a row; in all
 
 
 class Meter(Protocol):
@@ -146,23 +147,35 @@ def gauge_of(model: Any, cfg: TrainConfig, dtype: torch.dtype, ranks: int) -> Ga
 
 
 @dataclass(frozen=True)
-class Line:
-    """Bytes that a pass takes beside all that stays: `fixed`, `each` for every cell, and what the head adds to them."""
+class Probed:
+    """Bytes that a pass takes beside all that stays: fixed, and for each cell, at each of its two heights.
 
-    fixed: float
-    each: float
+    Attributes:
+        at_head: until the gradient of the last hidden state is there; with the head of `PROBE_TARGETS` targets.
+        backward: from then on, while the layers are gone through.
+        head: what the head takes for so many targets.
+    """
+
+    at_head: tuple[float, float]
+    backward: tuple[float, float]
     head: Callable[[int], float]
+
+    @property
+    def each(self) -> float:
+        """Of a cell."""
+        return max(self.at_head[1], self.backward[1])
 
     def taken(self, cells: int) -> float:
         """By a pass of so many cells, all of them targets."""
-        return self.fixed + self.each * cells + self.head(cells) - self.head(PROBE_TARGETS)
+        (fixed, each), (later, more) = self.at_head, self.backward
+        return max(fixed + each * cells + self.head(cells) - self.head(PROBE_TARGETS), later + more * cells)
 
 
-def probe(run: Callable[[Batch], object], gauge: Gauge, device: torch.device, context: int) -> Line:
-    """Measure what a pass takes, by passes of 2 and 4 short rows with as many targets.
+def probe(run: Callable[[Batch], object], model: Any, gauge: Gauge, context: int) -> Probed:
+    """Measure what a pass takes, by one of a few short rows and one of twice as many, with as many targets.
 
     A pass before them makes what only a first one makes: gradients, workspaces, compiled code. The generators are left
-    as they were.
+    as they were. By the formula, the larger takes a quarter of what is free at most.
 
     Args:
         run: forward and backward pass of a microbatch; adds to gradients that stay.
@@ -171,21 +184,52 @@ def probe(run: Callable[[Batch], object], gauge: Gauge, device: torch.device, co
     Raises:
         torch.OutOfMemoryError: not even these fit.
     """
-    length, meter = min(PROBE_TOKENS, context), gauge.meter
-    taken: list[int] = []
+    device: torch.device = next(model.parameters()).device
+    length = min(PROBE_TOKENS, context)
+    cell = costs.cell_bytes(gauge.shape, gauge.setup)
+    cell += costs.layer_bytes(gauge.shape, gauge.setup) if gauge.setup.checkpointing else 0
+    fits = min(PROBE_BYTES, gauge.meter.free() / 8) / cell / length
+    rows = 2 ** max(min(int(fits).bit_length() - 1, 5), 1)  # at most half of the targets, which are shared out evenly
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
-        run(made_up(2, length))
-        for rows in (2, 4):
-            meter.reset()
-            before = meter.held()
-            run(made_up(rows, length))
-            taken.append(meter.peak() - before)
-    each = (taken[1] - taken[0]) / (2 * length)
-    assert each > 0, f"passes of {2 * length} and {4 * length} cells took {taken} bytes"
-    line = Line(taken[0] - 2 * length * each, each, partial(costs.head_bytes, gauge.shape, gauge.setup))
-    if not gauge.said:
-        talk(f"memory: a probe found {each / 1e6:.3g} MB a token")
-    return line
+        run(made_up(rows, length))
+        few, many = (_two_heights(run, model, gauge.meter, made_up(n, length)) for n in (rows, 2 * rows))
+    lines = []
+    for before, after in zip(few, many, strict=True):
+        each = (after - before) / (rows * length)
+        assert each > 0, f"passes of {rows} and {2 * rows} x {length} cells took {few} and {many} bytes"
+        lines.append((before - rows * length * each, each))
+    return Probed(lines[0], lines[1], partial(costs.head_bytes, gauge.shape, gauge.setup))
+
+
+def _two_heights(run: Callable[[Batch], object], model: Any, meter: Meter, part: Batch) -> tuple[int, int]:
+    """The peak of a pass until the last hidden state's gradient is there, and from then on to the embedding's.
+
+    What the embedding's own gradient takes is left out: by then nothing is kept of the layers, and it is the same for
+    any number of cells. In a small pass it would be the peak.
+    """
+    peaks: list[int] = []
+
+    def read(_: torch.Tensor) -> None:
+        peaks.append(meter.peak() - before)
+        meter.reset()
+
+    def watch(tensor: torch.Tensor) -> None:
+        if tensor.requires_grad:
+            tensor.register_hook(read)
+
+    hooks = [
+        model.base_model.register_forward_hook(lambda *called: watch(called[-1].last_hidden_state)),
+        model.get_input_embeddings().register_forward_hook(lambda *called: watch(called[-1])),
+    ]
+    try:
+        meter.reset()
+        before = meter.held()
+        run(part)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    at_head, backward = (*peaks, meter.peak() - before)[:2]  # a frozen embedding has no gradient
+    return at_head, backward
 
 
 def made_up(rows: int, length: int) -> Batch:
