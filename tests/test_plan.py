@@ -94,6 +94,14 @@ def test_a_budget_on_a_cpu_is_fixed(tiny):
     assert TorchLearner(model, None, train_config(max_tokens_per_microbatch=77)).budget == 77
 
 
+def test_what_is_free_on_a_gpu_counts_what_its_allocator_keeps(monkeypatch):
+    said = {"mem_get_info": (10, 99), "memory_reserved": 7, "memory_allocated": 3, "max_memory_allocated": 5}
+    for name, value in said.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    meter = memory.CudaMeter(torch.device("cuda:1"))
+    assert (meter.free(), meter.held(), meter.peak()) == (10 + 7 - 3, 3, 5)
+
+
 # ------------------------------------------------------------------------- the probe, with the CPU's own meter
 
 
