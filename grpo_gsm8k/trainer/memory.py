@@ -191,8 +191,9 @@ def probe(run: Callable[[Batch], object], model: Any, gauge: Gauge, context: int
     fits = min(PROBE_BYTES, gauge.meter.free() / 8) / cell / length
     rows = 2 ** max(min(int(fits).bit_length() - 1, 5), 1)  # at most half of the targets, which are shared out evenly
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
-        run(made_up(rows, length))
-        few, many = (_two_heights(run, model, gauge.meter, made_up(n, length)) for n in (rows, 2 * rows))
+        run(made_up(rows, length, gauge.shape.vocab))
+        passes = [made_up(n, length, gauge.shape.vocab) for n in (rows, 2 * rows)]
+        few, many = (_two_heights(run, model, gauge.meter, part) for part in passes)
     lines = []
     for before, after in zip(few, many, strict=True):
         each = (after - before) / (rows * length)
@@ -232,11 +233,11 @@ def _two_heights(run: Callable[[Batch], object], model: Any, meter: Meter, part:
     return at_head, backward
 
 
-def made_up(rows: int, length: int) -> Batch:
-    """A microbatch of `rows` x `length` cells, of which `PROBE_TARGETS` in all are trained."""
+def made_up(rows: int, length: int, vocabulary: int) -> Batch:
+    """A microbatch of `rows` x `length` cells, `PROBE_TARGETS` of them trained; no two rows begin alike."""
     trained = PROBE_TARGETS // rows
-    row = TokenRow((0,) * (length + 1), (0,) * (length + 1 - trained) + (1,) * trained, (), 1.0)
-    return make_batch([row] * rows, 0)
+    mask = (0,) * (length + 1 - trained) + (1,) * trained
+    return make_batch([TokenRow((row % vocabulary, *(0,) * length), mask, (), 1.0) for row in range(rows)], 0)
 
 
 def out_of_memory(rows: int, longest: int, budget: int, each: float = 0.0) -> ConfigError:
