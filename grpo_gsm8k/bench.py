@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.trainer import costs
 
 COMMANDS = {"update": "bench_update", "sample": "bench_sample", "step": "bench_step"}
 
@@ -127,6 +128,15 @@ def measuring(device: str) -> Iterator[Measured]:
     found["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / kilo / 1024
     if gpu:
         found["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
+
+
+def gpu(args: argparse.Namespace) -> costs.Gpu | None:
+    """The peaks of the GPU that is measured; None on a CPU, in float32, and for one that `costs.GPUS` has not."""
+    import torch
+
+    if not args.device.startswith("cuda") or args.dtype != "bfloat16":
+        return None
+    return costs.gpu_called(torch.cuda.get_device_name())
 
 
 def make_model(args: argparse.Namespace) -> Any:

@@ -4,17 +4,22 @@ A random model never ends by itself, so 1 id in `--ends` is made an end of seque
 `--max_new_tokens`. Both draw from the whole distribution at T = 1, and tokens are counted up to the end of each row.
 Ours gives the log-probabilities along; they are held against a full forward pass in the same run. `generate` is not
 asked for any: it would keep the logits of every token.
+
+On a GPU that `trainer/costs.py` knows, in bfloat16, `bandwidth_utilisation` is what the decoding steps must read (the
+weights once, keys and values of the rows that have not ended) over the whole time, prompts included, and the peak.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from grpo_gsm8k import bench
 from grpo_gsm8k.datatypes import Problem, Prompt, SamplingParams
+from grpo_gsm8k.trainer import costs
 
 FLAGS: dict[str, tuple[Any, str]] = {
     "prompts": (16, "prompts"),
@@ -71,12 +76,30 @@ def _ours(model: Any, prompts: list[Prompt], args: argparse.Namespace) -> dict[s
     with bench.measuring(args.device) as measured:
         drawn = sampler.sample(prompts, params)
     rows = [sampled_row(prompt, c, 1.0) for prompt, group in zip(prompts, drawn, strict=True) for c in group]
-    tokens = sum(len(c.token_ids) for group in drawn for c in group)
+    sizes = [(len(p.token_ids), len(c.token_ids)) for p, group in zip(prompts, drawn, strict=True) for c in group]
     batch = make_batch(rows, 0)
     full = TorchLearner(model.requires_grad_(True), None, TrainConfig(max_tokens_per_microbatch=4096)).logprobs(batch)
     error = float((full - batch.old_logprobs).abs().max())
     assert torch.isfinite(full).all()
-    return {**measured, "tokens_per_s": tokens / measured["seconds"], "tokens": tokens, "logprob_error": error}
+    return {**measured, **_speed(model, args, sizes, measured["seconds"]), "logprob_error": error}
+
+
+def _speed(model: Any, args: argparse.Namespace, sizes: Sequence[tuple[int, int]], seconds: float) -> dict[str, float]:
+    """Figures of completions whose prompts' and own lengths are `sizes`."""
+    from grpo_gsm8k.trainer.memory import shape_of
+
+    tokens, gpu = sum(n for _, n in sizes), bench.gpu(args)
+    found = {"tokens_per_s": tokens / seconds, "tokens": tokens}
+    if gpu:
+        read = bytes_read(shape_of(model), next(model.parameters()).element_size(), sizes)
+        found["bandwidth_utilisation"] = read / seconds / gpu.bandwidth
+    return found
+
+
+def bytes_read(shape: costs.Shape, width: int, sizes: Sequence[tuple[int, int]]) -> float:
+    """By all decoding steps; the first token of a completion comes with its prompt, and takes none."""
+    steps = range(1, max(n for _, n in sizes))
+    return sum(costs.decoding_bytes(shape, width, [p + t for p, n in sizes if n > t]) for t in steps)
 
 
 def _generate(model: Any, prompts: list[Prompt], args: argparse.Namespace) -> dict[str, float]:
@@ -96,5 +119,6 @@ def _generate(model: Any, prompts: list[Prompt], args: argparse.Namespace) -> di
     generate(slice(2), 2, 4)
     with bench.measuring(args.device) as measured:
         out = generate(slice(None), args.group, args.max_new_tokens)
-    tokens = int((out[:, longest:] != 0).sum())
-    return {**measured, "tokens_per_s": tokens / measured["seconds"], "tokens": tokens}
+    lengths = (out[:, longest:] != 0).sum(1).tolist()
+    starts = [len(prompt.token_ids) for prompt in prompts for _ in range(args.group)]
+    return {**measured, **_speed(model, args, list(zip(starts, lengths, strict=True)), measured["seconds"])}

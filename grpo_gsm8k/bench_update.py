@@ -6,6 +6,10 @@ The update: `--prompts` groups of `--group` completions of lognormal length arou
 completions at a time; `trl` is as installed, where a CPU scores every position, and `trl_compact` has the selection of
 rows that TRL keeps for GPUs switched on. Loss: DAPO's, which both average over all tokens of the update.
 
+On a GPU that `trainer/costs.py` knows, in bfloat16, `mfu` is the share of its peak: 6 operations a weight and token of
+the layers, 6 a weight of the head at response positions, attention's causal half; nominal, since shared prompts and
+skipped rows count in full, and what is computed twice counts once. `predicted_gpu_mb` stands beside `peak_gpu_mb`.
+
 In the same run the gradients of a smaller update are held against each other: T = 0.7, and a response that is masked.
 """
 
@@ -24,7 +28,9 @@ from typing import Any
 from unittest import mock
 
 from grpo_gsm8k import bench
+from grpo_gsm8k.config import TrainConfig
 from grpo_gsm8k.datatypes import TokenRow
+from grpo_gsm8k.trainer import costs
 
 FLAGS: dict[str, tuple[Any, str]] = {
     "prompts": (8, "groups"),
@@ -35,7 +41,7 @@ FLAGS: dict[str, tuple[Any, str]] = {
     "flat": (0.0, "share of the groups whose completions all got the same reward; the ablation takes 0.25"),
     "max_tokens_per_microbatch": (2048, "padded cells of one forward pass of ours"),
     "vs": ("", "trl"),
-    "ablation": (False, "measure each of our options left out, too"),
+    "ablation": (False, "measure each of our options left out, and others put in, too"),
     "gradients": ("", "file of the gradient to compare with; set by the rounds"),
 }
 TRL_ROWS = 16
@@ -49,7 +55,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         args.gradients = str(Path(scratch) / "gradient.safetensors")
         found = bench.rounds(args, ["ours", *peers])
-        ablated = bench.rounds(_for_ablation(args), ["ours", *WITHOUT]) if args.ablation else {}
+        ablated = bench.rounds(_for_ablation(args), ["ours", *variants(args)]) if args.ablation else {}
     result: dict[str, Any] = {name: bench.medians(runs) for name, runs in found.items()}
     for key in ("seconds", "memory"):
         unit = {"seconds": "seconds", "memory": "peak_gpu_mb" if args.device.startswith("cuda") else "peak_rss_mb"}[key]
@@ -59,14 +65,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for name in peers:
             result[name][f"ratio_{key}"] = noisy[name]["median"]
     if ablated:
-        result["ablation"] = {
-            name: {
-                "seconds": bench.ratio(ablated[name], ablated["ours"], "cpu_seconds")["median"],
-                "memory": bench.ratio(ablated[name], ablated["ours"], "peak_rss_mb")["median"],
-            }
-            for name in WITHOUT
-        }
+        result["ablation"] = {name: _against_ours(name, ablated, args) for name in variants(args)}
     return {**result, "completions": args.prompts * args.group, **bench.machine(args)}
+
+
+def _against_ours(name: str, found: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> dict[str, float]:
+    """Seconds (of a CPU: its own) and memory of a variant as multiples of ours; medians over the rounds, and spread."""
+    units = ("seconds", "peak_gpu_mb") if args.device.startswith("cuda") else ("cpu_seconds", "peak_rss_mb")
+    ratios = {
+        key: bench.ratio(found[name], found["ours"], unit)
+        for key, unit in zip(("seconds", "memory"), units, strict=True)
+    }
+    return {key if of == "median" else f"{key}_{of}": x for key, each in ratios.items() for of, x in each.items()}
 
 
 def _for_ablation(args: argparse.Namespace) -> argparse.Namespace:
@@ -84,13 +94,28 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def _measure_update(kind: str, args: argparse.Namespace, rows: Sequence[TokenRow]) -> dict[str, float]:
+    from grpo_gsm8k.trainer.memory import shape_of
+
     model = bench.make_model(args)
-    update = _trl(model, args, kind) if kind in PEERS else _ours(model, args)
-    update(rows[:2], 1.0, False)  # so that the first use of anything is over
+    shape = shape_of(model)
+    update = _trl(model, args, kind) if kind in PEERS else _ours(model, args, kind)
+    # So that the first use of anything is over; and what is compiled must be so for every shape.
+    update(rows if kind in WITH else rows[:2], 1.0, "drop")
     with bench.measuring(args.device) as measured:
-        update(rows, 1.0, True)
+        update(rows, 1.0, "step")
     tokens = sum(len(row.token_ids) for row in rows)
-    return {**measured, "tokens_per_s": tokens / measured["seconds"]}
+    found = {**measured, "tokens_per_s": tokens / measured["seconds"]}
+    if args.device.startswith("cuda") and kind not in PEERS:
+        setup = costs.setup_of(_config(kind, args), next(model.parameters()).element_size())
+        found["predicted_gpu_mb"] = costs.training_bytes(shape, setup, args.max_tokens_per_microbatch) / 2**20
+    gpu = bench.gpu(args)
+    return found | ({"mfu": operations(shape, rows) / measured["seconds"] / gpu.flops} if gpu else {})
+
+
+def operations(shape: costs.Shape, rows: Sequence[TokenRow]) -> float:
+    """Of an update on these rows, nominal: see `costs.training_flops`. A row's last token is no input."""
+    lengths = [len(row.token_ids) - 1 for row in rows]
+    return costs.training_flops(shape, sum(lengths), sum(sum(row.mask) for row in rows), costs.causal_pairs(lengths))
 
 
 def compare_gradients(kind: str, args: argparse.Namespace) -> dict[str, float]:
@@ -101,8 +126,8 @@ def compare_gradients(kind: str, args: argparse.Namespace) -> dict[str, float]:
     rows = make_rows(args)[:4]
     rows[1] = TokenRow(rows[1].token_ids, (0,) * len(rows[1].mask), rows[1].logprobs, rows[1].advantage)
     model = bench.make_model(args)
-    update = _trl(model, args, kind) if kind in PEERS else _ours(model, args)
-    update(rows, TEMPERATURE, False)
+    update = _trl(model, args, kind) if kind in PEERS else _ours(model, args, kind)
+    update(rows, TEMPERATURE, "keep")
     mine = {name: p.grad.contiguous() for name, p in model.named_parameters() if p.grad is not None}
     if kind not in PEERS:
         save_file(mine, args.gradients)
@@ -131,23 +156,29 @@ def make_rows(args: argparse.Namespace) -> list[TokenRow]:
     return rows
 
 
-Update = Callable[[Sequence[TokenRow], float, bool], None]  # rows, temperature, whether the optimizer steps
+Update = Callable[[Sequence[TokenRow], float, str], None]
+"""Of rows at a temperature; then the optimizer steps ("step"), or the gradient is let go ("drop") or kept ("keep")."""
 
 
-def _ours(model: Any, args: argparse.Namespace) -> Update:
-    from grpo_gsm8k.config import TrainConfig
+def _config(kind: str, args: argparse.Namespace) -> TrainConfig:
+    """Ours, or with an option put in. No sampler stands beside the learner."""
+    cells = args.max_tokens_per_microbatch
+    return TrainConfig(engine="vllm", max_tokens_per_microbatch=cells, **WITH.get(kind, {}))
+
+
+def _ours(model: Any, args: argparse.Namespace, kind: str) -> Update:
     from grpo_gsm8k.trainer.batch import make_batch
     from grpo_gsm8k.trainer.learner import TorchLearner
     from grpo_gsm8k.trainer.objectives import Objective
 
-    learner = TorchLearner(model, None, TrainConfig(max_tokens_per_microbatch=args.max_tokens_per_microbatch))
+    learner = TorchLearner(model, None, _config(kind, args))
 
-    def update(rows: Sequence[TokenRow], temperature: float, steps: bool) -> None:
+    def update(rows: Sequence[TokenRow], temperature: float, then: str) -> None:
         objective = Objective("grpo_clip", CLIP, CLIP, temperature)
         learner.forward_backward(make_batch(rows, 0, "token"), objective)
-        if steps:
+        if then == "step":
             learner.step(1e-6)
-        elif len(rows) == 2:
+        elif then == "drop":
             learner.optimizer.zero_grad()
 
     return update
@@ -218,6 +249,19 @@ WITHOUT: dict[str, Callable[[argparse.Namespace], Any]] = {
     "without:skipped_rows": _unskipped,
 }
 
+WITH: dict[str, dict[str, Any]] = {
+    "with:activation_checkpointing": {"activation_checkpointing": True},
+    "with:compile": {"compile": True},
+    "with:optimizer_on_cpu": {"optimizer_device": "cpu"},
+}
+"""Options of the recipe that are off by default."""
+
+
+def variants(args: argparse.Namespace) -> list[str]:
+    """What the ablation holds against ours; on a CPU the optimizer is there already."""
+    on_cpu = not args.device.startswith("cuda")
+    return [*WITHOUT, *(name for name in WITH if not (on_cpu and name == "with:optimizer_on_cpu"))]
+
 
 # --------------------------------------------------------------------------------------------------------- TRL
 
@@ -228,17 +272,17 @@ def _trl(model: Any, args: argparse.Namespace, kind: str) -> Update:
     trainers: dict[float, Any] = {}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
 
-    def update(rows: Sequence[TokenRow], temperature: float, steps: bool) -> None:
+    def update(rows: Sequence[TokenRow], temperature: float, then: str) -> None:
         if temperature not in trainers:
             trainers[temperature] = _trl_trainer(model, args, temperature)
         trainer, total = trainers[temperature], sum(map(sum, (row.mask for row in rows)))
         with _compact(kind == "trl_compact"):
             for at in range(0, len(rows), TRL_ROWS):
                 trainer._compute_loss(model, _trl_inputs(rows[at : at + TRL_ROWS], total, args.device)).backward()
-        if steps:
+        if then == "step":
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-        if steps or len(rows) == 2:
+        if then != "keep":
             optimizer.zero_grad()
 
     return update

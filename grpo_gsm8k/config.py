@@ -152,6 +152,18 @@ class TrainConfig(PolicyConfig):
     activation_checkpointing: bool = opt(
         False, "keep only each layer's input, and compute the rest again in the backward pass", runtime=True
     )
+    compile: bool = opt(False, "compile each layer with torch.compile; needs a C++ compiler (CPU) or triton (GPU)")
+    optimizer_device: Literal["auto", "cpu"] = opt(
+        "auto", "auto: AdamW's state beside the model; cpu: in main memory, where its step is made", runtime=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compile and self.deterministic:
+            raise ConfigError(
+                "--compile with --deterministic: kernels are made for the shapes that a process meets first, and a "
+                "resumed run meets others; leave one of them out"
+            )
 
 
 @dataclass(frozen=True)
@@ -278,6 +290,11 @@ class GrpoConfig(TrainConfig):
     overlong_buffer: float = opt(
         0.0, "last share of max_new_tokens, over which a length penalty grows from 0 to -1; 0 for no penalty"
     )
+
+    @property
+    def frozen_pass(self) -> bool:
+        """Whether old log-probabilities take a pass of their own. A step's only update finds what it would find."""
+        return self.old_logprobs == "recompute" and self.epochs * self.minibatches > 1
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ from grpo_gsm8k import repro
 GIB = 1 << 30
 HUB_DEADLINE_S = 3.0
 
-# What the presets need. `full` trains the 1.5B default model: 16 bytes a parameter (bfloat16 weights and
-# gradients, float32 master weights and two Adam moments) make 23 GiB, activations and logits come on top.
+# What the presets need. `full` trains the 1.5B default model: by trainer/costs.py 26 GiB of weights, gradients and
+# optimizer and 3 GiB of the sampler's copy; activations and logits come on top.
 DEMO_MEMORY_GIB = 4
 DEMO_DISK_GIB = 2
 FULL_GPU_GIB = 40
@@ -204,9 +204,9 @@ def _bf16(gpus: list[dict[str, Any]], cuda: bool) -> Check:
 
 
 def _compiler(cuda: bool) -> Check:
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
+    compiler = repro.compiler(cuda)
     if compiler or not cuda:
-        return Check("compiler", True, compiler or "none, and none needed without a GPU")
+        return Check("compiler", True, compiler or "none; without a GPU --compile alone needs one")
     return Check("compiler", False, "no C compiler, triton kernels fail: install gcc, libc6-dev and python3-dev")
 
 

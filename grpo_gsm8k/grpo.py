@@ -157,7 +157,7 @@ def update(cfg: GrpoConfig, bench: Bench, rows: Sequence[TokenRow], step: int) -
         cfg.kl_coef,
         cfg.kl_estimator,
         cfg.kl_bias_correction,
-        trains_its_old_policy(cfg),
+        cfg.old_logprobs == "recompute" and not cfg.frozen_pass,
         cfg.importance_correction,
         cfg.importance_cap,
     )
@@ -169,11 +169,6 @@ def update(cfg: GrpoConfig, bench: Bench, rows: Sequence[TokenRow], step: int) -
         return {}
     mean = {key: statistics.fmean(metrics[key] for metrics in history) for key in history[0]}
     return mean | {key: value for key, value in history[0].items() if key.startswith("mismatch/")} | mismatch
-
-
-def trains_its_old_policy(cfg: GrpoConfig) -> bool:
-    """Whether a frozen pass would find just what the update finds: there is but one, from the same weights."""
-    return cfg.old_logprobs == "recompute" and cfg.epochs * cfg.minibatches == 1
 
 
 def minibatches(
@@ -198,7 +193,7 @@ def minibatches(
     order = shuffled(len(rows), derive_seed(cfg.seed, "minibatches", step))
     batches = [build([rows[r] for r in order[i : i + size]]) for i in range(0, len(rows), size)]
     mismatch: dict[str, float] = {}
-    if cfg.old_logprobs == "recompute" and not trains_its_old_policy(cfg):  # before the first update moves the weights
+    if cfg.frozen_pass:  # all of them before the first update moves the weights
         frozen = [bench.learner.logprobs(batch, cfg.temperature) for batch in batches]
         mismatch = mismatch_metrics(batches, frozen, cfg.importance_cap)
         batches = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import random
@@ -17,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -317,6 +319,23 @@ def nvidia_gpus() -> list[dict[str, Any]]:
             mebibytes = int(memory) if memory.isdigit() else None  # some devices answer [N/A]
             gpus.append({"name": name, "memory_mib": mebibytes, "driver": driver, "compute_capability": capability})
     return gpus
+
+
+def compiler(gpu: bool) -> str | None:
+    """The compiler that triton (on a GPU) or torch's inductor (on a CPU) would call; None where there is none."""
+    ours = "clang++" if sys.platform == "darwin" else "g++"
+    wanted = (os.environ.get("CC") or "cc", "gcc", "clang") if gpu else (os.environ.get("CXX") or ours,)
+    return next(filter(None, map(shutil.which, wanted)), None)
+
+
+def missing_for_compile(gpu: bool) -> str:
+    """What torch.compile lacks here, "" for nothing."""
+    if gpu and importlib.util.find_spec("triton") is None:
+        return "triton"
+    if not compiler(gpu):
+        return "a C compiler (gcc)" if gpu else "a C++ compiler (g++)"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return "" if header.is_file() else f"Python's headers ({header}, of python3-dev)"
 
 
 def machine() -> dict[str, Any]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from grpo_gsm8k import config, grpo, rollouts
+from grpo_gsm8k.config import GrpoConfig
 from grpo_gsm8k.datatypes import Completion, Problem, Prompt, Reward, Rollout, TokenRow
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.errors import ConfigError, EngineError, NonFiniteError
@@ -521,7 +522,7 @@ def test_a_single_update_needs_no_frozen_pass(bench_of, loss, correction, monkey
         frozen = Mock(wraps=bench.learner.logprobs)
         monkeypatch.setattr(bench.learner, "logprobs", frozen)
         if passes:
-            monkeypatch.setattr(grpo, "trains_its_old_policy", lambda cfg: False)
+            monkeypatch.setattr(GrpoConfig, "frozen_pass", True)
         grpo.train(cfg, bench, prompts, even_tokens)
         assert frozen.call_count == passes
         found.append((metrics_of(bench), dict(bench.learner.weights())))

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -28,11 +29,14 @@ from grpo_gsm8k.engines import channel, process
 from grpo_gsm8k.engines.process import placements, trained_on
 from grpo_gsm8k.errors import ConfigError, DiskError, NonFiniteError
 from grpo_gsm8k.trainer.batch import make_batch, with_old_logprobs, with_ref_logprobs
+from grpo_gsm8k.trainer.costs import LEAST_CELLS, Setup
 from grpo_gsm8k.trainer.learner import TorchLearner
+from grpo_gsm8k.trainer.memory import Gauge, shape_of
 from grpo_gsm8k.trainer.objectives import Objective
 from grpo_gsm8k.trainer.policy import pick_device
 from grpo_gsm8k.trainer.ranks import Lead, World, follow, world
 from grpo_gsm8k.trainer.sharded import ShardedLearner, share
+from tests.meter import LiveMemory
 from tests.toys import REPOSITORY, cli, rows, train_config
 
 RANKS = 3
@@ -83,10 +87,13 @@ def story(learner, folder, other):
     return said, weights
 
 
-def one_rank(rank, port, folder, dtype):
+def one_rank(rank, port, folder, dtype, compiles):
     """One of three ranks; the first tells what it saw."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    learner = make_learner(ShardedLearner, dtype, activation_checkpointing=True)
+    make_machine_code = torch.nn.Module.compile  # tracing is what could go wrong among ranks, and machine code is slow
+    torch.nn.Module.compile = lambda self, **how: make_machine_code(self, backend="aot_eager", **how)
+    learner = make_learner(ShardedLearner, dtype, activation_checkpointing=True, compile=compiles)
+    agree_on_a_budget(learner)
     if rank:
         follow(learner)
         return
@@ -101,13 +108,29 @@ def one_rank(rank, port, folder, dtype):
     save_file(weights, folder / "weights.safetensors")
 
 
-def fork_ranks(folder, dtype):
+def agree_on_a_budget(learner):
+    """Each rank probes, has another amount of memory, and takes what the one with the least can."""
+    before = {name: p.detach().full_tensor().clone() for name, p in learner.model.named_parameters()}
+    with LiveMemory(2_000_000 * (1 + learner.rank)) as meter:
+        learner.gauge = Gauge(shape_of(learner.model), Setup(4, ranks=RANKS, device="cpu"), meter)
+        own, agreed = TorchLearner._cells_that_fit(learner), learner._cells_that_fit()
+    learner.gauge = learner.probed = None
+    found = [None] * RANKS
+    dist.all_gather_object(found, (own, agreed), group=learner.group)
+    owns, agreeds = zip(*found, strict=True)
+    assert LEAST_CELLS < owns[0] < owns[1] / 1.5 < owns[2] / 2 and len(set(agreeds)) == 1, found
+    assert agreed == pytest.approx(owns[0], rel=0.01)
+    assert not any(p.grad is not None for p in learner.model.parameters())
+    assert all(torch.equal(before[name], p.detach().full_tensor()) for name, p in learner.model.named_parameters())
+
+
+def fork_ranks(folder, dtype, compiles):
     """Before this process has run anything in threads, forking it is safe, and spares three starts of torch."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     children = [
-        multiprocessing.get_context("fork").Process(target=one_rank, args=(r, port, folder, dtype))
+        multiprocessing.get_context("fork").Process(target=one_rank, args=(r, port, folder, dtype, compiles))
         for r in range(RANKS)
     ]
     for child in children:
@@ -117,8 +140,15 @@ def fork_ranks(folder, dtype):
     sys.exit(max(abs(child.exitcode) for child in children))
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_three_ranks_learn_what_one_process_learns(dtype, tmp_path):
+@pytest.mark.parametrize(
+    ("dtype", "compiles"),
+    [
+        ("float32", ""),
+        pytest.param("bfloat16", "", marks=pytest.mark.slow),
+        pytest.param("float32", "compiles", marks=pytest.mark.slow),
+    ],
+)
+def test_three_ranks_learn_what_one_process_learns(dtype, compiles, tmp_path):
     near = {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
     one = make_learner(TorchLearner, getattr(torch, dtype))
     said = learn(one, [1, 2])
@@ -126,7 +156,7 @@ def test_three_ranks_learn_what_one_process_learns(dtype, tmp_path):
     one.save(tmp_path / "one")
     said += 2 * learn(one, [3])
     done = subprocess.run(
-        [sys.executable, "-m", "tests.test_ranks", tmp_path, dtype],
+        [sys.executable, "-m", "tests.test_ranks", tmp_path, dtype, compiles],
         capture_output=True, text=True, cwd=REPOSITORY, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -308,4 +338,4 @@ def test_a_rank_that_is_killed_ends_the_job_and_the_job_resumes(number, victim, 
 
 
 if __name__ == "__main__":
-    fork_ranks(Path(sys.argv[1]), getattr(torch, sys.argv[2]))
+    fork_ranks(Path(sys.argv[1]), getattr(torch, sys.argv[2]), bool(sys.argv[3]))

@@ -11,6 +11,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 
 from grpo_gsm8k.errors import ConfigError, ModelError
 from grpo_gsm8k.runs.files import read_json
+from grpo_gsm8k.trainer.costs import Shape
 
 # The first base of the hub's error is HTTPError of httpx or of httpx2, by the hub client's version; a connection that
 # fails is one of those, and no OSError. ValueError: a reply that is not what was asked for.
@@ -19,19 +20,12 @@ UNREACHABLE: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model on the hub. `parameters` in all; the others as its config names them; `gated` is "" for an open one."""
+    """A model on the hub; `gated` is "" for an open one."""
 
     model_id: str
     sha: str
     gated: str
-    parameters: int
-    layers: int
-    hidden: int
-    mlp: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
+    shape: Shape
 
 
 def api() -> Any:
@@ -80,24 +74,11 @@ def model_facts(model_id: str) -> ModelFacts:
 
 
 def _facts(model_id: str, info: Any, path: str) -> ModelFacts:
-    shape = read_json(Path(path))
     try:
-        heads = int(shape["num_attention_heads"])
-        return ModelFacts(
-            model_id=model_id,
-            sha=str(info.sha),
-            gated=str(info.gated or ""),
-            parameters=int(info.safetensors.total),
-            layers=int(shape["num_hidden_layers"]),
-            hidden=int(shape["hidden_size"]),
-            mlp=int(shape["intermediate_size"]),
-            heads=heads,
-            kv_heads=int(shape.get("num_key_value_heads") or heads),
-            head_dim=int(shape.get("head_dim") or shape["hidden_size"] // heads),
-            vocab=int(shape["vocab_size"]),
-        )
+        shape = Shape.of(read_json(Path(path)), int(info.safetensors.total))
     except (KeyError, TypeError, ValueError) as fault:
         raise ModelError(f"{model_id}: its config.json does not describe a dense transformer: {fault}") from None
+    return ModelFacts(model_id, str(info.sha), str(info.gated or ""), shape)
 
 
 def _short(fault: Exception) -> str:

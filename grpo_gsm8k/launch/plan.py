@@ -1,19 +1,15 @@
 """Which GPU, how long, how much: before anything is rented.
 
-The memory that training takes, in bytes, with N parameters, L layers of width d, MLP width ff, H heads and kv key-value
-heads of size hd, vocabulary V, and T tokens in a forward pass (activation checkpointing; ZeRO, arXiv 1910.02054 sec.
-3.1, for the 16 bytes of mixed-precision Adam; activations after arXiv 2205.05198):
+Bytes and operations are those of `trainer/costs.py`. A GPU must hold, with the sampler on the same one,
 
-    need   = 1.08 max(W + G + O + Ref + Act + Logits + C0 + (0 if the sampler sleeps, else VLLM),
-                      W + O + Ref + C0 + VLLM)
-    W+G+O  = 16 N: bf16 weights 2, gradients 2, float32 master and Adam 12; with LoRA 2 N + 16 P
-    Ref    = 2 N with a KL term and without LoRA (whose reference is the model with its adapter off)
-    Act    = 2 T L d + T (2 (10 d + 3 ff) + 4 (H + 2 kv) hd)       every layer's input, and one layer in full
-    Logits = 10 V min(T, chunk)
-    VLLM   = 2 N + 4 L kv hd (sampled tokens) + 1.5 GiB
+    need   = 1.08 max(training + C0 + (0 if the sampler sleeps, else VLLM),
+                      training's state without gradients + C0 + VLLM)
+    VLLM   = 2 N + 4 L kv hd (sampled tokens) + 1.5 GiB, with N parameters, L layers, kv key-value heads of size hd
     C0     = 2 GiB
 
-On n GPUs W, G, O and Ref are sharded, the rest is on each. An estimate: it has not been held against measured peaks.
+On n GPUs the state is sharded, the rest is on each, and the first has a whole copy of the weights besides. An estimate:
+it has not been held against measured peaks. A rule of thumb with 16 bytes a parameter comes out about 10 % lower: here
+gradients are summed in float32, which makes it 18 on one GPU, and the head has a gradient and buffers in float32.
 """
 
 from __future__ import annotations
@@ -28,15 +24,13 @@ from grpo_gsm8k.launch import hub, records
 from grpo_gsm8k.launch.api import Offer, connect
 from grpo_gsm8k.launch.hub import ModelFacts
 from grpo_gsm8k.launch.settings import COUNTS, PREFERENCE, PlanConfig
+from grpo_gsm8k.trainer import costs
+from grpo_gsm8k.trainer.costs import CONTEXT, FRAGMENTS, GIB, GPUS
 
-GIB = 2**30
 USABLE = 0.94  # of the GiB in a card's name: an L40S of 48 shows 45
 MFU = 0.4
 SAMPLING = 1.5  # a GRPO step takes so many times its training: 8 s of sampling to 17 s were estimated for 1.5B
 SETUP_H = 0.25
-TFLOPS = {"NVIDIA L40S": 362, "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A100 80GB PCIe": 312}
-TFLOPS |= {"NVIDIA H100 80GB HBM3": 989, "NVIDIA H200": 989, "NVIDIA B200": 2250}
-"""Dense bf16 peaks from the data sheets."""
 
 
 def plan(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,7 +49,7 @@ def plan(values: Mapping[str, Any]) -> dict[str, Any]:
         "model_id": facts.model_id,
         "sha": facts.sha,
         "gated": facts.gated,
-        "parameters": facts.parameters,
+        "parameters": facts.shape.parameters,
         "method": cfg.method,
         "need_gib": round(need(facts, cfg) / GIB, 1),
         "may_push": cfg.repo_id or None,
@@ -66,28 +60,26 @@ def plan(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def need(facts: ModelFacts, cfg: PlanConfig, count: int = 1) -> float:
     """Bytes on each of `count` GPUs, by the formula of this module's docstring."""
-    n, tokens = facts.parameters, cfg.microbatch_tokens
-    if "lora" in cfg.method:
-        p = lora_parameters(facts, cfg.lora_rank)
-        held, optimizer_only = 2 * n + 16 * p, 2 * n + 14 * p
-    else:
-        held, optimizer_only = 16 * n, 14 * n
-    reference = 2 * n if cfg.kl and "lora" not in cfg.method else 0
-    one_layer = 2 * (10 * facts.hidden + 3 * facts.mlp) + 4 * (facts.heads + 2 * facts.kv_heads) * facts.head_dim
-    activations = tokens * (2 * facts.layers * facts.hidden + one_layer)
-    logits = 10 * facts.vocab * min(tokens, cfg.logit_chunk)
-    cache = 4 * facts.layers * facts.kv_heads * facts.head_dim * cfg.sampled_tokens
-    sampler = 2 * n + cache + 1.5 * GIB if "grpo" in cfg.method else 0
-    context = 2 * GIB
-    training = (held + reference) / count + activations + logits + context + (0 if cfg.sleep else sampler)
-    sampling = (optimizer_only + reference) / count + context + sampler
-    return 1.08 * max(training, sampling)
+    shape, setup = facts.shape, setup_of(cfg, count)
+    cache = costs.cache_bytes(shape, 2, cfg.sampled_tokens)
+    sampler = 2 * shape.parameters + cache + 1.5 * GIB if "grpo" in cfg.method else 0
+    training = costs.training_bytes(shape, setup, cfg.microbatch_tokens) + CONTEXT + (0 if cfg.sleep else sampler)
+    sampling = costs.state_bytes(shape, setup, gradients=False) + CONTEXT + sampler
+    return FRAGMENTS * max(training, sampling)
 
 
-def lora_parameters(facts: ModelFacts, rank: int) -> int:
-    """Adapters on every linear layer but the head: rank (in + out) of each."""
-    attention = 2 * (facts.hidden + facts.heads * facts.head_dim) + 2 * (facts.hidden + facts.kv_heads * facts.head_dim)
-    return rank * facts.layers * (attention + 3 * (facts.hidden + facts.mlp))
+def setup_of(cfg: PlanConfig, count: int = 1) -> costs.Setup:
+    """In bfloat16. An adapter, and an optimizer in main memory, are trained on one GPU, however many there are."""
+    lora, offload = "lora" in cfg.method, cfg.optimizer_device == "cpu"
+    ranks = 1 if lora or offload else count
+    return costs.Setup(
+        lora_rank=cfg.lora_rank if lora else 0,
+        checkpointing=cfg.activation_checkpointing,
+        offload=offload,
+        ranks=ranks,
+        copies=int(ranks > 1),
+        reference=cfg.kl and not lora,
+    )
 
 
 async def _catalogs(cfg: PlanConfig) -> list[tuple[int, list[Offer]]]:
@@ -100,12 +92,14 @@ def _options(cfg: PlanConfig, facts: ModelFacts, count: int, offers: list[Offer]
     """Those on which it fits."""
     wanted = records.names_in(cfg.gpu) or list(PREFERENCE)
     size = need(facts, cfg, count)
-    flops = 6 * facts.parameters * cfg.total_tokens * (SAMPLING if "grpo" in cfg.method else 1)
+    tokens, rank = int(cfg.total_tokens), setup_of(cfg).lora_rank
+    flops = costs.training_flops(facts.shape, tokens, tokens, lora_rank=rank)
+    flops *= SAMPLING if "grpo" in cfg.method else 1
     rows = []
     for offer in offers:
         if offer.gpu not in wanted or offer.most < count or size > USABLE * offer.memory * GIB:
             continue
-        peak = TFLOPS.get(offer.gpu, min(TFLOPS.values())) * 1e12
+        peak = (costs.gpu_called(offer.gpu) or min(GPUS.values(), key=lambda gpu: gpu.flops)).flops
         hours = SETUP_H + flops / (peak * MFU * count) / 3600
         price = offer.price * count
         row = {"gpu": offer.gpu, "count": count, "need_gib": round(size / GIB, 1), "memory_gib": offer.memory}

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
-"""Size of one chunk's logits in float32; two buffers of this size are held. Measured on the CPU, guessed for GPUs."""
+from grpo_gsm8k.trainer.costs import CHUNK_BYTES
 
 STATISTICS = ("entropy", "top_prob")
 """What is said of each distribution: its entropy in nats, and the probability of its likeliest token."""

@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from grpo_gsm8k.config import TrainConfig
 from grpo_gsm8k.errors import CheckpointError, ConfigError, NonFiniteError
-from grpo_gsm8k.trainer import adapter, dcp, packing
+from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.trainer import adapter, costs, dcp, memory, packing
 from grpo_gsm8k.trainer.batch import Batch
+from grpo_gsm8k.trainer.compiled import compile_layers
 from grpo_gsm8k.trainer.head import Slope
 from grpo_gsm8k.trainer.logprobs import token_logprobs
 from grpo_gsm8k.trainer.objectives import (
@@ -30,9 +32,9 @@ from grpo_gsm8k.trainer.objectives import (
     slope,
     update_loss,
 )
-from grpo_gsm8k.trainer.optimizer import MasterAdamW, State
-from grpo_gsm8k.trainer.plan import auto_cells, out_of_memory
-from grpo_gsm8k.trainer.policy import weights_sha256
+from grpo_gsm8k.trainer.optimizer import MasterAdamW, OffloadedAdamW, State
+from grpo_gsm8k.trainer.policy import context_length, weights_sha256
+from grpo_gsm8k.trainer.ranks import world
 
 OPTIMIZER = f"{dcp.FOLDER}/state.safetensors"  # apart: vLLM takes every *.safetensors beside a model for its own
 
@@ -60,7 +62,11 @@ class TorchLearner:
         self.model = self._place(model).train()
         if cfg.activation_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if cfg.compile:
+            compile_layers(self.model)
         self.optimizer = self._make_optimizer()
+        self.gauge = memory.gauge_of(self.model, cfg, self.optimizer.dtype, world().size)
+        self.probed: memory.Probed | None = None
 
     @functools.cached_property
     def budget(self) -> int:
@@ -83,22 +89,23 @@ class TorchLearner:
             ConfigError: when a microbatch does not fit into the GPU's memory; says what to lower.
         """
         rows = rows_to_train(batch, objective)
+        parts = self._microbatches(batch, rows)
+        if self.gauge:
+            self.gauge.start()
         started, sums = time.perf_counter(), {"loss": 0.0, "cells": 0.0}
-        for _, part in self._microbatches(batch, rows):
+        for _, part in parts:
+            if self.gauge:
+                self.gauge.saw(part)
             with self._room_for(part):
-                part = part.to(self.device)
-                foretold = slope(part, objective)
-                logp, found = self._token_logprobs(self.model, part, objective.temperature, slope=foretold)
-                loss = update_loss(logp, part, objective)
-                loss.backward()
-            add_sums(sums, {"loss": float(loss.detach()), "cells": part.cells})
-            add_sums(sums, policy_sums(logp, found, part, objective))
+                add_sums(sums, self._pass(part, objective))
         sums = self._of_the_update(sums)
         loss_total, cells = sums.pop("loss"), sums.pop("cells")
         if not math.isfinite(loss_total):
             self.optimizer.zero_grad()
             raise NonFiniteError(f"the loss is {loss_total}")
-        seconds, tokens = time.perf_counter() - started, sum(batch.lengths[row] for row in rows)
+        seconds, lengths = time.perf_counter() - started, [batch.lengths[row] for row in rows]
+        tokens = sum(lengths)
+        speed = self.gauge.speed(lengths, int(batch.mask[rows].sum()), seconds) if self.gauge else {}
         return {
             "loss": loss_total,
             **policy_metrics(sums),
@@ -106,11 +113,23 @@ class TorchLearner:
             "perf/padding_frac": _missing(tokens, cells),
             "perf/shared_frac": _missing(cells, tokens),
             "perf/skipped_rows_frac": 1 - len(rows) / len(batch),
+            **speed,
         }
 
+    def _pass(self, part: Batch, objective: Objective) -> dict[str, float]:
+        """Forward and backward pass of one microbatch; what it adds to the update's sums."""
+        part = part.to(self.device)
+        foretold = slope(part, objective)
+        logp, found = self._token_logprobs(self.model, part, objective.temperature, slope=foretold)
+        loss = update_loss(logp, part, objective)
+        loss.backward()
+        sums = policy_sums(logp, found, part, objective)
+        return {**sums, "loss": float(loss.detach()), "cells": float(part.cells)}
+
     def step(self, lr: float) -> dict[str, float]:
-        """One optimizer step; see `MasterAdamW.step`."""
-        return self.optimizer.step(lr)
+        """One optimizer step; see `MasterAdamW.step`. On a GPU also the update's peak of memory, see `memory.Gauge`."""
+        metrics = self.optimizer.step(lr)
+        return metrics | (self.gauge.finish() if self.gauge else {})
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
@@ -139,7 +158,8 @@ class TorchLearner:
         try:
             yield
         except torch.OutOfMemoryError:
-            raise out_of_memory(len(part), max(part.lengths), self.budget) from None
+            each = self.probed.each if self.probed else 0.0
+            raise memory.out_of_memory(len(part), max(part.lengths), self.budget, each) from None
 
     def weights(self) -> Iterable[tuple[str, torch.Tensor]]:
         """Names and tensors of the weights, tied ones once; those of the adapter alone, where there is one."""
@@ -210,13 +230,39 @@ class TorchLearner:
         return model
 
     def _make_optimizer(self) -> MasterAdamW:
-        return MasterAdamW(self.model, self.cfg)
+        offloads = self.cfg.optimizer_device == "cpu" and self.device.type != "cpu"
+        return (OffloadedAdamW if offloads else MasterAdamW)(self.model, self.cfg)
 
     def _microbatches(self, batch: Batch, rows: Sequence[int]) -> Iterable[tuple[list[int], Batch]]:
         return packing.microbatches(batch, self.budget, rows, self.packs)
 
     def _cells_that_fit(self) -> int:
-        return auto_cells(self.model, self.cfg.deterministic)
+        """The token budget of `--max_tokens_per_microbatch 0`.
+
+        How an update is cut decides the order of its sums, so a deterministic run takes a fixed number of cells on a
+        GPU: what is free there may be another amount when it is resumed.
+        """
+        if self.device.type == "cpu" and not self.gauge:
+            return memory.CPU_CELLS
+        if self.cfg.deterministic or not self.gauge:
+            return memory.FIXED_CELLS
+        return self._probed_cells(self.gauge)
+
+    def _probed_cells(self, gauge: memory.Gauge) -> int:
+        meter, context = gauge.meter, context_length(self.model)
+        if gauge.beside:  # a sampler that works at the same time: the probe would take its memory for our own
+            room = costs.SPARE * (meter.free() + meter.held()) - gauge.beside
+            return costs.cells_that_fit(gauge.shape, gauge.setup, room)
+        try:
+            self.probed = memory.probe(lambda part: self._pass(part, Objective()), self.model, gauge, context)
+        except torch.OutOfMemoryError:
+            raise memory.out_of_memory(1, memory.PROBE_TOKENS, 0) from None
+        room = costs.SPARE * (meter.free() - self.optimizer.coming_bytes())
+        self.optimizer.zero_grad()
+        cells = costs.most_cells(self.probed.taken, room)
+        if not gauge.said:
+            talk(f"memory: {self.probed.each / 1e6:.3g} MB a token by a probe, so {cells} tokens a forward pass")
+        return cells
 
     def _token_logprobs(
         self, model: Any, part: Batch, temperature: float, statistics: bool = True, slope: Slope | None = None

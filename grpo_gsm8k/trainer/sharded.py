@@ -44,6 +44,10 @@ class ShardedLearner(TorchLearner):
         """Meet the other ranks. A copy of `model` is sharded: rank 0 samples from the plain one, and saves as it."""
         if adapter.has_adapter(model):
             raise ConfigError("LoRA is trained in one process; start it without torchrun")
+        if cfg.optimizer_device == "cpu":
+            raise ConfigError(
+                "--optimizer_device cpu is for one process: ranks share the optimizer's state; leave it out"
+            )
         self.dtype: torch.dtype = model.dtype
         self.group = ranks.meet(model.device)
         self.rank, self.ranks = self.group.rank(), self.group.size()
@@ -159,10 +163,7 @@ class ShardedAdamW(MasterAdamW):
 
     def state(self) -> State:
         """What one process has, under the same names, as this rank's shards."""
-        flat = super().state()
-        if self.dtype == torch.float32:  # then the model's own file holds the masters
-            flat = {key: value for key, value in flat.items() if not key.startswith("master.")}
-        return {key: self._whole(key.partition(".")[2], value) for key, value in flat.items()}
+        return {key: self._whole(key.partition(".")[2], value) for key, value in super().state().items()}
 
     def load_state(self, flat: State) -> None:
         """Undo `state`."""

@@ -1,0 +1,295 @@
+"""What a dense transformer costs, from its shape alone: bytes of memory and floating-point operations.
+
+The one owner of both: for `grpo --estimate`, `launch plan`, a run's own prediction, every MFU. It imports no torch.
+
+N parameters of b bytes (N' trained: all, or LoRA's rank x (in + out) of every linear layer), L layers of width H, MLP
+width I, heads and kv key-value heads of width d, vocabulary V. While a forward pass reads T cells (tokens, padding
+included) and applies the head to some, a GPU holds `training_bytes`: the sum of
+
+    state       N b, and N' (4 gradient + 8 AdamW + 4 master if b = 2), 8 and 4 of it elsewhere if offloaded; of several
+                ranks 16 N / ranks, what FSDP has gathered, and rank 0's whole copy
+    copies      N b each: the embedded sampler, the KL term's reference
+    kept        T L layer (T L b H with activation checkpointing) and the last norm, where autograd keeps in each layer
+                layer = H (8 + 4 b) + b d (2 heads + 2 kv) + 4 b I + 4 heads + 8
+    and the largest of
+      head      two chunks of logits in float32 (one more in bfloat16), hidden states, 4 V H for its gradient
+      backward  gradients on their way through a layer: b I + 16 H a cell (24 H if b = 2, norms being float32), the
+                largest matrix's; with checkpointing the layer, too
+
+`layer` is, to the byte, what autograd keeps of Qwen2 on a CPU, also where torch.compile has fused it; the whole is
+within 10 % of the allocator's peak there (tests/test_costs.py). Nothing has been held against a GPU. After
+arXiv 2205.05198 sec. 4, with SDPA attention, which keeps no T x T scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from grpo_gsm8k.config import GrpoConfig, SftConfig, TrainConfig
+
+GIB = 2**30
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+"""Size of one chunk of the head's logits in float32 (`trainer/head.py`). Measured on the CPU, guessed for GPUs."""
+
+CONTEXT = 2 * GIB  # CUDA, its libraries and NCCL; the allocator's figures do not show it
+FRAGMENTS = 1.08  # of an allocator's pages, lost between tensors: a guess
+PROMPT = 100  # tokens, about GSM8K's
+SPARE = 0.85  # the share of what is free that a plan takes
+LEAST_CELLS, MOST_CELLS = 256, 65_536  # a short row; beyond it a forward pass gains nothing
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Dense bfloat16 operations a second, bytes of memory, bytes a second, and what the driver calls it."""
+
+    flops: float
+    memory: float
+    bandwidth: float
+    names: tuple[str, ...]
+
+
+GPUS: dict[str, Gpu] = {
+    "B200": Gpu(2250e12, 180e9, 7.7e12, ("NVIDIA B200",)),
+    "H200": Gpu(989e12, 141e9, 4.8e12, ("NVIDIA H200",)),
+    "H100": Gpu(989e12, 80e9, 3.35e12, ("NVIDIA H100 80GB HBM3",)),
+    "A100": Gpu(312e12, 80e9, 2.04e12, ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe")),
+    "L40S": Gpu(362e12, 48e9, 0.864e12, ("NVIDIA L40S",)),
+    "4090": Gpu(165e12, 24e9, 1.01e12, ("NVIDIA GeForce RTX 4090",)),
+}
+"""From the vendor's data sheets."""
+
+
+def gpu_called(name: str) -> Gpu | None:
+    """The GPU with this driver's name; None for one whose peaks are not on the list."""
+    return next((gpu for gpu in GPUS.values() if name in gpu.names), None)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A dense transformer with grouped attention and a gated MLP. Tied parameters count once."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool = True
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], parameters: int) -> Shape:
+        """From a transformers config. Raises `KeyError`, `TypeError` or `ValueError` where it describes none."""
+        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+        return cls(
+            parameters=parameters,
+            layers=int(config["num_hidden_layers"]),
+            hidden=hidden,
+            mlp=int(config["intermediate_size"]),
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or hidden // heads),
+            vocab=int(config["vocab_size"]),
+            tied=bool(config.get("tie_word_embeddings", False)),
+        )
+
+    @property
+    def head(self) -> int:
+        """Weights of the output head."""
+        return self.vocab * self.hidden
+
+    @property
+    def attention(self) -> int:
+        """Width of all queries, and of all keys and values: what SDPA reads of a token."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def matrices(self) -> int:
+        """Weights of the layers' linear maps, each of which works on every token."""
+        return self.layers * self.hidden * (self.attention + self.heads * self.head_dim + 3 * self.mlp)
+
+    def adapters(self, rank: int) -> int:
+        """LoRA's parameters on every linear layer but the head: rank x (in + out) of each."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = 2 * (self.hidden + queries) + 2 * (self.hidden + keys)
+        return rank * self.layers * (attention + 3 * (self.hidden + self.mlp))
+
+
+# ------------------------------------------------------------------------------------------------- operations
+
+
+def forward_flops(shape: Shape, tokens: int, targets: int, pairs: int = 0) -> float:
+    """Operations of the matrix products of a forward pass; see `training_flops`."""
+    return 2.0 * (shape.matrices * tokens + shape.head * targets) + _attention_flops(shape, pairs)
+
+
+def _attention_flops(shape: Shape, pairs: int) -> float:
+    """Of queries with keys, and of what comes out with values."""
+    return 4.0 * shape.layers * shape.heads * shape.head_dim * pairs
+
+
+def training_flops(shape: Shape, tokens: int, targets: int, pairs: int = 0, lora_rank: int = 0) -> float:
+    """Operations of forward and backward passes (6 a weight and token: arXiv 2001.08361 sec. 2.1).
+
+    Counted are matrix products: the layers' on every token, the head's on the targets alone, attention's on `pairs`.
+    Of frozen weights no gradient is formed, so with LoRA 4 instead of 6. Not counted is work that is done twice, by
+    activation checkpointing or inside a fused attention: this is the numerator of an MFU (arXiv 2204.02311 app. B).
+
+    Args:
+        tokens: that pass through the layers: each row in full, so that a pass which shares prompts or skips rows counts
+            as if it did not (a nominal MFU).
+        pairs: of a query and a key that it sees, see `causal_pairs`.
+    """
+    forward = forward_flops(shape, tokens, targets, pairs)
+    if not lora_rank:
+        return 3 * forward
+    return 2 * forward + _attention_flops(shape, pairs) + 6.0 * shape.adapters(lora_rank) * tokens
+
+
+def causal_pairs(lengths: Iterable[int]) -> int:
+    """Pairs of a query and a key at or before it, in rows of these lengths."""
+    return sum(n * (n + 1) // 2 for n in lengths)
+
+
+def decoding_bytes(shape: Shape, width: int, lengths: Iterable[int]) -> float:
+    """What one decoding step must read for rows of these lengths: weights once, and each row's keys and values."""
+    return width * (shape.matrices + shape.head) + cache_bytes(shape, width, sum(lengths))
+
+
+# ------------------------------------------------------------------------------------------------------ memory
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a model is trained, as far as memory goes.
+
+    Attributes:
+        width: bytes of a weight while it computes, 2 or 4.
+        compiled: torch.compile's partition of the graph keeps fewer of a layer's tensors and computes them again.
+        offload: AdamW's masters and moments are in main memory.
+        copies: whole further copies of the weights on this GPU.
+        reference: a frozen copy for the KL term; of several ranks each holds its shards.
+        device: cuda or cpu, which differ in how large a chunk of logits is, and how its gradient is formed.
+    """
+
+    width: int = 2
+    lora_rank: int = 0
+    checkpointing: bool = False
+    compiled: bool = False
+    offload: bool = False
+    ranks: int = 1
+    copies: int = 0
+    reference: bool = False
+    device: str = "cuda"
+
+
+def setup_of(cfg: TrainConfig, width: int, ranks: int = 1, device: str = "cuda") -> Setup:
+    """That of a run, with what stands beside the learner: the embedded sampler, or rank 0's model to save from."""
+    sampler = not cfg.uses_vllm and not (isinstance(cfg, SftConfig) and cfg.eval_mode == "async")
+    return Setup(
+        width=width,
+        lora_rank=cfg.lora_rank,
+        checkpointing=cfg.activation_checkpointing,
+        compiled=cfg.compile,
+        offload=cfg.optimizer_device == "cpu",
+        ranks=ranks,
+        copies=int(sampler or ranks > 1),
+        reference=isinstance(cfg, GrpoConfig) and cfg.kl_coef > 0 and not cfg.lora_rank,
+        device=device,
+    )
+
+
+def state_bytes(shape: Shape, setup: Setup, gradients: bool = True) -> int:
+    """Weights, gradients, optimizer and copies, on the GPU that holds most of them."""
+    n, b = shape.parameters, setup.width
+    trained = shape.adapters(setup.lora_rank) if setup.lora_rank else n
+    master = 4 if b == 2 or setup.ranks > 1 else 0
+    each = (0 if setup.offload else 8 + master) + 4 * gradients
+    copies = b * n * setup.copies + (b * n * setup.reference if setup.ranks == 1 else 0)
+    if setup.ranks == 1:
+        return b * n + (b * trained if setup.lora_rank else 0) + each * trained + copies
+    # The root's weights stay gathered; of the layers this one and the next, one whole gradient and its float32 sum.
+    layer = shape.matrices // shape.layers
+    gathered = b * (n - shape.matrices + 3 * layer) + 4 * layer
+    return (each * n + 4 * n * setup.reference) // setup.ranks + gathered + copies
+
+
+def layer_bytes(shape: Shape, setup: Setup) -> int:
+    """What autograd keeps of one cell in one layer that is run in full."""
+    b, h, i = setup.width, shape.hidden, shape.mlp
+    attended = 2 * b * shape.head_dim * (shape.heads + shape.kv_heads) + 4 * shape.heads  # q, out, k, v; log-sum-exp
+    if setup.compiled:  # input, two normed inputs, attention's output twice, the MLP's three
+        return b * (3 * h + shape.heads * shape.head_dim + 3 * i) + attended + 8 + 7 * b * setup.lora_rank
+    if setup.lora_rank:  # frozen norms keep no normed input; every adapter keeps what stands between its matrices
+        return (8 + 2 * b) * h + attended + 4 * b * i + 8 + 7 * b * setup.lora_rank
+    return (8 + 4 * b) * h + attended + 4 * b * i + 8
+
+
+def cell_bytes(shape: Shape, setup: Setup) -> int:
+    """What autograd keeps of one cell between forward and backward: all layers, the last norm, the id."""
+    each = setup.width * shape.hidden if setup.checkpointing else layer_bytes(shape, setup)
+    return shape.layers * each + (4 + setup.width) * shape.hidden + 12
+
+
+def head_bytes(shape: Shape, setup: Setup, targets: int) -> int:
+    """The head's buffers, hidden states and gradient while it works on so many targets."""
+    rows = max(1, min(CHUNK_BYTES[setup.device] // (4 * shape.vocab), targets))
+    trained = not setup.lora_rank
+    narrow = 0 if setup.width == 4 else 2
+    widened = 4 if narrow and trained and setup.device == "cpu" else 0  # for the product that is the weight's gradient
+    buffers = rows * shape.vocab * (8 + narrow + widened)
+    return buffers + 2 * setup.width * shape.hidden * targets + (4 * shape.head if trained else 0)
+
+
+def training_bytes(shape: Shape, setup: Setup, cells: int, targets: int | None = None) -> int:
+    """The most that is allocated while an update is made in passes of so many cells; `targets`: all, unless given."""
+    b, h, trained_head = setup.width, shape.hidden, not setup.lora_rank
+    sums = b + (4 if b == 2 else 0)  # a gradient in the model's type, and as it goes to its float32 master
+    at_head = b * h * cells + head_bytes(shape, setup, cells if targets is None else targets)
+    waiting = b * shape.head if trained_head and shape.tied else 0  # for the embedding's, with which it is summed
+    turning = sums * shape.head if trained_head and b == 2 else 0
+    again = layer_bytes(shape, setup) if setup.checkpointing else 0
+    matrix = 0 if setup.lora_rank else sums * h * shape.mlp
+    norms = 4 * b * h if again or b == 4 else 24 * h
+    backward = waiting + matrix + cells * (again + b * shape.mlp + norms)
+    ending = (b + sums) * shape.head if trained_head else 0  # what the layers kept is gone by then
+    kept = cells * cell_bytes(shape, setup)
+    return state_bytes(shape, setup) + max(kept + max(at_head, turning, backward), ending)
+
+
+def cache_bytes(shape: Shape, width: int, tokens: int) -> int:
+    """Keys and values of so many tokens."""
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * width * tokens
+
+
+def sampler_bytes(shape: Shape, setup: Setup, cfg: TrainConfig) -> int:
+    """What the embedded sampler needs beside its copy of the weights: cache, one layer's anew, logits and softmax.
+
+    Of prompts of `PROMPT` tokens and completions of the greatest length.
+    """
+    rows = min(cfg.sample_rows, cfg.rollouts_per_step) if isinstance(cfg, GrpoConfig) else cfg.sample_rows
+    cache = cache_bytes(shape, setup.width, rows * (PROMPT + cfg.max_new_tokens))
+    return cache + cache // (2 * shape.layers) + rows * shape.vocab * (setup.width + 8)
+
+
+def beside_bytes(shape: Shape, setup: Setup, cfg: TrainConfig) -> int:
+    """What the embedded sampler takes while the learner learns; 0 where they take turns, or it is elsewhere."""
+    overlaps = isinstance(cfg, GrpoConfig) and cfg.mode == "one_step_off" and not cfg.uses_vllm
+    return sampler_bytes(shape, setup, cfg) if overlaps else 0
+
+
+def cells_that_fit(shape: Shape, setup: Setup, room: float) -> int:
+    """The largest passes whose `training_bytes` stay within `room`, in cells; at least those of a short row."""
+    return most_cells(lambda cells: training_bytes(shape, setup, cells), room)
+
+
+def most_cells(taken: Callable[[int], float], room: float) -> int:
+    """The most cells of which `taken`, which grows with them, stays within `room`."""
+    few, many = LEAST_CELLS, MOST_CELLS
+    while few < many:
+        middle = (few + many + 1) // 2
+        few, many = (middle, many) if taken(middle) <= room else (few, middle - 1)
+    return few
