@@ -22,7 +22,7 @@ class PlanConfig:
     method: Literal["sft", "lora", "grpo", "grpo-lora"] = opt("grpo", "what is trained, and whether it samples too")
     lora_rank: int = opt(32, "rank of the adapters (lora, grpo-lora)")
     microbatch_tokens: int = opt(8192, "tokens of one forward pass, as max_tokens_per_microbatch")
-    activation_checkpointing: bool = opt(True, "only each layer's input is kept, as with the flag of training")
+    activation_checkpointing: bool = opt(True, "as in training; on here, where the least that suffices is asked for")
     optimizer_device: Literal["auto", "cpu"] = opt("auto", "cpu: AdamW's state in main memory, as in training")
     sampled_tokens: int = opt(65536, "tokens in the sampler's cache: sequences x length")
     kl: bool = opt(False, "with a KL term: a reference model beside the trained one")
