@@ -68,7 +68,8 @@ write_environment() {
     while IFS= read -r -d '' pair; do
         name="${pair%%=*}" value="${pair#*=}"
         [[ "$name" =~ ^[A-Za-z_][A-Za-z0-9_]*$ && ! "$name" =~ $own ]] || continue
-        printf "%s='%s'\n" "$name" "${value//\'/"$quote"}" >>"$1"
+        # PAM reads /etc/environment too, in `su`, where root's HOME has no business.
+        [[ "$name" == HOME ]] || printf "%s='%s'\n" "$name" "${value//\'/"$quote"}" >>"$1"
         [[ "$value" != *$'\n'* ]] || continue
         value="${value//\\/\\\\}"
         printf ' "%s=%s"' "$name" "${value//\"/\\\"}" >>"$2"
@@ -107,12 +108,13 @@ start_sshd() {
     write_sshd_config "$folder"
     [[ ! -w /etc ]] || install -m 600 "$folder/environment" /etc/environment
     mkdir -p /run/sshd 2>/dev/null || true # a tmpfs at /run hides the image's
-    if /usr/sbin/sshd -f "$folder/config" -E "$folder/log"; then
-        say "sshd lets $USER in at port ${SSHD_PORT:-22}; its host key: $(cut -d ' ' -f 1,2 "$folder/host_key.pub")"
-    else
-        say "no sshd: $(tail -n 1 "$folder/log")"
-        return 1
-    fi
+    /usr/sbin/sshd -D -f "$folder/config" -E "$folder/log" </dev/null >/dev/null 2>&1 &
+    for _ in {1..100}; do
+        ! grep -q '^Server listening' "$folder/log" 2>/dev/null || break
+        kill -0 "$!" 2>/dev/null || { say "no sshd: $(tail -n 2 "$folder/log" | tr '\r\n' '  ')"; return 1; }
+        sleep 0.05
+    done
+    say "sshd lets $USER in at port ${SSHD_PORT:-22}; its host key: $(cut -d ' ' -f 1,2 "$folder/host_key.pub")"
 }
 
 run_hook() {
