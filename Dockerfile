@@ -17,7 +17,6 @@ ARG BASE_IMAGE=docker.io/library/python:3.12-slim-bookworm@sha256:0f5b26b9518d00
 # ---- system: Debian's packages, and two accounts -----------------------------------------------------------
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS system
-SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # Debian's versions are pinned by the base image's digest, not one by one. The host keys that openssh-server makes
 # when it is installed would be the same in every container: each makes its own when it boots.
 # hadolint ignore=DL3008

@@ -175,7 +175,9 @@ def stand_in() -> tuple[str, float]:
 def bud(context: Path, *more: object) -> float:
     """Build; seconds. The canary in the environment must end up nowhere."""
     words = ["--isolation", "chroot", "--layers", *shlex.split(os.environ.get("CHECK_IMAGE_BUILD_ARGS", ""))]
-    env = {**os.environ, "HF_TOKEN": CANARY, "RUNPOD_API_KEY": CANARY}
+    temporary = here.store / "tmp"  # where buildah keeps cache mounts: with the storage, not in /var/tmp
+    temporary.mkdir(exist_ok=True)
+    env = {**os.environ, "HF_TOKEN": CANARY, "RUNPOD_API_KEY": CANARY, "TMPDIR": str(temporary)}
     return timed(lambda: run("buildah", "bud", *words, *more, context, env=env))
 
 
