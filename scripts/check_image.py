@@ -251,6 +251,7 @@ def secrets() -> dict[str, Any]:
     where = json.loads(run("podman", "image", "inspect", "--format", "{{json .GraphDriver.Data}}", here.image).stdout)
     layers = [where["UpperDir"], *where.get("LowerDir", "").split(":")]
     layers = [layer for layer in layers if layer]
+    assert any((Path(layer) / "usr/local/bin/entrypoint.sh").is_file() for layer in layers), layers
     found = run("grep", "--recursive", "--files-with-matches", "--fixed-strings", CANARY, *layers, code=1)
     return {"layers": len(layers), "files_with_the_canary": len(found.stdout.split())}
 
@@ -521,10 +522,12 @@ def prepare(store: Path) -> None:
     """Storage and settings of its own, unless the environment names some."""
     store.mkdir(parents=True, exist_ok=True)
     storage = f'[storage]\ndriver = "overlay"\nrunroot = "{store}/run"\ngraphroot = "{store}/storage"\n'
-    for name, text in (("CONTAINERS_STORAGE_CONF", storage), ("CONTAINERS_CONF", CONTAINERS)):
-        path = store / f"{name.removesuffix('_CONF').lower()}.conf"
-        path.write_text(text)
-        os.environ.setdefault(name, str(path))
+    for name, file, text in (
+        ("CONTAINERS_STORAGE_CONF", "storage.conf", storage),
+        ("CONTAINERS_CONF", "containers.conf", CONTAINERS),
+    ):
+        (store / file).write_text(text)
+        os.environ.setdefault(name, str(store / file))
 
 
 def perform(name: str) -> dict[str, Any]:
