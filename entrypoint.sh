@@ -94,12 +94,13 @@ write_sshd_config() {
 
 # sshd, where a public key is given. A container without it is better than none, so what keeps it away is only said.
 start_sshd() {
-    local folder base=/run keys="${PUBLIC_KEY:-}"$'\n'"${SSH_PUBLIC_KEY:-}"
+    local folder base keys="${PUBLIC_KEY:-}"$'\n'"${SSH_PUBLIC_KEY:-}"
     [[ -n "${keys//[[:space:]]/}" ]] || return 1
     USER="$(id -un 2>/dev/null)" \
         || { say "no sshd: user id $(id -u) has no name in /etc/passwd; take root, or --user 1000:1000"; return 1; }
-    [[ -w "$base" ]] || base="${TMPDIR:-/tmp}"
     umask 077
+    # In memory if it cannot be /run: keys and the environment must not stay behind on a volume.
+    for base in /run /dev/shm "${TMPDIR:-/tmp}"; do [[ ! -w "$base" ]] || break; done
     folder="$(mktemp -d "$base/sshd.XXXXXX")"
     printf '%s\n' "$keys" >"$folder/authorized_keys"
     ssh-keygen -l -f "$folder/authorized_keys" >/dev/null 2>&1 \
@@ -108,7 +109,7 @@ start_sshd() {
     write_sshd_config "$folder"
     [[ ! -w /etc ]] || install -m 600 "$folder/environment" /etc/environment
     mkdir -p /run/sshd 2>/dev/null || true # a tmpfs at /run hides the image's
-    /usr/sbin/sshd -D -f "$folder/config" -E "$folder/log" </dev/null >/dev/null 2>&1 &
+    /usr/sbin/sshd -D -e -f "$folder/config" </dev/null >"$folder/log" 2>&1 &
     for _ in {1..100}; do
         ! grep -q '^Server listening' "$folder/log" 2>/dev/null || break
         kill -0 "$!" 2>/dev/null || { say "no sshd: $(tail -n 2 "$folder/log" | tr '\r\n' '  ')"; return 1; }

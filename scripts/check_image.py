@@ -572,10 +572,10 @@ def main() -> int:
         say("this needs root, to build without a daemon and to mount folders of several owners")
         return 2
     prepare(here.store)
-    here.scratch = here.store / "scratch"
-    shutil.rmtree(here.scratch, ignore_errors=True)
-    here.scratch.mkdir()
-    rows = [perform(name) for name in here.checks or CHECKS]
+    with tempfile.TemporaryDirectory(prefix="scratch-", dir=here.store) as folder:
+        here.scratch = Path(folder)
+        here.scratch.chmod(0o755)  # users of several ids come here
+        rows = [perform(name) for name in here.checks or CHECKS]
     if here.json:
         print(json.dumps({"image": here.image, "checks": rows}, indent=1))
     else:
