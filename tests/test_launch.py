@@ -430,7 +430,27 @@ def test_events_are_signed_and_shaped(tmp_path, monkeypatch):
     assert "reward 0.5" in webhook.FORMS["slack"](step)["text"]
 
 
-# ---- what comes home
+# ---- how a job is, and what comes home
+
+
+@pytest.mark.parametrize(
+    ("files", "kill", "state"),
+    [
+        ({"status": "3"}, "false", "3"),
+        ({"pid": "1"}, "true", "running"),
+        ({}, "false", "running"),
+        ({"pid": ""}, "false", "running"),
+        ({"pid": "1"}, "false", "lost"),
+        ({"pid": "1"}, "echo 0 > status; false", "0"),  # it ends between one question and the next
+    ],
+)
+def test_a_job_that_ends_while_it_is_looked_at_is_not_lost(tmp_path, files, kill, state):
+    (tmp_path / "grpo-job" / "work").mkdir(parents=True)
+    for name, text in {"started": "", "log": "", **files}.items():
+        (tmp_path / "grpo-job" / name).write_text(text)
+    script = f"kill() {{ {kill}; }}\n" + shell.LOOK.format(job="grpo-job", start=1, piece=100)
+    said = subprocess.run(["sh", "-s"], input=script, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[0] == state
 
 
 def test_an_archive_writes_nothing_outside_its_folder_on_any_python(tmp_path, monkeypatch):

@@ -53,11 +53,13 @@ END_OF_RUN
 mkdir started 2>/dev/null || exit 0
 setsid sh run.sh < /dev/null > log 2>&1 &
 """
+# `status` is looked at twice: the job may end just before it is asked for, and writes it before it is gone.
 LOOK = """\
 cd {job} 2>/dev/null || {{ echo lost; exit; }}
 if [ ! -e started ]; then echo lost
 elif [ -e status ]; then cat status
-elif [ ! -e pid ] || kill -s 0 -- "-$(cat pid)" 2>/dev/null; then echo running
+elif [ ! -s pid ] || kill -s 0 -- "-$(cat pid)" 2>/dev/null; then echo running
+elif [ -e status ]; then cat status
 else echo lost
 fi
 newest=$(find work -name metrics.jsonl -printf '%T@ %p\\n' | sort -n | tail -n 1 | cut -d ' ' -f 2-)
