@@ -193,8 +193,7 @@ class FakeRunpod:
         pod = Pod(next(self.numbers), body, life, self.folder)
         self.most_at_once = max(self.most_at_once, len(self.billable()) + 1)
         self.pods[pod.id] = pod
-        if self.run_args:
-            self._run_args(pod)
+        self.start(pod)
         self.watch("created")
         if fault == "late":
             pod.hidden = True
@@ -248,11 +247,7 @@ class FakeRunpod:
         _, instead = await self._befall("logs", request)
         if instead:
             return instead
-        pod = self.pods[request.match_info["id"]]
-        shown = {"own": pod.key, "other": asyncssh.generate_private_key("ssh-ed25519"), "none": None}
-        key = shown[self.host_key_in_log]
-        lines = ["starting", f"authorized {pod.body['env'].get('PUBLIC_KEY')}"]
-        lines += [f"host key {key.export_public_key().decode().strip()}"] if key else []
+        lines = self.log(self.pods[request.match_info["id"]])
         said = "".join(f"data: {json.dumps({'source': 'container', 'line': x, 'ts': 0})}\n\n" for x in lines)
         return web.Response(text=said, content_type="text/event-stream")
 
@@ -277,6 +272,13 @@ class FakeRunpod:
             pod.status = "RUNNING"
             self.watch("running")
             await self.listen(pod)
+
+    def log(self, pod: Pod) -> list[str]:
+        """What the container has said."""
+        shown = {"own": pod.key, "other": asyncssh.generate_private_key("ssh-ed25519"), "none": None}
+        key = shown[self.host_key_in_log]
+        lines = ["starting", f"authorized {pod.body['env'].get('PUBLIC_KEY')}"]
+        return lines + ([f"host key {key.export_public_key().decode().strip()}"] if key else [])
 
     async def listen(self, pod: Pod) -> None:
         """An ssh server at a new port, that takes the key of the pod's environment and no other."""
@@ -340,16 +342,23 @@ class FakeRunpod:
         own = {"RUNPOD_POD_ID": pod.id, "RUNPOD_API_KEY": f"{pod.id}-key", "RUNPOD_API_BASE_URL": self.url}
         return own | {name: os.environ[name] for name in ("HF_ENDPOINT", "PYTHONPATH") if name in os.environ}
 
-    def _run_args(self, pod: Pod) -> None:
+    def start(self, pod: Pod) -> None:
+        """Run the container's command, where that is asked for."""
+        if not self.run_args:
+            return
         words = [sys.executable if word == "python" else word for word in shlex.split(pod.body["args"])]
         env = {"HOME": str(pod.home), "GRPO_GSM8K_WATCH_S": "0.05", **self.pod_env(pod), **pod.body["env"]}
         with (pod.home / "container.log").open("wb") as log:
             pod.processes.append(subprocess.Popen(words, env=env, stderr=log, start_new_session=True))
 
-    def end(self, pod: Pod) -> None:
-        """It is deleted: nothing of it runs, and nobody pays for it."""
+    def shut(self, pod: Pod) -> None:
+        """Nothing of it runs any more."""
         pod.kill_job()
         pod.hang_up()
+
+    def end(self, pod: Pod) -> None:
+        """It is deleted: nothing of it runs, and nobody pays for it."""
+        self.shut(pod)
         pod.status, pod.terminated, pod.gone = "TERMINATED", True, True
 
     def _shown(self, pod: Pod) -> dict[str, Any]:
@@ -424,8 +433,7 @@ def serve(fake: FakeRunpod) -> Iterator[FakeRunpod]:
 
     async def stop() -> None:
         for pod in fake.pods.values():
-            pod.kill_job()
-            pod.hang_up()
+            fake.shut(pod)
         await runner.cleanup()
         await loop.shutdown_default_executor()
 

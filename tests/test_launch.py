@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 
 from grpo_gsm8k.errors import ConfigError, GrpoError
-from grpo_gsm8k.launch import manage, up, watchdog, webhook
+from grpo_gsm8k.launch import manage, shell, up, watchdog, webhook
 from tests.fake_runpod import FakeRunpod, Pod, serve
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -427,6 +428,53 @@ def test_events_are_signed_and_shaped(tmp_path, monkeypatch):
     assert [e["event"] for e in plain][-1] == "end"
     assert any("step 4" in event.get("content", "") and "accuracy 0.25" in event["content"] for event in said)
     assert "reward 0.5" in webhook.FORMS["slack"](step)["text"]
+
+
+# ---- how a job is, and what comes home
+
+
+@pytest.mark.parametrize(
+    ("files", "kill", "state"),
+    [
+        ({"status": "3"}, "false", "3"),
+        ({"pid": "1"}, "true", "running"),
+        ({}, "false", "running"),
+        ({"pid": ""}, "false", "running"),
+        ({"pid": "1"}, "false", "lost"),
+        ({"pid": "1"}, "echo 0 > status; false", "0"),  # it ends between one question and the next
+    ],
+)
+def test_a_job_that_ends_while_it_is_looked_at_is_not_lost(tmp_path, files, kill, state):
+    (tmp_path / "grpo-job" / "work").mkdir(parents=True)
+    for name, text in {"started": "", "log": "", **files}.items():
+        (tmp_path / "grpo-job" / name).write_text(text)
+    script = f"kill() {{ {kill}; }}\n" + shell.LOOK.format(job="grpo-job", start=1, piece=100)
+    said = subprocess.run(["sh", "-s"], input=script, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[0] == state
+
+
+def test_an_archive_writes_nothing_outside_its_folder_on_any_python(tmp_path, monkeypatch):
+    """tarfile has no filters before Python 3.11.4."""
+    monkeypatch.delattr("tarfile.data_filter", raising=False)
+    archive, into = tmp_path / "x.tar", tmp_path / "in" / "to"
+    into.mkdir(parents=True)
+    with tarfile.open(archive, "w") as made:
+        for name, kind in {
+            "a": tarfile.DIRTYPE,
+            "a/good": tarfile.REGTYPE,
+            "../bad": tarfile.REGTYPE,
+            f"{tmp_path}/bad": tarfile.REGTYPE,
+            "link": tarfile.SYMTYPE,
+            "link/bad": tarfile.REGTYPE,
+            "device": tarfile.CHRTYPE,
+        }.items():
+            member = tarfile.TarInfo(name)
+            member.type, member.mode, member.linkname = kind, 0o4777 if name == "a/good" else 0o755, str(tmp_path)
+            made.addfile(member)
+    shell._unpack(archive, into)
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert found == {"x.tar", "in", "in/to", "in/to/a", "in/to/a/good", "in/to/link", "in/to/link/bad"}
+    assert not (into / "link").is_symlink() and (into / "a" / "good").stat().st_mode & 0o7777 == 0o755
 
 
 # ---- refused before anything is rented

@@ -27,8 +27,10 @@ nothing but the key, since a pod's name carries its deadline; and the budget, ch
     keep.py      checkpoints pushed and restored, in the pod           publish.py  a model card and `push`
     sky.py       the same job as a SkyPilot task                       settings.py every setting
 
-What the image owes: `PUBLIC_KEY` into authorized_keys, sshd at port 22, the environment in /etc/environment, the host's
-ed25519 key in its log, then its arguments as the command; sh, setsid, tar, GNU find and python on the path.
+What the image owes, and `entrypoint.sh` does: `PUBLIC_KEY` into authorized_keys, sshd at port 22, the environment in
+/etc/environment and in every ssh session, the host's ed25519 key in the log, then the arguments as the command; sh,
+setsid, tar, GNU find and python on the path. Jobs that sample with vLLM need an image with EXTRAS="--extra vllm".
 
-Nothing here has been tried against the live service: the tests use a fake one, as strict as its documentation.
+Nothing here has been tried against the live service: the tests use a fake one, as strict as its documentation. Its pods
+are asyncssh servers (tests/test_launch.py) or containers of the real image (tests/test_image.py).
 """

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shlex
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -52,11 +53,13 @@ END_OF_RUN
 mkdir started 2>/dev/null || exit 0
 setsid sh run.sh < /dev/null > log 2>&1 &
 """
+# `status` is looked at twice: the job may end just before it is asked for, and writes it before it is gone.
 LOOK = """\
 cd {job} 2>/dev/null || {{ echo lost; exit; }}
 if [ ! -e started ]; then echo lost
 elif [ -e status ]; then cat status
-elif [ ! -e pid ] || kill -s 0 -- "-$(cat pid)" 2>/dev/null; then echo running
+elif [ ! -s pid ] || kill -s 0 -- "-$(cat pid)" 2>/dev/null; then echo running
+elif [ -e status ]; then cat status
 else echo lost
 fi
 newest=$(find work -name metrics.jsonl -printf '%T@ %p\\n' | sort -n | tail -n 1 | cut -d ' ' -f 2-)
@@ -193,8 +196,17 @@ async def dial(address: tuple[str, int, str], key: Path, host_key: str, patience
 
 
 def _unpack(archive: Path, into: Path) -> None:
+    """Extract: nothing outside the folder, no devices, no odd permissions."""
     with tarfile.open(archive) as opened:
-        opened.extractall(into, filter="data")  # nothing outside the folder, no devices, no odd permissions
+        if hasattr(tarfile, "data_filter"):
+            opened.extractall(into, filter="data")
+            return
+        for member in opened:  # Python 3.11 before 3.11.4, as Debian 12 has it: files and folders, and no links
+            path = PurePosixPath(member.name)
+            if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()):
+                continue
+            member.mode, member.uid, member.gid = member.mode & 0o755 | 0o600, os.getuid(), os.getgid()
+            opened.extract(member, into)
 
 
 def _object(raw: bytes) -> dict[str, Any]:
