@@ -253,8 +253,13 @@ class TorchLearner:
         if gauge.beside:  # a sampler that works at the same time: the probe would take its memory for our own
             room = costs.SPARE * (meter.free() + meter.held()) - gauge.beside
             return costs.cells_that_fit(gauge.shape, gauge.setup, room)
+
+        def run(made_up: Batch) -> None:  # as an update's microbatch is read
+            ((_, part),) = packing.microbatches(made_up, made_up.cells, range(len(made_up)), self.packs)
+            self._pass(part, Objective())
+
         try:
-            self.probed = memory.probe(lambda part: self._pass(part, Objective()), self.model, gauge, context)
+            self.probed = memory.probe(run, self.model, gauge, context)
         except torch.OutOfMemoryError:
             raise memory.out_of_memory(1, memory.PROBE_TOKENS, 0) from None
         room = costs.SPARE * (meter.free() - self.optimizer.coming_bytes())
