@@ -2,7 +2,7 @@
 """Build the image, run it, and check what the Dockerfile and entrypoint.sh promise. No Docker daemon, no registry.
 
     apt-get install --no-install-recommends buildah podman runc mmdebstrap netavark openssh-client uidmap   # Debian 12
-    uv run python scripts/check_image.py                     # everything, as root; some 20 minutes on two cores
+    uv run python scripts/check_image.py                     # everything, as root; about 20 minutes on two cores
     uv run python scripts/check_image.py build ssh           # these alone (--list names them)
     uv run python scripts/check_image.py --base docker.io/library/python:3.12-slim-bookworm   # where a registry is
     uv run python scripts/check_image.py --image NAME ssh    # an image that is there already
