@@ -39,7 +39,7 @@ FLAGS: dict[str, tuple[Any, str]] = {
     "max_tokens": (384, "longest completion"),
     "prompt_tokens": (100, "mean length of a prompt"),
     "flat": (0.0, "share of the groups whose completions all got the same reward; the ablation takes 0.25"),
-    "max_tokens_per_microbatch": (2048, "padded cells of one forward pass of ours"),
+    "max_tokens_per_microbatch": (3072, "tokens (unpacked: padded cells) of one forward pass of ours"),
     "vs": ("", "trl"),
     "ablation": (False, "measure each of our options left out, and others put in, too"),
     "gradients": ("", "file of the gradient to compare with; set by the rounds"),

@@ -144,7 +144,9 @@ class TrainConfig(PolicyConfig):
     beta2: float = opt(0.95, "AdamW beta2")
     grad_clip: float = opt(1.0, "largest gradient norm; 0 for no clipping")
     max_tokens_per_microbatch: int = opt(
-        0, "padded cells (rows x longest) of one forward pass; 0: what fits a GPU (deterministic: 8192), 2048 on a CPU"
+        0,
+        "tokens of one forward pass, where rows are packed, else rows x longest; 0: what fits a GPU (deterministic: "
+        "8192), 3072 on a CPU",
     )
     packing: Literal["auto", "on", "off"] = opt(
         "auto", "no cell of padding, and a prompt read once for all its completions; auto: on a CPU, if the model can"

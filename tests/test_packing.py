@@ -103,6 +103,8 @@ def test_the_layout_of_three_rows_by_hand():
     assert packed.input_ids.tolist() == [[1, 2, 3, 5, 6, 4, 7, 8]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1]]
     assert packed.cells.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 5, 0], [6, 7, 0, 0, 0]]
+    # Attention takes the two long rows together, 2 x 5, and the short one alone: 50 + 4 pairs instead of 75.
+    assert [block.tolist() for block in packed.blocks] == [[[0, 1, 2, 3, 4], [0, 1, 2, 5, 0]], [[6, 7]]]
     assert packed.home.tolist() == [0, 1, 2, 3, 4, 8, 10, 11]
 
 

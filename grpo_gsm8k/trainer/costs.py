@@ -30,7 +30,7 @@ from typing import Any
 from grpo_gsm8k.config import GrpoConfig, SftConfig, TrainConfig
 
 GIB = 2**30
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 """Size of one chunk of the head's logits in float32 (`trainer/head.py`). Measured on the CPU, guessed for GPUs."""
 
 CONTEXT = 2 * GIB  # CUDA, its libraries and NCCL; the allocator's figures do not show it

@@ -22,6 +22,8 @@ from grpo_gsm8k.trainer.costs import CHUNK_BYTES
 STATISTICS = ("entropy", "top_prob")
 """What is said of each distribution: its entropy in nats, and the probability of its likeliest token."""
 
+LOST = -70.0  # below e^-70 a float32 probability runs out of digits, and then is 0
+
 Slope = Callable[[torch.Tensor, slice], torch.Tensor]
 """From the log-probabilities `(n,)` of some of the targets, and which they are, to d loss / d logp `(n,)`."""
 
@@ -70,14 +72,19 @@ class _TargetLogprobs(torch.autograd.Function):
         logp = torch.empty_like(targets, dtype=softmax.dtype)  # (N,)
         entropies, tops, slopes = torch.zeros_like(logp), torch.zeros_like(logp), torch.empty_like(logp)
         for part in softmax.parts():
-            logits, probs, top, log_z = softmax(part)
-            logp[part] = logits.gather(-1, targets[part].unsqueeze(-1)).squeeze(-1) - log_z
+            logits, probs, chosen, logp[part] = softmax(part, targets[part])
+            expected = torch.zeros_like(chosen)  # logit
             if statistics:
-                tops[part] = top
-                entropies[part] = log_z - torch.mul(probs, logits, out=logits).sum(-1)
+                tops[part] = probs.amax(-1)
+            if statistics and not (gradients and gradients.average):
+                expected = torch.mul(probs, logits, out=logits).sum(-1)
             if slope and gradients:
                 slopes[part] = slope(logp[part], part)
-                gradients.add(part, probs, targets[part], slopes[part] / temperature)
+                turned = gradients.add(part, probs, targets[part], slopes[part] / temperature)
+                if statistics and gradients.average:  # what the mean row of the head would say: a pass over V less
+                    expected = ((turned + weight[targets[part]]) * hidden[part]).sum(-1) / temperature
+            if statistics:
+                entropies[part] = chosen - logp[part] - expected  # log Z - expected
         ctx.mark_non_differentiable(entropies, tops)
         ctx.save_for_backward(hidden, weight, bias, targets, slopes)
         ctx.temperature, ctx.gradients = temperature, gradients
@@ -97,7 +104,7 @@ class _TargetLogprobs(torch.autograd.Function):
             softmax = _Softmax(hidden, weight, bias, ctx.temperature)
             gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
             for part in softmax.parts():
-                _, probs, *_ = softmax(part)
+                _, probs, *_ = softmax(part, targets[part])
                 gradients.add(part, probs, targets[part], arrived[part] / ctx.temperature)
         return *gradients.take(), None, None, None, None
 
@@ -119,8 +126,8 @@ class _Softmax:
         """The chunks of the positions."""
         return (slice(at, at + self.rows) for at in range(0, len(self.hidden), self.rows))
 
-    def __call__(self, part: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits and probabilities `(n, V)`, the largest of these `(n,)` and log Z `(n,)`.
+    def __call__(self, part: slice, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Logits and probabilities `(n, V)`, the targets' logits `(n,)` and log-probabilities `(n,)`.
 
         The first two are valid until the next chunk, and may be changed.
         """
@@ -135,9 +142,12 @@ class _Softmax:
         if self.temperature != 1:
             logits /= self.temperature
         torch.softmax(logits, -1, out=probs)
-        # The likeliest token has p >= 1 / V, so its logarithm is exact, where another's may have run out of float32.
-        top = probs.amax(-1)
-        return logits, probs, top, logits.amax(-1) - top.log()
+        at = targets.unsqueeze(-1)
+        chosen, logp = logits.gather(-1, at).squeeze(-1), probs.gather(-1, at).squeeze(-1).log()
+        lost = ~(logp > LOST)
+        if lost.any():  # the likeliest token has p >= 1 / V, and a logarithm
+            logp[lost] = chosen[lost] - logits[lost].amax(-1) + probs[lost].amax(-1).log()
+        return logits, probs, chosen, logp
 
 
 class _Gradients:
@@ -149,27 +159,38 @@ class _Gradients:
         self.inputs = hidden, weight, bias
         wide = torch.promote_types(hidden.dtype, torch.float32)  # a sum over chunks in bfloat16 would be biased
         self.hidden = torch.empty_like(hidden) if wanted[0] else None
-        self.weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+        unset = (
+            torch.empty_like if len(hidden) else torch.zeros_like
+        )  # the first chunk writes the gradient, if there is one
+        self.weight = unset(weight, dtype=wide) if wanted[1] else None
         self.bias = torch.zeros_like(bias, dtype=wide) if bias is not None and wanted[2] else None
+        self.average = wanted[0] and bias is None and hidden.dtype == wide  # (probs - onehot) W is there, unrounded
 
-    def add(self, part: slice, probs: torch.Tensor, targets: torch.Tensor, slope: torch.Tensor) -> None:
-        """Add d loss of a chunk, whose derivative in the raw logits is slope x (onehot - probs). Consumes `probs`."""
+    def add(self, part: slice, probs: torch.Tensor, targets: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+        """Add d loss of a chunk, whose derivative in the raw logits is slope x (onehot - probs). Consumes `probs`.
+
+        Returns:
+            `(n, H)`, (probs - onehot) W; where no gradient in hidden states is asked for, nothing of use.
+        """
         hidden, weight, _ = self.inputs
         # Before any rounding to bfloat16: at p = 0.999 what is left is its last bits.
         probs[torch.arange(len(probs), device=probs.device), targets] -= 1
-        narrow, scale = probs.to(weight.dtype), -slope.unsqueeze(-1)
+        narrow, scale, turned = probs.to(weight.dtype), -slope.unsqueeze(-1), hidden[:0]
         if self.hidden is not None:
-            self.hidden[part] = scale * (narrow @ weight)
+            turned = narrow @ weight
+            self.hidden[part] = scale * turned
         if self.weight is not None:
             scaled = (scale * hidden[part]).to(weight.dtype)  # (n, H): nothing of size (n, V) is touched again
+            kept = 1 if part.start else 0  # what was not set is not read
             if self.weight.dtype == weight.dtype:
-                self.weight.addmm_(narrow.t(), scaled)
+                self.weight.addmm_(narrow.t(), scaled, beta=kept)
             elif self.weight.is_cuda:
-                torch.addmm(self.weight, narrow.t(), scaled, out_dtype=torch.float32, out=self.weight)
+                torch.addmm(self.weight, narrow.t(), scaled, beta=kept, out_dtype=torch.float32, out=self.weight)
             else:
-                self.weight.addmm_(narrow.t().float(), scaled.float())
+                self.weight.addmm_(narrow.t().float(), scaled.float(), beta=kept)
         if self.bias is not None:
             self.bias += probs.t() @ scale.squeeze(-1)
+        return turned
 
     def scale(self, factor: torch.Tensor) -> None:
         """Multiply all, where the loss went through a scaling on its way."""

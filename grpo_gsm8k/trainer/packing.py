@@ -77,27 +77,45 @@ class Packed:
     Attributes:
         input_ids, position_ids: `(1, S)` int64.
         cells: `(B, T)` int64, where each position of the batch stands among the S; 0 where there is none.
-        home: `(S,)` int64, the position among the B x T that each token was taken from.
+        blocks: for attention, the rows of `cells` again, those of like length together, cut to the longest of them.
+        home: `(S,)` int64, the position among those of all blocks that each token is read from.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     cells: torch.Tensor
+    blocks: tuple[torch.Tensor, ...]
     home: torch.Tensor
 
     @classmethod
     def of(cls, batch: Batch) -> Packed:
         """A batch that says what its rows share, on its device."""
-        ids = batch.input_ids
-        shared, length = torch.tensor([batch.shared, batch.lengths], device=ids.device).unsqueeze(-1)  # (B, 1) each
-        columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)  # (B, T)
+        ids, device = batch.input_ids, batch.input_ids.device
+        blocks, places, at = _alike(batch.lengths), [0] * len(batch), 0
+        for rows in blocks:
+            for row in rows:
+                places[row], at = at, at + batch.lengths[rows[0]]
+        shared, length, place = torch.tensor([batch.shared, batch.lengths, places], device=device).unsqueeze(-1)
+        columns = torch.arange(ids.shape[1], device=device).expand_as(ids)  # (B, T); the others are (B, 1)
         there, new = columns < length, columns >= shared
-        home = (there & new).flatten().nonzero().squeeze(-1)
+        first = there & new  # in this row for the first time
         starts = (length - shared).cumsum(0) - length  # where a row's position 0 would stand, had it cells of its own
-        row = torch.arange(len(batch), device=ids.device).unsqueeze(1)
-        owner = (row * new).cummax(0).values  # the last row before that did not take the cell over
+        number = torch.arange(len(batch), device=device).unsqueeze(1)
+        owner = (number * new).cummax(0).values  # the last row before that did not take the cell over
         cells = (starts.squeeze(-1)[owner] + columns) * there
-        return cls(ids.flatten()[home].unsqueeze(0), columns.flatten()[home].unsqueeze(0), cells, home)
+        cut = tuple(cells[rows, : batch.lengths[rows[0]]] for rows in blocks)
+        return cls(ids[first].unsqueeze(0), columns[first].unsqueeze(0), cells, cut, (place + columns)[first])
+
+
+def _alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows of these lengths, longest first, in the two blocks for which padded attention costs the least; or in one."""
+    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+
+    def cost(cut: int) -> int:
+        return cut * lengths[rows[0]] ** 2 + (len(rows) - cut) * lengths[rows[cut]] ** 2
+
+    cut = min(range(len(rows)), key=cost)
+    return [rows[:cut], rows[cut:]] if cut else [rows]
 
 
 def attention(
@@ -106,7 +124,7 @@ def attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    packed_cells: torch.Tensor | None = None,
+    packed_blocks: Sequence[torch.Tensor] = (),
     packed_home: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -115,16 +133,20 @@ def attention(
     Returns:
         `(1, S, heads, width)`. Whatever comes without a `Packed` is answered as by "sdpa".
     """
-    if packed_cells is None or packed_home is None:
+    if packed_home is None:
         found: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return found
 
-    def in_rows(x: torch.Tensor) -> torch.Tensor:
-        spread = x[0].transpose(0, 1).index_select(0, packed_cells.flatten())  # (B T, heads, width)
-        return spread.view(*packed_cells.shape, *spread.shape[1:]).transpose(1, 2)  # (B, heads, T, width)
+    def in_rows(x: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+        spread = x[0].transpose(0, 1).index_select(0, cells.flatten())  # (B T, heads, width)
+        return spread.view(*cells.shape, *spread.shape[1:]).transpose(1, 2)  # (B, heads, T, width)
 
-    out, _ = sdpa_attention_forward(module, in_rows(query), in_rows(key), in_rows(value), None, **kwargs)
-    return out.flatten(0, 1).index_select(0, packed_home).unsqueeze(0), None
+    outs = []
+    for cells in packed_blocks:
+        q, k, v = (in_rows(x, cells) for x in (query, key, value))
+        out, _ = sdpa_attention_forward(module, q, k, v, None, **kwargs)
+        outs.append(out.flatten(0, 1))  # (B T, heads, width)
+    return torch.cat(outs).index_select(0, packed_home).unsqueeze(0), None
 
 
 AttentionInterface.register(ATTENTION, attention)
@@ -140,7 +162,7 @@ def last_hidden_states(model: Any, batch: Batch) -> torch.Tensor:
             "input_ids": packed.input_ids,
             "position_ids": packed.position_ids,
             "attention_mask": packed.cells.bool()[None, None],  # never looked at; of four dimensions, so none is made
-            "packed_cells": packed.cells,
+            "packed_blocks": packed.blocks,
             "packed_home": packed.home,
         }
         at = packed.cells[chosen]
