@@ -74,12 +74,29 @@ def test_numbers_and_gradients_are_those_of_all_logits(dtype, temperature, foret
     largest = ((hidden.float() @ weight.float().T + shift) / temperature).softmax(-1).max(-1).values
     assert torch.allclose(said["top_prob"], largest, **near)
     again, _ = target_logprobs(hidden, SimpleNamespace(weight=weight, bias=shift), targets, temperature, slope=foretold)
+    bare = SimpleNamespace(
+        weight=weight
+    )  # without a bias, the entropy comes from the gradient's product where it is formed
+    _, said = target_logprobs(hidden, bare, targets, temperature, slope=foretold)
+    assert torch.allclose(said["entropy"], plainly(hidden, weight, 0 * shift, targets, temperature)[1], **near)
     mine = torch.autograd.grad(loss_of_squares(again), (hidden, weight, shift))
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight, shift)]
     theirs = torch.autograd.grad(loss_of_squares(plainly(*exact, targets, temperature)[0]), exact)
     for found, true, x in zip(mine, theirs, (hidden, weight, shift), strict=True):
         assert found.dtype == x.dtype
         assert float((found.double() - true).norm() / true.norm()) < (1e-6 if dtype == torch.float32 else 2e-2)
+
+
+def test_no_targets_give_a_gradient_of_zero():
+    """A rank that has no row left goes through the same motions."""
+    _, weight, _, _ = parts()
+    hidden = torch.zeros(0, weight.shape[1], dtype=weight.dtype, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.long)
+    logp, _ = target_logprobs(
+        hidden, SimpleNamespace(weight=weight), none, slope=lambda logp, part: torch.ones_like(logp)
+    )
+    logp.sum().backward()
+    assert torch.equal(weight.grad, torch.zeros_like(weight)) and hidden.grad.shape == hidden.shape
 
 
 def test_a_sure_token_keeps_its_gradient_in_bfloat16():
