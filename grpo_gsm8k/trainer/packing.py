@@ -7,8 +7,8 @@ completions of one prompt do, takes those cells over, and the gradients of all o
                   p0 p1 p2 b0 b1 b2  positions        0  1  2  3  4  3  4  5
 
 Embedding, norms, projections and MLPs work token by token, on the S tokens. Attention alone needs rows: queries, keys
-and values are copied into `(B, T)` for it, where the kernel of plain causal rows serves, and its output back. It is
-the same function of the same tokens, so the gradient is the same, too.
+and values are copied into rows for it, in two blocks of like lengths, where the kernel of plain causal rows serves, and
+its output back. It is the same function of the same tokens, so the gradient is the same, too.
 """
 
 from __future__ import annotations
