@@ -70,7 +70,7 @@ class TorchLearner:
 
     @functools.cached_property
     def budget(self) -> int:
-        """Padded cells of a microbatch: as configured, or what fits beside all that is there at its first use."""
+        """Most cells of a microbatch (`Batch.cells`): as configured, or what fits at its first use."""
         return self.cfg.max_tokens_per_microbatch or self._cells_that_fit()
 
     def forward_backward(self, batch: Batch, objective: Objective) -> dict[str, float]:

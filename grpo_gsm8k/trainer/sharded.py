@@ -133,7 +133,7 @@ def share(
     """
     parts = list(microbatches(batch, max_tokens, rows, packs))
     if missing := -len(parts) % size:
-        row = batch.select(parts[-1][0][-1:])  # the shortest
+        row = batch.select(parts[-1][0][-1:])  # none of the longest
         blank = replace(row, mask=torch.zeros_like(row.mask), weights=torch.zeros_like(row.weights))
         parts += [([], blank)] * missing
     return parts[rank::size]
