@@ -46,3 +46,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         return f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{target})" if config.repo_url else text
 
     return LINK.sub(rewrite, markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Mark short names in code type, so that the style sheet keeps `--group_size` on one line."""
+    return re.sub(r"<code>([^<\s]{1,36})</code>", r'<code class="name">\1</code>', html)
