@@ -2,7 +2,7 @@
 
 Theirs are called as they are installed: `GRPOTrainer._compute_loss` and `RLOOTrainer._compute_loss` on a real
 (tiny) model, `LigerFusedLinearGRPOLoss` on a hidden state and a head, transformers' own loss of a model. Ours goes
-the way of training: `make_batch`, `TorchLearner.forward_backward` in small microbatches. The table in the README:
+the way of training: `make_batch`, `TorchLearner.forward_backward` in small microbatches. The table in docs/algorithms.md:
 
     uv run python -m tests.test_parity
 """
@@ -310,7 +310,7 @@ def test_cross_entropy_is_that_of_transformers(folder):
 
 
 def table(folder: Path) -> Iterator[str]:
-    """What the README quotes: objective, against what, largest relative errors of loss and gradient."""
+    """What docs/algorithms.md quotes: objective, against what, largest relative errors of loss and gradient."""
     yield "| objective | against | loss | gradient |\n|---|---|---|---|"
     for one in CASES:
         both = zip(against_trl(one, folder), against_liger(one, folder), strict=True)
