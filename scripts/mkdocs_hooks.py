@@ -15,22 +15,20 @@ from typing import Any
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {"artifacts/RESULTS.md": "measurements.md", "CONTRIBUTING.md": "contributing.md", "README.md": "index.md"}
-ANCHORS = {"index.md": "architecture.md"}  # what README has under a heading, the site has there
+PAGES = {"artifacts/RESULTS.md": "measurements.md", "CONTRIBUTING.md": "contributing.md"}
 LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
 
 
 def on_files(files: Any, config: Any) -> Any:
     """Add the pages that are kept elsewhere."""
     for source, page in PAGES.items():
-        if not (Path(config.docs_dir) / page).exists():
-            files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+        files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Rewrite the links of a page for the site."""
-    home = {name: source for source, name in PAGES.items() if name != "index.md"}.get(page.file.src_uri)
+    home = {name: source for source, name in PAGES.items()}.get(page.file.src_uri)
     folder = posixpath.dirname(home or f"docs/{page.file.src_uri}")
 
     def rewrite(link: re.Match[str]) -> str:
@@ -39,8 +37,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
             return link[0]
         target = posixpath.normpath(posixpath.join(folder, path))
         if target in PAGES:
-            inside = PAGES[target]
-            return f"[{text}]({ANCHORS[inside]})" if anchor and inside in ANCHORS else f"[{text}]({inside}{anchor})"
+            return f"[{text}]({PAGES[target]}{anchor})"
         if target.startswith("docs/"):
             return f"[{text}]({target.removeprefix('docs/')}{anchor})"
         return f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{target})" if config.repo_url else text

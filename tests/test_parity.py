@@ -2,7 +2,8 @@
 
 Theirs are called as they are installed: `GRPOTrainer._compute_loss` and `RLOOTrainer._compute_loss` on a real
 (tiny) model, `LigerFusedLinearGRPOLoss` on a hidden state and a head, transformers' own loss of a model. Ours goes
-the way of training: `make_batch`, `TorchLearner.forward_backward` in small microbatches. The table in docs/algorithms.md:
+the way of training: `make_batch`, `TorchLearner.forward_backward` in small microbatches. This prints the
+table of docs/algorithms.md:
 
     uv run python -m tests.test_parity
 """
