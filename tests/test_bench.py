@@ -72,9 +72,8 @@ def test_shares_of_a_peak_by_hand(args):
     # Two completions of 3 and 1 tokens after prompts of 5 and 6: two steps, of 6 and 7 tokens' keys and values.
     assert bench_sample.bytes_read(shape, 2, [(5, 3), (6, 1)]) == 2 * (2 * (2304 + 11200) + 2 * 8 * (6 + 7))
     assert bench.gpu(args) is None  # so that on a CPU there is no such figure
-    assert (
-        costs.gpu_called("NVIDIA H100 80GB HBM3") is costs.GPUS["H100"] and costs.gpu_called("NVIDIA H100 PCIe") is None
-    )
+    assert costs.gpu_called("NVIDIA H100 80GB HBM3") is costs.GPUS["H100"]
+    assert costs.gpu_called("NVIDIA H100 PCIe") is costs.GPUS["H100-PCIe"] and costs.gpu_called("NVIDIA T4") is None
 
 
 def test_the_samplers_logprobs_are_those_of_a_full_pass():
