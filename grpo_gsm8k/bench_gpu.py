@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_gsm8k import bench, repro
-from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.errors import ConfigError, GrpoError
 
 FLAGS: dict[str, tuple[Any, str]] = {
     "device": ("cuda", "cuda, cuda:N, or cpu to try the command itself"),
@@ -49,6 +49,13 @@ SHAPES: dict[str, dict[str, int]] = {
 
 Row = tuple[str, dict[str, Any]]
 Part = Callable[[argparse.Namespace], Iterator[Row]]
+
+
+FAULTS = (
+    *(ArithmeticError, AssertionError, AttributeError, GrpoError, LookupError, NameError, OSError, RuntimeError),
+    *(SystemExit, TypeError, ValueError),
+)
+"""What a part may die of on a machine that nobody has tried: written down, and the next one begins."""
 
 
 class Skip(Exception):
@@ -102,7 +109,7 @@ def _one(name: str, args: argparse.Namespace, found: dict[str, Any], out: Path, 
         part |= {"status": "skipped", "reason": str(reason)}
     except ImportError as fault:
         part |= {"status": "skipped", "reason": f"{fault.name or fault} is not installed"}
-    except Exception as fault:  # noqa: BLE001  (a part of an unattended measurement: the others still count)
+    except FAULTS as fault:  # the other parts still count
         part |= {"status": "failed", "reason": _last_line(fault)}
     part["seconds"] = time.perf_counter() - started
     _say(f"{name}: {part['status']} in {part['seconds']:.1f} s {part.get('reason', '')}".rstrip())
@@ -175,16 +182,20 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def _installed(name: str) -> str:
+    """The version of a package, or none."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
 def _machine(args: argparse.Namespace) -> dict[str, Any]:
     """What the figures depend on, and what is there that a part may want."""
     import torch
 
-    there = {}
-    for name in ("transformers", "triton", "safetensors", "peft", "vllm", "liger-kernel", "flash-attn"):
-        try:
-            there[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            there[name] = "none"
+    packages = ("transformers", "triton", "safetensors", "peft", "vllm", "liger-kernel", "flash-attn")
+    there = {name: _installed(name) for name in packages}
     gpu = args.device.startswith("cuda")
     if gpu and not torch.cuda.is_available():
         raise ConfigError(f"--device {args.device}: torch sees no GPU here; --device cpu --sizes toy tries the command")
@@ -300,7 +311,7 @@ def zoo(args: argparse.Namespace) -> Iterator[Row]:
         for dtype in (torch.float32, torch.bfloat16):
             try:
                 yield f"{name} {str(dtype).removeprefix('torch.')}", _held_against_logits(args, config, dtype)
-            except Exception as fault:  # noqa: BLE001  (one architecture; the others still count)
+            except FAULTS as fault:  # one architecture; the others still count
                 yield f"{name} {str(dtype).removeprefix('torch.')}", {"failed": _last_line(fault)}
 
 
@@ -412,14 +423,12 @@ def parity(args: argparse.Namespace) -> Iterator[Row]:
         "offload": {"optimizer_device": "cpu"},
         "deterministic": {"deterministic": True},
     }
-    if not args.device.startswith("cpu") and not repro.missing_for_compile(True):
-        options["compile"] = {"compile": True}
     for dtype in (torch.float32, torch.bfloat16):
         for name, flags in options.items():
             title = f"{name} {str(dtype).removeprefix('torch.')}"
             try:
                 found, its = _gradient(toy, args.device, dtype, **flags)
-            except Exception as fault:  # noqa: BLE001  (one option; the others still count)
+            except FAULTS as fault:  # one option; the others still count
                 yield title, {"failed": _last_line(fault)}
                 continue
             yield title, {"gradient_error": relative_error(found, wanted), "loss_error": abs(its - loss)}
@@ -441,7 +450,9 @@ def _gradient(args: argparse.Namespace, device: str, dtype: Any, **flags: Any) -
     names = sorted(learner.optimizer.masters)
     sums = getattr(learner.optimizer, "sums", {})
     params, masters = learner.optimizer.params, learner.optimizer.masters
-    grads = [masters[n].grad if masters[n].grad is not None else sums.get(params[n], params[n].grad) for n in names]
+    grads: list[Any] = [
+        masters[n].grad if masters[n].grad is not None else sums.get(params[n], params[n].grad) for n in names
+    ]
     repro.set_deterministic(False)
     return [grad.detach().cpu() for grad in grads], found["loss"]
 
@@ -482,13 +493,16 @@ def head(args: argparse.Namespace) -> Iterator[Row]:
 
         few = min(n, 256)
         errors = {}
-        mine = [ours(few).detach(), hidden.grad[:few].float(), weight.grad.float()]
-        hidden.grad = weight.grad = None
-        wanted = [plain(few).detach(), hidden.grad[:few].float(), weight.grad.float()]
-        for what, a, b in zip(("logp", "hidden", "weight"), mine, wanted, strict=True):
+        found: list[list[Any]] = []
+        for way in (ours, plain):
+            logp = way(few).detach()
+            grads: list[Any] = [x.grad.float() for x in (hidden, weight) if x.grad is not None]
+            found.append([logp, *grads])
+            hidden.grad = weight.grad = None
+        for what, a, b in zip(("logp", "hidden", "weight"), *found, strict=True):
             errors[f"{what}_error"] = relative_error([a], [b])
         yield f"{size} correctness", errors
-        del mine, wanted
+        del found, logp, grads
         for chunk in (1 << 27, 1 << 28, 1 << 29, 1 << 30, 1 << 31):
             costs.CHUNK_BYTES.update(dict.fromkeys(chunks, chunk))
             try:
@@ -509,52 +523,42 @@ def attention(args: argparse.Namespace) -> Iterator[Row]:
 
     if is_toy(args):
         raise Skip("kernels of a GPU are chosen by shape, and toys have none that counts")
-    dtype = getattr(torch, args.dtype)
+    dtype, rows, length = getattr(torch, args.dtype), 16, 1024
     backends = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
     backends |= {"cudnn": SDPBackend.CUDNN_ATTENTION}
-    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def inputs(shape: dict[str, int], length: int) -> list[Any]:
+        torch.manual_seed(0)
+        width = shape["hidden"] // shape["heads"]
+        sizes = [(rows, length, n, width) for n in (shape["heads"], shape["kv_heads"], shape["kv_heads"])]
+        made = [torch.randn(s, device=args.device, dtype=dtype).transpose(1, 2) for s in sizes]
+        return [x.requires_grad_() for x in made]
+
+    def attend(name: str, q: Any, k: Any, v: Any) -> Any:
+        groups = q.shape[1] // k.shape[1]
+        if name == "efficient":  # takes no groups
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        return sdpa(q, k, v, is_causal=True, enable_gqa=name != "efficient")
+
     for size in sizes_of(args):
-        heads, kv, width = (
-            SHAPES[size]["heads"],
-            SHAPES[size]["kv_heads"],
-            SHAPES[size]["hidden"] // SHAPES[size]["heads"],
-        )
-
-        def inputs(rows: int, length: int, heads: int = heads, kv: int = kv, width: int = width) -> list[Any]:
-            torch.manual_seed(0)
-            numbers = (heads, kv, kv)
-            shapes = [(rows, length, n, width) for n in numbers]
-            made = [torch.randn(s, device=args.device, dtype=dtype).transpose(1, 2) for s in shapes]
-            return [x.requires_grad_() for x in made]
-
-        rows, length = 16, 1024
+        shape = SHAPES[size]
+        heads, kv, width = shape["heads"], shape["kv_heads"], shape["hidden"] // shape["heads"]
         flops = 3.5 * 2.0 * rows * heads * length * length * width  # causal half of 4, and 2.5 times that backward
         for name, backend in backends.items():
-            q, k, v = inputs(rows, length)
+            given, lengths = inputs(shape, length), iter(range(500, 600, 3))
 
-            def both(q: Any = q, k: Any = k, v: Any = v, name: str = name) -> None:
-                groups = q.shape[1] // k.shape[1]
-                if name == "efficient":
-                    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-                sdpa(q, k, v, is_causal=True, enable_gqa=name != "efficient").sum().backward()
+            def both(name: str = name, given: list[Any] = given) -> None:
+                attend(name, *given).sum().backward()
+
+            def fresh(name: str = name, shape: dict[str, int] = shape, lengths: Iterator[int] = lengths) -> None:
+                attend(name, *inputs(shape, next(lengths))).sum().backward()
 
             try:
                 with sdpa_kernel([backend]):
-                    seconds = seconds_of(args, both)
-                    started = time.perf_counter()
-                    fresh = 5
-                    for extra in range(fresh):
-                        out = (
-                            sdpa(*inputs(rows, 500 + 3 * extra), is_causal=True, enable_gqa=name != "efficient")
-                            if (name != "efficient")
-                            else None
-                        )
-                        del out
-                    wait(args)
-                figures = {"ms": seconds * 1e3, "mfu": flops / seconds / peak_flops(args) if peak_flops(args) else 0.0}
-                if name != "efficient":
-                    figures["new_shape_ms"] = (time.perf_counter() - started) / fresh * 1e3
-                yield f"{size} {name} {rows} x {length}", figures
+                    seconds, new = seconds_of(args, both), seconds_of(args, fresh, 4, 1)
+                share = flops / seconds / peak_flops(args) if peak_flops(args) else 0.0
+                yield f"{size} {name} {rows} x {length}", {"ms": seconds * 1e3, "mfu": share, "new_shape_ms": new * 1e3}
             except RuntimeError as fault:
                 yield f"{size} {name} {rows} x {length}", {"failed": _last_line(fault)}
         yield f"{size} varlen {rows} x {length}", _varlen(args, rows, length, heads, kv, width, flops)
@@ -573,25 +577,35 @@ def _varlen(
     except ImportError:
         return {"failed": f"torch {torch.__version__} has no torch.nn.attention.varlen"}
     takes = inspect.signature(varlen).parameters
-    figures: dict[str, Any] = {"signature": ", ".join(takes)}
-    dtype = getattr(torch, args.dtype)
-    grouped = "enable_gqa" in takes
-    q, k, v = (
-        torch.randn(rows * length, n, width, device=args.device, dtype=dtype, requires_grad=True)
-        for n in ((heads, kv, kv) if grouped else (heads, heads, heads))
-    )
-    starts = torch.arange(0, rows * length + 1, length, device=args.device, dtype=torch.int32)
     more: dict[str, Any] = {"is_causal": True} if "is_causal" in takes else {"window_size": (-1, 0)}
-    more |= {"enable_gqa": True} if grouped else {}
-
-    def both() -> None:
-        varlen(q, k, v, starts, starts, length, length, **more).sum().backward()
-
+    more |= {"enable_gqa": True} if "enable_gqa" in takes else {}
+    attend: Callable[..., Any] = varlen
+    torch.manual_seed(0)
+    dtype, tail = getattr(torch, args.dtype), length // 4
+    q, k, v = (torch.randn(rows * length, n, width, device=args.device, dtype=dtype) for n in (heads, kv, kv))
+    starts = torch.arange(0, rows * length + 1, length, device=args.device, dtype=torch.int32)
+    figures: dict[str, Any] = {}
     try:
+        out = attend(q, k, v, starts, starts, length, length, **more)
+        plain = [x.unflatten(0, (rows, length)).transpose(1, 2) for x in (q, k, v)]
+        sdpa: Callable[..., Any] = torch.nn.functional.scaled_dot_product_attention
+        wanted = sdpa(*plain, is_causal=True, enable_gqa=True)
+        figures["error"] = relative_error([out], [wanted.transpose(1, 2).flatten(0, 1)])
+        ends = out.unflatten(0, (rows, length))[:, -tail:].flatten(0, 1)
+        queries = q.unflatten(0, (rows, length))[:, -tail:].flatten(0, 1)  # of the last tokens, over whole rows
+        found = attend(queries, k, v, starts // 4, starts, tail, length, **more)
+        figures["error_of_tails"] = relative_error([found], [ends])
+
+        def both() -> None:
+            attend(q, k, v, starts, starts, length, length, **more).sum().backward()
+
+        for x in (q, k, v):
+            x.requires_grad_()
         seconds = seconds_of(args, both)
-    except RuntimeError as fault:
-        return {**figures, "failed": _last_line(fault)}
-    return {"ms": seconds * 1e3, "mfu": flops / seconds / peak_flops(args) if peak_flops(args) else 0.0, **figures}
+        figures |= {"ms": seconds * 1e3, "mfu": flops / seconds / peak_flops(args) if peak_flops(args) else 0.0}
+    except (RuntimeError, ValueError, TypeError) as fault:
+        figures["failed"] = _last_line(fault)
+    return {**figures, "takes": " ".join(takes)}
 
 
 # ----------------------------------------------------------------------------------------------------- updates
@@ -667,7 +681,7 @@ def profile(args: argparse.Namespace) -> Iterator[Row]:
     from grpo_gsm8k.trainer.objectives import Objective
 
     size = sizes_of(args)[-1]
-    rows = update_rows(args, size, min(args.tokens, 40_000))
+    rows = update_rows(args, size, min(args.tokens, 24_000))
     batch = make_batch(rows, 0, "token")
     cfg = TrainConfig(engine="vllm", max_tokens_per_microbatch=64 if is_toy(args) else 12288)
     learner = TorchLearner(bench.make_model(shape_args(args, size)), None, cfg)
@@ -676,7 +690,7 @@ def profile(args: argparse.Namespace) -> Iterator[Row]:
     wait(args)
     gpu = args.device.startswith("cuda") and ProfilerActivity.CUDA in supported_activities()
     started = time.perf_counter()
-    with profiler(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as seen:
+    with profiler(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as seen:
         learner.forward_backward(batch, Objective("grpo_clip"))
         wait(args)
         passed = time.perf_counter() - started
@@ -725,8 +739,6 @@ def ablation(args: argparse.Namespace) -> Iterator[Row]:
         "cudnn attention": {},
         "chunk of 256 MiB": {},
     }
-    if args.device.startswith("cuda") and not repro.missing_for_compile(True):
-        variants |= {"compile": {"compile": True}, "compile, packing on": {"compile": True, "packing": "on"}}
     chunks = dict(costs.CHUNK_BYTES)
     for name, flags in variants.items():
         if name == "cudnn attention" and not args.device.startswith("cuda"):
@@ -737,7 +749,7 @@ def ablation(args: argparse.Namespace) -> Iterator[Row]:
                 costs.CHUNK_BYTES.update(dict.fromkeys(chunks, 256 << 20))
             with _cudnn(name == "cudnn attention"):
                 found = measure_update(args, size, tokens, **{"max_tokens_per_microbatch": cells, **flags})
-        except Exception as fault:  # noqa: BLE001  (one variant; the others still count)
+        except FAULTS as fault:  # one variant; the others still count
             yield f"{size} {name}", {"failed": _last_line(fault)}
             continue
         finally:
@@ -885,6 +897,25 @@ def determinism(args: argparse.Namespace) -> Iterator[Row]:
         repro.set_deterministic(False)
 
 
+def compiled(args: argparse.Namespace) -> Iterator[Row]:
+    """Layers compiled: the same gradient, and the update's time without the compiler's own."""
+    import torch
+
+    if lacking := repro.missing_for_compile(args.device.startswith("cuda")):
+        raise Skip(f"no {lacking}")
+    toy = argparse.Namespace(**{**vars(args), "sizes": "toy"})
+    wanted, _ = _gradient(toy, "cpu", torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        found, _ = _gradient(toy, args.device, dtype, compile=True)
+        yield f"gradient {str(dtype).removeprefix('torch.')}", {"gradient_error": relative_error(found, wanted)}
+    if is_toy(args):
+        return
+    for size in sizes_of(args):
+        for packing in ("off", "on"):
+            flags = {"compile": True, "packing": packing, "max_tokens_per_microbatch": 16384}
+            yield f"{size} compile, packing {packing}", measure_update(args, size, args.tokens, **flags)
+
+
 def offload(args: argparse.Namespace) -> Iterator[Row]:
     """AdamW in main memory: the update's time and memory on the largest model."""
     size = sizes_of(args)[-1]
@@ -895,14 +926,15 @@ def offload(args: argparse.Namespace) -> Iterator[Row]:
 
 def vllm(args: argparse.Namespace) -> Iterator[Row]:
     """vLLM beside the trainer on one GPU: tokens a second, sleep and wake, each hand-over with its proof."""
-    importlib.import_module("vllm")
+    if _installed("vllm") == "none":
+        raise Skip("vLLM is not installed")
     if args.device.startswith("cpu"):
         raise Skip("measured on a GPU alone; tests/test_vllm.py has the CPU")
     for transfer in ("file", "ipc"):
         flags = {"engine": "vllm", "weight_transfer": transfer, "steps": 3, "rollouts_per_step": 256, "group_size": 8}
         try:
             _, metrics = grpo_run(args, {"heads": 4}, **flags, max_new_tokens=200)
-        except Exception as fault:  # noqa: BLE001  (one way; the other still counts)
+        except FAULTS as fault:  # one way; the other still counts
             yield transfer, {"failed": _last_line(fault)}
             continue
         keys = ("time/total", "time/sampling", "time/training", "sync/probe_logp_abs_mean", "mismatch/logp_abs_mean")
@@ -922,5 +954,6 @@ PARTS: dict[str, Part] = {
     "step": step,
     "ablation": ablation,
     "offload": offload,
+    "compiled": compiled,
     "vllm": vllm,
 }

@@ -109,7 +109,10 @@ class _TargetLogprobs(torch.autograd.Function):
 
 
 def _compare(arrived: torch.Tensor, foretold: torch.Tensor) -> tuple[bool, bool, float]:
-    """Whether the derivative that arrived is finite and a multiple of the foretold one; and which. The host waits once."""
+    """Whether the derivative that arrived is finite, whether it is a multiple of the foretold one, and which.
+
+    The host waits for a GPU once.
+    """
     steepest = foretold.abs().argmax(0, keepdim=True)
     mine, theirs = foretold.index_select(0, steepest), arrived.index_select(0, steepest)
     factor = torch.where(mine == 0, 1.0, theirs / mine)

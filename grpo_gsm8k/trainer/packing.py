@@ -109,12 +109,12 @@ class Packed:
         cells = (starts.squeeze(-1)[owner] + columns) * there
         cut = tuple(cells[rows, : batch.lengths[rows[0]]] for rows in blocks)
 
-        def there(x: torch.Tensor) -> torch.Tensor:
+        def upload(x: torch.Tensor) -> torch.Tensor:
             return x.to(device, non_blocking=True)
 
-        tokens = ids.flatten().index_select(0, there(first.flatten().nonzero().squeeze(-1)))
-        positions, home = there(columns[first]), there((place + columns)[first])
-        return cls(tokens.unsqueeze(0), positions.unsqueeze(0), there(cells), tuple(map(there, cut)), home)
+        tokens = ids.flatten().index_select(0, upload(first.flatten().nonzero().squeeze(-1)))
+        positions, home = upload(columns[first]), upload((place + columns)[first])
+        return cls(tokens.unsqueeze(0), positions.unsqueeze(0), upload(cells), tuple(map(upload, cut)), home)
 
 
 def _alike(lengths: Sequence[int]) -> list[list[int]]:
