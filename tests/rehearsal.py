@@ -451,8 +451,13 @@ def _kernel(query, key, mask, causal, gqa):
     return ("flash" if flash else MATH if gqa else "efficient", shape)
 
 
+_DEFAULT_DEVICE = DeviceContext.__torch_function__
+
+
 def _no_default_device(context, func, types, args=(), kwargs=None):
     """`with torch.device("cuda")`: C++ would make the tensor; whoever means to have it there moves it."""
+    if context.device.type != "cuda":
+        return _DEFAULT_DEVICE(context, func, types, args, kwargs)
     return func(*args, **(kwargs or {}))
 
 
