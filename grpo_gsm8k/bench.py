@@ -3,6 +3,7 @@
     python -m grpo_gsm8k.bench update --prompts 4 --group 4 --vs trl --json
     python -m grpo_gsm8k.bench sample --json
     python -m grpo_gsm8k.bench step --json
+    python -m grpo_gsm8k.bench gpu --out artifacts/gpu
 
 Every contestant is measured in a process of its own, one after the other and in turns, so that what else the machine
 does hits all of them. Figures are medians over the rounds; a ratio is the median of the ratios within a round, given
@@ -27,7 +28,7 @@ from typing import Any
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.trainer import costs
 
-COMMANDS = {"update": "bench_update", "sample": "bench_sample", "step": "bench_step"}
+COMMANDS = {"update": "bench_update", "sample": "bench_sample", "step": "bench_step", "gpu": "bench_gpu"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -159,7 +160,7 @@ def make_model(args: argparse.Namespace) -> Any:
         pad_token_id=0,
     )
     with torch.device(args.device):
-        model = Qwen2ForCausalLM(config).to(getattr(torch, args.dtype))
+        model = Qwen2ForCausalLM(config).to(args.device, getattr(torch, args.dtype))
     model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
     return model
 

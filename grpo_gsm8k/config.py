@@ -61,7 +61,7 @@ class ModelConfig(PromptConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "auto: bfloat16 on a GPU, else float32")
     grading: Literal["strict", "flexible"] = opt("flexible", "strict demands a marked answer")
     max_new_tokens: int = opt(1024, "longest completion in tokens; the model's context may end it earlier")
-    sample_rows: int = opt(256, "completions decoded side by side")
+    sample_rows: int = opt(256, "completions decoded side by side; vLLM on a GPU decodes at least 1024")
     seed: int = opt(0, "decides every random draw")
     deterministic: bool = opt(False, "bitwise repeatable kernels, TF32 off")
     wandb_project: str = opt(
@@ -82,7 +82,9 @@ class EngineConfig(ModelConfig):
     )
     vllm_devices: str = opt("", "several, as in cuda:1,cuda:2: an engine on each, sharing the prompts", runtime=True)
     tp_size: int = opt(1, "GPUs of one vLLM engine (tensor parallel), counted on from its device", runtime=True)
-    gpu_mem_util: float = opt(0.9, "share of a GPU's memory that vLLM may take", runtime=True)
+    gpu_mem_util: float = opt(
+        0.0, "share of a GPU's memory that vLLM may take; 0: 0.9, or what a learner on that GPU leaves", runtime=True
+    )
     max_model_len: int = opt(0, "longest sequence that vLLM plans for; 0 for the model's context", runtime=True)
     weight_transfer: Literal["file", "nccl", "ipc"] = opt(
         "file",
@@ -287,7 +289,7 @@ class GrpoConfig(TrainConfig):
     format_weight: float = opt(0.2, "reward for the format")
     answer_weight: float = opt(0.8, "reward for the right answer")
     estimate: str = opt(
-        "", "print the predicted memory and time on this GPU (H200, H100, A100, L40S, 4090) and exit", runtime=True
+        "", "print the predicted memory and time on this GPU (H200, H100, A100, L40S, 4090, …) and exit", runtime=True
     )
     overlong_buffer: float = opt(
         0.0, "last share of max_new_tokens, over which a length penalty grows from 0 to -1; 0 for no penalty"

@@ -31,12 +31,14 @@ from grpo_gsm8k.runs.directory import Run, open_run
 from grpo_gsm8k.runs.files import disk_errors, sync_tree
 from grpo_gsm8k.trainer import adapter, loop, ranks
 from grpo_gsm8k.trainer.learner import TorchLearner
+from grpo_gsm8k.trainer.memory import engine_share
 from grpo_gsm8k.trainer.policy import (
     context_length,
     device_name,
     dtype_name,
     load_model,
     load_tokenizer,
+    pick_device,
     weights_sha256,
 )
 from grpo_gsm8k.trainer.ranks import Lead, world
@@ -136,7 +138,7 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
     eval_path = Path(cfg.eval_set_path or Path(cfg.data) / "val.jsonl")
     problems = load_problems(eval_path)
     asked = how_to_ask(cfg)
-    apart = cfg.eval_mode == "async" or (cfg.eval_mode == "auto" and stage == "sft" and cfg.uses_vllm)
+    apart = evaluates_apart(cfg, stage)
     if cfg.uses_vllm:
         placements(cfg, gpus=torch.cuda.device_count())
     with open_run(cfg, stage, {**inputs, "eval_set": eval_path}) as run, ExitStack() as open_until_the_end:
@@ -160,6 +162,27 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
         except EngineError:
             loop.rescue(run, learner)
             raise
+
+
+def evaluates_apart(cfg: TrainConfig, stage: str) -> bool:
+    """Whether another process evaluates while training goes on. On the learner's own GPU it could not: they take turns.
+
+    Raises:
+        ConfigError: it was asked for there.
+    """
+    if not cfg.uses_vllm or cfg.eval_mode == "inline" or (cfg.eval_mode == "auto" and stage != "sft"):
+        return cfg.eval_mode == "async"
+    learner = str(pick_device(cfg.device))
+    learner = "cuda:0" if learner == "cuda" else learner
+    wanted = dataclasses.replace(cfg, vllm_device=cfg.eval_device or cfg.vllm_device, vllm_devices="")
+    row = placements(wanted, learner, torch.cuda.device_count(), world().local_size)[0]
+    if (trained_on(learner, world().local_size) - {"cpu"}).isdisjoint(row):
+        return True
+    if cfg.eval_mode == "async":
+        raise ConfigError(
+            f"--eval_mode async on {row[0]}, which is trained on: pass another --eval_device, or leave it"
+        )
+    return False
 
 
 def load_seeded(cfg: TrainConfig) -> Any:
@@ -213,14 +236,28 @@ def open_sampler(
     learner, log = device_name(model), folder / "engine.log"
     rows = placements(cfg, learner, torch.cuda.device_count(), here.local_size)
     cfg = dataclasses.replace(cfg, dtype=dtype_name(model.named_parameters()))
-    shared = trained_on(learner, here.local_size) - {"cpu"} if not overlaps else set()
-    engines = [Engine(cfg, renderer, row, log=log, naps=not shared.isdisjoint(row)) for row in rows]
+    trained = trained_on(learner, here.local_size) - {"cpu"}
+    beside = [not trained.isdisjoint(row) for row in rows]  # engines on a GPU that is trained on
+    if any(beside) and not cfg.gpu_mem_util and isinstance(cfg, TrainConfig):
+        cfg = dataclasses.replace(cfg, gpu_mem_util=engine_share(cfg, model, overlaps))
+    engines = [
+        Engine(cfg, renderer, row, log=log, naps=mine and not overlaps) for row, mine in zip(rows, beside, strict=True)
+    ]
     connect = None
     if cfg.weight_transfer != "file":
         if adapter.has_adapter(model):
             raise ConfigError("a LoRA adapter is handed to vLLM as a file: leave --weight_transfer at file")
         if len(engines) > 1 or learner == "cpu" or here.size > 1:
             raise ConfigError("--weight_transfer nccl and ipc go from one GPU to one engine; several take files")
+        if (cfg.weight_transfer == "ipc") != beside[0]:
+            raise ConfigError(
+                f"--weight_transfer {cfg.weight_transfer} with the learner on {learner} and vLLM on {rows[0][0]}: take "
+                + (
+                    "nccl or file, ipc is for one GPU"
+                    if cfg.weight_transfer == "ipc"
+                    else "ipc or file, nccl is for two"
+                )
+            )
         from grpo_gsm8k.engines.vllm import NativeTransfer
 
         kind, workers = cfg.weight_transfer, cfg.tp_size

@@ -113,7 +113,17 @@ def build(start, pulse):
         held["version"] = version
         return {}
 
-    return {"transfer": transfer, "hold": hold, "load_weights": load_weights, "sample": sample, "judge": judge}
+    def ping():
+        return {}
+
+    return {
+        "ping": ping,
+        "transfer": transfer,
+        "hold": hold,
+        "load_weights": load_weights,
+        "sample": sample,
+        "judge": judge,
+    }
 
 
 if __name__ == "__main__":

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from grpo_gsm8k import bench, bench_sample, bench_update
+from grpo_gsm8k import bench, bench_gpu, bench_sample, bench_update
 from grpo_gsm8k.datatypes import TokenRow
 from grpo_gsm8k.trainer import costs
+from tests.rehearsal import Pretend
 from tests.toys import REPOSITORY
 
 SMALL = ["--hidden=16", "--heads=2", "--kv_heads=1", "--layers=1", "--intermediate=32", "--vocabulary=700"]
@@ -72,9 +76,8 @@ def test_shares_of_a_peak_by_hand(args):
     # Two completions of 3 and 1 tokens after prompts of 5 and 6: two steps, of 6 and 7 tokens' keys and values.
     assert bench_sample.bytes_read(shape, 2, [(5, 3), (6, 1)]) == 2 * (2 * (2304 + 11200) + 2 * 8 * (6 + 7))
     assert bench.gpu(args) is None  # so that on a CPU there is no such figure
-    assert (
-        costs.gpu_called("NVIDIA H100 80GB HBM3") is costs.GPUS["H100"] and costs.gpu_called("NVIDIA H100 PCIe") is None
-    )
+    assert costs.gpu_called("NVIDIA H100 80GB HBM3") is costs.GPUS["H100"]
+    assert costs.gpu_called("NVIDIA H100 PCIe") is costs.GPUS["H100-PCIe"] and costs.gpu_called("NVIDIA T4") is None
 
 
 def test_the_samplers_logprobs_are_those_of_a_full_pass():
@@ -100,3 +103,52 @@ def test_torch_and_transformers_are_enough():
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found.keys() == {"seconds", "cpu_seconds", "tokens_per_s", "peak_rss_mb"} and found["peak_rss_mb"] > 100
+
+
+def first_hour(out, *more):
+    args = bench.parser().parse_args(["gpu", "--sizes=toy", f"--out={out}", *more])
+    return bench_gpu.run(args)["parts"]
+
+
+def test_the_first_hour_goes_on_where_it_was_and_survives_a_part_that_fails(tmp_path, monkeypatch, capsys):
+    def broken(args):
+        yield "first", {"ms": 1.0}
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setitem(bench_gpu.PARTS, "attention", broken)
+    parts = first_hour(tmp_path, "--device=cpu", "--parts=attention,head,vllm")
+    assert parts["attention"]["status"] == "failed" and parts["attention"]["rows"] == {"first": {"ms": 1.0}}
+    assert "test_bench.py" in parts["attention"]["reason"] and "no kernel image" in parts["attention"]["reason"]
+    assert parts["head"]["status"] == "ok" and parts["head"]["rows"]["toy correctness"]["weight_error"] < 0.01
+    assert (parts["vllm"]["status"], parts["vllm"]["reason"]) == ("skipped", "vLLM is not installed")
+    seen = capsys.readouterr().err
+    assert "attention: failed" in seen
+    again = first_hour(tmp_path, "--device=cpu", "--parts=attention,head,vllm")
+    assert again["head"] == parts["head"] and "head:" not in capsys.readouterr().err
+    table = (tmp_path / "gpu.md").read_text()
+    assert "### head: ok" in table and "no kernel image" in table and table.count("- `") == 2
+
+
+def test_the_first_hour_ends_with_its_budget(tmp_path, monkeypatch, capsys):
+    def long(args):
+        time.sleep(2)
+        yield "one", {"ms": 1.0}
+        raise AssertionError("the budget was over")
+
+    monkeypatch.setitem(bench_gpu.PARTS, "peaks", long)
+    parts = first_hour(tmp_path, "--device=cpu", "--budget_s=1.5", "--parts=peaks,head")
+    assert parts["peaks"]["status"] == "skipped" and parts["peaks"]["rows"] and "head" not in parts
+    assert "head: left out" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_first_hour_runs_through_on_a_cpu_and_on_a_pretended_gpu(tmp_path, tiny):
+    AutoModelForCausalLM.from_pretrained(tiny.model)
+    may_skip = {"attention", "vllm", "offload", "compiled"}
+    for where, device in ((contextlib.nullcontext(), "cpu"), (Pretend(), "cuda")):
+        with where:
+            parts = first_hour(tmp_path / device, f"--device={device}", "--dtype=bfloat16", "--budget_s=3000")
+        assert parts.keys() == bench_gpu.PARTS.keys()
+        for name, part in parts.items():
+            assert part["status"] == "ok" or (part["status"] == "skipped" and name in may_skip), (name, part)
+            assert not [row for row in part["rows"].values() if "failed" in row], part

@@ -65,7 +65,7 @@ def test_a_cell_keeps_to_the_byte_what_autograd_keeps(sizes, dtype, checkpointin
     model = make_model(sizes, dtype)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    found = costs.cell_bytes(shape_of(model), Setup(WIDTH[dtype], checkpointing=checkpointing))
+    found = costs.cell_bytes(shape_of(model), Setup(WIDTH[dtype], checkpointing=checkpointing, device="cpu"))
     assert found == pytest.approx(kept_per_cell(model), abs=4)
 
 
@@ -74,7 +74,16 @@ def test_a_cell_of_a_model_with_adapters(dtype):
     model = make_model(dtype=dtype, layers=6, lora_rank=4)
     assert shape_of(model) == shape_of(make_model(layers=6))
     # The first layer's input needs no gradient; the formula counts it like the others.
-    assert costs.cell_bytes(shape_of(model), Setup(WIDTH[dtype], 4)) == pytest.approx(kept_per_cell(model), rel=0.02)
+    setup = Setup(WIDTH[dtype], 4, device="cpu")
+    assert costs.cell_bytes(shape_of(model), setup) == pytest.approx(kept_per_cell(model), rel=0.02)
+
+
+def test_a_gpu_keeps_repeated_keys_and_values_in_float32():
+    """Its kernel takes no groups of heads: 12 instead of 2 of keys and of values, 8 wide."""
+    shape = shape_of(make_model())
+    there, here = (costs.layer_bytes(shape, Setup(4, device=device)) for device in ("cuda", "cpu"))
+    assert there - here == 2 * 4 * 8 * (12 - 2)
+    assert costs.layer_bytes(shape, Setup(2, device="cuda")) == costs.layer_bytes(shape, Setup(2, device="cpu"))
 
 
 @pytest.mark.slow  # torch.compile takes half a minute

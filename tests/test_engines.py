@@ -344,6 +344,7 @@ def direct(fake):
 
         def connect(engine):
             calls.append("connect")
+            assert engine._child is not None, "an engine that starts while the other end waits may be too late"
             engine.ask("transfer", dict, method="init_weight_transfer_engine", payload={"rank_offset": 1})
             return lambda: (calls.append("send"), send(engine))
 

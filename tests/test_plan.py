@@ -77,8 +77,8 @@ def test_running_out_of_memory_says_what_to_lower(tiny, monkeypatch):
 
     learner = TorchLearner(Qwen2ForCausalLM.from_pretrained(tiny.model), None, train_config())
     monkeypatch.setattr(learner_module, "token_logprobs", too_large)
-    four = make_batch(rows(*[(range(3, 24), 1)] * 4), 0)  # 4 rows of 20 tokens, the budget is 512
-    with pytest.raises(ConfigError, match="--max_tokens_per_microbatch 40"):
+    four = make_batch(rows(*[(range(3, 24), 1)] * 4), 0)  # 4 rows of 20 tokens, then 2 of them
+    with pytest.raises(ConfigError, match="--max_tokens_per_microbatch 20"):
         learner.forward_backward(four, Objective())
     with pytest.raises(ConfigError, match="single row of 20 tokens"):
         learner.logprobs(make_batch(rows((range(3, 24), 1)), 0))

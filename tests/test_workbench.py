@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+import torch
 
 from grpo_gsm8k import config, workbench
+from grpo_gsm8k.engines import process
+from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.gsm8k.prompts import Renderer
+from grpo_gsm8k.trainer import costs
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer
+from tests.toys import stage_config
 
 
 @pytest.mark.parametrize(
@@ -36,3 +43,88 @@ def test_an_engine_sleeps_between_calls_only_where_it_shares_a_gpu(
     cfg = config.build(config.EngineConfig, {"model_id": str(tiny.model), "device": "cpu", "engine": "vllm"})
     with workbench.open_sampler(cfg, load_model(cfg), Renderer(load_tokenizer(cfg)), tmp_path, overlaps):
         assert seen == [naps]
+
+
+@pytest.fixture
+def one_gpu(monkeypatch):
+    """This machine has a GPU of 80 GB, and vLLM."""
+    free = {"bytes": 70e9}
+    monkeypatch.setattr(process, "_installed", lambda name: name == "vllm")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free["bytes"]), int(80e9)))
+    return free
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "gpus", "expected"),
+    [
+        ("sft", {}, 1, False),  # an evaluator there would never sleep, and die at its first evaluation
+        ("sft", {}, 2, True),
+        ("sft", {"eval_device": "cpu", "eval_mode": "inline"}, 2, False),
+        ("grpo", {}, 2, False),
+        ("sft", {"engine": "hf"}, 1, False),
+        ("sft", {"engine": "hf", "eval_mode": "async"}, 1, True),
+    ],
+)
+def test_validation_runs_apart_only_where_the_learner_is_not(one_gpu, monkeypatch, stage, flags, gpus, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    cfg = stage_config(stage, **{"device": "cuda", "engine": "vllm", **flags})
+    assert workbench.evaluates_apart(cfg, stage) is expected
+
+
+def test_validation_apart_on_the_learners_gpu_is_refused(one_gpu):
+    cfg = stage_config("grpo", device="cuda", engine="vllm", eval_mode="async")
+    with pytest.raises(ConfigError, match="cuda:0, which is trained on"):
+        workbench.evaluates_apart(cfg, "grpo")
+
+
+def test_the_share_of_vllm_leaves_the_learner_what_it_keeps():
+    """Qwen2.5-1.5B on 80 GB: weights, masters and moments are 14 bytes a weight, 22 GB."""
+    shape = costs.Shape(1_543_714_304, 28, 1536, 8960, 12, 2, 128, 151_936)
+    alone = costs.Setup(2)
+    share = costs.engine_share(shape, alone, 80e9)
+    kept = costs.state_bytes(shape, alone, gradients=False)
+    assert 0.6 < share < 0.72 and share * 80e9 + kept + costs.CONTEXT < 80e9
+    assert costs.engine_share(shape, dataclasses.replace(alone, offload=True), 80e9) > share + 0.15
+    assert costs.engine_share(shape, alone, 80e9, cells=8192) < share - 0.2  # both at once
+    assert costs.engine_share(shape, alone, 24e9) == 0.0
+    assert costs.engine_share(shape, alone, 1e15) == costs.ENGINE_MOST
+
+
+def test_an_engine_on_the_learners_gpu_is_told_its_share(one_gpu, tiny, tmp_path, monkeypatch, capsys):
+    given = []
+
+    class Engine:
+        def __init__(self, cfg, renderer, devices, **start):
+            given.append(cfg.gpu_mem_util)
+
+        def close(self):
+            """Nothing was started."""
+
+    monkeypatch.setattr(workbench, "Engine", Engine)
+    monkeypatch.setattr(workbench, "device_name", lambda model: "cuda:0")
+    base = stage_config("grpo", model_id=str(tiny.model), engine="vllm", prompt_style="gsm8k")
+    model = load_model(base)
+
+    def opened(**flags):
+        cfg = dataclasses.replace(base, **flags)
+        with workbench.open_sampler(cfg, model, Renderer(load_tokenizer(cfg)), tmp_path):
+            return given.pop()
+
+    assert opened() == 0.86 and "vLLM takes 0.86" in capsys.readouterr().err  # of 80 GB 70 are free, and 1 stays so
+    assert opened(gpu_mem_util=0.3) == 0.3
+    one_gpu["bytes"] = 0.5e9
+    with pytest.raises(ConfigError, match="--optimizer_device cpu"):
+        opened()
+
+
+@pytest.mark.parametrize(("transfer", "gpus", "word"), [("nccl", 1, "ipc or file"), ("ipc", 2, "nccl or file")])
+def test_a_transfer_that_cannot_reach_the_engine_is_refused(one_gpu, tiny, tmp_path, monkeypatch, transfer, gpus, word):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(workbench, "device_name", lambda model: "cuda:0")
+    cfg = stage_config("grpo", model_id=str(tiny.model), engine="vllm", weight_transfer=transfer, gpu_mem_util=0.5)
+    with (
+        pytest.raises(ConfigError, match=word),
+        workbench.open_sampler(cfg, load_model(cfg), Renderer(load_tokenizer(cfg)), tmp_path),
+    ):
+        pass

@@ -26,6 +26,7 @@ from grpo_gsm8k.errors import ModelError, NonFiniteError
 from grpo_gsm8k.gsm8k.prompts import Renderer
 from grpo_gsm8k.repro import derive_seed
 from grpo_gsm8k.trainer import adapter
+from grpo_gsm8k.trainer.kernels import choose_attention
 
 
 @dataclass
@@ -60,6 +61,7 @@ class HFSampler:
             pulse: called after each token, so that a hang is noticed.
         """
         self.model = (copy.deepcopy(model) if copy_model else model).eval().requires_grad_(False)
+        choose_attention(self.model)
         self.renderer, self.rows, self.version, self.pulse = renderer, rows, 0, pulse
         self.busy_s = 0.0
         self.device: torch.device = next(model.parameters()).device
@@ -218,7 +220,7 @@ def _draw(
 def _nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
     """The probabilities with those beyond the smallest set that reaches the mass `top_p` at 0, float64."""
     ranked, order = probs.double().sort(dim=-1, descending=True, stable=True)
-    ranked[ranked.cumsum(-1) - ranked >= top_p] = 0.0  # the first to reach the mass stays
+    ranked[_cumsum(ranked) - ranked >= top_p] = 0.0  # the first to reach the mass stays
     return torch.zeros_like(ranked).scatter(-1, order, ranked)
 
 
@@ -230,14 +232,25 @@ def _invert(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     width = min(512, probs.shape[-1])
     even = probs.shape[-1] // width * width
     blocks = torch.cat([probs[:, :even].unflatten(-1, (-1, width)).sum(-1), probs[:, even:].sum(-1, keepdim=True)], -1)
-    mass = blocks.double().cumsum(-1)
+    mass = _cumsum(blocks.double())
     block, below = _exceeds(mass, uniforms.unsqueeze(-1) * mass[:, -1:])
     index = block * width + torch.arange(width, device=probs.device)
     inside = probs.gather(-1, index.clamp(max=probs.shape[-1] - 1)).double() * (index < probs.shape[-1])
-    inner = inside.cumsum(-1)
+    inner = _cumsum(inside)
     rest = (uniforms.unsqueeze(-1) * mass[:, -1:] - below) / blocks.gather(-1, block)  # in [0, 1) of the block
     token, _ = _exceeds(inner, rest * inner[:, -1:])
     return (block * width + token).squeeze(-1)
+
+
+def _cumsum(x: torch.Tensor) -> torch.Tensor:
+    """Cumulative sum along the last dimension; in a fixed order where torch has no deterministic kernel (CUDA)."""
+    if not (x.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return x.cumsum(-1)
+    distance = 1
+    while distance < x.shape[-1]:  # each number gains the sum of as many before it (Hillis and Steele 1986)
+        x = torch.cat([x[..., :distance], x[..., distance:] + x[..., :-distance]], -1)
+        distance *= 2
+    return x
 
 
 def _exceeds(mass: torch.Tensor, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -215,10 +215,10 @@ class ProcessSampler:
             DiskError: there is no room for the weights anywhere.
         """
         held, pending = list(tensors), self.engines
-        if any(engine.naps for engine in self.engines):
-            torch.cuda.empty_cache()  # what training let go of, for the engine that wakes on the same GPU
+        self._make_room()
         self.version = version
         if self._connect:
+            self.engines[0].ask("ping", dict)  # an engine starts for minutes, and the rendezvous waits for less
             self._transfer(self.engines[0], version)
             return
         for _ in range(2):
@@ -232,11 +232,17 @@ class ProcessSampler:
 
     def sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
         """`params.n` completions of each prompt, in order. Raises `EngineError` when an engine fails for good."""
+        self._make_room()
         share = math.ceil(len(prompts) / len(self.engines))
         parts = [prompts[i : i + share] for i in range(0, len(prompts), share)]
         engines = self.engines[: len(parts)]
         drawn = self._pool.map(self._ask, engines, parts, [params] * len(parts))
         return [group for part in drawn for group in part]
+
+    def _make_room(self) -> None:
+        """Give the driver back what training let go of, for engines that wake on the same GPU."""
+        if any(engine.naps for engine in self.engines):
+            torch.cuda.empty_cache()
 
     def _transfer(self, engine: Engine, version: int) -> None:
         """Send weights past the file system, under a deadline: a lost end would leave the other waiting for ever."""

@@ -27,12 +27,14 @@ from grpo_gsm8k.engines.channel import Pulse
 from grpo_gsm8k.errors import EngineError, ModelError
 from grpo_gsm8k.gsm8k.prompts import Renderer
 from grpo_gsm8k.repro import derive_seed
-from grpo_gsm8k.trainer import adapter
+from grpo_gsm8k.trainer import adapter, costs
 
+GPU_ROWS = 1024  # requests at once: vLLM's own default on an H100
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is in a process of its own already: this one
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # a GPU would take the second; what was tested is the first
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # its draws do not follow a request's seed
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; read by the CPU build only
 }
@@ -72,9 +74,9 @@ class VLLMSampler:
                 load_format="auto" if self._adapter else "dummy",
                 seed=0,
                 max_model_len=cfg.max_model_len or None,
-                max_num_seqs=cfg.sample_rows,
+                max_num_seqs=cfg.sample_rows if on_cpu else max(cfg.sample_rows, GPU_ROWS),
                 tensor_parallel_size=cfg.tp_size,
-                gpu_memory_utilization=cfg.gpu_mem_util,
+                gpu_memory_utilization=cfg.gpu_mem_util or costs.ENGINE_MOST,
                 enforce_eager=on_cpu,
                 # A prompt cut into chunks rewinds its request's generator, which a CPU generator cannot (vLLM 0.32).
                 enable_chunked_prefill=not on_cpu,

@@ -74,7 +74,10 @@ def build(start: Mapping[str, Any], pulse: Pulse) -> dict[str, Handler]:
         sampler.hold(version)  # type: ignore[attr-defined]
         return {}
 
-    return {"sample": sample, "load_weights": load_weights, "transfer": transfer, "hold": hold}
+    def ping() -> dict[str, Any]:
+        return {}
+
+    return {"ping": ping, "sample": sample, "load_weights": load_weights, "transfer": transfer, "hold": hold}
 
 
 def renderer_of(cfg: PolicyConfig, start: Mapping[str, Any]) -> Renderer:

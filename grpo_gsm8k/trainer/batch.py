@@ -11,8 +11,9 @@ Rows are padded on the right. A causal model never sees what follows, so no atte
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -66,10 +67,22 @@ class Batch:
         trained, first = self.mask[rows].max(1)
         return [int(at) + 1 if any_ else self.lengths[row] for row, any_, at in zip(rows, trained, first, strict=True)]
 
+    @functools.cached_property
+    def trained(self) -> torch.Tensor:
+        """`(N,)` int64, where the trained targets stand among the B x T, row by row.
+
+        `to` takes it along: counting them on a GPU makes the host wait for it.
+        """
+        return self.mask.flatten().nonzero().squeeze(-1)
+
+    def at_trained(self, x: torch.Tensor) -> torch.Tensor:
+        """`(N,)`, what a `(B, T)` tensor holds at the trained targets."""
+        return x.flatten().index_select(0, self.trained)
+
     def trained_targets(self) -> Batch:
         """The N trained targets alone, `(1, N)`, in their order, row by row. Rows and lengths are no more."""
-        chosen = self.mask.bool()
-        return replace(self._each(lambda x: x[chosen].unsqueeze(0)), lengths=(int(chosen.sum()),), shared=())
+        few = self._each(lambda x: self.at_trained(x).unsqueeze(0))
+        return replace(few, lengths=(len(self.trained),), shared=())
 
     def columns(self, part: slice) -> Batch:
         """Some targets of a batch of one row."""
@@ -87,10 +100,13 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        return self._each(lambda x: x.to(device, non_blocking=True))
+        there = self._each(lambda x: x.to(device, non_blocking=True))
+        vars(there)["trained"] = self.trained.to(device, non_blocking=True)
+        return there
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        changed: dict[str, Any] = {name: change(x) for name, x in vars(self).items() if torch.is_tensor(x)}
+        mine = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: change(x) for name, x in mine.items() if torch.is_tensor(x)}
         return replace(self, **changed)
 
 

@@ -36,6 +36,8 @@ CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 CONTEXT = 2 * GIB  # CUDA, its libraries and NCCL; the allocator's figures do not show it
 FRAGMENTS = 1.08  # of an allocator's pages, lost between tensors: a guess
 PROMPT = 100  # tokens, about GSM8K's
+ENGINE_LEAST = 4 * GIB  # vLLM's context, graphs and activations, and a cache worth the name: a guess
+ENGINE_MOST = 0.9  # of a GPU that vLLM has for itself: its own default
 SPARE = 0.85  # the share of what is free that a plan takes
 LEAST_CELLS, MOST_CELLS = 256, 65_536  # a short row; beyond it a forward pass gains nothing
 
@@ -52,13 +54,20 @@ class Gpu:
 
 GPUS: dict[str, Gpu] = {
     "B200": Gpu(2250e12, 180e9, 7.7e12, ("NVIDIA B200",)),
+    "MI300X": Gpu(1307e12, 192e9, 5.3e12, ("AMD Instinct MI300X",)),
     "H200": Gpu(989e12, 141e9, 4.8e12, ("NVIDIA H200",)),
+    "H200-NVL": Gpu(835e12, 141e9, 4.8e12, ("NVIDIA H200 NVL",)),
     "H100": Gpu(989e12, 80e9, 3.35e12, ("NVIDIA H100 80GB HBM3",)),
+    "H100-NVL": Gpu(835e12, 94e9, 3.9e12, ("NVIDIA H100 NVL",)),
+    "H100-PCIe": Gpu(756e12, 80e9, 2.0e12, ("NVIDIA H100 PCIe",)),
     "A100": Gpu(312e12, 80e9, 2.04e12, ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe")),
+    "A100-40GB": Gpu(312e12, 40e9, 1.56e12, ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB")),
     "L40S": Gpu(362e12, 48e9, 0.864e12, ("NVIDIA L40S",)),
+    "L4": Gpu(121e12, 24e9, 0.3e12, ("NVIDIA L4",)),
+    "5090": Gpu(209e12, 32e9, 1.79e12, ("NVIDIA GeForce RTX 5090",)),
     "4090": Gpu(165e12, 24e9, 1.01e12, ("NVIDIA GeForce RTX 4090",)),
 }
-"""From the vendor's data sheets."""
+"""From the vendors' data sheets: without sparsity, sums in float32."""
 
 
 def gpu_called(name: str) -> Gpu | None:
@@ -220,7 +229,9 @@ def state_bytes(shape: Shape, setup: Setup, gradients: bool = True) -> int:
 def layer_bytes(shape: Shape, setup: Setup) -> int:
     """What autograd keeps of one cell in one layer that is run in full."""
     b, h, i = setup.width, shape.hidden, shape.mlp
-    attended = 2 * b * shape.head_dim * (shape.heads + shape.kv_heads) + 4 * shape.heads  # q, out, k, v; log-sum-exp
+    # A GPU's kernel takes no groups of heads in float32: keys and values are repeated (`packing.attention`).
+    kv_heads = shape.heads if b == 4 and setup.device == "cuda" else shape.kv_heads
+    attended = 2 * b * shape.head_dim * (shape.heads + kv_heads) + 4 * shape.heads  # q, out, k, v; log-sum-exp
     if setup.compiled:  # input, two normed inputs, attention's output twice, the MLP's three
         return b * (3 * h + shape.heads * shape.head_dim + 3 * i) + attended + 8 + 7 * b * setup.lora_rank
     if setup.lora_rank:  # frozen norms keep no normed input; every adapter keeps what stands between its matrices
@@ -279,6 +290,18 @@ def beside_bytes(shape: Shape, setup: Setup, cfg: TrainConfig) -> int:
     """What the embedded sampler takes while the learner learns; 0 where they take turns, or it is elsewhere."""
     overlaps = isinstance(cfg, GrpoConfig) and cfg.mode == "one_step_off" and not cfg.uses_vllm
     return sampler_bytes(shape, setup, cfg) if overlaps else 0
+
+
+def engine_share(shape: Shape, setup: Setup, total: float, cells: int = 0) -> float:
+    """The share of a GPU of `total` bytes that vLLM may take beside the learner on it; 0 where it has no room.
+
+    While vLLM is awake the learner rests, with its weights, masters and moments; with `cells` it goes on learning in
+    passes of so many.
+    """
+    learner = training_bytes(shape, setup, cells) if cells else state_bytes(shape, setup, gradients=False)
+    room = total - FRAGMENTS * learner - CONTEXT
+    needed = 1.1 * setup.width * shape.parameters + ENGINE_LEAST
+    return min(ENGINE_MOST, int(100 * room / total) / 100) if room > needed else 0.0
 
 
 def cells_that_fit(shape: Shape, setup: Setup, room: float) -> int:

@@ -6,8 +6,7 @@ import copy
 import functools
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,13 @@ from grpo_gsm8k.trainer import adapter, costs, dcp, memory, packing
 from grpo_gsm8k.trainer.batch import Batch
 from grpo_gsm8k.trainer.compiled import compile_layers
 from grpo_gsm8k.trainer.head import Slope
+from grpo_gsm8k.trainer.kernels import choose_attention
 from grpo_gsm8k.trainer.logprobs import token_logprobs
 from grpo_gsm8k.trainer.objectives import (
     Objective,
-    add_sums,
     policy_metrics,
     policy_sums,
+    read_sums,
     rows_to_train,
     slope,
     update_loss,
@@ -51,6 +51,7 @@ class TorchLearner:
         """
         self.tokenizer, self.cfg = tokenizer, cfg
         self.device: torch.device = next(model.parameters()).device
+        choose_attention(model)
         self.packs = self._packs(model)
         adapted = adapter.has_adapter(model)
         self.origin_sha256 = weights_sha256(model.named_parameters()) if reference or adapted else ""
@@ -89,16 +90,11 @@ class TorchLearner:
             ConfigError: when a microbatch does not fit into the GPU's memory; says what to lower.
         """
         rows = rows_to_train(batch, objective)
-        parts = self._microbatches(batch, rows)
+        self.budget  # noqa: B018  (its probe leaves no gradient, so it comes before the first pass)
         if self.gauge:
             self.gauge.start()
-        started, sums = time.perf_counter(), {"loss": 0.0, "cells": 0.0}
-        for _, part in parts:
-            if self.gauge:
-                self.gauge.saw(part)
-            with self._room_for(part):
-                add_sums(sums, self._pass(part, objective))
-        sums = self._of_the_update(sums)
+        started = time.perf_counter()
+        sums = self._of_the_update(self._passes(batch, rows, objective))
         loss_total, cells = sums.pop("loss"), sums.pop("cells")
         if not math.isfinite(loss_total):
             self.optimizer.zero_grad()
@@ -116,15 +112,48 @@ class TorchLearner:
             **speed,
         }
 
-    def _pass(self, part: Batch, objective: Objective) -> dict[str, float]:
+    def _passes(
+        self, batch: Batch, rows: Sequence[int], objective: Objective, retried: bool = False
+    ) -> dict[str, float]:
+        """All microbatches of an update; where one does not fit, all of them once more in smaller ones."""
+        sums, cells, stuck = [], 0, None
+        for _, part in self._microbatches(batch, rows):
+            if self.gauge:
+                self.gauge.saw(part)
+            try:
+                sums.append(self._pass(part, objective))
+            except torch.OutOfMemoryError:
+                stuck = part  # what the traceback holds of the pass is let go of before anything else is done
+                break
+            cells += part.cells
+        if stuck is None:
+            return {"cells": float(cells), **({"loss": 0.0} if not sums else {}), **read_sums(sums)}
+        self._halve_budget(stuck, retried)
+        self.optimizer.zero_grad()  # the pass may have got as far as some weights
+        return self._passes(batch, rows, objective, retried=True)
+
+    def _halve_budget(self, part: Batch, retried: bool) -> None:
+        """Out of memory at `part`: take half as many cells a pass from here on.
+
+        Raises:
+            ConfigError: that has been tried in this update, or cannot help; says what to lower.
+        """
+        each, longest = self.probed.each if self.probed else 0.0, max(part.lengths)
+        if retried or len(part) == 1 or world().size > 1:  # ranks that cut an update differently wait for each other
+            raise memory.out_of_memory(len(part), longest, self.budget, each) from None
+        vars(self)["budget"] = half = max(min(self.budget, len(part) * longest) // 2, 1)
+        talk(f"out of memory at {len(part)} rows x {longest} tokens: trying again with {half} tokens a forward pass")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _pass(self, part: Batch, objective: Objective) -> dict[str, torch.Tensor]:
         """Forward and backward pass of one microbatch; what it adds to the update's sums."""
         part = part.to(self.device)
         foretold = slope(part, objective)
         logp, found = self._token_logprobs(self.model, part, objective.temperature, slope=foretold)
         loss = update_loss(logp, part, objective)
         loss.backward()
-        sums = policy_sums(logp, found, part, objective)
-        return {**sums, "loss": float(loss.detach()), "cells": float(part.cells)}
+        return {**policy_sums(logp, found, part, objective), "loss": loss.detach()}
 
     def step(self, lr: float) -> dict[str, float]:
         """One optimizer step; see `MasterAdamW.step`. On a GPU also the update's peak of memory, see `memory.Gauge`."""
@@ -145,21 +174,19 @@ class TorchLearner:
         assert self.reference is not None, "this learner was made without a reference model"
         return self._frozen_pass(self.reference, batch, temperature)
 
-    def _frozen_pass(self, model: Any, batch: Batch, temperature: float) -> torch.Tensor:
-        out = torch.zeros_like(batch.mask)
+    def _frozen_pass(self, model: Any, batch: Batch, temperature: float, retried: bool = False) -> torch.Tensor:
+        out, stuck = torch.zeros_like(batch.mask), None
         for rows, part in self._microbatches(batch, batch.rows_with_targets()):
-            with self._room_for(part):
+            try:
                 logp, _ = self._token_logprobs(model, part.to(self.device), temperature, statistics=False)
+            except torch.OutOfMemoryError:
+                stuck = part
+                break
             out[rows, : logp.shape[1]] = logp.cpu()
-        return out
-
-    @contextmanager
-    def _room_for(self, part: Batch) -> Iterator[None]:
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            each = self.probed.each if self.probed else 0.0
-            raise memory.out_of_memory(len(part), max(part.lengths), self.budget, each) from None
+        if stuck is None:
+            return out
+        self._halve_budget(stuck, retried)
+        return TorchLearner._frozen_pass(self, model, batch, temperature, retried=True)
 
     def weights(self) -> Iterable[tuple[str, torch.Tensor]]:
         """Names and tensors of the weights, tied ones once; those of the adapter alone, where there is one."""
@@ -264,6 +291,7 @@ class TorchLearner:
             raise memory.out_of_memory(1, memory.PROBE_TOKENS, 0) from None
         room = costs.SPARE * (meter.free() - self.optimizer.coming_bytes())
         self.optimizer.zero_grad()
+        torch.cuda.empty_cache() if self.device.type == "cuda" else None  # an engine on this GPU wants it next
         cells = costs.most_cells(self.probed.taken, room)
         if not gauge.said:
             talk(f"memory: {self.probed.each / 1e6:.3g} MB a token by a probe, so {cells} tokens a forward pass")

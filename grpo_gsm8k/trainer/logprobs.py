@@ -29,9 +29,9 @@ def token_logprobs(
         `(B, T)` float32 log-probabilities with gradient, zero where the mask is zero; and of the N trained targets
         `(N,)` of each of `head.STATISTICS`, without.
     """
-    chosen = batch.mask.bool()
     # The head is applied to the N trained positions alone: at V = 152k it is most of the memory.
-    head, targets = model.get_output_embeddings(), batch.targets[chosen]
+    head, targets = model.get_output_embeddings(), batch.at_trained(batch.targets)
     hidden = last_hidden_states(model, batch)
     picked, found = target_logprobs(hidden, head, targets, temperature, statistics, slope)
-    return torch.zeros_like(batch.mask, dtype=picked.dtype).masked_scatter(chosen, picked), found
+    everywhere = torch.zeros_like(batch.mask, dtype=picked.dtype).flatten()
+    return everywhere.index_copy(0, batch.trained, picked).view_as(batch.mask), found

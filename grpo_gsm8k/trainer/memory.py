@@ -143,6 +143,31 @@ def gauge_of(model: Any, cfg: TrainConfig, dtype: torch.dtype, ranks: int) -> Ga
     return Gauge(shape, setup, CudaMeter(device), flops, costs.beside_bytes(shape, setup, cfg))
 
 
+def engine_share(cfg: TrainConfig, model: Any, overlaps: bool) -> float:
+    """vLLM's share of the GPU that `model` is trained on, of its memory and of what is free there now; prints it.
+
+    Args:
+        overlaps: the learner learns while vLLM samples.
+
+    Raises:
+        ConfigError: both do not fit.
+    """
+    device: torch.device = next(model.parameters()).device
+    free, total = torch.cuda.mem_get_info(device)
+    shape, setup = shape_of(model), costs.setup_of(cfg, model.dtype.itemsize)
+    cells = (cfg.max_tokens_per_microbatch or FIXED_CELLS) if overlaps else 0
+    share = min(costs.engine_share(shape, setup, total, cells), int(100 * (free - GIB) / total) / 100)
+    resting = costs.state_bytes(shape, setup, gradients=False)
+    if share * total < setup.width * shape.parameters:
+        raise ConfigError(
+            f"vLLM has no room beside the learner on {device}: of {total / 1e9:.0f} GB the learner keeps "
+            f"{resting / 1e9:.0f} GB and {free / 1e9:.0f} GB are free; pass --optimizer_device cpu, --lora_rank, "
+            "another --vllm_device, or --gpu_mem_util to try it all the same"
+        )
+    talk(f"vLLM takes {share:.2f} of {device}: the learner keeps {resting / 1e9:.1f} of {total / 1e9:.0f} GB")
+    return share
+
+
 # -------------------------------------------------------------------------------------------------- the probe
 
 

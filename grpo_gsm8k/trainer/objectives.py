@@ -8,7 +8,7 @@ A new objective is a function of (log-probabilities, batch, settings) and an ent
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -193,10 +193,11 @@ def kl_to_reference(logp: torch.Tensor, batch: Batch, objective: Objective) -> t
 @torch.no_grad()
 def policy_sums(
     logp: torch.Tensor, statistics: Mapping[str, torch.Tensor], batch: Batch, objective: Objective
-) -> dict[str, float]:
+) -> dict[str, torch.Tensor]:
     """Sums (and maxima) over a slice's trained tokens, from which `policy_metrics` makes the update's figures.
 
-    `statistics` are those of `token_logprobs`. What speaks of an old policy is left out where the loss knows none.
+    They stay where they are until `read_sums` fetches those of all slices. `statistics` are those of `token_logprobs`.
+    What speaks of an old policy is left out where the loss knows none.
     """
     mask, drawn = batch.mask, batch
     batch = with_its_old_policy(batch, logp, objective)
@@ -220,7 +221,17 @@ def policy_sums(
         sums["capped"] = (mask * ((ratio > cap) | (ratio < 1 / cap))).sum()
     if objective.kl_coef:
         sums["kl_ref"] = (mask * kl_to_reference(logp, batch, objective)).sum()
-    return {name: float(value) for name, value in sums.items()}
+    return sums
+
+
+def read_sums(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
+    """The sums of an update from those of its slices; the host waits for a GPU once."""
+    total: dict[str, float] = {}
+    if parts:
+        values = torch.stack([torch.stack([value.double() for value in part.values()]) for part in parts]).tolist()
+        for part, row in zip(parts, values, strict=True):
+            add_sums(total, dict(zip(part, row, strict=True)))
+    return total
 
 
 def where_clipped(logp: torch.Tensor, batch: Batch, objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,11 +16,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from grpo_gsm8k.datatypes import TokenRow
@@ -89,22 +90,31 @@ class Packed:
 
     @classmethod
     def of(cls, batch: Batch) -> Packed:
-        """A batch that says what its rows share, on its device."""
+        """A batch that says what its rows share, on its device.
+
+        The layout follows from lengths alone, so it is made on the CPU: a GPU would be waited for.
+        """
         ids, device = batch.input_ids, batch.input_ids.device
         blocks, places, at = _alike(batch.lengths), [0] * len(batch), 0
         for rows in blocks:
             for row in rows:
                 places[row], at = at, at + batch.lengths[rows[0]]
-        shared, length, place = torch.tensor([batch.shared, batch.lengths, places], device=device).unsqueeze(-1)
-        columns = torch.arange(ids.shape[1], device=device).expand_as(ids)  # (B, T); the others are (B, 1)
+        shared, length, place = torch.tensor([batch.shared, batch.lengths, places]).unsqueeze(-1)
+        columns = torch.arange(ids.shape[1]).expand(ids.shape)  # (B, T); the others are (B, 1)
         there, new = columns < length, columns >= shared
         first = there & new  # in this row for the first time
         starts = (length - shared).cumsum(0) - length  # where a row's position 0 would stand, had it cells of its own
-        number = torch.arange(len(batch), device=device).unsqueeze(1)
+        number = torch.arange(len(batch)).unsqueeze(1)
         owner = (number * new).cummax(0).values  # the last row before that did not take the cell over
         cells = (starts.squeeze(-1)[owner] + columns) * there
         cut = tuple(cells[rows, : batch.lengths[rows[0]]] for rows in blocks)
-        return cls(ids[first].unsqueeze(0), columns[first].unsqueeze(0), cells, cut, (place + columns)[first])
+
+        def upload(x: torch.Tensor) -> torch.Tensor:
+            return x.to(device, non_blocking=True)
+
+        tokens = ids.flatten().index_select(0, upload(first.flatten().nonzero().squeeze(-1)))
+        positions, home = upload(columns[first]), upload((place + columns)[first])
+        return cls(tokens.unsqueeze(0), positions.unsqueeze(0), upload(cells), tuple(map(upload, cut)), home)
 
 
 def _alike(lengths: Sequence[int]) -> list[list[int]]:
@@ -133,6 +143,10 @@ def attention(
     Returns:
         `(1, S, heads, width)`. Whatever comes without a `Packed` is answered as by "sdpa".
     """
+    if query.is_cuda and query.dtype == torch.float32:  # no kernel but that of T x T scores takes groups of heads
+        groups = query.shape[1] // key.shape[1]
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        module = SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # whose heads need no repeating
     if packed_home is None:
         found: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return found
@@ -155,7 +169,6 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 def last_hidden_states(model: Any, batch: Batch) -> torch.Tensor:
     """The model's last hidden state at each trained position, `(N, H)`, row by row."""
-    chosen = batch.mask.bool()
     if batch.shared:
         packed = Packed.of(batch)
         inputs = {
@@ -165,9 +178,9 @@ def last_hidden_states(model: Any, batch: Batch) -> torch.Tensor:
             "packed_blocks": packed.blocks,
             "packed_home": packed.home,
         }
-        at = packed.cells[chosen]
+        at = batch.at_trained(packed.cells)
     else:
-        inputs, at = {"input_ids": batch.input_ids}, chosen.flatten().nonzero().squeeze(-1)
+        inputs, at = {"input_ids": batch.input_ids}, batch.trained
     hidden: torch.Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state
     return hidden.flatten(0, 1).index_select(0, at)
 
@@ -197,8 +210,8 @@ def enable(model: Any) -> bool:
 def _reads_alike(model: Any) -> bool:
     """Whether the model finds the same for a few short rows, packed and padded."""
     rows = [TokenRow(ids, (1,) * len(ids), (), 0.0) for ids in PROOF]
-    padded = make_batch(rows, 0).to(next(model.parameters()).device)
-    expected = last_hidden_states(model, padded).float()
-    found = last_hidden_states(model, replace(padded, shared=(0, *_in_common(padded, range(len(rows)))[1:]))).float()
+    padded, device = make_batch(rows, 0), next(model.parameters()).device
+    packed = replace(padded, shared=(0, *_in_common(padded, range(len(rows)))[1:]))
+    expected, found = (last_hidden_states(model, batch.to(device)).float() for batch in (padded, packed))
     limit = 1e-3 if model.dtype == torch.float32 else 0.1
     return bool((found - expected).abs().max() <= limit * expected.abs().max())

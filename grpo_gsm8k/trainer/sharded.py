@@ -74,8 +74,8 @@ class ShardedLearner(TorchLearner):
         self.plain.save_pretrained(folder, state_dict=dict(weights))
         self._save_beside(folder, {})
 
-    def _frozen_pass(self, model: Any, batch: Batch, temperature: float) -> torch.Tensor:
-        out = super()._frozen_pass(model, batch, temperature)
+    def _frozen_pass(self, model: Any, batch: Batch, temperature: float, retried: bool = False) -> torch.Tensor:
+        out = super()._frozen_pass(model, batch, temperature, retried)
         model.reshard()  # after a forward without a backward the root would stay whole, and go stale
         dist.all_reduce(out, group=self.group)
         return out

@@ -1,0 +1,277 @@
+"""Every CUDA path on a pretended device (`tests/rehearsal.py`): right numbers, few host waits, the kernels we mean.
+
+The default part takes each path once; the whole matrix of options, dtypes and losses runs under --runslow.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+from grpo_gsm8k import config, ei, grpo, repro, sft
+from grpo_gsm8k.config import TrainConfig
+from grpo_gsm8k.datatypes import TokenRow
+from grpo_gsm8k.engines.hf import _cumsum
+from grpo_gsm8k.trainer import kernels
+from grpo_gsm8k.trainer.batch import make_batch
+from grpo_gsm8k.trainer.learner import TorchLearner
+from grpo_gsm8k.trainer.objectives import Objective
+from tests.rehearsal import CUDNN, MATH, Pretend
+from tests.toys import make_data, make_model
+
+V = 211
+CLIP = Objective("grpo_clip", temperature=0.7)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _loaded_once(tiny):
+    AutoModelForCausalLM.from_pretrained(tiny.model)
+
+
+@pytest.fixture(autouse=True)
+def _process_as_it_was():
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    yield
+    repro.set_deterministic(False)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+
+
+def qwen(dtype=torch.float32, layers=2):
+    """Grouped heads, tied weights, an odd vocabulary."""
+    torch.manual_seed(0)
+    shape = Qwen2Config(
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    model = Qwen2ForCausalLM(shape).to(dtype)
+    model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
+    return model
+
+
+def update_batch(groups=4):
+    draw, rows = random.Random(0), []
+    for group in range(groups):
+        prompt = tuple(draw.randrange(3, V) for _ in range(draw.randrange(1, 9)))
+        for member in range(2):
+            n = draw.randrange(1, 12)
+            ids = (*prompt, *(draw.randrange(3, V) for _ in range(n)))
+            old = (0.0,) * len(prompt) + tuple(draw.gauss(-5, 0.4) for _ in range(n))
+            rows.append(TokenRow(ids, (0,) * len(prompt) + (1,) * n, old, (1.0 if member else -1.0) if group else 0.0))
+    return make_batch(rows, 0, "token")
+
+
+def learner_on(device, dtype=torch.float32, **flags):
+    return TorchLearner(qwen(dtype).to(device), None, TrainConfig(engine="vllm", **flags))
+
+
+def after_an_update(dtype, device, objective, **flags):
+    """Log-probabilities of the batch after one step, and what the update reported."""
+    learner = learner_on(device, dtype, **flags)
+    metrics = learner.forward_backward(update_batch(), objective)
+    learner.step(1e-3)
+    return learner.logprobs(update_batch(), objective.temperature), metrics
+
+
+# ------------------------------------------------------------------------------------------------------ updates
+
+FLAGS = [
+    {},
+    {"packing": "on"},
+    {"activation_checkpointing": True},
+    {"optimizer_device": "cpu"},
+    {"max_tokens_per_microbatch": 0},
+    {"deterministic": True},
+]
+WIDE = [
+    pytest.param(dtype, loss, flags, id=f"{dtype}-{loss}-{flags}")
+    for dtype in (torch.float32, torch.bfloat16)
+    for loss in ("grpo_clip", "gspo", "cross_entropy")
+    for flags in FLAGS
+]
+NARROW = [
+    pytest.param(dtype, "grpo_clip", flags, id=f"{dtype}-{flags}")
+    for flags in FLAGS
+    for dtype in (torch.float32, torch.bfloat16)
+]
+
+
+def check_update(dtype, loss, flags):
+    objective, flags = Objective(loss, temperature=0.7), {"max_tokens_per_microbatch": 48, **flags}
+    packing = flags.get("packing", "off")
+    if flags.get("deterministic"):
+        repro.set_deterministic(True)
+    here, said = after_an_update(dtype, "cpu", objective, packing=packing, max_tokens_per_microbatch=48)
+    with Pretend() as gpu:
+        there, reported = after_an_update(dtype, "cuda", objective, **flags)
+    assert gpu.kernels["mm"] and (there - here).abs().max() < (1e-4 if dtype == torch.float32 else 0.05)
+    assert reported["loss"] == pytest.approx(said["loss"], rel=1e-3, abs=1e-3)
+    assert reported["policy/entropy"] == pytest.approx(said["policy/entropy"], rel=1e-2)
+    assert_kernels(gpu)
+
+
+def assert_kernels(gpu):
+    """No kernel that plans for each shape, none that forms T x T scores."""
+    taken = {kernel for kernel, _ in gpu.attention}
+    assert taken and not taken & {MATH, CUDNN}, gpu.attention
+
+
+@pytest.mark.parametrize(("dtype", "loss", "flags"), NARROW)
+def test_an_update_there_is_the_update_here(dtype, loss, flags):
+    check_update(dtype, loss, flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "loss", "flags"), WIDE)
+def test_an_update_there_is_the_update_here_whatever_the_loss(dtype, loss, flags):
+    check_update(dtype, loss, flags)
+
+
+@pytest.mark.parametrize("packing", ["off", "on"])
+def test_a_microbatch_waits_at_most_three_times(packing):
+    """Whatever the number of microbatches; the sums of all of them are fetched at once."""
+    waits = {}
+    for cells in (40, 4096):
+        with Pretend() as gpu:
+            learner = learner_on("cuda", torch.bfloat16, packing=packing, max_tokens_per_microbatch=cells)
+            learner.forward_backward(update_batch(8), CLIP)
+            learner.optimizer.zero_grad()
+            gpu.syncs.clear()
+            gpu.where.clear()
+            learner.forward_backward(update_batch(8), CLIP)
+        parts = len(list(learner._microbatches(update_batch(8), range(16))))
+        waits[parts] = sum(gpu.syncs.values())
+        assert waits[parts] <= 2 * parts + 1, gpu.where.most_common()
+    assert max(waits) > 3 and min(waits) == 1  # one for the mask that transformers makes, one for the head
+
+
+def test_a_frozen_pass_waits_for_its_answer_alone():
+    with Pretend() as gpu:
+        learner = learner_on("cuda", torch.bfloat16, max_tokens_per_microbatch=4096)
+        gpu.syncs.clear()
+        gpu.where.clear()
+        learner.logprobs(update_batch())
+    assert sum(gpu.syncs.values()) <= 2, gpu.where.most_common()  # one is the mask that transformers makes
+
+
+# ------------------------------------------------------------------------------------------------------ kernels
+
+
+def test_what_torch_would_take_by_itself():
+    """So that the checks above are checks: without our choice cuDNN, and T x T scores in float32."""
+    for dtype, kernel in ((torch.bfloat16, CUDNN), (torch.float32, MATH)):
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        with Pretend() as gpu, torch.no_grad():
+            model = qwen(dtype).to("cuda")
+            model(torch.ones(2, 7, dtype=torch.int64, device="cuda"))
+            assert {taken for taken, _ in gpu.attention} == {kernel}
+            gpu.attention.clear()
+            kernels.choose_attention(model)
+            model(torch.ones(2, 7, dtype=torch.int64, device="cuda"))
+            assert_kernels(gpu)
+
+
+def test_a_cumulative_sum_in_a_fixed_order():
+    """As CUDA's own, which has no deterministic kernel for floats."""
+    for size in (1, 2, 7, 512, 1000):
+        x = torch.rand(3, size, dtype=torch.float64)
+        with Pretend():
+            there = x.to("cuda")
+            plain = _cumsum(there).cpu()
+            repro.set_deterministic(True)
+            fixed = _cumsum(there).cpu()
+            repro.set_deterministic(False)
+        assert torch.equal(plain, x.cumsum(-1)) and torch.allclose(fixed, plain, rtol=1e-14)
+
+
+# ------------------------------------------------------------------------------------------------ out of memory
+
+
+def out_of_memory_at(learner, monkeypatch, fails):
+    """Let the passes that `fails` picks (by their number and size) run out of memory after their backward pass."""
+    whole, asked = learner._pass, []
+
+    def one(part, objective):
+        asked.append(len(part))
+        found = whole(part, objective)
+        if fails(len(asked), part):
+            raise torch.OutOfMemoryError
+        return found
+
+    monkeypatch.setattr(learner, "_pass", one)
+    return asked
+
+
+def test_an_update_that_does_not_fit_is_made_again_in_smaller_passes(monkeypatch, capsys):
+    plain, learner = (learner_on("cpu", max_tokens_per_microbatch=80, packing="off") for _ in range(2))
+    expected = plain.forward_backward(update_batch(), CLIP)
+    asked = out_of_memory_at(learner, monkeypatch, lambda number, part: number == 1)
+    found = learner.forward_backward(update_batch(), CLIP)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    for name, master in learner.optimizer.masters.items():
+        assert torch.allclose(master.grad, plain.optimizer.masters[name].grad, atol=1e-6), name
+    assert learner.budget < 80 and asked[1] < asked[0]
+    assert "trying again with" in capsys.readouterr().err
+
+
+def test_memory_that_lacks_twice_is_the_users_to_mend(monkeypatch):
+    learner = learner_on("cpu", max_tokens_per_microbatch=80, packing="off")
+    out_of_memory_at(learner, monkeypatch, lambda number, part: True)
+    with pytest.raises(config.ConfigError, match="--max_tokens_per_microbatch"):
+        learner.forward_backward(update_batch(), CLIP)
+
+
+# ------------------------------------------------------------------------------------------------------- stages
+
+STAGES = {
+    "grpo": (grpo, {}),
+    "grpo, one step off": (grpo, {"mode": "one_step_off"}),
+    "grpo, recompute, KL": (grpo, {"kl_coef": 0.05, "old_logprobs": "recompute", "epochs": 2, "minibatches": 2}),
+    "grpo, LoRA": (grpo, {"lora_rank": 4, "kl_coef": 0.05}),
+    "grpo, offloaded": (grpo, {"optimizer_device": "cpu"}),
+    "grpo, packed": (grpo, {"packing": "on"}),
+    "grpo, deterministic": (grpo, {"deterministic": True}),
+    "sft": (sft, {"batch_size": 8, "max_steps": 3}),
+    "ei": (ei, {"prompts_per_round": 8, "samples_per_prompt": 2, "steps_per_round": 2, "batch_size": 4}),
+}
+DEFAULT = {"grpo", "grpo, deterministic", "sft"}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in DEFAULT else pytest.mark.slow) for n in STAGES])
+def test_a_stage_runs_and_resumes_there(name, dtype, tmp_path):
+    data = make_data(tmp_path / "data", 60, 8, 1)
+    model = make_model(tmp_path / "model", data, hidden_size=64, heads=4)
+    module, extra = STAGES[name]
+    stage = module.__name__.rpartition(".")[2]
+    flags = {
+        "model_id": str(model),
+        "data": str(data),
+        "out_dir": str(tmp_path / "run"),
+        "device": "cuda",
+        "dtype": dtype,
+        "max_new_tokens": 12,
+        "eval_every": 2,
+        "eval_examples": 4,
+        "save_every": 1,
+        "sample_rows": 16,
+    }
+    if stage == "grpo":
+        flags |= {"steps": 3, "rollouts_per_step": 8, "group_size": 4, "reward": "random"}
+    flags |= extra
+    with Pretend() as gpu:
+        module.run(config.resolve(stage, preset="tiny", flags={**flags, "max_steps": 2}))
+        result = module.run(config.resolve(stage, preset="tiny", flags={**flags, "resume": True}))
+    assert result["weights_sha256"]
+    assert_kernels(gpu)
