@@ -133,7 +133,9 @@ class VLLMSampler:
         """`params.n` completions of each prompt, in order."""
         self._wake()
         asked = [
-            (prompt, derive_seed(params.seed, prompt.problem.id, k)) for prompt in prompts for k in range(params.n)
+            (prompt, derive_seed(params.seed, prompt.problem.id, prompt.first_sample + k))
+            for prompt in prompts
+            for k in range(params.n)
         ]
         engine, outputs = self.llm.llm_engine, dict[str, Any]()
         for number, (prompt, seed) in enumerate(asked):
