@@ -249,7 +249,8 @@ def check_cache(model: Any) -> None:
 def _fault_of_decoding(model: Any) -> str:
     """What differs when a few rows are read once, repeated, given two tokens each, and some leave in between.
 
-    They are of different lengths, so padded on the left. The log-probability of each next likeliest token must be that of `model(ids).logits` of the row alone.
+    They are of different lengths, so padded on the left. The log-probability of each next likeliest token must be that
+    of `model(ids).logits` of the row alone.
     """
     prompts, device = [ids[:-2] for ids in PROOF], next(model.parameters()).device
     found, own = list[torch.Tensor](), list[torch.Tensor]()

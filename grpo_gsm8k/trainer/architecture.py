@@ -13,8 +13,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo_gsm8k.errors import ModelError
 from grpo_gsm8k.trainer.head import LogitMap
@@ -109,6 +107,9 @@ def silence(model: Any, checkpointing: bool) -> None:
         return
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise ModelError(f"{name(model)} has no activation checkpointing; leave --activation_checkpointing out")
+    from transformers import PreTrainedConfig
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):

@@ -40,6 +40,9 @@ class LogitMap:
     cap: float = 0.0
 
 
+PLAIN = LogitMap()
+
+
 def target_logprobs(
     hidden: torch.Tensor,
     head: Any,
@@ -47,7 +50,7 @@ def target_logprobs(
     temperature: float = 1.0,
     statistics: bool = True,
     slope: Slope | None = None,
-    logit_map: LogitMap = LogitMap(),  # noqa: B008  # frozen
+    logit_map: LogitMap = PLAIN,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Log-probability of each target under softmax(logits / temperature), and what the distribution is like.
 

@@ -55,8 +55,8 @@ class TorchLearner:
         self.tokenizer, self.cfg = tokenizer, cfg
         self.device: torch.device = next(model.parameters()).device
         architecture.compute_all_of_attention(model)
-        check_head(model.eval())
-        self.packs = self._packs(model)
+        self.packs = self._packs(model.eval())
+        check_head(model)
         adapted = adapter.has_adapter(model)
         self.origin_sha256 = weights_sha256(model.named_parameters()) if reference or adapted else ""
         self.reference = self.first_adapter = None
@@ -66,6 +66,10 @@ class TorchLearner:
             self.reference = self._place(copy.deepcopy(model).eval().requires_grad_(False))
         self.model = self._place(model)
         architecture.silence(self.model, cfg.activation_checkpointing)
+        if coefficient := architecture.router_loss(model):
+            talk(
+                f"{architecture.name(model)}: its router loss (router_aux_loss_coef {coefficient:g}) is no part of ours"
+            )
         if cfg.compile:
             compile_layers(self.model)
         self.optimizer = self._make_optimizer()
