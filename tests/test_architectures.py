@@ -14,8 +14,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from grpo_gsm8k.config import EvalConfig
 from grpo_gsm8k.datatypes import Problem, Prompt, SamplingParams
 from grpo_gsm8k.engines.hf import HFSampler
+from grpo_gsm8k.engines.vllm import max_model_len
 from grpo_gsm8k.errors import ConfigError, ModelError
 from grpo_gsm8k.rollouts import drawn_apart
 from grpo_gsm8k.trainer.architecture import context_length
@@ -186,6 +188,17 @@ def test_the_context_ends_where_rows_would_depend_on_their_neighbours():
     alone = model(input_ids=short).logits
     assert torch.allclose(model(input_ids=beside[:, :32]).logits[:1, :20], alone, atol=1e-4)
     assert not torch.allclose(model(input_ids=beside).logits[:1, :20], alone, atol=1e-2)
+
+
+def test_vllm_keeps_to_the_factors_of_short_rows(tmp_path):
+    for name, asked, expected in (
+        ("phi3-longrope", 0, 32),
+        ("phi3-longrope", 20, 20),
+        ("phi3", 0, None),
+        ("phi3", 50, 50),
+    ):
+        config_of(name).save_pretrained(tmp_path)
+        assert max_model_len(EvalConfig(model_id=str(tmp_path), max_model_len=asked)) == expected
 
 
 def test_completions_end_with_the_context():

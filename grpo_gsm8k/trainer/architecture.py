@@ -81,6 +81,11 @@ def context_length(config: Any) -> int:
     return min([*reach[:1], *_rope_limits(config)], default=UNBOUNDED)
 
 
+def rope_limit(config: Any) -> int | None:
+    """The context beyond which dynamic or long RoPE changes; None without such."""
+    return min(_rope_limits(config.get_text_config()), default=None)
+
+
 def _rope_limits(config: Any) -> Iterator[int]:
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = [fields for fields in rope.values() if isinstance(fields, Mapping)]  # one a kind of layer
