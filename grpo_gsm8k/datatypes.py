@@ -68,10 +68,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A problem rendered for one model: the ids are what the model sees, nothing re-tokenises them."""
+    """A problem rendered for one model: the ids are what the model sees, nothing re-tokenises them.
+
+    Attributes:
+        first_sample: the index of its first sample: above 0 where the same problem is asked for again in one step, so
+            that other completions are drawn.
+    """
 
     problem: Problem
     token_ids: tuple[int, ...]
+    first_sample: int = 0
 
 
 @dataclass(frozen=True)

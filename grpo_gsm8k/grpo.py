@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -162,48 +163,53 @@ def update(cfg: GrpoConfig, bench: Bench, rows: Sequence[TokenRow], step: int) -
         cfg.importance_cap,
     )
     lr = lr_at(step, cfg.steps, cfg)
-    batches, mismatch = minibatches(cfg, bench, rows, step)
-    updates = batches * cfg.epochs
-    history = [loop.update(bench.run, bench.learner, batch, objective, lr, step) for batch in updates]
-    if not history:  # every completion was cut, and cut ones are masked
+    if not rows:  # every completion was cut, and cut ones are masked
         return {}
+    batch, mismatch = whole_batch(cfg, bench, rows, step)
+    updates = minibatches(cfg, batch, step)
+    history = [loop.update(bench.run, bench.learner, part, objective, lr, step) for part in updates]
     mean = {key: statistics.fmean(metrics[key] for metrics in history) for key in history[0]}
     return mean | {key: value for key, value in history[0].items() if key.startswith("mismatch/")} | mismatch
 
 
-def minibatches(
-    cfg: GrpoConfig, bench: Bench, rows: Sequence[TokenRow], step: int
-) -> tuple[list[Batch], dict[str, float]]:
-    """The updates of one pass, and how far apart sampler and trainer were, where that was looked at.
+def whole_batch(cfg: GrpoConfig, bench: Bench, rows: Sequence[TokenRow], step: int) -> tuple[Batch, dict[str, float]]:
+    """All rows of a step, and how far apart sampler and trainer were, where that was looked at.
 
-    Old log-probabilities never change between the updates: that is what the clip is for.
+    The loss weights are those of the whole pass: a row weighs the same in whichever minibatch it comes to stand. Old
+    log-probabilities never change between the updates: that is what the clip is for.
     """
-
-    def build(chosen: Sequence[TokenRow]) -> Batch:
-        batch = make_batch(chosen, bench.renderer.pad_id, cfg.aggregation, cfg.max_new_tokens)
-        assert all(  # what is trained is what was sampled
-            tuple(batch.targets[b, :n].tolist()) == row.token_ids[1:]
-            for b, (n, row) in enumerate(zip(batch.lengths, chosen, strict=True))
-        )
-        return batch
-
-    if not rows:
-        return [], {}
-    size = -(-len(rows) // cfg.minibatches)
     order = shuffled(len(rows), derive_seed(cfg.seed, "minibatches", step))
-    batches = [build([rows[r] for r in order[i : i + size]]) for i in range(0, len(rows), size)]
+    chosen = [rows[r] for r in order]
+    batch = make_batch(chosen, bench.renderer.pad_id, cfg.aggregation, cfg.max_new_tokens)
+    assert all(  # what is trained is what was sampled
+        tuple(batch.targets[b, :n].tolist()) == row.token_ids[1:]
+        for b, (n, row) in enumerate(zip(batch.lengths, chosen, strict=True))
+    )
     mismatch: dict[str, float] = {}
-    if cfg.frozen_pass:  # all of them before the first update moves the weights
-        frozen = [bench.learner.logprobs(batch, cfg.temperature) for batch in batches]
-        mismatch = mismatch_metrics(batches, frozen, cfg.importance_cap)
-        batches = [
-            with_old_logprobs(batch, logprobs, cfg.importance_correction, cfg.importance_cap)
-            for batch, logprobs in zip(batches, frozen, strict=True)
-        ]
+    if cfg.frozen_pass:  # before the first update moves the weights
+        frozen = bench.learner.logprobs(batch, cfg.temperature)
+        mismatch = mismatch_metrics([batch], [frozen], cfg.importance_cap)
+        batch = with_old_logprobs(batch, frozen, cfg.importance_correction, cfg.importance_cap)
     if cfg.kl_coef:
-        references = (bench.learner.reference_logprobs(batch, cfg.temperature) for batch in batches)
-        batches = [with_ref_logprobs(batch, ref) for batch, ref in zip(batches, references, strict=True)]
-    return batches, mismatch
+        batch = with_ref_logprobs(batch, bench.learner.reference_logprobs(batch, cfg.temperature))
+    return batch, mismatch
+
+
+def minibatches(cfg: GrpoConfig, batch: Batch, step: int) -> Iterator[Batch]:
+    """The updates of a step: `minibatches` a pass, or as many as there are rows, each pass in an order of its own.
+
+    Their sizes differ by one at most, and their weights are multiplied by their number, so that the mean over a pass is
+    the loss of the whole batch.
+    """
+    parts = min(cfg.minibatches, len(batch))
+    for epoch in range(cfg.epochs):
+        order: Sequence[int] = range(len(batch))  # of the first pass: `whole_batch` has shuffled
+        if epoch:
+            order = shuffled(len(batch), derive_seed(cfg.seed, "minibatches", step, epoch))
+        ends = [-(-len(batch) * k // parts) for k in range(parts + 1)]
+        for start, end in pairwise(ends):
+            part = batch.select(order[start:end])
+            yield replace(part, weights=part.weights * parts)
 
 
 # --------------------------------------------------------------------------------------------------- metrics

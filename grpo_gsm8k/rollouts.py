@@ -10,6 +10,7 @@ What was sampled ahead is part of a checkpoint, so a resumed run trains on the s
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -123,7 +124,7 @@ def collect(
     seconds = {"time/sampling": 0.0, "time/compute_rewards": 0.0}
     for attempt in range(cfg.resample_zero_variance + 1):
         missing = wanted - len(groups)
-        asked = [prompt_at(prompts, cursor + i, cfg.seed) for i in range(missing)]
+        asked = drawn_apart([prompt_at(prompts, cursor + i, cfg.seed) for i in range(missing)], cfg.group_size)
         cursor += missing
         began = time.perf_counter()
         sampled_P_G = bench.sampler.sample(asked, sampling_params(cfg, bench, step, attempt))
@@ -142,6 +143,17 @@ def collect(
             break
     filled = groups + spare[: wanted - len(groups)]
     return Collected([rollout for group in filled for rollout in group], cursor, seconds)
+
+
+def drawn_apart(prompts: Sequence[Prompt], n: int) -> list[Prompt]:
+    """The same prompts; one that stood there before (more groups than prompts, an epoch's edge) goes on counting its
+    samples where the earlier one ends, n each, and so draws others."""
+    groups: Counter[str] = Counter()
+    counted = []
+    for prompt in prompts:
+        counted.append(replace(prompt, first_sample=n * groups[prompt.problem.id]))
+        groups[prompt.problem.id] += 1
+    return counted
 
 
 def prompt_at(prompts: Sequence[Prompt], k: int, seed: int) -> Prompt:

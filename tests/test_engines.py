@@ -30,6 +30,7 @@ from grpo_gsm8k.errors import ConfigError, DiskError, EngineError, UserError
 from grpo_gsm8k.gsm8k.grading import Tags
 from grpo_gsm8k.gsm8k.problems import load_split
 from grpo_gsm8k.gsm8k.prompts import Renderer
+from grpo_gsm8k.rollouts import drawn_apart
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.policy import weights_sha256
 from tests.toys import REPOSITORY, train_config
@@ -90,7 +91,7 @@ def changed(model, by=0.05):
 
 def test_engines_draw_what_a_sampler_in_this_process_draws(parts, real):
     model, renderer, prompts = parts
-    here = HFSampler(model, renderer)
+    here, prompts = HFSampler(model, renderer), drawn_apart([*prompts, prompts[0]], PARAMS.n)
     for version, weights in ((3, list(model.named_parameters())), (4, changed(model))):
         here.load_weights(version, weights)
         real.load_weights(version, weights)

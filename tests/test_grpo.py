@@ -164,6 +164,43 @@ def test_minibatches_cover_every_rollout_once_per_epoch(bench_of):
     assert lengths[0] == lengths[1] == [len(r.token_ids) - 1 for r in data]
 
 
+@pytest.mark.parametrize("aggregation", ["sequence", "token", "constant"])
+@pytest.mark.parametrize(("rows", "asked", "sizes"), [(9, 4, [3, 2, 2, 2]), (3, 4, [1, 1, 1]), (8, 2, [4, 4])])
+def test_every_row_weighs_alike_over_a_pass(bench_of, aggregation, rows, asked, sizes):
+    """Nine rows in four minibatches made three updates, ten made a last one of a single row."""
+    cfg, bench, _prompts = bench_of(minibatches=asked, epochs=3, aggregation=aggregation)
+    data = [grpo.token_row(cfg, rollout(0, 1.0, n=n)) for n in range(1, rows + 1)]
+    batch, _ = grpo.whole_batch(cfg, bench, data, step=1)
+    parts = list(grpo.minibatches(cfg, batch, step=1))
+    assert [len(part) for part in parts] == sizes * 3
+    whole = make_batch(data, 0, aggregation, cfg.max_new_tokens)
+    expected = dict(zip(whole.lengths, whole.weights.sum(1).tolist(), strict=True))
+    passes = [parts[i : i + len(sizes)] for i in range(0, len(parts), len(sizes))]
+    for one in passes:
+        found = {n: w / len(sizes) for part in one for n, w in zip(part.lengths, part.weights.sum(1), strict=True)}
+        assert found == pytest.approx(expected)
+    assert len({tuple(n for part in one for n in part.lengths) for one in passes}) == 3  # reshuffled each epoch
+    again = list(grpo.minibatches(cfg, batch, step=1))
+    assert [part.lengths for part in again] == [part.lengths for part in parts]
+
+
+def test_more_groups_than_prompts_and_an_epochs_edge_draw_other_completions(bench_of):
+    cfg, bench, prompts = bench_of(rollouts_per_step=24)
+    found = rollouts.collect(cfg, bench, prompts[:4], even_tokens, 1, 2).rollouts
+    assert len(found) == 24 and len({r.completion.seed for r in found}) == 24
+    assert [r.completion for r in rollouts.collect(cfg, bench, prompts[:4], even_tokens, 1, 2).rollouts] == [
+        r.completion for r in found
+    ]
+    by_prompt = {}
+    for r in found:
+        by_prompt.setdefault(r.prompt.problem.id, []).append(r.completion)
+    alone = rollouts.sampling_params(cfg, bench, 1, 0)
+    for key, drawn in by_prompt.items():  # as if they had been asked for at once
+        (prompt,) = (p for p in prompts if p.problem.id == key)
+        (together,) = bench.sampler.sample([prompt], replace(alone, n=len(drawn)))
+        assert [c.token_ids for c in together] == [c.token_ids for c in drawn]
+
+
 def test_groups_without_variance_are_replaced_and_nothing_is_drawn_twice(bench_of):
     cfg, bench, prompts = bench_of(resample_zero_variance=3, rollouts_per_step=16)
     flat = {prompt.problem.id for prompt in prompts[::2]}

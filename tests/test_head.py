@@ -11,7 +11,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_gsm8k.trainer import head as head_module
 from grpo_gsm8k.trainer.batch import make_batch, with_old_logprobs
-from grpo_gsm8k.trainer.head import target_logprobs
+from grpo_gsm8k.trainer.head import LogitMap, target_logprobs
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.logprobs import token_logprobs
 from grpo_gsm8k.trainer.objectives import Objective, slope, update_loss
@@ -212,3 +212,21 @@ def test_a_frozen_pass_makes_no_gradient(tiny):
     with torch.no_grad():
         logp, _ = token_logprobs(model, make_batch(rows((range(3, 9), 2)), 0))
     assert not logp.requires_grad
+
+
+@pytest.mark.parametrize("foretold", [slope_of_squares, None], ids=["foretold", "recomputed"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("logit_map", [LogitMap(0.3), LogitMap(1.0, 2.0), LogitMap(3.0, 1.5)], ids=str)
+def test_logits_are_scaled_and_capped_behind_the_head(logit_map, bias, foretold):
+    hidden, weight, shift, targets = parts(bias=bias)
+    inputs = (hidden, weight, shift) if bias else (hidden, weight)
+    logits = torch.nn.functional.linear(hidden, weight, shift) * logit_map.scale
+    if logit_map.cap:
+        logits = logit_map.cap * torch.tanh(logits / logit_map.cap)
+    spread = torch.distributions.Categorical(logits=logits / 0.7)
+    expected = torch.autograd.grad(loss_of_squares(spread.log_prob(targets)), inputs, retain_graph=True)
+    head = SimpleNamespace(weight=weight, bias=shift)
+    logp, found = target_logprobs(hidden, head, targets, 0.7, slope=foretold, logit_map=logit_map)
+    assert torch.allclose(logp, spread.log_prob(targets)) and torch.allclose(found["entropy"], spread.entropy())
+    for mine, own in zip(torch.autograd.grad(loss_of_squares(logp), inputs), expected, strict=True):
+        assert torch.allclose(mine, own)

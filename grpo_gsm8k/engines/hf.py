@@ -1,6 +1,8 @@
 """The embedded sampler: transformers, on a CPU or a GPU, in this process.
 
-Each prompt is read once and its cache repeated for its n completions; rows that have ended leave the batch.
+Each prompt is read once and its cache repeated for its n completions; rows that have ended leave the batch. Whatever
+the cache is made of (keys and values, windows, states of convolutions and recurrences), `check_cache` proves at the
+start that a row's logits are those of the row alone.
 Every completion draws from its own stream of uniform numbers, seeded by (params.seed, problem, sample), by
 inversion of the cumulative distribution: what it draws does not depend on what is sampled beside it.
 
@@ -11,6 +13,7 @@ truncation; with temperature 0 (greedy) those of temperature 1.
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,13 +23,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from grpo_gsm8k.datatypes import Completion, FinishReason, Prompt, SamplingParams
 from grpo_gsm8k.errors import ModelError, NonFiniteError
 from grpo_gsm8k.gsm8k.prompts import Renderer
 from grpo_gsm8k.repro import derive_seed
-from grpo_gsm8k.trainer import adapter
+from grpo_gsm8k.trainer import adapter, architecture
 from grpo_gsm8k.trainer.kernels import choose_attention
+from grpo_gsm8k.trainer.logprobs import difference
+from grpo_gsm8k.trainer.packing import PROOF
 
 
 @dataclass
@@ -61,11 +68,13 @@ class HFSampler:
             pulse: called after each token, so that a hang is noticed.
         """
         self.model = (copy.deepcopy(model) if copy_model else model).eval().requires_grad_(False)
+        architecture.compute_all_of_attention(self.model)
         choose_attention(self.model)
+        check_cache(self.model)
         self.renderer, self.rows, self.version, self.pulse = renderer, rows, 0, pulse
         self.busy_s = 0.0
         self.device: torch.device = next(model.parameters()).device
-        self.context = int(model.config.get_text_config().max_position_embeddings)
+        self.context = architecture.context_length(model.config)
         ends = model.generation_config.eos_token_id if model.generation_config else None
         # A model may have several ends of sequence, of which the tokenizer names one.
         self.stop_ids = renderer.stop_ids | set([ends] if isinstance(ends, int) else ends or [])
@@ -111,7 +120,8 @@ class HFSampler:
     @torch.inference_mode()
     def _decode(self, prompts: Sequence[Prompt], rows: list[_Row], params: SamplingParams) -> None:
         """Fill `rows`, which belong to `prompts` in order, n each."""
-        logits, cache, attention, positions = self._prefill(prompts, params.n)
+        decoder = _Decoder(self.model, self.renderer.pad_id)
+        logits = decoder.prefill([prompt.token_ids for prompt in prompts], params.n)
         alive, scratch = rows, torch.empty_like(logits, dtype=torch.float32)
         for t in itertools.count():
             chosen, logp = _draw(logits, torch.stack([row.uniforms[t] for row in alive]), params, scratch)
@@ -128,47 +138,13 @@ class HFSampler:
                 break
             if len(keep) < len(alive):
                 index = torch.tensor(keep, device=self.device)
-                cache.batch_select_indices(index)
-                chosen, attention, positions = chosen[index], attention[index], positions[index]
+                decoder.select(index)
+                chosen = chosen[index]
                 alive = [alive[k] for k in keep]
-            attention = torch.cat([attention, attention.new_ones(len(alive), 1)], 1)
-            positions = positions + 1
-            out = self.model(
-                input_ids=chosen.unsqueeze(1),
-                attention_mask=attention,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits = out.logits[:, -1]  # (rows, V)
-
-    def _prefill(self, prompts: Sequence[Prompt], n: int) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor]:
-        """Read each prompt once; logits, cache, attention mask and positions come back repeated n times."""
-        from transformers import DynamicCache
-
-        longest = max(len(prompt.token_ids) for prompt in prompts)
-        pads = [longest - len(prompt.token_ids) for prompt in prompts]
-        ids = [[self.renderer.pad_id] * pad + list(p.token_ids) for pad, p in zip(pads, prompts, strict=True)]
-        input_ids = torch.tensor(ids, device=self.device)  # (P, T), padded on the left
-        columns = torch.arange(longest, device=self.device)
-        attention = (columns >= torch.tensor(pads, device=self.device).unsqueeze(1)).long()
-        positions = (attention.cumsum(1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self.model.config)
-        out = self.model(
-            input_ids=input_ids,
-            attention_mask=attention,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        if n > 1:
-            cache.batch_repeat_interleave(n)
-        logits = out.logits[:, -1].repeat_interleave(n, 0)
-        return logits, cache, attention.repeat_interleave(n, 0), positions[:, -1:].repeat_interleave(n, 0)
+            logits = decoder.step(chosen)  # (rows, V)
 
     def _row(self, prompt: Prompt, sample: int, params: SamplingParams) -> _Row:
-        seed = derive_seed(params.seed, prompt.problem.id, sample)
+        seed = derive_seed(params.seed, prompt.problem.id, prompt.first_sample + sample)
         generator = torch.Generator().manual_seed(seed)
         room = min(params.max_new_tokens, self.context - len(prompt.token_ids))
         return _Row(prompt, seed, torch.rand(room, generator=generator, dtype=torch.float64))
@@ -190,6 +166,116 @@ class HFSampler:
             policy_version=self.version,
             seed=row.seed,
         )
+
+
+class _Decoder:
+    """A model, and the cache of the rows that it is decoding."""
+
+    def __init__(self, model: Any, pad_id: int) -> None:
+        """Raises `ValueError` for a model that names no cache of those known here."""
+        self.model, self.pad_id = model, pad_id
+        self.takes = inspect.signature(type(model).forward).parameters
+        known = [field for field in ("past_key_values", "cache_params") if field in self.takes]
+        if not known:
+            raise ValueError("it has neither past_key_values nor cache_params")
+        self.cache_field = known[0]
+        self.cache: Any = None
+
+    def prefill(self, prompts: Sequence[Sequence[int]], n: int) -> torch.Tensor:
+        """Read each prompt once, for n rows each; the logits `(rows, V)` behind it."""
+        device, longest = next(self.model.parameters()).device, max(map(len, prompts))
+        pads = [longest - len(ids) for ids in prompts]
+        padded = [[self.pad_id] * pad + list(ids) for pad, ids in zip(pads, prompts, strict=True)]
+        input_ids = torch.tensor(padded, device=device)  # (P, T), padded on the left
+        columns = torch.arange(longest, device=device)
+        self.attention = (columns >= torch.tensor(pads, device=device).unsqueeze(1)).long()
+        positions = (self.attention.cumsum(1) - 1).clamp(min=0)
+        self.cache = DynamicCache(config=self.model.config)
+        few = {"logits_to_keep": 1} if "logits_to_keep" in self.takes else {}
+        out = self.model(input_ids=input_ids, attention_mask=self.attention, **few, **self._inputs(positions))
+        self.attention, self.positions = (x.repeat_interleave(n, 0) for x in (self.attention, positions[:, -1:]))
+        if n > 1:
+            self._take_rows(torch.arange(len(prompts), device=device).repeat_interleave(n), n)
+        return out.logits[:, -1].repeat_interleave(n, 0)  # type: ignore[no-any-return]
+
+    def select(self, index: torch.Tensor) -> None:
+        """Keep these rows alone."""
+        self._take_rows(index)
+        self.attention, self.positions = self.attention[index], self.positions[index]
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Append a token to each row; the logits `(rows, V)` behind it."""
+        self.attention = torch.cat([self.attention, self.attention.new_ones(len(tokens), 1)], 1)
+        self.positions = self.positions + 1
+        # Models of the cache_params kind have no attention; their mask is of the tokens that go in.
+        mask = self.attention if self.cache_field == "past_key_values" else self.attention[:, -1:]
+        out = self.model(input_ids=tokens.unsqueeze(1), attention_mask=mask, **self._inputs(self.positions))
+        return out.logits[:, -1]  # type: ignore[no-any-return]
+
+    def _inputs(self, positions: torch.Tensor) -> dict[str, Any]:
+        wanted = {
+            self.cache_field: self.cache,
+            "use_cache": True,
+            "position_ids": positions,  # ALiBi takes them from the mask, a recurrence needs none
+            "output_router_logits": False,  # nobody reads them here, and they do not go with a cache
+        }
+        return {field: value for field, value in wanted.items() if field in self.takes}
+
+    def _take_rows(self, index: torch.Tensor, repeats: int = 0) -> None:
+        """These rows of the cache, in this order; with `repeats`, each of them so often."""
+        if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.cache.layers):
+            if repeats:
+                self.cache.batch_repeat_interleave(repeats)
+            else:
+                self.cache.batch_select_indices(index)
+        else:  # layers with states of convolutions and recurrences know this name for it alone
+            self.cache.reorder_cache(index)
+
+
+def check_cache(model: Any) -> None:
+    """Hold the sampler's decoding against the model's own logits, on a few short rows.
+
+    Raises:
+        ModelError: names the architecture and what differs.
+    """
+    clamped = any(getattr(module, "time_step_limit", (0.0,))[0] for module in model.modules())
+    if clamped:  # Zamba 2, Nemotron-H: too small a difference to be seen on a few short rows
+        fault = "its forward pass has a least time step that transformers leaves out when it decodes"
+    else:
+        fault = _fault_of_decoding(model)
+    if fault:
+        raise ModelError(f"{architecture.name(model)}: the embedded sampler cannot decode it exactly ({fault})")
+
+
+@torch.inference_mode()
+def _fault_of_decoding(model: Any) -> str:
+    """What differs when a few rows are read once, repeated, given two tokens each, and some leave in between.
+
+    They are of different lengths, so padded on the left. The log-probability of each next likeliest token must be that
+    of `model(ids).logits` of the row alone.
+    """
+    prompts, device = [ids[:-2] for ids in PROOF], next(model.parameters()).device
+    found, own = list[torch.Tensor](), list[torch.Tensor]()
+
+    def compare(rows: Sequence[Sequence[int]], logits: torch.Tensor) -> None:
+        for ids, mine in zip(rows, logits.float().log_softmax(-1), strict=True):
+            alone = model(input_ids=torch.tensor([list(ids)], device=device)).logits[0, -1].float().log_softmax(-1)
+            own.append(alone.amax())
+            found.append(mine[alone.argmax()])
+
+    try:
+        decoder, rows = _Decoder(model, 0), [ids for ids in prompts for _ in range(2)]
+        compare(rows, decoder.prefill(prompts, 2))
+        rows = [(*ids, k) for k, ids in enumerate(rows, start=3)]
+        compare(rows, decoder.step(torch.tensor([ids[-1] for ids in rows], device=device)))
+        decoder.select(torch.arange(1, len(rows), 2, device=device))
+        rows = [(*ids, k) for k, ids in enumerate(rows[1::2], start=5)]
+        compare(rows, decoder.step(torch.tensor([ids[-1] for ids in rows], device=device)))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as refusal:
+        return " ".join(f"{type(refusal).__name__}: {refusal}".split())[:200]  # the model's own code, at a loss
+    return difference(torch.stack(found), torch.stack(own), model.dtype)
 
 
 def _draw(

@@ -281,7 +281,7 @@ class ProcessSampler:
         def understand(answer: dict[str, Any]) -> list[list[Completion]]:
             return completions_of(answer, len(prompts), params, self.version)
 
-        asked = [{"id": prompt.problem.id, "token_ids": prompt.token_ids} for prompt in prompts]
+        asked = [{"id": p.problem.id, "token_ids": p.token_ids, "first_sample": p.first_sample} for p in prompts]
         return engine.ask("sample", understand, prompts=asked, params=vars(params))
 
 

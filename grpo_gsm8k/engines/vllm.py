@@ -27,7 +27,7 @@ from grpo_gsm8k.engines.channel import Pulse
 from grpo_gsm8k.errors import EngineError, ModelError
 from grpo_gsm8k.gsm8k.prompts import Renderer
 from grpo_gsm8k.repro import derive_seed
-from grpo_gsm8k.trainer import adapter, costs
+from grpo_gsm8k.trainer import adapter, architecture, costs
 
 GPU_ROWS = 1024  # requests at once: vLLM's own default on an H100
 ENVIRONMENT = {
@@ -73,7 +73,7 @@ class VLLMSampler:
                 dtype=cfg.dtype,
                 load_format="auto" if self._adapter else "dummy",
                 seed=0,
-                max_model_len=cfg.max_model_len or None,
+                max_model_len=max_model_len(cfg, held),
                 max_num_seqs=cfg.sample_rows if on_cpu else max(cfg.sample_rows, GPU_ROWS),
                 tensor_parallel_size=cfg.tp_size,
                 gpu_memory_utilization=cfg.gpu_mem_util or costs.ENGINE_MOST,
@@ -135,7 +135,9 @@ class VLLMSampler:
         """`params.n` completions of each prompt, in order."""
         self._wake()
         asked = [
-            (prompt, derive_seed(params.seed, prompt.problem.id, k)) for prompt in prompts for k in range(params.n)
+            (prompt, derive_seed(params.seed, prompt.problem.id, prompt.first_sample + k))
+            for prompt in prompts
+            for k in range(params.n)
         ]
         engine, outputs = self.llm.llm_engine, dict[str, Any]()
         for number, (prompt, seed) in enumerate(asked):
@@ -186,6 +188,22 @@ class VLLMSampler:
         if self.naps:
             self.llm.sleep(level=1)
             self._asleep = True
+
+
+def max_model_len(cfg: PolicyConfig, held: Any = None) -> int | None:
+    """vLLM's `max_model_len`: as configured, None for the model's own; never beyond what long RoPE turns alike.
+
+    With more than the original context vLLM takes the factors of long rows for all, the learner those of short ones.
+
+    Args:
+        held: the adapter's config, where `cfg.model_id` is one.
+    """
+    from transformers import AutoConfig
+
+    named, revision = (held.base_model_name_or_path, held.revision) if held else (cfg.model_id, cfg.revision)
+    config = AutoConfig.from_pretrained(named, revision=revision or None, cache_dir=cfg.cache_dir or None)
+    limit = architecture.rope_limit(config)
+    return min(cfg.max_model_len or limit, limit) if limit else cfg.max_model_len or None
 
 
 def _rank_for(rank: int) -> int:

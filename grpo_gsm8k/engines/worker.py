@@ -59,7 +59,7 @@ def build(start: Mapping[str, Any], pulse: Pulse) -> dict[str, Handler]:
     sampler = make_sampler(cfg, renderer_of(cfg, start), pulse, start["naps"])
 
     def sample(prompts: list[dict[str, Any]], params: dict[str, Any]) -> dict[str, Any]:
-        asked = [Prompt(Problem(p["id"], "", "", ""), tuple(p["token_ids"])) for p in prompts]
+        asked = [Prompt(Problem(p["id"], "", "", ""), tuple(p["token_ids"]), p["first_sample"]) for p in prompts]
         drawn = sampler.sample(asked, SamplingParams(**{**params, "stop": tuple(params["stop"])}))
         return {"completions": [[vars(completion) for completion in group] for group in drawn]}
 

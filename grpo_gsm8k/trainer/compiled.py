@@ -8,6 +8,7 @@ import torch
 
 from grpo_gsm8k import repro
 from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.trainer.architecture import decoder_layers
 
 
 def compile_layers(model: Any) -> None:
@@ -22,8 +23,8 @@ def compile_layers(model: Any) -> None:
     missing = repro.missing_for_compile(model.device.type == "cuda")
     if missing:
         raise ConfigError(f"--compile needs {missing}, which this machine has not: install it, or leave the flag out")
-    layers = getattr(model.base_model, "layers", None)
-    if layers is None:
+    layers = decoder_layers(model)
+    if not layers:
         raise ConfigError(f"--compile: {model.name_or_path} has no decoder layers that are known here; leave it out")
     torch._dynamo.reset()  # eight variants of a function are compiled, and an earlier stage's would count
     for layer in layers:

@@ -8,11 +8,15 @@ d loss / d log p_t, is known in the backward; then p has to be computed a second
 size N x V x H is needed. A loss that adds up token by token knows it as soon as log p_t is there. So who passes `slope`
 gets the gradient formed in the forward, with three products and one softmax; the backward checks that the gradient
 which arrives is the one that was foretold, up to a factor that the whole loss was scaled with.
+
+Some models scale or soft-cap their logits behind the head: with z = h W^T, x = cap tanh(scale z / cap) / T, and the
+derivative in z is (onehot_t - p) scale (1 - (x T / cap)^2) / T.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +32,17 @@ Slope = Callable[[torch.Tensor, slice], torch.Tensor]
 """From the log-probabilities `(n,)` of some of the targets, and which they are, to d loss / d logp `(n,)`."""
 
 
+@dataclass(frozen=True)
+class LogitMap:
+    """What a model does to the head's product z: cap tanh(scale z / cap), or scale z where `cap` is 0."""
+
+    scale: float = 1.0
+    cap: float = 0.0
+
+
+PLAIN = LogitMap()
+
+
 def target_logprobs(
     hidden: torch.Tensor,
     head: Any,
@@ -35,8 +50,9 @@ def target_logprobs(
     temperature: float = 1.0,
     statistics: bool = True,
     slope: Slope | None = None,
+    logit_map: LogitMap = PLAIN,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Log-probability of each target under softmax(head(hidden) / temperature), and what the distribution is like.
+    """Log-probability of each target under softmax(logits / temperature), and what the distribution is like.
 
     Args:
         hidden: `(N, H)`.
@@ -44,6 +60,7 @@ def target_logprobs(
         targets: `(N,)` int64.
         statistics: skip their cost with False (zeros are returned).
         slope: the derivative of the loss that the log-probabilities will go into; they must go into no other.
+        logit_map: from head(hidden) to the logits.
 
     Returns:
         `(N,)` log-probabilities with gradient and, without, `(N,)` of each of `STATISTICS`; all of them float32
@@ -51,7 +68,7 @@ def target_logprobs(
     """
     bias = getattr(head, "bias", None)
     apply: Callable[..., tuple[torch.Tensor, ...]] = _TargetLogprobs.apply
-    logp, *found = apply(hidden, head.weight, bias, targets, temperature, statistics, slope)
+    logp, *found = apply(hidden, head.weight, bias, targets, temperature, statistics, slope, logit_map)
     return logp, dict(zip(STATISTICS, found, strict=True))
 
 
@@ -66,9 +83,10 @@ class _TargetLogprobs(torch.autograd.Function):
         temperature: float,
         statistics: bool,
         slope: Slope | None,
+        logit_map: LogitMap,
     ) -> tuple[torch.Tensor, ...]:
-        softmax = _Softmax(hidden, weight, bias, temperature)
-        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad) if slope else None
+        softmax = _Softmax(hidden, weight, bias, temperature, logit_map)
+        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad, logit_map) if slope else None
         logp = torch.empty_like(targets, dtype=softmax.dtype)  # (N,)
         entropies, tops, slopes = torch.zeros_like(logp), torch.zeros_like(logp), torch.empty_like(logp)
         for part in softmax.parts():
@@ -77,17 +95,19 @@ class _TargetLogprobs(torch.autograd.Function):
             if statistics:
                 tops[part] = probs.amax(-1)
             if statistics and not (gradients and gradients.average):
-                expected = torch.mul(probs, logits, out=logits).sum(-1)
+                scratch = logits if not logit_map.cap else None  # the cap's derivative is formed from them
+                expected = torch.mul(probs, logits, out=scratch).sum(-1)
             if slope and gradients:
                 slopes[part] = slope(logp[part], part)
-                turned = gradients.add(part, probs, targets[part], slopes[part] / temperature)
+                reached = slopes[part] * logit_map.scale / temperature
+                turned = gradients.add(part, probs, targets[part], reached, softmax.bend(logits))
                 if statistics and gradients.average:  # what the mean row of the head would say: a pass over V less
-                    expected = ((turned + weight[targets[part]]) * hidden[part]).sum(-1) / temperature
+                    expected = ((turned + weight[targets[part]]) * hidden[part]).sum(-1) * logit_map.scale / temperature
             if statistics:
                 entropies[part] = chosen - logp[part] - expected  # log Z - expected
         ctx.mark_non_differentiable(entropies, tops)
         ctx.save_for_backward(hidden, weight, bias, targets, slopes)
-        ctx.temperature, ctx.gradients = temperature, gradients
+        ctx.temperature, ctx.gradients, ctx.logit_map = temperature, gradients, logit_map
         return logp, entropies, tops
 
     @staticmethod
@@ -100,12 +120,13 @@ class _TargetLogprobs(torch.autograd.Function):
             assert agrees or not finite, "the loss has not the derivative it foretold"  # the learner refuses the latter
             gradients.scale(factor if finite else 1.0)
         elif not gradients:
-            softmax = _Softmax(hidden, weight, bias, ctx.temperature)
-            gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
+            softmax = _Softmax(hidden, weight, bias, ctx.temperature, ctx.logit_map)
+            gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad, ctx.logit_map)
             for part in softmax.parts():
-                _, probs, *_ = softmax(part, targets[part])
-                gradients.add(part, probs, targets[part], arrived[part] / ctx.temperature)
-        return *gradients.take(), None, None, None, None
+                logits, probs, *_ = softmax(part, targets[part])
+                reached = arrived[part] * ctx.logit_map.scale / ctx.temperature
+                gradients.add(part, probs, targets[part], reached, softmax.bend(logits))
+        return *gradients.take(), None, None, None, None, None
 
 
 def _compare(arrived: torch.Tensor, foretold: torch.Tensor) -> tuple[bool, bool, float]:
@@ -125,9 +146,15 @@ class _Softmax:
     """The head's distribution at a chunk of positions, in two buffers that all chunks share."""
 
     def __init__(
-        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        temperature: float,
+        logit_map: LogitMap,
     ) -> None:
         self.hidden, self.weight, self.bias, self.temperature = hidden, weight, bias, temperature
+        self.map = logit_map
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
         positions, vocabulary = len(hidden), len(weight)
         fit = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"]) // (4 * vocabulary)
@@ -151,6 +178,10 @@ class _Softmax:
             logits.copy_(hidden @ self.weight.t())
         if self.bias is not None:
             logits += self.bias
+        if self.map.scale != 1:
+            logits *= self.map.scale
+        if self.map.cap:
+            logits.div_(self.map.cap).tanh_().mul_(self.map.cap)
         if self.temperature != 1:
             logits /= self.temperature
         torch.softmax(logits, -1, out=probs)
@@ -164,12 +195,23 @@ class _Softmax:
             logp[lost] = chosen[lost] - logits[lost].amax(-1) + probs[lost].amax(-1).log()
         return logits, probs, chosen, logp
 
+    def bend(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """The soft-cap's derivative at these logits, `(n, V)`, in their place; None without one."""
+        if not self.map.cap:
+            return None
+        return logits.mul_(self.temperature / self.map.cap).square_().neg_().add_(1)
+
 
 class _Gradients:
     """The gradients in hidden states, weight and bias, those that are asked for, chunk by chunk."""
 
     def __init__(
-        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wanted: tuple[bool, ...]
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        wanted: tuple[bool, ...],
+        logit_map: LogitMap,
     ) -> None:
         self.inputs = hidden, weight, bias
         wide = torch.promote_types(hidden.dtype, torch.float32)  # a sum over chunks in bfloat16 would be biased
@@ -179,10 +221,20 @@ class _Gradients:
         )  # the first chunk writes the gradient, if there is one
         self.weight = unset(weight, dtype=wide) if wanted[1] else None
         self.bias = torch.zeros_like(bias, dtype=wide) if bias is not None and wanted[2] else None
-        self.average = wanted[0] and bias is None and hidden.dtype == wide  # (probs - onehot) W is there, unrounded
+        linear = bias is None and not logit_map.cap
+        self.average = wanted[0] and linear and hidden.dtype == wide  # (probs - onehot) W is there, unrounded
 
-    def add(self, part: slice, probs: torch.Tensor, targets: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
-        """Add d loss of a chunk, whose derivative in the raw logits is slope x (onehot - probs). Consumes `probs`.
+    def add(
+        self,
+        part: slice,
+        probs: torch.Tensor,
+        targets: torch.Tensor,
+        slope: torch.Tensor,
+        bend: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Add d loss of a chunk, whose derivative in the raw logits is slope x bend x (onehot - probs).
+
+        Consumes `probs`.
 
         Returns:
             `(n, H)`, (probs - onehot) W; where no gradient in hidden states is asked for, nothing of use.
@@ -190,6 +242,8 @@ class _Gradients:
         hidden, weight, _ = self.inputs
         # Before any rounding to bfloat16: at p = 0.999 what is left is its last bits.
         probs[torch.arange(len(probs), device=probs.device), targets] -= 1
+        if bend is not None:
+            probs *= bend
         narrow, scale, turned = probs.to(weight.dtype), -slope.unsqueeze(-1), hidden[:0]
         if self.hidden is not None:
             turned = narrow @ weight

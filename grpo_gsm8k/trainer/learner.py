@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from grpo_gsm8k.config import TrainConfig
 from grpo_gsm8k.errors import CheckpointError, ConfigError, NonFiniteError
 from grpo_gsm8k.runs.progress import talk
-from grpo_gsm8k.trainer import adapter, costs, dcp, memory, packing
+from grpo_gsm8k.trainer import adapter, architecture, costs, dcp, memory, packing
 from grpo_gsm8k.trainer.batch import Batch
 from grpo_gsm8k.trainer.compiled import compile_layers
 from grpo_gsm8k.trainer.head import Slope
 from grpo_gsm8k.trainer.kernels import choose_attention
-from grpo_gsm8k.trainer.logprobs import token_logprobs
+from grpo_gsm8k.trainer.logprobs import check_head, token_logprobs
 from grpo_gsm8k.trainer.objectives import (
     Objective,
     policy_metrics,
@@ -45,14 +45,19 @@ class TorchLearner:
     def __init__(self, model: Any, tokenizer: Any, cfg: TrainConfig, reference: bool = False) -> None:
         """`model` is trained in place; `tokenizer` (or a renderer) is saved beside its weights.
 
+        Its dropout is off in every pass (`architecture.silence`): an update must find the probabilities that a frozen
+        pass and the sampler find. A mixture of experts is trained on the objective alone, without a router loss.
+
         Args:
             reference: keep a frozen copy of `model` as it is now, for the KL term; of an adapter alone, where
                 there is one.
         """
         self.tokenizer, self.cfg = tokenizer, cfg
         self.device: torch.device = next(model.parameters()).device
+        architecture.compute_all_of_attention(model)
         choose_attention(model)
-        self.packs = self._packs(model)
+        self.packs = self._packs(model.eval())
+        check_head(model)
         adapted = adapter.has_adapter(model)
         self.origin_sha256 = weights_sha256(model.named_parameters()) if reference or adapted else ""
         self.reference = self.first_adapter = None
@@ -60,9 +65,12 @@ class TorchLearner:
             self.first_adapter = {name: p.detach().clone() for name, p in adapter.own_weights(model)}
         elif reference:
             self.reference = self._place(copy.deepcopy(model).eval().requires_grad_(False))
-        self.model = self._place(model).train()
-        if cfg.activation_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model = self._place(model)
+        architecture.silence(self.model, cfg.activation_checkpointing)
+        if coefficient := architecture.router_loss(model):
+            talk(
+                f"{architecture.name(model)}: its router loss (router_aux_loss_coef {coefficient:g}) is no part of ours"
+            )
         if cfg.compile:
             compile_layers(self.model)
         self.optimizer = self._make_optimizer()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from grpo_gsm8k.trainer.batch import Batch
+from grpo_gsm8k.datatypes import TokenRow
+from grpo_gsm8k.errors import ModelError
+from grpo_gsm8k.trainer import architecture
+from grpo_gsm8k.trainer.batch import Batch, make_batch
 from grpo_gsm8k.trainer.head import Slope, target_logprobs
-from grpo_gsm8k.trainer.packing import last_hidden_states
+from grpo_gsm8k.trainer.packing import PROOF, last_hidden_states
+
+WIDE = (torch.float32, torch.float64)
 
 
 def token_logprobs(
@@ -31,7 +37,61 @@ def token_logprobs(
     """
     # The head is applied to the N trained positions alone: at V = 152k it is most of the memory.
     head, targets = model.get_output_embeddings(), batch.at_trained(batch.targets)
-    hidden = last_hidden_states(model, batch)
-    picked, found = target_logprobs(hidden, head, targets, temperature, statistics, slope)
+    hidden, logit_map = last_hidden_states(model, batch), architecture.logit_map(model)
+    picked, found = target_logprobs(hidden, head, targets, temperature, statistics, slope, logit_map)
     everywhere = torch.zeros_like(batch.mask, dtype=picked.dtype).flatten()
     return everywhere.index_copy(0, batch.trained, picked).view_as(batch.mask), found
+
+
+@torch.no_grad()
+def check_head(model: Any) -> None:
+    """Hold what is trained against the model's own logits, on a few short rows.
+
+    `token_logprobs` applies the head to the trunk's hidden states by itself, in a batch that is padded on the right and
+    has no attention mask. Here its log-probabilities of each next likeliest token are compared with those of
+    `model(ids).logits`, each row alone: they are others where the model does something behind its head that
+    `architecture.logit_map` does not know, or where it sees what follows.
+
+    Raises:
+        ModelError: names the architecture and what differs.
+    """
+    known, head = architecture.name(model), model.get_output_embeddings()
+    if getattr(getattr(head, "weight", None), "ndim", 0) != 2:
+        raise ModelError(f"{known}: has no linear output head; it cannot be trained here")
+    if hasattr(architecture.trunk(model), "layers_are_rescaled"):  # RWKV
+        raise ModelError(f"{known}: changes its weights in place when it is evaluated; it cannot be trained here")
+    device = head.weight.device
+    logits = [model(input_ids=torch.tensor([ids[:-1]], device=device)).logits[0].float() for ids in PROOF]
+    if logits[0].shape[-1] != len(head.weight):
+        raise ModelError(
+            f"{known}: {logits[0].shape[-1]} logits from an output head of {len(head.weight)} rows: it does something "
+            "behind its head that is not known here, and cannot be trained"
+        )
+    rows = [
+        TokenRow((ids[0], *each.argmax(-1).tolist()), (0,) + (1,) * (len(ids) - 1))
+        for ids, each in zip(PROOF, logits, strict=True)
+    ]
+    likeliest = make_batch(rows, 0)
+    read = make_batch([TokenRow(ids, row.mask) for ids, row in zip(PROOF, rows, strict=True)], 0)
+    batch = replace(likeliest, input_ids=read.input_ids).to(device)
+    found = token_logprobs(model, batch, statistics=False)[0][batch.mask.bool()]
+    own = torch.cat([each.log_softmax(-1).amax(-1) for each in logits])
+    if fault := difference(found, own, model.dtype):
+        raise ModelError(
+            f"{known}: its own logits and its output head on its last hidden states give other probabilities "
+            f"({fault}): it does something behind its head that is not known here, or sees what follows; it cannot be "
+            "trained"
+        )
+
+
+def difference(found: torch.Tensor, own: torch.Tensor, dtype: torch.dtype) -> str:
+    """How log-probabilities of likely tokens differ from a model's own, in words; empty where they are the same.
+
+    In float32 none may be off by 1e-3. In coarser types rounding moves each; there the probabilities may differ by
+    0.15 on average, since a mixture's router may choose another expert.
+    """
+    if dtype in WIDE:
+        apart = float((found - own).abs().max())
+        return "" if apart <= 1e-3 else f"log-probabilities differ by {apart:.2g}"
+    apart = float((found.exp() - own.exp()).abs().mean())
+    return "" if apart <= 0.15 else f"probabilities differ by {apart:.2g} on average"

@@ -12,6 +12,7 @@ import torch
 
 from grpo_gsm8k.config import ModelConfig, PromptConfig
 from grpo_gsm8k.errors import ConfigError, ModelError
+from grpo_gsm8k.trainer import architecture
 from grpo_gsm8k.trainer.ranks import world
 
 DESCRIPTIONS = ("config.json", "adapter_config.json")  # of a model, of a LoRA adapter that names its model
@@ -79,8 +80,8 @@ def dtype_name(tensors: Iterable[tuple[str, torch.Tensor]]) -> Literal["float32"
 
 
 def context_length(model: Any) -> int:
-    """How many tokens the model's positions reach."""
-    return int(model.config.get_text_config().max_position_embeddings)
+    """The longest row that the model reads; see `architecture.context_length`."""
+    return architecture.context_length(model.config)
 
 
 def weights_sha256(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

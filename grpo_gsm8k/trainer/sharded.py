@@ -27,7 +27,7 @@ from torch.distributed.tensor import empty as empty_dtensor
 
 from grpo_gsm8k.config import TrainConfig
 from grpo_gsm8k.errors import ConfigError
-from grpo_gsm8k.trainer import adapter, dcp, ranks
+from grpo_gsm8k.trainer import adapter, architecture, dcp, ranks
 from grpo_gsm8k.trainer.batch import Batch
 from grpo_gsm8k.trainer.head import Slope
 from grpo_gsm8k.trainer.learner import TorchLearner
@@ -84,7 +84,7 @@ class ShardedLearner(TorchLearner):
         # The batch travels through the forward, and must stay float32: nothing is cast but the parameters.
         policy = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         model.float().token_logprobs = MethodType(token_logprobs, model)
-        for module in (*model.base_model.layers, model):
+        for module in (*architecture.decoder_layers(model), model):
             fully_shard(module, mesh=self.mesh, mp_policy=policy)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other
