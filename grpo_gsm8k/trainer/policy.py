@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from grpo_gsm8k.config import ModelConfig, PromptConfig
-from grpo_gsm8k.errors import ConfigError, ModelError
+from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.trainer import pretrained
 from grpo_gsm8k.trainer.ranks import world
-
-DESCRIPTIONS = ("config.json", "adapter_config.json")  # of a model, of a LoRA adapter that names its model
 
 
 def pick_device(name: str) -> torch.device:
@@ -34,6 +32,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"device {name!r}: must be cpu, cuda, cuda:N or auto") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r}: models run on cpu and cuda alone; try --device auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device {name!r}: this machine has {torch.cuda.device_count()} GPUs; try --device cpu")
     return device
@@ -51,20 +51,17 @@ def load_tokenizer(cfg: PromptConfig) -> Any:
     """The tokenizer of `cfg.model_id`. Raises `ModelError` if there is none."""
     from transformers import AutoTokenizer
 
-    return _load(AutoTokenizer, cfg)
+    return pretrained.read(AutoTokenizer, cfg.model_id, cfg.revision, cfg.cache_dir)
 
 
 def load_model(cfg: ModelConfig) -> Any:
     """The causal language model of `cfg.model_id` on its device, with its adapter if it names one.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is none, or its files do not hold exactly its weights.
     """
-    from transformers import AutoModelForCausalLM
-
     device = pick_device(cfg.device)
-    model = _load(AutoModelForCausalLM, cfg, dtype=pick_dtype(cfg.dtype, device))
-    return model.to(device)
+    return pretrained.read_model(cfg, pick_dtype(cfg.dtype, device)).to(device)
 
 
 def device_name(model: Any) -> str:
@@ -100,25 +97,3 @@ def weights_sha256(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     with ThreadPoolExecutor() as pool:
         parts = pool.map(digest, sorted(tensors, key=lambda pair: pair[0]))
         return hashlib.sha256(b"".join(parts)).hexdigest()
-
-
-def _load(factory: Any, cfg: PromptConfig, **kwargs: Any) -> Any:
-    """`from_pretrained`, with what a user can mend said in one line."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # ours are on stderr, and theirs would stand between them
-    where = cfg.model_id
-    if Path(where).is_dir() and not any((Path(where) / name).is_file() for name in DESCRIPTIONS):
-        raise ModelError(f"{where}: this folder holds no model (no {' and no '.join(DESCRIPTIONS)})")
-    if cfg.revision and not Path(where).is_dir():
-        kwargs["revision"] = cfg.revision
-    try:
-        return factory.from_pretrained(where, cache_dir=cfg.cache_dir or None, **kwargs)
-    except OSError as fault:  # what transformers raises for unknown names, no network and missing files alike
-        reason = " ".join(str(fault).split())
-        raise ModelError(
-            f"cannot load model {where!r}: neither a model folder nor a model that the hub gave us "
-            f"(pass a folder, check the name, or see `grpo-gsm8k doctor`): {reason[:300]}"
-        ) from None
-    except ValueError as fault:
-        raise ModelError(f"cannot load model {where!r}: {' '.join(str(fault).split())[:300]}") from None
