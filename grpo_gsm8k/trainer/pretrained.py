@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from grpo_gsm8k.config import PromptConfig
 from grpo_gsm8k.errors import ModelError
@@ -56,7 +57,9 @@ def read_model(cfg: PromptConfig, dtype: torch.dtype) -> Any:
         with _in_one_line(cfg.model_id), _quiet():
             lenient = LoadStateDictConfig(ignore_mismatched_sizes=True)
             report = model.load_adapter(str(config.parent), is_trainable=True, load_config=lenient).to_dict()
-        _hold_to(report, cfg.model_id, adapter=True)
+            exact = _take_adapter(model, config.parent)
+        if not exact:
+            _hold_to(report, cfg.model_id, adapter=True)
         model.eval()
     _hold_to_finite(model, cfg.model_id)
     return model
@@ -92,6 +95,40 @@ def adapter_config(cfg: PromptConfig) -> Path | None:
     if known and (known / "config.json").is_file():
         raise ModelError(f"{known}: holds a model (config.json) and an adapter ({ADAPTER_CONFIG}): which one is meant?")
     return Path(found)
+
+
+def adapter_weights(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """What an adapter adds or replaces, under the names that peft writes: DoRA's magnitudes, biases, whole layers too."""
+    from peft import get_peft_model_state_dict
+
+    every = dict(model.named_parameters(remove_duplicate=False))
+    yield from get_peft_model_state_dict(model, every, "default", save_embedding_layers=False).items()
+
+
+@torch.no_grad()
+def _take_adapter(model: Any, folder: Path) -> bool:
+    """Copy an adapter's file in where it holds exactly the adapter's weights; transformers misses some of DoRA's.
+
+    Returns:
+        whether it does. The weights of the embedding itself, which peft adds to its file, are the model's.
+    """
+    files = [path for path in (folder / "adapter_model.safetensors", folder / "adapter_model.bin") if path.is_file()]
+    if not files:
+        return False
+    path = files[0]
+    stored = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    stored = {name.removeprefix("base_model.model."): tensor for name, tensor in stored.items()}
+    base = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters(remove_duplicate=False)}
+    own = dict(adapter_weights(model))
+    for name in [name for name in stored.keys() - own.keys() if ".base_layer." in name]:
+        held = base.get(name.replace(".base_layer.", "."))
+        if held is not None and torch.equal(held, stored[name].to(held.dtype)):
+            del stored[name]
+    if stored.keys() != own.keys() or any(stored[name].shape != own[name].shape for name in own):
+        return False
+    for name, parameter in own.items():
+        parameter.copy_(stored[name])
+    return True
 
 
 def weight_files(folder: Path) -> list[Path]:
