@@ -80,8 +80,8 @@ def attach(model: Any, cfg: PolicyConfig) -> None:
         raise ConfigError(f"{cfg.model_id}: an adapter on the output head cannot be trained here")
     if experts := _bare_experts(model):
         talk(
-            f"lora: {len(experts)} weights of experts, {experts[0]} first, have no adapter and stay as they are: they are "
-            "no linear layers; what is beside them is trained"
+            f"lora: {len(experts)} weights of experts, {experts[0]} first, have no adapter and stay as they are: "
+            "they are no linear layers; what is beside them is trained"
         )
     trained = {id(parameter) for _, parameter in own_weights(model)}
     for parameter in model.parameters():
@@ -93,7 +93,7 @@ def attach(model: Any, cfg: PolicyConfig) -> None:
 def own_weights(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """What distinguishes this model from the one that it was loaded from: its adapter under peft's names, or all.
 
-    Whatever an adapter brings counts: its matrices, DoRA's magnitudes, biases and whole layers that are trained with it.
+    Whatever an adapter brings counts: its matrices, DoRA's magnitudes, biases, whole layers beside them.
     """
     if not has_adapter(model):
         yield from model.named_parameters()
@@ -111,6 +111,8 @@ def save(model: Any, folder: Path) -> None:
     held.inference_mode = True
     held.base_model_name_or_path = model.peft_config["default"].base_model_name_or_path or model.name_or_path
     held.save_pretrained(str(folder))
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)  # where its answers end: the base does not know
 
 
 def _refuse_other_kinds(model: Any, model_id: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import torch
 
 from grpo_gsm8k.config import ModelConfig, PromptConfig
 from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.trainer import pretrained
 from grpo_gsm8k.trainer.ranks import world
 
@@ -62,6 +64,46 @@ def load_model(cfg: ModelConfig) -> Any:
     """
     device = pick_device(cfg.device)
     return pretrained.read_model(cfg, pick_dtype(cfg.dtype, device)).to(device)
+
+
+def prepare_to_save(model: Any, end_ids: Sequence[int]) -> None:
+    """Make the model's generation config one that transformers writes, and that ends where this model's answers end.
+
+    transformers reads some settings that it refuses to write; without them greedy decoding is the same. Whoever loads
+    the checkpoint elsewhere (`generate`, vLLM) reads the ends of a sequence there.
+
+    Args:
+        end_ids: the ids that end a completion, the end of turn first. Those that the model had already are kept.
+    """
+    held = model.generation_config
+    if held is None:
+        return
+    ends = held.eos_token_id if isinstance(held.eos_token_id, list) else [held.eos_token_id]
+    known = list(dict.fromkeys(end for end in (*end_ids, *ends) if end is not None))
+    held.eos_token_id = known[0] if len(known) == 1 else known
+    kept = type(held)()
+    settings = [(key, value) for key, value in held.to_diff_dict().items() if key != "transformers_version"]
+    dropped = []
+    if _is_written(held):
+        return
+    for key, value in sorted(settings, key=lambda pair: not pair[0].endswith("token_id")):
+        before = getattr(kept, key, None)
+        setattr(kept, key, value)
+        if not _is_written(kept):
+            setattr(kept, key, before)
+            dropped.append(f"{key} = {value}")
+    model.generation_config = kept
+    talk(f"generation_config.json: transformers refuses to write {', '.join(dropped)}; left out of what is saved")
+
+
+def _is_written(settings: Any) -> bool:
+    """Whether transformers would write this generation config."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            settings.save_pretrained(folder)
+    except ValueError:
+        return False
+    return True
 
 
 def device_name(model: Any) -> str:

@@ -50,7 +50,11 @@ def read_model(cfg: PromptConfig, dtype: torch.dtype) -> Any:
     base, revision = cfg.model_id, cfg.revision
     if config:
         base, revision = _base_of(config)
-    kwargs = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}  # so that the report says
+    kwargs: dict[str, Any] = {
+        "dtype": dtype,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }  # so that the report says
     model, report = read(AutoModelForCausalLM, base, revision, cfg.cache_dir, **kwargs)
     _hold_to(report, base)
     if config:
@@ -88,8 +92,8 @@ def adapter_config(cfg: PromptConfig) -> Path | None:
 
     known = _known_place(cfg.model_id)
     with _in_one_line(cfg.model_id), _quiet(), _without_retries(known):
-        kwargs = {} if known or not cfg.revision else {"revision": cfg.revision}
-        found = find_adapter_config_file(cfg.model_id, cache_dir=cfg.cache_dir or None, **kwargs)
+        revision = None if known else cfg.revision or None
+        found = find_adapter_config_file(cfg.model_id, cache_dir=cfg.cache_dir or None, revision=revision)
     if not found:
         return None
     if known and (known / "config.json").is_file():
@@ -98,7 +102,7 @@ def adapter_config(cfg: PromptConfig) -> Path | None:
 
 
 def adapter_weights(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """What an adapter adds or replaces, under the names that peft writes: DoRA's magnitudes, biases, whole layers too."""
+    """What an adapter adds or replaces under peft's names: DoRA's magnitudes, biases and whole layers, too."""
     from peft import get_peft_model_state_dict
 
     every = dict(model.named_parameters(remove_duplicate=False))
@@ -213,7 +217,7 @@ def _quiet() -> Iterator[None]:
 
     logging.disable_progress_bar()  # ours are on stderr, and theirs would stand between them
     before = logging.get_verbosity()
-    logging.set_verbosity(max(before, logging.ERROR))
+    logging.set_verbosity_error()
     try:
         yield
     finally:
@@ -286,8 +290,9 @@ def _hold_to_finite(model: Any, where: str) -> None:
 @contextmanager
 def _without_retries(known: Path | None) -> Iterator[None]:
     """Where a name must come from the hub and the hub cannot be reached, look into its cache alone."""
-    from transformers.utils import hub
+    from transformers.utils import hub as transformers_hub
 
+    hub: Any = transformers_hub
     before = hub.constants.HF_HUB_OFFLINE
     if known is None and not before and not _reachable(os.environ.get("HF_ENDPOINT") or "https://huggingface.co"):
         hub.constants.HF_HUB_OFFLINE = True
@@ -319,5 +324,3 @@ def _reachable(endpoint: str) -> bool:
     asking.start()
     asking.join(HUB_PATIENCE_S)
     return bool(answered and answered[0])
-
-
