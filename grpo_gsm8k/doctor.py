@@ -3,7 +3,7 @@
     for check in checks():
         print("ok" if check.ok else "--", check.name, check.detail)
 
-Nothing here raises (but for flags that are wrong) and nothing prints a secret. Only `_reach` touches the network, for at most three seconds.
+Nothing here prints a secret, and `checks` raises nothing. Only `_reach` touches the network, for at most three seconds.
 `ok` is false only where something is limited; the detail then says what, and what to do.
 """
 

@@ -159,7 +159,9 @@ def _ids(subject: Subject) -> str:
                 f"tokenizer: the {what} {renderer.spell([token])} has id {token}, the model has {embeddings} "
                 f"embeddings; {RESIZE}"
             )
-    return f"within the model's {embeddings} embeddings"
+    beyond = len(renderer.tokenizer) - embeddings
+    more = f"; the tokenizer has {beyond} tokens beyond them, and texts with one of those are refused"
+    return f"within the model's {embeddings} embeddings{more if beyond > 0 else ''}"
 
 
 def _rows(prompts: Sequence[Prompt]) -> list[TokenRow]:

@@ -70,6 +70,7 @@ class VLLMSampler:
                 download_dir=cfg.cache_dir or None,
                 dtype=cfg.dtype,
                 load_format="auto" if self._adapter else "dummy",
+                trust_remote_code=False,
                 seed=0,
                 max_model_len=cfg.max_model_len or None,
                 max_num_seqs=cfg.sample_rows,

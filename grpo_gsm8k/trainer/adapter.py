@@ -43,7 +43,10 @@ def in_folder(model_id: str) -> Any:
     """The `peft.LoraConfig` of a folder that holds an adapter; None for any other model."""
     from peft import LoraConfig
 
-    return LoraConfig.from_pretrained(model_id) if (Path(model_id) / CONFIG_FILE).is_file() else None
+    if not (Path(model_id) / CONFIG_FILE).is_file():
+        return None
+    with pretrained.one_line(model_id):
+        return LoraConfig.from_pretrained(model_id)
 
 
 def has_adapter(model: Any) -> bool:
@@ -59,6 +62,10 @@ def attach(model: Any, cfg: PolicyConfig) -> None:
     """
     if has_adapter(model):
         held = model.peft_config["default"]
+        if str(held.peft_type.value) != "LORA":
+            raise ConfigError(
+                f"{cfg.model_id}: an adapter of the kind {held.peft_type.value}; only LoRA is trained here"
+            )
         if (held.r, held.lora_alpha) != (cfg.lora_rank, cfg.lora_alpha):
             raise ConfigError(
                 f"{cfg.model_id} is a LoRA adapter: continue it with --lora_rank {held.r} --lora_alpha "
@@ -75,7 +82,6 @@ def attach(model: Any, cfg: PolicyConfig) -> None:
             raise ConfigError(f"--lora_targets {cfg.lora_targets}: {' '.join(str(fault).split())[:300]}") from None
     else:
         return
-    _refuse_other_kinds(model, cfg.model_id)
     if not isinstance(model.get_output_embeddings(), torch.nn.Linear):  # it is read weight by weight, see head.py
         raise ConfigError(f"{cfg.model_id}: an adapter on the output head cannot be trained here")
     if experts := _bare_experts(model):
@@ -115,13 +121,6 @@ def save(model: Any, folder: Path) -> None:
         model.generation_config.save_pretrained(folder)  # where its answers end: the base does not know
 
 
-def _refuse_other_kinds(model: Any, model_id: str) -> None:
-    """Raise `ConfigError` for an adapter that is not LoRA."""
-    held = model.peft_config["default"]
-    if str(held.peft_type.value) != "LORA":
-        raise ConfigError(f"{model_id}: an adapter of the kind {held.peft_type.value}; only LoRA is trained here")
-
-
 def _bare_experts(model: Any) -> list[str]:
     """The weights of a mixture's experts where they have no adapter: transformers keeps them as one tensor a layer."""
     if any("experts" in name for name, _ in own_weights(model)):
@@ -158,13 +157,15 @@ def merged(cfg: ModelConfig) -> Any:
     held = in_folder(cfg.model_id)
     if held is None:
         raise ConfigError(f"{cfg.model_id} is no folder of a LoRA adapter: there is nothing to merge")
+    before = _probe(load_model(replace(cfg, dtype="float32")))  # refuses what the folder does not hold exactly
     named = {"model_id": held.base_model_name_or_path, "revision": held.revision or ""}
     base = load_model(replace(cfg, **named, dtype="float32"))
-    before = _probe(load_model(replace(cfg, dtype="float32")))  # refuses what the folder does not hold exactly
-    model = PeftModel.from_pretrained(base, cfg.model_id)
+    with pretrained.one_line(cfg.model_id):
+        model = PeftModel.from_pretrained(base, cfg.model_id)
     if isinstance(base.get_input_embeddings(), BaseTunerLayer):
         _untie(base)
-    model = model.merge_and_unload(safe_merge=True)
+    with pretrained.one_line(cfg.model_id):  # peft merges some kinds alone
+        model = model.merge_and_unload(safe_merge=True)
     if not torch.allclose(_probe(model), before, rtol=1e-3, atol=1e-3):
         raise ModelError(f"{cfg.model_id}: merged into its base it answers differently; it cannot be merged")
     return model.to(pick_dtype(cfg.dtype, base.device))

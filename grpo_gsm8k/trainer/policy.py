@@ -51,9 +51,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def load_tokenizer(cfg: PromptConfig) -> Any:
     """The tokenizer of `cfg.model_id`. Raises `ModelError` if there is none."""
-    from transformers import AutoTokenizer
-
-    return pretrained.read(AutoTokenizer, cfg.model_id, cfg.revision, cfg.cache_dir)
+    return pretrained.read_tokenizer(cfg)
 
 
 def load_model(cfg: ModelConfig) -> Any:

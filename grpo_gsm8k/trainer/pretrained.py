@@ -58,9 +58,10 @@ def read_model(cfg: PromptConfig, dtype: torch.dtype) -> Any:
     model, report = read(AutoModelForCausalLM, base, revision, cfg.cache_dir, **kwargs)
     _hold_to(report, base)
     if config:
-        with _in_one_line(cfg.model_id), _quiet():
+        with one_line(cfg.model_id), _quiet():
             lenient = LoadStateDictConfig(ignore_mismatched_sizes=True)
-            report = model.load_adapter(str(config.parent), is_trainable=True, load_config=lenient).to_dict()
+            kwargs = _pickled_adapter(config.parent) or {"peft_model_id": str(config.parent)}
+            report = model.load_adapter(**kwargs, is_trainable=True, load_config=lenient).to_dict()
             exact = _take_adapter(model, config.parent)
         if not exact:
             _hold_to(report, cfg.model_id, adapter=True)
@@ -78,8 +79,21 @@ def read(factory: Any, where: str, revision: str = "", cache_dir: str = "", **kw
     known = _known_place(where)
     if revision and not known:
         kwargs["revision"] = revision
-    with _in_one_line(where), _quiet(), _without_retries(known):
+    with one_line(where), _quiet(), _without_retries(known):
         return factory.from_pretrained(where, cache_dir=cache_dir or None, trust_remote_code=False, **kwargs)
+
+
+def read_tokenizer(cfg: PromptConfig) -> Any:
+    """The tokenizer of `cfg.model_id`. Raises `ModelError` if there is none, or one that knows no text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = read(AutoTokenizer, cfg.model_id, cfg.revision, cfg.cache_dir)
+    with one_line(cfg.model_id):
+        ids = tokenizer("3 + 4 = 7", add_special_tokens=False)["input_ids"]
+    if not set(ids) - {tokenizer.unk_token_id}:  # without its files it has special tokens alone
+        files = ", ".join(sorted({*tokenizer.vocab_files_names.values(), "tokenizer.json"}))
+        raise ModelError(f"{cfg.model_id}: its tokenizer knows no text; its files are missing or empty ({files})")
+    return tokenizer
 
 
 def adapter_config(cfg: PromptConfig) -> Path | None:
@@ -88,10 +102,10 @@ def adapter_config(cfg: PromptConfig) -> Path | None:
     Raises:
         ModelError: the folder is a model as well.
     """
-    from transformers.utils import find_adapter_config_file
+    from transformers.utils.peft_utils import find_adapter_config_file
 
     known = _known_place(cfg.model_id)
-    with _in_one_line(cfg.model_id), _quiet(), _without_retries(known):
+    with one_line(cfg.model_id), _quiet(), _without_retries(known):
         revision = None if known else cfg.revision or None
         found = find_adapter_config_file(cfg.model_id, cache_dir=cfg.cache_dir or None, revision=revision)
     if not found:
@@ -107,6 +121,16 @@ def adapter_weights(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
 
     every = dict(model.named_parameters(remove_duplicate=False))
     yield from get_peft_model_state_dict(model, every, "default", save_embedding_layers=False).items()
+
+
+def _pickled_adapter(folder: Path) -> dict[str, Any]:
+    """What transformers takes instead of a folder whose adapter is a pickle, which it does not look for; {} for none."""
+    from peft import PeftConfig
+
+    if (folder / "adapter_model.safetensors").is_file() or not (folder / "adapter_model.bin").is_file():
+        return {}
+    stored = torch.load(folder / "adapter_model.bin", "cpu", weights_only=True)
+    return {"peft_config": PeftConfig.from_pretrained(str(folder)), "adapter_state_dict": stored}
 
 
 @torch.no_grad()
@@ -168,25 +192,35 @@ def _known_place(where: str) -> Path | None:
 
 
 @contextmanager
-def _in_one_line(where: str) -> Iterator[None]:
+def one_line(where: str) -> Iterator[None]:
+    """What goes wrong with a model's files, as a `ModelError` that a user can act on."""
     try:
         yield
-    except BROKEN as fault:
-        reason = " ".join(str(fault).split()) or "no reason given"
-        if "trust_remote_code" in reason:
-            raise ModelError(
-                f"{where}: needs code of its own (auto_map in its config), which is never run here; take a model that "
-                "transformers knows"
-            ) from None
-        if broken := _first_unreadable(Path(where)):
-            raise ModelError(f"cannot load model {where!r}: {broken}") from None
-        if isinstance(fault, OSError) and not Path(where).is_dir():
-            raise ModelError(
-                f"cannot load model {where!r}: neither a model folder nor a model that the hub gave us "
-                f"(pass a folder, check the name, or see `grpo-gsm8k doctor`): {reason[:300]}"
-            ) from None
-        kind = "" if isinstance(fault, OSError | ValueError) else f"{type(fault).__name__}: "
-        raise ModelError(f"cannot load model {where!r}: {kind}{reason[:300]}") from None
+    except BaseException as fault:
+        # tokenizers raises Exception itself, and huggingface_hub has errors of its own.
+        theirs = type(fault) is Exception or type(fault).__module__.startswith("huggingface_hub")
+        if theirs or isinstance(fault, BROKEN):
+            raise ModelError(_reason(where, fault)) from None
+        raise
+
+
+def _reason(where: str, fault: BaseException) -> str:
+    """Why a model cannot be loaded, and what to do."""
+    reason = " ".join(str(fault).split())[:300] or "no reason given"
+    if "trust_remote_code" in reason or "custom code" in reason:
+        return (
+            f"{where}: needs code of its own (auto_map in its config), which is never run here; take a model that "
+            "transformers knows"
+        )
+    if broken := _first_unreadable(Path(where)):
+        return f"cannot load model {where!r}: {broken}"
+    if isinstance(fault, OSError) and not Path(where).is_dir():
+        return (
+            f"cannot load model {where!r}: neither a model folder nor a model that the hub gave us "
+            f"(pass a folder, check the name, or see `grpo-gsm8k doctor`): {reason}"
+        )
+    kind = "" if isinstance(fault, OSError | ValueError) else f"{type(fault).__name__}: "
+    return f"cannot load model {where!r}: {kind}{reason}"
 
 
 def _first_unreadable(folder: Path) -> str:
