@@ -124,7 +124,7 @@ def adapter_weights(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
 
 
 def _pickled_adapter(folder: Path) -> dict[str, Any]:
-    """What transformers takes instead of a folder whose adapter is a pickle, which it does not look for; {} for none."""
+    """What transformers takes instead of a folder with a pickled adapter, which it does not look for; {} for none."""
     from peft import PeftConfig
 
     if (folder / "adapter_model.safetensors").is_file() or not (folder / "adapter_model.bin").is_file():
