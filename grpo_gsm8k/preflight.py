@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from grpo_gsm8k.config import ModelConfig, TrainConfig
 from grpo_gsm8k.datatypes import Drawer, Learner, Problem, Prompt, SamplingParams, TokenRow
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.engines.probe import TOLERANCE, sampled_row
-from grpo_gsm8k.errors import CheckpointError, ConfigError, DataError, ModelError, UserError
+from grpo_gsm8k.errors import CheckpointError, ConfigError, DataError, DiskError, ModelError, UserError
 from grpo_gsm8k.gsm8k.prompts import Renderer, how_to_ask
 from grpo_gsm8k.runs.files import disk_errors
 from grpo_gsm8k.trainer import adapter, packing
@@ -255,6 +256,8 @@ def _checkpoint(subject: Subject, learner: Any, folder: Path) -> str:
                     model.generation_config.save_pretrained(trial)
                 subject.renderer.save_pretrained(trial)
             load_tokenizer(replace(ModelConfig(), model_id=str(trial)))
+        except SafetensorError as fault:  # its writer wraps the operating system's error
+            raise DiskError(f"{folder}: no checkpoint can be written: {fault}") from None
         except (ValueError, TypeError, NotImplementedError) as fault:  # what transformers refuses to write
             reason = " ".join(str(fault).split())[:300]
             raise ConfigError(f"no checkpoint of this model can be written: {reason}") from None

@@ -142,7 +142,16 @@ BROKEN_MODELS = {
 }
 
 
-@pytest.mark.parametrize("kind", BROKEN_MODELS)
+def some(kinds, quick):
+    """The kinds as parameters; those that show nothing new about our own code are slow."""
+    return [pytest.param(kind, marks=() if kind in quick else pytest.mark.slow) for kind in kinds]
+
+
+FIRST = {"without some of its weights", "under another prefix", "another shape", "not a number", "cut weights"}
+FIRST |= {"a size of the wrong type", "no tokenizer", "its own code", "a pickle of more than weights"}
+
+
+@pytest.mark.parametrize("kind", some(BROKEN_MODELS, FIRST))
 def test_a_model_that_its_files_do_not_hold_is_refused_in_one_line(kind, tiny, tmp_path, monkeypatch, capfd):
     change, what = BROKEN_MODELS[kind]
     monkeypatch.chdir(tmp_path)
@@ -252,10 +261,7 @@ MADE_ELSEWHERE = {
     "experts": ("moe", {**ATTENTION, "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}),
     "a tied embedding": ("tied", {"target_modules": ["q_proj", "embed_tokens"]}),
 }
-QUICK = {"tied embedding", "dora", "biases", "a whole tied embedding"}
-KINDS = [
-    pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in {**TRAINED_HERE, **MADE_ELSEWHERE}
-]
+QUICK = {"tied embedding", "dora"}
 SEQUENCES = [(range(3, 14), 4), (range(5, 9), 1), (range(7, 20), 6)]
 
 
@@ -295,7 +301,7 @@ def adapter_of(base, folder, fields):
     return logits(model)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", some({**TRAINED_HERE, **MADE_ELSEWHERE}, QUICK))
 @pytest.mark.filterwarnings("ignore")
 def test_every_kind_of_adapter_is_trained_resumed_and_merged_exactly(kind, tiny, tmp_path, capsys):
     base, made = {**TRAINED_HERE, **MADE_ELSEWHERE}[kind]
@@ -377,7 +383,10 @@ def plain_adapter(tiny, tmp_path_factory):
     return folder, adapter_of(tiny.model, folder, ATTENTION)
 
 
-@pytest.mark.parametrize("kind", BROKEN_ADAPTERS)
+QUICKLY = {"another rank", "said to be DoRA", "fewer layers than its tensors", "a tensor less", "cut config"}
+
+
+@pytest.mark.parametrize("kind", some(BROKEN_ADAPTERS, QUICKLY))
 def test_an_adapter_that_its_files_do_not_hold_is_refused_in_one_line(
     kind, plain_adapter, tmp_path, monkeypatch, capfd
 ):
