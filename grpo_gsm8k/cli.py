@@ -268,14 +268,26 @@ def report(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
-    """What this machine can run, and what to do about the rest."""
-    from grpo_gsm8k.doctor import checks
+def doctor(
+    model_id: Annotated[str, typer.Option(help="also try what every stage tries of this model before it starts")] = "",
+    device: Annotated[str, typer.Option(help="where the model is tried: auto, cpu or cuda:N")] = "auto",
+    prompt_style: Annotated[str, typer.Option(help="how the model is asked, as in the stages")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """What this machine can run, and what to do about the rest; of a model, whether it is served exactly."""
+    from grpo_gsm8k.doctor import checks, model_checks
 
-    found = checks()
+    of_model = model_checks(model_id, device, prompt_style) if model_id else []
+    found = checks() + of_model
     if as_json:
         show({"checks": [dataclasses.asdict(check) for check in found]}, True)
-        return
+    else:
+        _print_checks(found)
+    if not all(check.ok for check in of_model):
+        raise typer.Exit(2)
+
+
+def _print_checks(found: typing.Iterable[Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -3,7 +3,7 @@
     for check in checks():
         print("ok" if check.ok else "--", check.name, check.detail)
 
-Nothing here raises and nothing prints a secret. Only `_reach` touches the network, for at most three seconds.
+Nothing here prints a secret, and `checks` raises nothing. Only `_reach` touches the network, for at most three seconds.
 `ok` is false only where something is limited; the detail then says what, and what to do.
 """
 
@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -74,6 +75,15 @@ def checks(out_dir: Path = Path("artifacts")) -> list[Check]:
         _guarded("git", _git),
     ]
     return found + _runs(found, gpus if cuda else [])
+
+
+def model_checks(model_id: str, device: str = "auto", prompt_style: str = "auto") -> list[Check]:
+    """The pre-flight that every stage makes of its model, a line a check, up to the first that fails."""
+    from grpo_gsm8k import config, preflight
+
+    cfg = config.build(config.ModelConfig, {"model_id": model_id, "device": device, "prompt_style": prompt_style})
+    with tempfile.TemporaryDirectory() as folder:
+        return [Check(name, ok, detail) for name, ok, detail in preflight.of_model(cfg, Path(folder))]
 
 
 def _guarded(name: str, check: Callable[[], Check]) -> Check:

@@ -19,6 +19,7 @@ from grpo_gsm8k.datatypes import Problem, TokenRow
 from grpo_gsm8k.errors import ConfigError, DataError
 from grpo_gsm8k.gsm8k.chat import Example, load_pairs
 from grpo_gsm8k.gsm8k.problems import load_split
+from grpo_gsm8k.preflight import check_rows
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.trainer import loop
@@ -90,6 +91,7 @@ def run(cfg: SftConfig) -> dict[str, Any]:
             raise DataError(source, f"no example fits into {longest} tokens; raise --max_length")
         if left_out := len(rows) - len(fitting):
             talk(f"sft: {left_out} of {len(rows)} examples are longer than {longest} tokens and are left out")
+        check_rows(fitting, bench.embeddings, source)
         train(cfg, bench, fitting)
         return {**bench.finish(), "examples": len(fitting), "left_out": left_out}
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from grpo_gsm8k import repro
+from grpo_gsm8k import preflight, repro
 from grpo_gsm8k.config import EngineConfig, EvalConfig, GrpoConfig, ModelConfig, TrainConfig
 from grpo_gsm8k.datatypes import Evaluator, Learner, Problem, Prompt, Sampler, SamplingParams
 from grpo_gsm8k.engines.hf import HFSampler
@@ -27,6 +27,7 @@ from grpo_gsm8k.evals.evaluator import AsyncEvaluator, InlineEvaluator
 from grpo_gsm8k.gsm8k import contamination
 from grpo_gsm8k.gsm8k.problems import load_problems
 from grpo_gsm8k.gsm8k.prompts import Renderer, check_lengths, how_to_ask
+from grpo_gsm8k.preflight import Subject, check_ids, embeddings_of
 from grpo_gsm8k.runs.directory import Run, open_run
 from grpo_gsm8k.runs.files import disk_errors, sync_tree
 from grpo_gsm8k.trainer import adapter, loop, ranks
@@ -39,6 +40,7 @@ from grpo_gsm8k.trainer.policy import (
     load_model,
     load_tokenizer,
     pick_device,
+    prepare_to_save,
     weights_sha256,
 )
 from grpo_gsm8k.trainer.ranks import Lead, world
@@ -57,6 +59,7 @@ class Bench:
         renderer: the prompt style bound to the tokenizer.
         val: the validation prompts.
         context: the model's context in tokens.
+        embeddings: how many ids it has an embedding for.
         evaluator: who validates; by default the sampler does, while training waits.
     """
 
@@ -66,6 +69,7 @@ class Bench:
     renderer: Renderer
     val: list[Prompt]
     context: int
+    embeddings: int
     evaluator: Evaluator | None = None
 
     def sync(self, version: int) -> dict[str, float]:
@@ -119,6 +123,7 @@ class Bench:
         """Rendered problems, each known to fit into the context with its completion."""
         prompts = [self.renderer.prompt(problem) for problem in problems]
         check_lengths(prompts, self.context, str(source))
+        check_ids(prompts, self.embeddings, source)
         return prompts
 
 
@@ -145,15 +150,17 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
         contamination.warn(inputs.values(), Path(cfg.data) / "test.jsonl")
         model = load_seeded(cfg)
         renderer = Renderer(load_tokenizer(cfg), *asked)
+        prepare_to_save(model, end_ids(renderer))
         learner: Learner = make_learner(cfg, model, renderer)
         if world().size > 1:
             learner = open_until_the_end.enter_context(closing(Lead(learner)))
-        if not (apart and stage == "sft"):
-            sampler = open_until_the_end.enter_context(open_sampler(cfg, model, renderer, run.path, overlaps))
-        else:
-            sampler = NoSampler()
-        bench = Bench(run, learner, sampler, renderer, [], context_length(model))
+        bench = Bench(run, learner, NoSampler(), renderer, [], context_length(model), embeddings_of(model))
         bench.val = bench.prompts(problems[: cfg.eval_examples], eval_path)
+        flown = Subject(model, renderer, bench.val, learner, None, run.path, getattr(learner, "packs", False))
+        preflight.fly(flown)  # before an engine is started, which takes a minute
+        if not (apart and stage == "sft"):
+            bench.sampler = open_until_the_end.enter_context(open_sampler(cfg, model, renderer, run.path, overlaps))
+            preflight.fly(dataclasses.replace(flown, sampler=bench.sampler))
         if apart:
             bench.evaluator = async_evaluator(bench, model, stage)
             open_until_the_end.callback(bench.evaluator.close)
@@ -202,6 +209,11 @@ def make_learner(cfg: TrainConfig, model: Any, tokenizer: Any) -> TorchLearner:
     from grpo_gsm8k.trainer.sharded import ShardedLearner
 
     return ShardedLearner(model, tokenizer, cfg, reference=held)
+
+
+def end_ids(renderer: Renderer) -> list[int]:
+    """The ids that end a completion, the end of turn first."""
+    return sorted(renderer.stop_ids, key=lambda i: (i != renderer.end_id, i))
 
 
 class NoSampler:
@@ -340,10 +352,12 @@ def evaluate_model(
     renderer = Renderer(load_tokenizer(cfg), *asked, shots)
     prompts = [renderer.prompt(problem) for problem in problems]
     check_lengths(prompts, context_length(model), source)
+    check_ids(prompts, embeddings_of(model), source)
     params = dataclasses.replace(params, stop=renderer.stop)
     digest = weights_sha256(adapter.own_weights(model))
     with open_sampler(cfg, model, renderer, Path(cfg.out_dir)) as sampler:
         sampler.load_weights(0, adapter.own_weights(model))
+        preflight.fly(Subject(model, renderer, prompts, sampler=sampler))
         del model
         chunk = ENGINE_CHUNK if cfg.uses_vllm else CHUNK
         return evaluate(sampler, prompts, params, renderer, digest, cfg.grading, title, chunk, seeds)
@@ -359,6 +373,7 @@ def merge(cfg: ModelConfig, out: Path) -> dict[str, Any]:
     if out.exists():
         raise RunDirError(f"{out}: exists already; pick another --out_dir")
     model, renderer = adapter.merged(cfg), Renderer(load_tokenizer(cfg), *how_to_ask(cfg))
+    prepare_to_save(model, end_ids(renderer))
     unfinished = out.with_name(f".writing_{out.name}")
     with disk_errors(out):
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -24,7 +24,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("gsm8k", "runs", "repro", "presets"),
     ("trainer", "engines"),
     ("evals",),
-    ("data_prep", "r1_traces", "pretokenize", "sft", "ei", "grpo", "rollouts", "fast_eval_vllm", "workbench"),
+    ("preflight",),
+    ("workbench",),
+    ("data_prep", "r1_traces", "pretokenize", "sft", "ei", "grpo", "rollouts", "fast_eval_vllm"),
     ("report*", "pipeline", "serve", "launch", "doctor", "bench*"),
     ("cli", "__main__"),
 )

@@ -72,6 +72,7 @@ class VLLMSampler:
                 download_dir=cfg.cache_dir or None,
                 dtype=cfg.dtype,
                 load_format="auto" if self._adapter else "dummy",
+                trust_remote_code=False,
                 seed=0,
                 max_model_len=max_model_len(cfg, held),
                 max_num_seqs=cfg.sample_rows if on_cpu else max(cfg.sample_rows, GPU_ROWS),

@@ -7,6 +7,7 @@ never moves. There is no dropout: a live pass must give the log-probabilities th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from grpo_gsm8k.config import ModelConfig, PolicyConfig
-from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.errors import ConfigError, ModelError
+from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.trainer import pretrained
 from grpo_gsm8k.trainer.policy import load_model, pick_dtype
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # peft's own names
@@ -39,7 +43,10 @@ def in_folder(model_id: str) -> Any:
     """The `peft.LoraConfig` of a folder that holds an adapter; None for any other model."""
     from peft import LoraConfig
 
-    return LoraConfig.from_pretrained(model_id) if (Path(model_id) / CONFIG_FILE).is_file() else None
+    if not (Path(model_id) / CONFIG_FILE).is_file():
+        return None
+    with pretrained.one_line(model_id):
+        return LoraConfig.from_pretrained(model_id)
 
 
 def has_adapter(model: Any) -> bool:
@@ -55,6 +62,10 @@ def attach(model: Any, cfg: PolicyConfig) -> None:
     """
     if has_adapter(model):
         held = model.peft_config["default"]
+        if str(held.peft_type.value) != "LORA":
+            raise ConfigError(
+                f"{cfg.model_id}: an adapter of the kind {held.peft_type.value}; only LoRA is trained here"
+            )
         if (held.r, held.lora_alpha) != (cfg.lora_rank, cfg.lora_alpha):
             raise ConfigError(
                 f"{cfg.model_id} is a LoRA adapter: continue it with --lora_rank {held.r} --lora_alpha "
@@ -73,21 +84,48 @@ def attach(model: Any, cfg: PolicyConfig) -> None:
         return
     if not isinstance(model.get_output_embeddings(), torch.nn.Linear):  # it is read weight by weight, see head.py
         raise ConfigError(f"{cfg.model_id}: an adapter on the output head cannot be trained here")
-    for name, parameter in model.named_parameters():
-        trained = "lora_" in name
-        parameter.requires_grad_(trained)
-        if trained:
+    if experts := _bare_experts(model):
+        talk(
+            f"lora: {len(experts)} weights of experts, {experts[0]} first, have no adapter and stay as they are: "
+            "they are no linear layers; what is beside them is trained"
+        )
+    trained = {id(parameter) for _, parameter in own_weights(model)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+        if id(parameter) in trained:
             parameter.data = parameter.data.to(model.dtype)  # float32 masters are the optimizer's business
 
 
 def own_weights(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """What distinguishes this model from the one that it was loaded from: its adapter under peft's names, or all."""
-    adapted = has_adapter(model)
-    for name, parameter in model.named_parameters():
-        if not adapted:
-            yield name, parameter
-        elif "lora_" in name:
-            yield f"base_model.model.{name.replace('.default.', '.')}", parameter
+    """What distinguishes this model from the one that it was loaded from: its adapter under peft's names, or all.
+
+    Whatever an adapter brings counts: its matrices, DoRA's magnitudes, biases, whole layers beside them.
+    """
+    if not has_adapter(model):
+        yield from model.named_parameters()
+        return
+    for name, parameter in pretrained.adapter_weights(model):
+        yield f"base_model.model.{name}", parameter
+
+
+def save(model: Any, folder: Path) -> None:
+    """Write the adapter as peft does, but for the embedding's own weights, which peft adds where it has an adapter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: parameter.detach().to("cpu").contiguous() for name, parameter in own_weights(model)}
+    save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
+    held = copy.copy(model.peft_config["default"])
+    held.inference_mode = True
+    held.base_model_name_or_path = model.peft_config["default"].base_model_name_or_path or model.name_or_path
+    held.save_pretrained(str(folder))
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)  # where its answers end: the base does not know
+
+
+def _bare_experts(model: Any) -> list[str]:
+    """The weights of a mixture's experts where they have no adapter: transformers keeps them as one tensor a layer."""
+    if any("experts" in name for name, _ in own_weights(model)):
+        return []
+    return [name for name, weight in model.named_parameters() if "experts" in name and weight.ndim == 3]
 
 
 @contextmanager
@@ -107,15 +145,44 @@ def swapped(model: Any, other: dict[str, torch.Tensor]) -> Iterator[None]:
 def merged(cfg: ModelConfig) -> Any:
     """The adapter in `cfg.model_id` and its base as a plain model: W + (alpha / r) B A, formed in float32.
 
+    A tied model whose embedding has an adapter becomes an untied one.
+
     Raises:
         ConfigError: there is no adapter.
+        ModelError: it cannot be read, or what comes out is another model.
     """
     from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     held = in_folder(cfg.model_id)
     if held is None:
         raise ConfigError(f"{cfg.model_id} is no folder of a LoRA adapter: there is nothing to merge")
+    before = _probe(load_model(replace(cfg, dtype="float32")))  # refuses what the folder does not hold exactly
     named = {"model_id": held.base_model_name_or_path, "revision": held.revision or ""}
     base = load_model(replace(cfg, **named, dtype="float32"))
-    model = PeftModel.from_pretrained(base, cfg.model_id).merge_and_unload(safe_merge=True)
+    with pretrained.one_line(cfg.model_id):
+        model = PeftModel.from_pretrained(base, cfg.model_id)
+    if isinstance(base.get_input_embeddings(), BaseTunerLayer):
+        _untie(base)
+    with pretrained.one_line(cfg.model_id):  # peft merges some kinds alone
+        model = model.merge_and_unload(safe_merge=True)
+    if not torch.allclose(_probe(model), before, rtol=1e-3, atol=1e-3):
+        raise ModelError(f"{cfg.model_id}: merged into its base it answers differently; it cannot be merged")
     return model.to(pick_dtype(cfg.dtype, base.device))
+
+
+@torch.no_grad()
+def _probe(model: Any) -> torch.Tensor:
+    """Log-probabilities of every next token in a short row."""
+    ids = torch.arange(1, 1 + min(16, model.get_input_embeddings().weight.shape[0] - 1), device=model.device)
+    logits: torch.Tensor = model.eval()(input_ids=ids.unsqueeze(0)).logits
+    return logits.float().log_softmax(-1)
+
+
+def _untie(model: Any) -> None:
+    """Give the head a matrix of its own: an adapter on the embedding leaves the head as it is."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    if config.tie_word_embeddings:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = config.tie_word_embeddings = False
+        model.all_tied_weights_keys = {}

@@ -14,10 +14,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from grpo_gsm8k.config import TrainConfig
+from grpo_gsm8k.config import PromptConfig, TrainConfig
 from grpo_gsm8k.errors import CheckpointError, ConfigError, NonFiniteError
 from grpo_gsm8k.runs.progress import talk
-from grpo_gsm8k.trainer import adapter, architecture, costs, dcp, memory, packing
+from grpo_gsm8k.trainer import adapter, architecture, costs, dcp, memory, packing, pretrained
 from grpo_gsm8k.trainer.batch import Batch
 from grpo_gsm8k.trainer.compiled import compile_layers
 from grpo_gsm8k.trainer.head import Slope
@@ -203,7 +203,10 @@ class TorchLearner:
 
     def save(self, folder: Path) -> None:
         """A folder that transformers loads: a model or an adapter; beside it the optimizer's and generators' state."""
-        self.model.save_pretrained(folder)
+        if adapter.has_adapter(self.model):
+            adapter.save(self.model, folder)
+        else:
+            self.model.save_pretrained(folder)
         self._save_beside(folder, self.optimizer.state())
 
     def _save_beside(self, folder: Path, state: State) -> None:
@@ -246,9 +249,8 @@ class TorchLearner:
     def _stored_weights(self, folder: Path) -> dict[str, torch.Tensor]:
         if adapter.has_adapter(self.model):
             return load_file(folder / adapter.WEIGHTS_FILE)
-        from transformers import AutoModelForCausalLM
-
-        return dict(AutoModelForCausalLM.from_pretrained(folder, dtype=self.model.dtype).named_parameters())
+        stored = pretrained.read_model(PromptConfig(model_id=str(folder)), self.model.dtype)
+        return dict(stored.named_parameters())
 
     def _packs(self, model: Any) -> bool:
         wanted = self.cfg.packing

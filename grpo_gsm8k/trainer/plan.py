@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from grpo_gsm8k.config import GrpoConfig, PromptConfig
-from grpo_gsm8k.errors import ConfigError, ModelError
-from grpo_gsm8k.trainer import costs
+from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.trainer import costs, pretrained
 from grpo_gsm8k.trainer.costs import CONTEXT, FRAGMENTS, GPUS, PROMPT, SPARE, Shape
 
 UTILISATION = 0.4  # of the peak, assumed
@@ -66,10 +66,7 @@ def _operations(cfg: GrpoConfig, shape: Shape, length: int) -> float:
 def _model_config(cfg: PromptConfig) -> Any:
     from transformers import AutoConfig
 
-    try:
-        found = AutoConfig.from_pretrained(cfg.model_id, cache_dir=cfg.cache_dir or None)
-    except (OSError, ValueError) as fault:
-        raise ModelError(f"cannot read the config of {cfg.model_id!r}: {' '.join(str(fault).split())[:300]}") from None
+    found = pretrained.read(AutoConfig, cfg.model_id, cfg.revision, cfg.cache_dir)
     return found.get_text_config()
 
 

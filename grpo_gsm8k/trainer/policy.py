@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from grpo_gsm8k.config import ModelConfig, PromptConfig
-from grpo_gsm8k.errors import ConfigError, ModelError
-from grpo_gsm8k.trainer import architecture
+from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.trainer import architecture, pretrained
 from grpo_gsm8k.trainer.ranks import world
-
-DESCRIPTIONS = ("config.json", "adapter_config.json")  # of a model, of a LoRA adapter that names its model
 
 
 def pick_device(name: str) -> torch.device:
@@ -35,6 +34,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"device {name!r}: must be cpu, cuda, cuda:N or auto") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r}: models run on cpu and cuda alone; try --device auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device {name!r}: this machine has {torch.cuda.device_count()} GPUs; try --device cpu")
     return device
@@ -50,22 +51,57 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def load_tokenizer(cfg: PromptConfig) -> Any:
     """The tokenizer of `cfg.model_id`. Raises `ModelError` if there is none."""
-    from transformers import AutoTokenizer
-
-    return _load(AutoTokenizer, cfg)
+    return pretrained.read_tokenizer(cfg)
 
 
 def load_model(cfg: ModelConfig) -> Any:
     """The causal language model of `cfg.model_id` on its device, with its adapter if it names one.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is none, or its files do not hold exactly its weights.
     """
-    from transformers import AutoModelForCausalLM
-
     device = pick_device(cfg.device)
-    model = _load(AutoModelForCausalLM, cfg, dtype=pick_dtype(cfg.dtype, device))
-    return model.to(device)
+    return pretrained.read_model(cfg, pick_dtype(cfg.dtype, device)).to(device)
+
+
+def prepare_to_save(model: Any, end_ids: Sequence[int]) -> None:
+    """Make the model's generation config one that transformers writes, and that ends where this model's answers end.
+
+    transformers reads some settings that it refuses to write; without them greedy decoding is the same. Whoever loads
+    the checkpoint elsewhere (`generate`, vLLM) reads the ends of a sequence there.
+
+    Args:
+        end_ids: the ids that end a completion, the end of turn first. Those that the model had already are kept.
+    """
+    held = model.generation_config
+    if held is None:
+        return
+    ends = held.eos_token_id if isinstance(held.eos_token_id, list) else [held.eos_token_id]
+    known = list(dict.fromkeys(end for end in (*end_ids, *ends) if end is not None))
+    held.eos_token_id = known[0] if len(known) == 1 else known
+    kept = type(held)()
+    settings = [(key, value) for key, value in held.to_diff_dict().items() if key != "transformers_version"]
+    dropped = []
+    if _is_written(held):
+        return
+    for key, value in sorted(settings, key=lambda pair: not pair[0].endswith("token_id")):
+        before = getattr(kept, key, None)
+        setattr(kept, key, value)
+        if not _is_written(kept):
+            setattr(kept, key, before)
+            dropped.append(f"{key} = {value}")
+    model.generation_config = kept
+    talk(f"generation_config.json: transformers refuses to write {', '.join(dropped)}; left out of what is saved")
+
+
+def _is_written(settings: Any) -> bool:
+    """Whether transformers would write this generation config."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            settings.save_pretrained(folder)
+    except ValueError:
+        return False
+    return True
 
 
 def device_name(model: Any) -> str:
@@ -101,25 +137,3 @@ def weights_sha256(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     with ThreadPoolExecutor() as pool:
         parts = pool.map(digest, sorted(tensors, key=lambda pair: pair[0]))
         return hashlib.sha256(b"".join(parts)).hexdigest()
-
-
-def _load(factory: Any, cfg: PromptConfig, **kwargs: Any) -> Any:
-    """`from_pretrained`, with what a user can mend said in one line."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # ours are on stderr, and theirs would stand between them
-    where = cfg.model_id
-    if Path(where).is_dir() and not any((Path(where) / name).is_file() for name in DESCRIPTIONS):
-        raise ModelError(f"{where}: this folder holds no model (no {' and no '.join(DESCRIPTIONS)})")
-    if cfg.revision and not Path(where).is_dir():
-        kwargs["revision"] = cfg.revision
-    try:
-        return factory.from_pretrained(where, cache_dir=cfg.cache_dir or None, **kwargs)
-    except OSError as fault:  # what transformers raises for unknown names, no network and missing files alike
-        reason = " ".join(str(fault).split())
-        raise ModelError(
-            f"cannot load model {where!r}: neither a model folder nor a model that the hub gave us "
-            f"(pass a folder, check the name, or see `grpo-gsm8k doctor`): {reason[:300]}"
-        ) from None
-    except ValueError as fault:
-        raise ModelError(f"cannot load model {where!r}: {' '.join(str(fault).split())[:300]}") from None

@@ -1,0 +1,287 @@
+"""The pre-flight: what a run will need is tried once, in a second or two, before a minute of it is paid for.
+
+    for check in checks(subject):
+        check.run()                 # what was found, or a UserError in one line
+
+That every weight came from its file, and is a number, loading has seen to (`trainer/pretrained.py`). Then:
+
+    ids          prompts, ends and padding are within the embeddings
+    template     the renderer's own check of what the chat template opens and closes
+    trainer      its log-probabilities, padded and packed, adapter included, are those of `model(...).logits`
+    sampler      two prompts are answered, with log-probabilities that are those of `model(...).logits`
+    checkpoint   one is written into the run directory, read back bit for bit, and deleted
+
+No generator is moved by it, and no weight. What was shown for a model in this process is not shown again for the same
+configuration; the data are looked at each time.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from grpo_gsm8k.config import ModelConfig, TrainConfig
+from grpo_gsm8k.datatypes import Drawer, Learner, Problem, Prompt, SamplingParams, TokenRow
+from grpo_gsm8k.engines.hf import HFSampler
+from grpo_gsm8k.engines.probe import TOLERANCE, sampled_row
+from grpo_gsm8k.errors import CheckpointError, ConfigError, DataError, DiskError, ModelError, UserError
+from grpo_gsm8k.gsm8k.prompts import Renderer, how_to_ask
+from grpo_gsm8k.runs.files import disk_errors
+from grpo_gsm8k.trainer import adapter, packing
+from grpo_gsm8k.trainer.batch import Batch, make_batch
+from grpo_gsm8k.trainer.learner import TorchLearner
+from grpo_gsm8k.trainer.logprobs import token_logprobs
+from grpo_gsm8k.trainer.policy import dtype_name, load_model, load_tokenizer, prepare_to_save, weights_sha256
+from grpo_gsm8k.trainer.ranks import world
+
+LIMIT = {"float32": 1e-4, "bfloat16": TOLERANCE["bfloat16"]}  # mean difference that the order of sums may make
+SAMPLED = SamplingParams(n=2, max_new_tokens=8, temperature=1.0)
+ROW = 24  # tokens of a row that is compared
+SMALL = 50_000_000  # weights: of a larger model only what describes it is written, not gigabytes
+PROBLEM = Problem("preflight", "Ann has 3 apples and buys 4 more. How many has she now?", "3 + 4 = 7\n#### 7", "7")
+
+_proven: set[tuple[str, str]] = set()
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the pre-flight: `run` returns what it found, or raises a `UserError`."""
+
+    name: str
+    run: Callable[[], str]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is about to be used.
+
+    Attributes:
+        prompts: a few of those that will be asked; all of their ids are looked at.
+        learner, sampler: where there are any. A sampler in another process is proven at each hand-over.
+        folder: where a checkpoint is tried; None for no such check.
+        packs: whether the trainer packs rows.
+    """
+
+    model: Any
+    renderer: Renderer
+    prompts: Sequence[Prompt]
+    learner: Learner | None = None
+    sampler: Any = None
+    folder: Path | None = None
+    packs: bool = False
+
+
+def fly(subject: Subject) -> None:
+    """All checks of a subject. Raises the `UserError` of the first that fails."""
+    known = _fingerprint(subject)
+    with _generators_kept(subject.model):
+        for check in checks(subject):
+            if check.name == "ids" or (known, check.name) not in _proven:
+                check.run()
+                _proven.add((known, check.name))
+
+
+def checks(subject: Subject) -> list[Check]:
+    """The checks that apply, in order: later ones rely on what earlier ones have shown."""
+    found = [Check("ids", lambda: _ids(subject))]
+    own = getattr(subject.renderer, "check", None)
+    if own is not None:
+        found.append(Check("template", lambda: str(own() or "closes what it opens")))
+    if subject.learner is not None:
+        found.append(Check("trainer", lambda: _trainer(subject)))
+    if isinstance(subject.sampler, HFSampler):
+        found.append(Check("sampler", lambda: _sampler(subject, subject.sampler)))
+    if subject.learner is not None and (folder := subject.folder) is not None:
+        found.append(Check("checkpoint", lambda: _checkpoint(subject, subject.learner, folder)))
+    return found
+
+
+def of_model(cfg: ModelConfig, folder: Path) -> Iterator[tuple[str, bool, str]]:
+    """The pre-flight of a model alone, as (name, passed, what was found), up to the first that fails: `doctor`."""
+    train = TrainConfig(**{**vars(cfg), "packing": "auto"})
+    try:
+        model = load_model(train)
+        if held := adapter.in_folder(cfg.model_id):
+            train = replace(train, lora_rank=held.r, lora_alpha=held.lora_alpha)
+        yield "model: weights", True, f"{sum(p.numel() for p in model.parameters()):,}, each from its file"
+        renderer = Renderer(load_tokenizer(train), *how_to_ask(train))
+        yield "model: tokenizer", True, f"{len(renderer.tokenizer)} tokens, style {renderer.name}"
+        prepare_to_save(model, sorted(renderer.stop_ids))
+        adapter.attach(model, train)
+        learner = TorchLearner(model, renderer, train)
+        sampler = HFSampler(model, renderer)
+        prompts = [renderer.render(PROBLEM), renderer.render(replace(PROBLEM, id="2", question="What is 9 + 8?"))]
+        subject = Subject(model, renderer, prompts, learner, sampler, folder, learner.packs)
+        for check in checks(subject):
+            yield f"model: {check.name}", True, check.run()
+    except UserError as fault:
+        yield "model", False, str(fault)
+
+
+# ------------------------------------------------------------------------------------------------- the checks
+
+
+def check_ids(prompts: Sequence[Prompt], embeddings: int, source: Path | str) -> None:
+    """Raise `DataError` if a prompt has an id that the model has no embedding for."""
+    for prompt in prompts:
+        if (largest := max(prompt.token_ids, default=0)) >= embeddings:
+            line = prompt.problem.source.line if prompt.problem.source else None
+            what = f"the prompt of problem {prompt.problem.id} has id {largest}, the model has {embeddings} embeddings"
+            raise DataError(source, f"{what}; {RESIZE}", line)
+
+
+def check_rows(rows: Sequence[TokenRow], embeddings: int, source: Path | str) -> None:
+    """Raise `DataError` if a row to train on has an id that the model has no embedding for."""
+    for number, row in enumerate(rows, 1):
+        if (largest := max(row.token_ids, default=0)) >= embeddings:
+            what = f"example {number} has id {largest}, the model has {embeddings} embeddings"
+            raise DataError(source, f"{what}; {RESIZE}")
+
+
+RANKS = "the ranks'"
+RESIZE = "tokens were added to the tokenizer and the model was not resized: use the tokenizer that the model came with"
+
+
+def embeddings_of(model: Any) -> int:
+    """How many ids the model has an embedding for."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def _ids(subject: Subject) -> str:
+    embeddings, renderer = embeddings_of(subject.model), subject.renderer
+    check_ids(subject.prompts, embeddings, "tokenizer")
+    for what, token in [("padding", renderer.pad_id), *(("end of a sequence", i) for i in sorted(renderer.stop_ids))]:
+        if token >= embeddings:
+            raise ModelError(
+                f"tokenizer: the {what} {renderer.spell([token])} has id {token}, the model has {embeddings} "
+                f"embeddings; {RESIZE}"
+            )
+    beyond = len(renderer.tokenizer) - embeddings
+    more = f"; the tokenizer has {beyond} tokens beyond them, and texts with one of those are refused"
+    return f"within the model's {embeddings} embeddings{more if beyond > 0 else ''}"
+
+
+def _rows(prompts: Sequence[Prompt]) -> list[TokenRow]:
+    """Short rows of prompts' ids, of which two begin alike and part in the middle."""
+    first, last = prompts[0].token_ids, prompts[-1].token_ids
+    ids = [first[:ROW], (*first[: ROW // 2], *last[-ROW // 3 :]), last[: ROW // 2]]
+    return [TokenRow(row, (0, *(1,) * (len(row) - 1))) for row in ids if len(row) > 1]
+
+
+@torch.no_grad()
+def _plain(model: Any, batch: Batch) -> torch.Tensor:
+    """Log-probabilities of the targets by `model(...).logits`, a row at a time, `(B, T)` on the CPU."""
+    training, out = model.training, torch.zeros_like(batch.mask)
+    model.eval()
+    try:
+        for row, length in enumerate(batch.lengths):
+            logits = model(input_ids=batch.input_ids[row : row + 1, :length].to(model.device)).logits[0]
+            logp = logits.float().log_softmax(-1).cpu()
+            out[row, :length] = logp.gather(-1, batch.targets[row, :length].unsqueeze(-1)).squeeze(-1)
+    finally:
+        model.train(training)
+    return out * batch.mask
+
+
+def _near(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor, subject: Subject, who: str) -> float:
+    """The mean difference of log-probabilities. Raises `ModelError` if it is more than arithmetic makes."""
+    limit = LIMIT[dtype_name(subject.model.named_parameters())]
+    distance = float(((found - expected) * mask).abs().sum() / mask.sum())
+    if not distance <= limit:
+        raise ModelError(
+            f"{type(subject.model).__name__}: {who} log-probabilities differ from the model's own logits by "
+            f"{distance:.3g} on average (allowed: {limit:g}); this kind of model is not served exactly here"
+        )
+    return distance
+
+
+def _trainer(subject: Subject) -> str:
+    batch = make_batch(_rows(subject.prompts), subject.renderer.pad_id)
+    expected = _plain(subject.model, batch)
+    assert subject.learner is not None
+    if world().size > 1:  # all ranks take part
+        return (
+            f"within {_near(subject.learner.logprobs(batch), expected, batch.mask, subject, RANKS):.1g} of the logits'"
+        )
+    distance = 0.0
+    for packs in {False, subject.packs}:
+        found = torch.zeros_like(batch.mask)
+        for rows, part in packing.microbatches(batch, 1 << 20, range(len(batch)), packs):
+            with torch.no_grad():
+                logp, _ = token_logprobs(subject.model, part.to(subject.model.device), statistics=False)
+            found[rows, : logp.shape[1]] = logp.cpu()
+        who = f"the trainer's ({'packed' if packs else 'padded'} rows)"
+        distance = max(distance, _near(found, expected, batch.mask, subject, who))
+    return f"log-probabilities within {distance:.1g} of the logits'{', packed too' if subject.packs else ''}"
+
+
+def _sampler(subject: Subject, sampler: Drawer) -> str:
+    prompts = [subject.prompts[0], subject.prompts[-1]]
+    if prompts[0].problem.id == prompts[1].problem.id:
+        prompts = prompts[:1]
+    busy = sampler.busy_s if isinstance(sampler, HFSampler) else 0.0
+    drawn = sampler.sample(prompts, SAMPLED)
+    if isinstance(sampler, HFSampler):
+        sampler.busy_s = busy
+    rows = [sampled_row(prompt, c) for prompt, group in zip(prompts, drawn, strict=True) for c in group]
+    batch = make_batch(rows, subject.renderer.pad_id)
+    distance = _near(batch.old_logprobs, _plain(subject.model, batch), batch.mask, subject, "the sampler's")
+    return f"log-probabilities within {distance:.1g} of the logits'"
+
+
+def _checkpoint(subject: Subject, learner: Any, folder: Path) -> str:
+    """Write a checkpoint, or of a large model what describes it, read it back, delete it."""
+    trial, model = folder / ".preflight", subject.model
+    whole = sum(p.numel() for _, p in adapter.own_weights(model)) <= SMALL
+    with disk_errors(trial):
+        shutil.rmtree(trial, ignore_errors=True)
+        try:
+            trial.mkdir(parents=True)
+            if whole:
+                before = weights_sha256(learner.weights())
+                learner.save(trial)
+                learner.load(trial)
+                if weights_sha256(learner.weights()) != before:
+                    raise CheckpointError("a checkpoint that is read back holds other weights than were written")
+            else:
+                model.config.save_pretrained(trial)
+                if model.generation_config is not None:
+                    model.generation_config.save_pretrained(trial)
+                subject.renderer.save_pretrained(trial)
+            load_tokenizer(replace(ModelConfig(), model_id=str(trial)))
+        except SafetensorError as fault:  # its writer wraps the operating system's error
+            raise DiskError(f"{folder}: no checkpoint can be written: {fault}") from None
+        except (ValueError, TypeError, NotImplementedError) as fault:  # what transformers refuses to write
+            reason = " ".join(str(fault).split())[:300]
+            raise ConfigError(f"no checkpoint of this model can be written: {reason}") from None
+        finally:
+            shutil.rmtree(trial, ignore_errors=True)
+    return "written and read back" if whole else "its descriptions are written and read back"
+
+
+# ----------------------------------------------------------------------------------------------- what is kept
+
+
+@contextmanager
+def _generators_kept(model: Any) -> Iterator[None]:
+    """No draw of the run depends on whether it was preceded by a pre-flight."""
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def _fingerprint(subject: Subject) -> str:
+    """What the outcome of the checks depends on, besides the values of weights and the data."""
+    model, renderer = subject.model, subject.renderer
+    parts = [model.config.to_json_string(use_diff=False), str(model.generation_config), str(renderer.made_with())]
+    parts += [str(model.dtype), str(model.device), str(subject.packs), str(world())]
+    if adapter.has_adapter(model):
+        parts.append(str(model.peft_config["default"].to_dict()))
+    return "\n".join(parts)
