@@ -82,8 +82,11 @@ def round_rows(
 def keep_right(cfg: EiConfig, bench: Bench, prompt: Prompt, completions: Sequence[Completion]) -> list[Completion]:
     """The right, finished and distinct completions of one problem, at most `cfg.keep_per_problem`, as drawn."""
     kept: dict[tuple[int, ...], Completion] = {}
+    renderer = bench.renderer
     for completion in completions:
-        right = grade(completion.text, prompt.problem.gold, cfg.grading, tags=bench.renderer.tags)
+        right = grade(
+            completion.text, prompt.problem.gold, cfg.grading, tags=renderer.tags, opened=renderer.opens_thought
+        )
         if right and completion.finish_reason == "stop":
             kept.setdefault(completion.token_ids, completion)
     return list(kept.values())[: cfg.keep_per_problem]

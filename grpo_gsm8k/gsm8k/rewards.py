@@ -32,10 +32,14 @@ def default_reward(
     grading: Literal["strict", "flexible"],
     tags: Tags,
 ) -> dict[str, float]:
-    """`format_weight` for the form that the prompt asked for, `answer_weight` for the right answer."""
+    """`format_weight` for the form that the prompt asked for, `answer_weight` for the right answer.
+
+    `format_ok` is the style's, see `prompts.Form`, and knows whether the prompt opened a thought.
+    """
+    opened = getattr(format_ok, "opens_thought", False)
     return {
         "format": format_weight * format_ok(completion.text),
-        "answer": answer_weight * grade(completion.text, problem.gold, grading, tags=tags),
+        "answer": answer_weight * grade(completion.text, problem.gold, grading, tags=tags, opened=opened),
     }
 
 
