@@ -32,8 +32,8 @@ Message = tuple[str, str]  # (role, content)
 PROMPT_FILE = "prompt.json"
 SHOT_BREAK = "\n\n\n"  # between worked examples in plain text; a completion that writes it begins another one
 DATE = "2024-07-26"
-"""The date that chat templates write unless another is given: a constant, so that ids are the same on every day. Llama 3's
-own templates write this one where nobody tells them the date."""
+"""The date that chat templates write unless another is given: a constant, so that ids are the same on every day.
+Llama 3's own templates write this one where nobody tells them the date."""
 PROBE = "3.14 + 1,234 = $56  costs 7%\n\n\tIt's \\boxed{72}. Größe ½ 数"  # what tokenizers split in different ways
 
 
@@ -452,8 +452,8 @@ class Renderer:
         if whole.startswith(prompt):
             return (
                 f"a token of the rendered conversation runs over the end of the prompt ({prompt[-20:]!r}), so a "
-                "sampler that is given the prompt would never draw it; begin the response with a word, or, where the prompt "
-                "opens a thought, with one"
+                "sampler that is given the prompt would never draw it; begin the response with a word, or, where the "
+                "prompt opens a thought, with one"
             )
         opened = f" opens a thought ({prompt[-20:]!r}) that" if self.opens_thought else ""
         at = next(
@@ -592,8 +592,11 @@ class Renderer:
         """The id that follows an assistant's words: read off the chat template, else the tokenizer's EOS."""
         eos = self.tokenizer.eos_token_id
         if self._template_text:
-            probe = _PROBE_CHAT[-1][1]
-            self._turn_end = self._template(_PROBE_CHAT, generation=False).rpartition(probe)[2]
+            (_, question), (_, answer) = _PROBE_CHAT
+            if question not in self._template(_PROBE_CHAT[:1], generation=True):
+                raise ModelError(f"{self._named} does not render what the user asks; mend chat_template.jinja")
+            _, found, behind = self._template(_PROBE_CHAT, generation=False).rpartition(answer)
+            self._turn_end = behind if found else ""
             after = self._encode(self._turn_end.strip())
             if after and after[0] in self.tokenizer.added_tokens_decoder:
                 return after[0]
