@@ -6,13 +6,14 @@ The independent answer is transformers' own `apply_chat_template`: what is train
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from grpo_gsm8k import config, ei, pretokenize, rollouts
+from grpo_gsm8k import config, ei, fast_eval_vllm, pretokenize, rollouts, sft
 from grpo_gsm8k.datatypes import Completion, Problem, Prompt, Reward, Rollout, Source
 from grpo_gsm8k.errors import ConfigError, DataError, ModelError, UserError
 from grpo_gsm8k.evals.accuracy import record
@@ -22,6 +23,7 @@ from grpo_gsm8k.gsm8k.grading import Tags, extract, grade
 from grpo_gsm8k.gsm8k.problems import load_problems
 from grpo_gsm8k.gsm8k.prompts import Renderer, make_tags
 from grpo_gsm8k.gsm8k.rewards import make_reward, score
+from tests.toys import cli, stage_config
 
 PROBLEM = Problem("p1", "How many?", "2+2=<<2+2=4>>4\n#### 4", "4")
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -183,6 +185,7 @@ def test_a_thought_with_tags_that_nobody_told_us_is_refused():
 def test_a_template_that_opens_a_thought_for_some_questions_alone():
     asks = CHATML + "{% if '/think' in messages[-1]['content'] %}{{'<think>\n'}}{% endif %}"
     renderer = Renderer(tokenizer(asks))
+    assert renderer.prompt(PROBLEM) and Renderer(tokenizer(THINK_OPEN)).prompt(Problem("n", "n", "#### 4", "4"))
     problem = Problem("1", "How many? /think", "#### 4", "4", Source("f.jsonl", 3))
     with pytest.raises(DataError, match=r"f\.jsonl:3: .*thought for some questions"):
         renderer.prompt(problem)
@@ -432,3 +435,54 @@ def test_an_old_prompt_file_and_a_handmade_prompt_still_work(tmp_path):
     assert prompts.date_of(config.PromptConfig(model_id=str(tmp_path))) == prompts.DATE
     renderer = Renderer(tokenizer())
     assert record(Prompt(PROBLEM, (1,)), Completion((1,), (0.0,), "#### 4", "stop"), renderer, "strict")["correct"]
+
+
+@pytest.mark.slow
+def test_a_row_refused_in_a_process_is_named_by_the_command(tiny, tmp_path):
+    folder, path = tmp_path / "model", tmp_path / "pairs.jsonl"
+    shutil.copytree(tiny.model, folder)
+    template = folder / "chat_template.jinja"
+    template.write_text(
+        "{% if 'no' in messages[0]['content'] %}{{ raise_exception('no') }}{% endif %}" + template.read_text()
+    )
+    rows = [{"prompt": "no" if n in (5, 9) else "a", "response": "b"} for n in range(1, 12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--max_total_tokens", "64", "--shard_rows", "2", "--workers", "2")
+    done = cli("tokenize", "--model_id", folder, "--data_path", path, "--out_dir", tmp_path / "s", *flags)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert last.startswith(f"error: {path}:") and int(last.split(":")[2]) in (5, 9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("template", ["{% for m in messages %}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}"])
+def test_every_command_says_in_one_line_what_a_template_does(tiny, tmp_path, template):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.model, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    test, out = tiny.data / "test.jsonl", tmp_path / "out"
+    for command in (
+        ("eval", "--eval_path", test, "--device", "cpu", "--out_dir", out),
+        ("sft", "--data", tiny.data, "--device", "cpu", "--out_dir", out),
+        ("prep-eval", "--eval_path", test, "--out", out / "set.jsonl"),
+    ):
+        done = cli(*command, "--model_id", folder)
+        said = done.stderr.strip().splitlines()
+        assert done.returncode == 2 and "chat template" in said[-1] and "Traceback" not in done.stderr
+        assert sum(line.startswith("error: ") for line in said) == 1 and not out.exists()
+
+
+@pytest.mark.slow
+def test_two_runs_at_different_times_are_the_same_run(tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.model, folder)
+    template = folder / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%H:%M:%S.%f') }}" + template.read_text())
+    flags = {"model_id": str(folder), "data": str(tiny.data), "max_steps": 1, "batch_size": 8, "eval_every": 1}
+    runs = [sft.run(stage_config("sft", **flags, deterministic=True, out_dir=str(tmp_path / name))) for name in "ab"]
+    assert runs[0]["weights_sha256"] == runs[1]["weights_sha256"]
+    trained = runs[0]["model"]
+    asked = {"model_id": trained, "out": str(tmp_path / "set.jsonl"), "eval_path": str(tiny.data / "test.jsonl")}
+    assert pretokenize.run(config.resolve("prep-eval", flags=asked))["date"] == prompts.DATE
+    given = {"model_id": trained, "eval_path": asked["out"], "out_dir": str(tmp_path / "o"), "max_new_tokens": 4}
+    assert fast_eval_vllm.run(config.resolve("eval", flags={**given, "device": "cpu"}))["n"] == 16

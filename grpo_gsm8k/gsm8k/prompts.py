@@ -185,7 +185,9 @@ class Renderer:
         self._special_ids = {i for i, t in added.items() if t.special}
         self._special_tags = {i for i in self._special_ids if added[i].content in vars(self.tags).values()}
         self.style = STYLES[style](self.tags)
-        self._turn_end, self.end_id = "", self._end_of_turn()
+        self._turn_end, self._header = "", ""  # what a template writes behind an answer, and before one
+        self.end_id = self._end_of_turn()
+        self._ends_turns = self.end_id in self._encode(self._turn_end)
         self.special_tokens = self._control_tokens()
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id
         if self._template_opens_thought():
@@ -279,7 +281,7 @@ class Renderer:
         if isinstance(asked, str) or not self._template_text:
             return Prompt(problem, tuple(self._plain_ids(self._plain(asked))))
         text = self._row_template(asked, True, source)
-        if self._ends_open(text, asked[-1][1]) != self.opens_thought:
+        if not text.endswith(self._header) and self._ends_open(text, asked[-1][1]) != self.opens_thought:
             raise _refused(
                 source,
                 f"{self._named} opens a thought for some questions and not for others, so that answers could not be "
@@ -430,8 +432,7 @@ class Renderer:
         """
         content = messages[-1][1]
         whole = self._row_template(messages, False, source)
-        ends = self.end_id in self._encode(self._turn_end)
-        if not ends and whole.endswith(self._turn_end):  # no token ends a turn here: the tokenizer's own end will
+        if not self._ends_turns and whole.endswith(self._turn_end):  # no token ends a turn here: the tokenizer's own end will
             whole = whole.removesuffix(self._turn_end)
         opening, closing = self.tags.think_open, self.tags.think_close
         if not content.lstrip().startswith(opening) or closing not in content:
@@ -445,7 +446,7 @@ class Renderer:
                 return text
         blank = prompt[prompt.rindex(opening) + len(opening) :] if self.opens_thought else ""
         rest = content.lstrip().removeprefix(opening).removeprefix(blank) if self.opens_thought else content
-        return prompt + rest + (self._turn_end if ends else "")
+        return prompt + rest + (self._turn_end if self._ends_turns else "")
 
     def _no_prefix(self, prompt: str, whole: str) -> str:
         """Why no row can be made of a conversation that does not begin with its prompt."""
@@ -552,6 +553,7 @@ class Renderer:
             return self.opens_thought
         text = self._template(asked, generation=True)
         opened = self._ends_open(text, asked[-1][1])
+        self._header = text.rpartition(asked[-1][1])[2]
         if (unknown := _UNKNOWN_THOUGHT.search(text)) and not opened:
             raise ModelError(
                 f"{self._named} opens a thought with {unknown.group().strip()}: pass it as --think_open, and what "
