@@ -271,6 +271,18 @@ def test_a_template_without_a_rendering_of_its_prompt_is_refused_by_name():
         renderer.check(examples=True)
 
 
+def test_an_answer_is_never_learned_as_a_thought():
+    never_closes = CHATML.replace("m['role']+'\n'", "m['role']+'\n'+('<think>\n' if m['role']=='assistant' else '')")
+    renderer = Renderer(tokenizer(never_closes.replace(OPEN, THINKS)))
+    source = Source("train.jsonl", 7)
+    for ask in (lambda: renderer.example(PROBLEM), lambda: renderer.chat(pair("4"), source=source)):
+        with pytest.raises(DataError, match=r"(p1|train\.jsonl:7): .*learned as a thought"):
+            ask()
+    assert text_of(renderer, renderer.chat(pair(THOUGHT)), 1).startswith("2+2=4\n</think>")
+    with pytest.raises(ModelError, match="no reference solution can be trained"):
+        renderer.check(examples=True)
+
+
 def test_all_turns_are_trained_only_where_the_template_leaves_them_alone():
     chat = [*pair(THOUGHT), *pair("5")]
     for template in (REASONING, R1):

@@ -228,7 +228,7 @@ class Renderer:
         """Render a prompt, and a reference solution where `examples` are trained; say what was found, in one line.
 
         Raises:
-            ModelError, DataError: the template is of no use for this, for the reason given.
+            ModelError: the template is of no use for this, for the reason given.
         """
         problem = Problem("check", "Tom has 2 eggs and buys 3. How many?", "2+3=<<2+3=5>>5\n#### 5", "5")
         prompt = self.render(problem)
@@ -238,14 +238,11 @@ class Renderer:
         found += ["it opens a thought"] if self.opens_thought else []
         found += [f"it writes the date, {self.date}"] if self.reads_date else []
         if examples:
-            row = self.example(problem)
+            try:
+                row = self.example(problem)
+            except DataError as fault:
+                raise ModelError(f"no reference solution can be trained: {fault.what}") from None
             assert row.token_ids[: len(prompt.token_ids)] == prompt.token_ids and row.token_ids[-1] == self.end_id
-            said = self.decode([i for i, m in zip(row.token_ids, row.mask, strict=True) if m])
-            if self.opens_thought and after_opened_thought(said, self.tags) is None:
-                raise ModelError(
-                    f"{self._named}: its prompt opens a thought, and its own rendering of an answer never closes it; "
-                    "fine-tune on pairs with thoughts, or take another --prompt_style"
-                )
             found.append(f"a reference solution of {sum(row.mask)} tokens")
         return ", ".join(found)
 
@@ -418,6 +415,12 @@ class Renderer:
                 raise ConfigError("this chat template rewrites earlier turns; use train_on = 'last'")
             if row[: len(known)] != known:
                 raise _refused(source, self._no_prefix(prompt, whole))
+            if self.opens_thought and after_opened_thought(whole.removeprefix(prompt), self.tags) is None:
+                raise _refused(
+                    source,
+                    f"{self._named} opens a thought in the prompt ({prompt[-20:]!r}), and the rendered answer does not "
+                    "close it: the answer would be learned as a thought; give pairs with thoughts",
+                )
             end = next((k for k in range(len(known), len(row)) if row[k] == self.end_id), None)
             row = row[: end + 1] if end is not None else [*row, self.end_id]
             mask += [0] * (len(known) - len(ids)) + [1] * (len(row) - len(known))
@@ -432,7 +435,7 @@ class Renderer:
         """
         content = messages[-1][1]
         whole = self._row_template(messages, False, source)
-        if not self._ends_turns and whole.endswith(self._turn_end):  # no token ends a turn here: the tokenizer's own end will
+        if not self._ends_turns:  # no token ends a turn here, so the tokenizer's own end does
             whole = whole.removesuffix(self._turn_end)
         opening, closing = self.tags.think_open, self.tags.think_close
         if not content.lstrip().startswith(opening) or closing not in content:
