@@ -166,7 +166,7 @@ def grade_one(cfg: GrpoConfig, bench: Bench, rollout: Rollout) -> Rollout:
     """Whether the answer is right and the form kept: for the metrics, whatever the reward was."""
     text, renderer = rollout.completion.text, bench.renderer
     gold = rollout.prompt.problem.gold
-    correct = grade(text, gold, cfg.grading, tags=renderer.tags, opened=renderer.opens_thought)
+    correct = grade(text, gold, cfg.grading, tags=renderer.tags, opened=renderer.style.opens_thought)
     return replace(rollout, correct=correct, format_ok=renderer.style.format_ok(text))
 
 

@@ -179,7 +179,7 @@ def by_length(rows: Sequence[Row], parts: int = 4) -> list[dict[str, Any]]:
 def record(prompt: Prompt, completion: Completion, renderer: Renderer, grading: Literal["strict", "flexible"]) -> Row:
     """One graded completion as a row of a results or samples file."""
     problem, text = prompt.problem, completion.text
-    thought: dict[str, Any] = {"tags": renderer.tags, "opened": renderer.opens_thought}
+    thought: dict[str, Any] = {"tags": renderer.tags, "opened": renderer.style.opens_thought}
     strict, flexible = (grade(text, problem.gold, mode, **thought) for mode in ("strict", "flexible"))
     return {
         "id": problem.id,

@@ -160,7 +160,7 @@ def make_pair(trace: Mapping[str, Any], style: Style, tags: Tags, cfg: PairsConf
     if not body:
         return Dropped("no_working", text)
     response = style.reference(replace(problem, answer=f"{body}\n#### {problem.gold}"))
-    opened = style.format_ok.opens_thought
+    opened = style.opens_thought
     if not (style.format_ok(response) and grade(response, problem.gold, "strict", tags=tags, opened=opened)):
         return Dropped("not_in_form", response)
     if not cfg.min_chars <= len(response) <= cfg.max_chars:

@@ -72,6 +72,11 @@ class Style:
     format_ok: Form
     stop: tuple[str, ...] = ()
 
+    @property
+    def opens_thought(self) -> bool:
+        """Whether every prompt opens a thought, so that a completion starts inside it."""
+        return self.format_ok.opens_thought
+
 
 def working(problem: Problem) -> str:
     """The reference solution without GSM8K's `<<a+b=c>>` annotations and without its `####` line."""
@@ -201,7 +206,7 @@ class Renderer:
     @property
     def opens_thought(self) -> bool:
         """Whether every prompt opens a thought, so that a completion starts inside it."""
-        return self.style.format_ok.opens_thought
+        return self.style.opens_thought
 
     @property
     def reads_date(self) -> bool:

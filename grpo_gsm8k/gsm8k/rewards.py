@@ -4,6 +4,9 @@ A reward function takes the completion and its problem and returns a number, or 
 components whose sum is the reward; each component is logged by itself.
 
     def reward(completion: Completion, problem: Problem) -> float | dict[str, float]: ...
+
+A completion under `r1_zero`, or under a chat template that opens a thought, starts inside that thought: a function that
+calls `grade` says so with `opened=True`.
 """
 
 from __future__ import annotations
