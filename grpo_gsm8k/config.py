@@ -51,6 +51,9 @@ class PromptConfig:
     think_close: str = opt("</think>", "closes the reasoning (r1_zero)")
     answer_open: str = opt("<answer>", "opens the answer (r1_zero); empty for think-only prompts")
     answer_close: str = opt("</answer>", "closes the answer (r1_zero); empty for think-only prompts")
+    date: str = opt(
+        "", "what a chat template writes that asks for the date; empty: as the model was trained here, else 2024-07-26"
+    )
 
 
 @dataclass(frozen=True)

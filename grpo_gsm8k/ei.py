@@ -82,8 +82,9 @@ def round_rows(
 def keep_right(cfg: EiConfig, bench: Bench, prompt: Prompt, completions: Sequence[Completion]) -> list[Completion]:
     """The right, finished and distinct completions of one problem, at most `cfg.keep_per_problem`, as drawn."""
     kept: dict[tuple[int, ...], Completion] = {}
+    tags, opened = bench.renderer.tags, bench.renderer.style.opens_thought
     for completion in completions:
-        right = grade(completion.text, prompt.problem.gold, cfg.grading, tags=bench.renderer.tags)
+        right = grade(completion.text, prompt.problem.gold, cfg.grading, tags=tags, opened=opened)
         if right and completion.finish_reason == "stop":
             kept.setdefault(completion.token_ids, completion)
     return list(kept.values())[: cfg.keep_per_problem]

@@ -32,7 +32,7 @@ from grpo_gsm8k.datatypes import Drawer, Learner, Problem, Prompt, SamplingParam
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.engines.probe import TOLERANCE, sampled_row
 from grpo_gsm8k.errors import CheckpointError, ConfigError, DataError, DiskError, ModelError, UserError
-from grpo_gsm8k.gsm8k.prompts import Renderer, how_to_ask
+from grpo_gsm8k.gsm8k.prompts import Renderer
 from grpo_gsm8k.runs.files import disk_errors
 from grpo_gsm8k.trainer import adapter, packing
 from grpo_gsm8k.trainer.batch import Batch, make_batch
@@ -91,9 +91,7 @@ def fly(subject: Subject) -> None:
 def checks(subject: Subject) -> list[Check]:
     """The checks that apply, in order: later ones rely on what earlier ones have shown."""
     found = [Check("ids", lambda: _ids(subject))]
-    own = getattr(subject.renderer, "check", None)
-    if own is not None:
-        found.append(Check("template", lambda: str(own() or "closes what it opens")))
+    found.append(Check("template", subject.renderer.check))
     if subject.learner is not None:
         found.append(Check("trainer", lambda: _trainer(subject)))
     if isinstance(subject.sampler, HFSampler):
@@ -111,7 +109,7 @@ def of_model(cfg: ModelConfig, folder: Path) -> Iterator[tuple[str, bool, str]]:
         if held := adapter.in_folder(cfg.model_id):
             train = replace(train, lora_rank=held.r, lora_alpha=held.lora_alpha)
         yield "model: weights", True, f"{sum(p.numel() for p in model.parameters()):,}, each from its file"
-        renderer = Renderer(load_tokenizer(train), *how_to_ask(train))
+        renderer = Renderer.of(train, load_tokenizer(train))
         yield "model: tokenizer", True, f"{len(renderer.tokenizer)} tokens, style {renderer.name}"
         prepare_to_save(model, sorted(renderer.stop_ids))
         adapter.attach(model, train)

@@ -15,7 +15,7 @@ writes it with what is needed to read, sample and grade it:
     gold, gold_num           the final answer, as text and as a number
     prompt                   the rendered text, for people and other tools
     prompt_token_ids         what is sampled from; text is never tokenised again
-    rendered                 prompt style, tags, and a hash of vocabulary and chat template
+    rendered                 prompt style, tags, a hash of vocabulary and chat template, and the date if that writes it
 
 `eval --eval_path` and `--eval_set_path` take these rows as they take the problems themselves, and refuse them for
 a model that would be asked otherwise.
@@ -32,15 +32,16 @@ import itertools
 import multiprocessing
 import signal
 from collections.abc import Mapping, Sequence
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from grpo_gsm8k.config import PrepEvalConfig, TokenizeConfig
-from grpo_gsm8k.datatypes import Problem
+from grpo_gsm8k.datatypes import Problem, Source
 from grpo_gsm8k.errors import ConfigError, DataError, GrpoError
 from grpo_gsm8k.gsm8k.chat import read_chat
 from grpo_gsm8k.gsm8k.problems import gold_number, load_problems, load_split
-from grpo_gsm8k.gsm8k.prompts import Renderer, how_to_ask
+from grpo_gsm8k.gsm8k.prompts import Renderer
 from grpo_gsm8k.runs.files import read_json, read_lines, sha256_file, write_json, write_jsonl
 from grpo_gsm8k.runs.progress import progress
 from grpo_gsm8k.trainer.policy import load_tokenizer
@@ -73,7 +74,7 @@ def tokenize(cfg: TokenizeConfig) -> dict[str, Any]:
             raise ConfigError(f"--{name} must be at least 1")
     folder = Path(cfg.out_dir)
     renderer = renderer_of(cfg)
-    chunks, digest = survey(Path(cfg.data_path), cfg.shard_rows)
+    chunks, digest = survey(Path(cfg.data_path), cfg.shard_rows, renderer)
     begin(
         folder,
         plan := {
@@ -98,15 +99,17 @@ def tokenize(cfg: TokenizeConfig) -> dict[str, Any]:
 @functools.cache
 def renderer_of(cfg: TokenizeConfig) -> Renderer:
     """The renderer of a config, made once in each process."""
-    return Renderer(load_tokenizer(cfg), *how_to_ask(cfg))
+    return Renderer.of(cfg, load_tokenizer(cfg))
 
 
-def survey(path: Path, shard_rows: int) -> tuple[list[Chunk], str]:
+def survey(path: Path, shard_rows: int, renderer: Renderer) -> tuple[list[Chunk], str]:
     """Where each shard's lines begin, and the file's sha256. Raises `DataError` for the first line with a fault."""
     digest, chunks, offset, number = hashlib.sha256(), list[Chunk](), 0, 0
     for number, raw in read_lines(path):
-        if faults := read_chat(raw)[1]:
+        example, faults = read_chat(raw)
+        if example is None:
             raise DataError(path, f"{faults[0]}; `grpo-gsm8k validate --data {path}` lists every fault", number)
+        renderer.check_texts(example.messages, example.raw, Source(str(path), number))
         if (number - 1) % shard_rows == 0:
             chunks.append(Chunk(len(chunks), offset, number, shard_rows))
         digest.update(raw)
@@ -144,23 +147,29 @@ def make_shards(cfg: TokenizeConfig, chunks: Sequence[Chunk]) -> None:
             return
         spawn = multiprocessing.get_context("spawn")
         shares = [missing[n :: cfg.workers] for n in range(min(cfg.workers, len(missing)))]
-        workers = [spawn.Process(target=work, args=(cfg, share), daemon=True) for share in shares]
+        refused = spawn.SimpleQueue()
+        workers = [spawn.Process(target=work, args=(cfg, share, refused), daemon=True) for share in shares]
         for worker in workers:
             worker.start()
         while alive := [worker for worker in workers if worker.is_alive()]:
             alive[0].join(0.5)
             if (done := sum(shard_path(cfg, chunk).exists() for chunk in chunks)) > bar.done:
                 bar.update(done)
+        if not refused.empty():
+            raise DataError(*refused.get())
         if any(worker.exitcode for worker in workers):
             raise GrpoError("a tokenizing process failed (its words are above); the same command goes on")
 
 
-def work(cfg: TokenizeConfig, chunks: Sequence[Chunk]) -> None:
+def work(cfg: TokenizeConfig, chunks: Sequence[Chunk], refused: SimpleQueue[tuple[str, str, int | None]]) -> None:
     """One process's share. Ctrl-C is the parent's to handle; when the parent is gone, so is the reason to go on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    for chunk in itertools.takewhile(lambda _: parent and parent.is_alive(), chunks):
-        make_shard(cfg, chunk)
+    try:
+        for chunk in itertools.takewhile(lambda _: parent and parent.is_alive(), chunks):
+            make_shard(cfg, chunk)
+    except DataError as fault:  # a row that cannot be trained on is the user's to mend, and the parent's to name
+        refused.put((str(fault.path), fault.what, fault.line))
 
 
 def make_shard(cfg: TokenizeConfig, chunk: Chunk) -> None:
@@ -168,10 +177,11 @@ def make_shard(cfg: TokenizeConfig, chunk: Chunk) -> None:
     renderer, rows = renderer_of(cfg), []
     with Path(cfg.data_path).open("rb") as handle:
         handle.seek(chunk.offset)
-        for raw in itertools.islice(handle, chunk.lines):
+        for line, raw in enumerate(itertools.islice(handle, chunk.lines), chunk.first_line):
             example, faults = read_chat(raw)
             assert example, faults  # the survey has seen it
-            row = renderer.chat(example.messages, cfg.train_on, example.raw)
+            source = Source(cfg.data_path, line)
+            row = renderer.chat(example.messages, cfg.train_on, example.raw, source)
             if len(row.token_ids) <= cfg.max_total_tokens:
                 rows.append(row)
     meta = {"first_line": chunk.first_line, "lines": chunk.lines, "rows": len(rows)}
@@ -201,7 +211,7 @@ def run(cfg: PrepEvalConfig) -> dict[str, Any]:
     if out.resolve() == source.resolve():
         raise ConfigError(f"--out is {out}, which holds the problems themselves; choose another file")
     problems = load_problems(source) if cfg.eval_path else load_split(Path(cfg.data), cfg.split)
-    renderer = Renderer(load_tokenizer(cfg), *how_to_ask(cfg))
+    renderer = Renderer.of(cfg, load_tokenizer(cfg))
     made_with = renderer.made_with()
     rows = [prepared_row(renderer, problem, made_with) for problem in problems[: cfg.limit or None]]
     write_jsonl(out, rows)

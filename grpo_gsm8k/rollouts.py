@@ -177,7 +177,8 @@ def sampling_params(cfg: GrpoConfig, bench: Bench, step: int, attempt: int) -> S
 def grade_one(cfg: GrpoConfig, bench: Bench, rollout: Rollout) -> Rollout:
     """Whether the answer is right and the form kept: for the metrics, whatever the reward was."""
     text, renderer = rollout.completion.text, bench.renderer
-    correct = grade(text, rollout.prompt.problem.gold, cfg.grading, tags=renderer.tags)
+    gold = rollout.prompt.problem.gold
+    correct = grade(text, gold, cfg.grading, tags=renderer.tags, opened=renderer.style.opens_thought)
     return replace(rollout, correct=correct, format_ok=renderer.style.format_ok(text))
 
 

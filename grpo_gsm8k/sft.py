@@ -99,7 +99,7 @@ def run(cfg: SftConfig) -> dict[str, Any]:
 def render(cfg: SftConfig, bench: Bench, item: Example | Problem) -> TokenRow:
     """A chat or a problem with its reference solution, as ids and mask."""
     if isinstance(item, Example):
-        return bench.renderer.chat(item.messages, cfg.train_on, item.raw)
+        return bench.renderer.chat(item.messages, cfg.train_on, item.raw, item.source)
     return bench.renderer.example(item)
 
 

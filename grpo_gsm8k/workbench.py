@@ -26,7 +26,7 @@ from grpo_gsm8k.evals.accuracy import CHUNK, Evaluation, evaluate
 from grpo_gsm8k.evals.evaluator import AsyncEvaluator, InlineEvaluator
 from grpo_gsm8k.gsm8k import contamination
 from grpo_gsm8k.gsm8k.problems import load_problems
-from grpo_gsm8k.gsm8k.prompts import Renderer, check_lengths, how_to_ask
+from grpo_gsm8k.gsm8k.prompts import Renderer, check_lengths
 from grpo_gsm8k.preflight import Subject, check_ids, embeddings_of
 from grpo_gsm8k.runs.directory import Run, open_run
 from grpo_gsm8k.runs.files import disk_errors, sync_tree
@@ -142,14 +142,14 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
         raise SystemExit(0)
     eval_path = Path(cfg.eval_set_path or Path(cfg.data) / "val.jsonl")
     problems = load_problems(eval_path)
-    asked = how_to_ask(cfg)
     apart = evaluates_apart(cfg, stage)
     if cfg.uses_vllm:
         placements(cfg, gpus=torch.cuda.device_count())
     with open_run(cfg, stage, {**inputs, "eval_set": eval_path}) as run, ExitStack() as open_until_the_end:
         contamination.warn(inputs.values(), Path(cfg.data) / "test.jsonl")
+        # Before the model is loaded: what is wrong with a template shows at once.
+        renderer = Renderer.of(cfg, load_tokenizer(cfg))
         model = load_seeded(cfg)
-        renderer = Renderer(load_tokenizer(cfg), *asked)
         prepare_to_save(model, end_ids(renderer))
         learner: Learner = make_learner(cfg, model, renderer)
         if world().size > 1:
@@ -342,15 +342,14 @@ def evaluate_model(
     shots: Sequence[Problem] = (),
 ) -> Evaluation:
     """Load a model, evaluate it on `problems` (with each of `seeds`, after `shots`), let it go."""
-    asked = how_to_ask(cfg)
     repro.set_deterministic(cfg.deterministic)
     # An engine is given the weights like any other time, from a copy on the CPU: their hash is what was evaluated.
     if cfg.uses_vllm:
         gpu = placements(cfg, gpus=torch.cuda.device_count())[0][0] != "cpu"
         cfg = dataclasses.replace(cfg, device="cpu", dtype="bfloat16" if cfg.dtype == "auto" and gpu else cfg.dtype)
-    model = load_model(cfg)
-    renderer = Renderer(load_tokenizer(cfg), *asked, shots)
+    renderer = Renderer.of(cfg, load_tokenizer(cfg), shots)
     prompts = [renderer.prompt(problem) for problem in problems]
+    model = load_model(cfg)
     check_lengths(prompts, context_length(model), source)
     check_ids(prompts, embeddings_of(model), source)
     params = dataclasses.replace(params, stop=renderer.stop)
@@ -372,7 +371,7 @@ def merge(cfg: ModelConfig, out: Path) -> dict[str, Any]:
     """
     if out.exists():
         raise RunDirError(f"{out}: exists already; pick another --out_dir")
-    model, renderer = adapter.merged(cfg), Renderer(load_tokenizer(cfg), *how_to_ask(cfg))
+    model, renderer = adapter.merged(cfg), Renderer.of(cfg, load_tokenizer(cfg))
     prepare_to_save(model, end_ids(renderer))
     unfinished = out.with_name(f".writing_{out.name}")
     with disk_errors(out):

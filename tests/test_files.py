@@ -203,3 +203,18 @@ def test_json_line_is_the_line_of_write_jsonl(tmp_path: Path) -> None:
     files.write_jsonl(tmp_path / "f", [row, row])
     assert hashlib.sha256(files.json_line(row) * 2).hexdigest() == files.sha256_file(tmp_path / "f")
     assert json.loads(files.json_line(row)) == row
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    from grpo_gsm8k.gsm8k.chat import check_chat, load_pairs
+    from grpo_gsm8k.gsm8k.problems import load_problems
+    from grpo_gsm8k.runs.files import read_json
+
+    path = tmp_path / "bom.jsonl"
+    path.write_text('{"question": "1+1?", "answer": "#### 2"}\n' * 1, encoding="utf-8-sig")
+    assert load_problems(path)[0].question == "1+1?" and read_json(path)["answer"] == "#### 2"
+    path.write_text('{"prompt": "1+1?", "response": "2"}\n', encoding="utf-8-sig")
+    assert check_chat(path).ok and len(load_pairs(path)) == 1
+    path.write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(DataError, match="blank line"):
+        read_json(path)

@@ -291,3 +291,43 @@ def test_nothing_crashes() -> None:
             grade(case["response"][:end], "18")
             grade(case["response"][end:], "18", "strict")
         grade(case["response"][::-1], "18")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Headings in the model's own working, and lines that label an answer
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("The result is 9 eggs after breakfast.\nQuestion: how much money is that?\n9 * 2 = 18\n#### 18", "18"),
+        ("First part: the answer is 12.\n\nProblem 2: now the cost.\n12*3=36\n\\boxed{36}", "36"),
+        ("The solution is to find x.\n**Question:** how many are left?\nThere are 7.\n\n\\boxed{7}", "7"),
+        ("The answer is 12.\n\nExercise 2: and twice that?\n<answer>24</answer>", "24"),
+        ("The answer is 12.\nProblem 2: the cost.\n\\boxed{36}\n#### 36", "36"),
+        ("I shall write it in \\boxed{}.\nQuestion: how many?\n9 * 2\n#### 18", "18"),
+        ("#### Step 1: add\n9 + 9\nQuestion: how many?\n\\boxed{18}", "18"),
+        ("#### 18\n\nQuestion: A new one? Answer: 5\n#### 5", "18"),
+        ("The answer is 18.\n\nQuestion: Bob has 3 cats.\nAnswer: 5", "18"),
+        ("The answer is 18.\n\nQuestion: Bob?\n#### 5\n\nQuestion: Eve?\n#### 6", "18"),
+        ("Problem 1: eggs\nThe answer is 12.\nProblem 2: cost\n#### 36\n\nQuestion: Eve?", "36"),
+        ("The answer is 12.\nProblem 2: cost\n#### 36<|im_end|>\n<|im_start|>user\nEve?\n#### 5", "36"),
+    ],
+)
+def test_a_heading_ends_a_text_only_behind_its_answer(response: str, answer: str) -> None:
+    shown = extract(response)
+    assert shown == answer
+
+
+LABELLED = (
+    "The total ratio is 5+9 = <<5+9=14>>14\nThe proportion of women is 9/14, and as a result, there are 9/14*84 = "
+    "<<9/14*84=54.00000000000001>>54 women on the bus.\n20 alight, so that is 54-20 = <<54-20=34>>34\nA: 34"
+)
+
+
+def test_a_labelled_last_line_is_the_answer() -> None:
+    assert extract(LABELLED) == "34" and extract(LABELLED, "strict") is None
+    assert extract("The answer is 54 for now.\nThen 20 leave.\nA: 34") == "34"
+    assert extract("\\boxed{54}\nA: 34") == "54"  # a marked answer is not replaced by a label
+    assert extract("A: 12\nB: 15\nThe answer is 15.") == "15"
+    assert extract("As a result, there are 34 women.") == "34" and extract("The result is 34.") == "34"

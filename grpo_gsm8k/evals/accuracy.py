@@ -179,7 +179,8 @@ def by_length(rows: Sequence[Row], parts: int = 4) -> list[dict[str, Any]]:
 def record(prompt: Prompt, completion: Completion, renderer: Renderer, grading: Literal["strict", "flexible"]) -> Row:
     """One graded completion as a row of a results or samples file."""
     problem, text = prompt.problem, completion.text
-    strict, flexible = (grade(text, problem.gold, mode, tags=renderer.tags) for mode in ("strict", "flexible"))
+    thought: dict[str, Any] = {"tags": renderer.tags, "opened": renderer.style.opens_thought}
+    strict, flexible = (grade(text, problem.gold, mode, **thought) for mode in ("strict", "flexible"))
     return {
         "id": problem.id,
         "question": problem.question,
@@ -187,7 +188,7 @@ def record(prompt: Prompt, completion: Completion, renderer: Renderer, grading: 
         "response": text,
         "answer": problem.answer,
         "gold": problem.gold,
-        "extracted": extract(text, grading, tags=renderer.tags),
+        "extracted": extract(text, grading, **thought),
         "correct": strict if grading == "strict" else flexible,
         "correct_strict": strict,
         "correct_flexible": flexible,

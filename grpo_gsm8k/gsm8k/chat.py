@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
+from grpo_gsm8k.datatypes import Source
 from grpo_gsm8k.errors import DataError
 from grpo_gsm8k.runs.files import json_type, parse_line, read_lines
 
@@ -53,6 +54,7 @@ class Example:
 
     messages: tuple[tuple[str, str], ...]
     raw: bool = False
+    source: Source | None = field(default=None, compare=False, repr=False)
 
 
 def check_chat(path: Path) -> ChatReport:
@@ -85,7 +87,7 @@ def iter_pairs(path: Path) -> Iterator[Example]:
         example, faults = read_chat(raw)
         if example is None:
             raise DataError(path, f"{faults[0]}; `grpo-gsm8k validate --data {path}` lists every fault", line)
-        yield example
+        yield replace(example, source=Source(str(path), line))
 
 
 def load_pairs(path: Path) -> list[Example]:

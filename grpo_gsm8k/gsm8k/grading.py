@@ -2,7 +2,8 @@ r"""Is the response right? Reads a model's answer as a careful person would, and
 
 Four layers, each small enough to check by eye:
 
-1. *Thoughts* are removed. What stands between the think tags never counts, closed or not.
+1. *Thoughts* are removed. What stands between the think tags never counts, closed or not. A thought that the prompt
+   opened (`opened=True`) runs to the first closing tag; without one, nothing has been answered.
 2. *Marked commitments*: `#### 18`, `\boxed{18}`, `<answer>18</answer>`. The last one that says anything wins,
    whatever remarks follow it, unless the model takes it back in so many words.
 3. *Unmarked answers*, in flexible mode only: "The answer is 18", then the statement the text ends on.
@@ -17,7 +18,8 @@ House rulings on what people may debate:
 - "18 apples and 3 pears", "17, 18", "15-18", "about 18", "at least 18", "maybe 18", "18?" commit to no number.
 - `3,14` is no number in English; a comma groups thousands (western or Indian), as do a space, `\,`, `{,}`, `'`, `_`.
 - A box or an answer tag that is never closed was cut off, and so was a text that ends in mid-calculation.
-- Inventing another question after the answer ("Question: ...") does not replace the answer.
+- Inventing another question after the answer ("Question: ...") does not replace the answer. A heading behind an
+  answer in prose, with a single marked answer under it, is the model's own working: "Problem 2: … \boxed{36}".
 
 Simplified: English only, beyond digits and signs; the reading of free prose is a set of rules of thumb.
 Every step is linear in the response, or works on a bounded excerpt of it.
@@ -63,7 +65,9 @@ class Quantity(NamedTuple):
     value: Fraction
 
 
-def grade(response: str, gold: str, mode: Mode = "flexible", *, tags: Tags = DEFAULT_TAGS) -> bool:
+def grade(
+    response: str, gold: str, mode: Mode = "flexible", *, tags: Tags = DEFAULT_TAGS, opened: bool = False
+) -> bool:
     """Whether `response` commits to exactly the number `gold`.
 
     Args:
@@ -71,6 +75,7 @@ def grade(response: str, gold: str, mode: Mode = "flexible", *, tags: Tags = DEF
         gold: a number ("18", "1,000", "-3.5", "1/2", "$18"), or a text that ends in `#### 18`.
         mode: "strict" demands a marker; "flexible" also takes the answer from plain prose.
         tags: the tags of the prompt.
+        opened: the prompt opened a thought, so the response starts inside it.
 
     Raises:
         ValueError: if `gold` is not a number, or `mode` is unknown. A broken reference never counts as right.
@@ -78,7 +83,7 @@ def grade(response: str, gold: str, mode: Mode = "flexible", *, tags: Tags = DEF
     gold_value = _gold_value(str(gold))
     if gold_value is None:
         raise ValueError(f"gold is not a number: {str(gold)[:80]!r}")
-    answer = _answer(response, mode, tags)
+    answer = _answer(response, mode, tags, opened)
     return answer is not None and answer.value == gold_value
 
 
@@ -87,9 +92,9 @@ def _gold_value(gold: str) -> Fraction | None:
     return parse_number(gold.rpartition("####")[2])
 
 
-def extract(response: str, mode: Mode = "flexible", *, tags: Tags = DEFAULT_TAGS) -> str | None:
+def extract(response: str, mode: Mode = "flexible", *, tags: Tags = DEFAULT_TAGS, opened: bool = False) -> str | None:
     """The number that `response` commits to, as text that `parse_number` accepts; None if there is none."""
-    answer = _answer(response, mode, tags)
+    answer = _answer(response, mode, tags, opened)
     return answer.text if answer else None
 
 
@@ -116,22 +121,33 @@ def parse_gold(answer: str) -> str:
     return gold
 
 
-def _answer(response: str, mode: Mode, tags: Tags) -> Quantity | None:
+def after_opened_thought(response: str, tags: Tags = DEFAULT_TAGS) -> str | None:
+    """What follows the thought that the prompt opened; None where the thought never closes."""
+    closing = re.search(_tag_pattern(tags.think_close), response, re.IGNORECASE)
+    return response[closing.end() :] if closing else None
+
+
+def _answer(response: str, mode: Mode, tags: Tags, opened: bool) -> Quantity | None:
     """The one path from a response to its answer."""
     if mode not in ("flexible", "strict"):
         raise ValueError(f"mode must be 'flexible' or 'strict', not {mode!r}")
-    return _answer_of(response, mode, tags) if isinstance(response, str) else None
+    return _answer_of(response, mode, tags, opened) if isinstance(response, str) else None
 
 
 @functools.lru_cache(maxsize=8)  # a completion's reward, its verdict and its record ask the same, one after the other
-def _answer_of(response: str, mode: Mode, tags: Tags) -> Quantity | None:
+def _answer_of(response: str, mode: Mode, tags: Tags, opened: bool) -> Quantity | None:
+    if opened:
+        said = after_opened_thought(response, tags)
+        if said is None:
+            return None
+        response = said
     text = _own_turn(_without_thoughts(response, tags).strip(), tags)
     text, fragment = _without_fragment(text, tags)
     found = _last_marked(text, tags)
     tail = text[found.end :] if found else text
     if mode == "flexible":
         tail = _prose(tail, tags)
-        if spoken := _last_spoken(tail):
+        if spoken := (None if found else _labelled_line(tail)) or _last_spoken(tail):
             found, tail = spoken, tail[spoken.end :]
     elif not found:
         return None
@@ -193,22 +209,44 @@ def _without_thoughts(text: str, tags: Tags) -> str:
     return "".join(said)
 
 
-_NEXT_TURN = re.compile(
-    r"<\|[a-z_]{2,24}\|>|</s>"
-    r"|\n[ #*]{0,8}(?:question|q|problem|exercise|human|user|instruction)\b[ \d*]{0,6}:",
-    re.IGNORECASE,
+_NEXT_TURN = re.compile(r"<\|[a-z_]{2,24}\|>|</s>", re.IGNORECASE)
+_NEXT_QUESTION = re.compile(
+    r"\n[ #*]{0,8}(?:question|q|problem|exercise|human|user|instruction)\b[ \d*]{0,6}:", re.IGNORECASE
 )
 
 
 def _own_turn(text: str, tags: Tags) -> str:
-    """Drops what a model makes up after its turn: an end-of-turn token, or a new question once it answered."""
+    """Drops what a model makes up after its turn: an end-of-turn token, or a new question once it answered.
+
+    A question behind a marked answer is made up. Behind an answer in prose it may be the next part of the model's own
+    working: it is, when the one marked answer of the text stands under it.
+    """
+    if token := next((match for match in _NEXT_TURN.finditer(text) if match.start()), None):
+        text = text[: token.start()].rstrip()
+    if not _NEXT_QUESTION.search(text):
+        return text
+    first, several = _first_marked(text, tags)
     spoken = _SPOKEN.search(text[:MAX_WINDOW])
-    starts = [position for mark in _literals(tags) if (position := text.find(mark)) >= 0]
-    answered = min([*starts, spoken.end() if spoken else len(text)])
-    for match in _NEXT_TURN.finditer(text):
-        if match.start() > (0 if match.group()[0] == "<" else answered):
-            return text[: match.start()].rstrip()
+    in_prose = spoken.end() if spoken and (first is None or several) else len(text)
+    if first is None:  # a marker without content, or a heading's hashes
+        first = min((position for mark in _literals(tags) if (position := text.find(mark)) >= 0), default=len(text))
+    for heading in _NEXT_QUESTION.finditer(text):
+        if heading.start() > min(first, in_prose):
+            return text[: heading.start()].rstrip()
     return text
+
+
+def _first_marked(text: str, tags: Tags) -> tuple[int | None, bool]:
+    """Where the first marked answer stands, and whether a later one differs from it."""
+    first, values = None, set[Fraction | None]()
+    marks = re.finditer("|".join(map(re.escape, _literals(tags))), text)
+    for match in islice(marks, MAX_MARKERS):
+        if found := _marked_at(text, match.start(), match.group(), tags):
+            first = match.start() if first is None else first
+            values.add(found.quantity.value if found.quantity else None)
+            if len(values) > 1:
+                break
+    return first, len(values) > 1
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -251,17 +289,18 @@ def _last_marked(text: str, tags: Tags) -> _Found | None:
         mark, start = max(last.items(), key=lambda item: item[1])
         if start < 0:
             return None
-        inside = start + len(mark)
-        if mark == "####":
-            found = _hashed(text, inside, tags)
-        elif mark == tags.answer_open:
-            found = _tagged(text, inside, tags)
-        else:
-            found = _boxed(text, start, inside)
-        if found:
+        if found := _marked_at(text, start, mark, tags):
             return found
         last[mark] = text.rfind(mark, 0, len(text[:start].rstrip("#")))  # past the whole of a ruler of hashes
     return None
+
+
+def _marked_at(text: str, start: int, mark: str, tags: Tags) -> _Found | None:
+    """What the marker at `start` commits to; None if it says nothing."""
+    inside = start + len(mark)
+    if mark == "####":
+        return _hashed(text, inside, tags)
+    return _tagged(text, inside, tags) if mark == tags.answer_open else _boxed(text, start, inside)
 
 
 def _closing_brace(text: str, inside: int) -> int:
@@ -388,7 +427,7 @@ def _correction(tail: str) -> tuple[bool, Quantity | None]:
 # Layer 3: unmarked answers
 
 _SPOKEN = re.compile(
-    r"\b(?:answer|ans|result(?! in\b| of\b)|solution)\b[^\n.:=?!\d]{0,80}?"
+    r"\b(?:answer|ans|(?<!as a )result(?! in\b| of\b)|solution)\b[^\n.:=?!\d]{0,80}?"
     r"(?P<link>\bis\b|\bare\b|\bequals\b|\b(?:should|must|would|will) be\b|[:=]|\s[-–—]\s|[^\w\n]{0,12}$)",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -433,6 +472,16 @@ def _sentences(text: str) -> Iterator[tuple[str, bool]]:
         for index, part in enumerate(parts, 1):
             ended = re.search(r"[.!?。][\"'”’)*\]$\\`_]{0,6}$", part) and not part.endswith("...")
             yield part, bool(ended) or number < len(lines) or index < len(parts)
+
+
+_LABELLED = re.compile(r"\n[^\w\n]{0,4}A:[^\n]{1,80}$")
+
+
+def _labelled_line(text: str) -> _Found | None:
+    """ "A: 18" as the last line, as OpenAI's labelled solutions end."""
+    label = _LABELLED.search(text, max(0, len(text) - 100))
+    quantity = _whole(_tokens(label.group().partition(":")[2])) if label else None
+    return _Found(quantity, len(text)) if quantity else None
 
 
 def _last_spoken(text: str) -> _Found | None:

@@ -153,14 +153,15 @@ def make_pair(trace: Mapping[str, Any], style: Style, tags: Tags, cfg: PairsConf
         return Dropped("wrong_answer" if found else "no_answer", f"gold {problem.gold}, said {found}: {content}")
     thinks = cfg.part == "reasoning" or (cfg.part == "auto" and thought and isinstance(style.ask(""), str))
     text = thought if thinks else content
-    if _SPECIAL_TOKEN.search(text):
-        return Dropped("special_token", text)
+    if _SPECIAL_TOKEN.search(text) or _SPECIAL_TOKEN.search(problem.question):
+        return Dropped("special_token", text if _SPECIAL_TOKEN.search(text) else problem.question)
     kept, removed = without_meta(text, problem.question)
     body = without_answer(without_tags(kept, tags), problem.gold)
     if not body:
         return Dropped("no_working", text)
     response = style.reference(replace(problem, answer=f"{body}\n#### {problem.gold}"))
-    if not (style.format_ok(response) and grade(response, problem.gold, "strict", tags=tags)):
+    opened = style.opens_thought
+    if not (style.format_ok(response) and grade(response, problem.gold, "strict", tags=tags, opened=opened)):
         return Dropped("not_in_form", response)
     if not cfg.min_chars <= len(response) <= cfg.max_chars:
         return Dropped("too_short" if len(response) < cfg.min_chars else "too_long", response)

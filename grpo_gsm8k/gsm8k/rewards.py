@@ -4,6 +4,9 @@ A reward function takes the completion and its problem and returns a number, or 
 components whose sum is the reward; each component is logged by itself.
 
     def reward(completion: Completion, problem: Problem) -> float | dict[str, float]: ...
+
+A completion under `r1_zero`, or under a chat template that opens a thought, starts inside that thought: a function that
+calls `grade` says so with `opened=True`.
 """
 
 from __future__ import annotations
@@ -32,10 +35,14 @@ def default_reward(
     grading: Literal["strict", "flexible"],
     tags: Tags,
 ) -> dict[str, float]:
-    """`format_weight` for the form that the prompt asked for, `answer_weight` for the right answer."""
+    """`format_weight` for the form that the prompt asked for, `answer_weight` for the right answer.
+
+    `format_ok` is the style's, see `prompts.Form`, and knows whether the prompt opened a thought.
+    """
+    opened = getattr(format_ok, "opens_thought", False)
     return {
         "format": format_weight * format_ok(completion.text),
-        "answer": answer_weight * grade(completion.text, problem.gold, grading, tags=tags),
+        "answer": answer_weight * grade(completion.text, problem.gold, grading, tags=tags, opened=opened),
     }
 
 

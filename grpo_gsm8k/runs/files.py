@@ -35,6 +35,7 @@ _DISK_ERRNOS = frozenset(
         errno.EISDIR,  # the target is a folder
     }
 )
+BOM = b"\xef\xbb\xbf"  # what some editors put before UTF-8
 _NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP})  # some network file systems
 
 
@@ -155,10 +156,10 @@ def parse_line(raw: bytes) -> dict[str, Any]:
     Raises:
         ValueError: says what is wrong with it, for a person.
     """
-    if not raw.strip():
+    if not raw.removeprefix(BOM).strip():
         raise ValueError("blank line")
     try:
-        row = json.loads(raw.decode(), parse_constant=_refuse_constant, parse_float=_finite)
+        row = json.loads(raw.removeprefix(BOM).decode(), parse_constant=_refuse_constant, parse_float=_finite)
     except UnicodeDecodeError as error:
         raise ValueError(f"invalid UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
