@@ -46,6 +46,7 @@ class Fetch:
         """List, and fetch what is missing. Raises `ShellError` and `DiskError`; what has come whole stays."""
         listing = await shell.listing(path)
         self.listed, self.others, self.promised = True, listing.others, listing.files
+        self.fault = "" if listing.whole else "the pod could not list everything"
         self._hold_back()
         for part in _parts(self.missing()):
             for name in part:
@@ -88,7 +89,7 @@ class Fetch:
             return f"the results could not be fetched: {self.fault or 'the pod did not say what there is'}"
         missing = self.missing()
         if not missing and not self.behind:
-            return ""
+            return self.fault
         whys = self.behind | dict.fromkeys(missing, self.fault or "the pod did not send it")
         home = len(self.promised) - len(whys)
         return f"{len(whys)} of {len(self.promised)} files are not here ({home} are): {named(whys)}"

@@ -71,10 +71,14 @@ newest=$(find work -name metrics.jsonl -printf '%T@ %p\\n' | sort -n | tail -n 1
 if [ -n "$newest" ]; then tail -n 1 "$newest" | head -c {piece}; else echo; fi
 tail -c +{start} log | head -c {piece}
 """
-# One entry: type, size, path, ended by a zero byte, which no path has.
+# One entry: type, size, path, ended by a zero byte, which no path has. The last one is the exit code of find.
 LIST = """\
 cd {job}/work 2>/dev/null || exit 1
-if [ -e {path} ] || [ -L {path} ]; then find -H {path} -printf '%y\\t%s\\t%p\\0' | head -c {most}; fi
+{{
+    code=0
+    if [ -e {path} ] || [ -L {path} ]; then find -H {path} -printf '%y\\t%s\\t%p\\0' || code=$?; fi
+    printf 'end\\t%s\\t\\0' "$code"
+}} | head -c {most}
 """
 # tar ends with 1 or 2 where a file has changed or vanished since it was listed: the rest has been sent all the same.
 SEND = """\
@@ -90,15 +94,19 @@ class ShellError(LaunchError):
 
 @dataclass(frozen=True)
 class Listing:
-    """What is to come home: the size of each regular file, and what the other entries are. Paths are normal."""
+    """What is to come home: the size of each regular file, and what the other entries are. Paths are normal.
+
+    `whole` is False where find met something that it could not list.
+    """
 
     files: dict[str, int]
     others: dict[str, str]
+    whole: bool
 
     @classmethod
     def of(cls, raw: bytes) -> Listing:
-        """As `LIST` prints it; a line that cannot be read is left out."""
-        files, others = dict[str, int](), dict[str, str]()
+        """As `LIST` prints it; an entry that cannot be read makes it not whole."""
+        files, others, whole = dict[str, int](), dict[str, str](), raw.endswith(b"\0end\t0\t\0") or raw == b"end\t0\t\0"
         for entry in raw.split(b"\0"):
             kind, _, rest = entry.decode("utf-8", "surrogateescape").partition("\t")
             size, _, path = rest.partition("\t")
@@ -107,7 +115,7 @@ class Listing:
                 files[name] = int(size)
             elif path and kind != "d":
                 others[name] = OTHERS.get(kind, "not a file")
-        return cls(files, others)
+        return cls(files, others, whole)
 
 
 @dataclass(frozen=True)

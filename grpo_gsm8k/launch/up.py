@@ -471,7 +471,6 @@ class Launcher:
             try:
                 shell = shell or await self._again()
                 await fetch.round(shell, self.cfg.fetch)
-                fetch.fault = ""
             except ShellError as fault:
                 fetch.fault, dropped = str(fault), True
                 if shell:

@@ -113,13 +113,10 @@ def _call(env: Mapping[str, str], method: str, path: str, body: Mapping[str, str
     base = (env.get("RUNPOD_API_BASE_URL") or API).rstrip("/")
     if not base.startswith(("https://", "http://")):
         return "RUNPOD_API_BASE_URL is no address"
-    request = urllib.request.Request(
-        f"{base}/pods/{quote(pod, safe='')}{path}",
-        json.dumps(body).encode() if body else None,
-        {"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
-        method=method,
-    )
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    data = json.dumps(body).encode() if body else None
     try:
+        request = urllib.request.Request(f"{base}/pods/{quote(pod, safe='')}{path}", data, headers, method=method)
         with _OPENER.open(request, timeout=30):  # its body is not read
             return ""
     except urllib.error.HTTPError as error:
