@@ -370,11 +370,11 @@ def write_json(path: Path, obj: Mapping[str, Any]) -> None:
 def open_log(path: Path) -> IO[bytes]:
     """Open a file to append to. A FIFO of that name, which would be waited for for ever, is a `MistakeError`."""
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
-    handle = os.fdopen(os.open(path, flags, 0o666), "a+b")
-    if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
-        handle.close()
+    descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise MistakeError(f"{path}: is no regular file; pick another --outfile")
-    return handle
+    return os.fdopen(descriptor, "a+b")
 
 
 class Ledger:
@@ -482,7 +482,9 @@ class Collector:
         if self.manifest.is_file():
             before = json.loads(self.manifest.read_text(encoding="utf-8"))["asked"]
             changed = [f"{k}: {before.get(k)!r} then, {v!r} now" for k, v in self.asked.items() if before.get(k) != v]
-            if changed:
+            if changed and not self.outfile.stat().st_size:  # nothing was answered, as after a wrong key or address
+                write_json(self.manifest, {"asked": self.asked})
+            elif changed:
                 raise MistakeError(
                     f"{self.outfile}: was begun otherwise ({'; '.join(changed)}); pick another --outfile"
                 )

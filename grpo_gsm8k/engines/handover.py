@@ -147,11 +147,11 @@ def sweep() -> None:
 
 
 def _own_lock(folder: Path) -> IO[bytes]:
-    """The lock file of a folder that is this user's alone. Raises `OSError` for every other."""
+    """The lock file of a folder that this user alone can write. Raises `OSError` for every other."""
     inside = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         found = os.fstat(inside)
-        if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        if found.st_uid != os.getuid() or found.st_mode & 0o022:
             raise PermissionError(f"{folder}: another user's")
         handle = os.fdopen(os.open("lock", os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=inside), "r+b", 0)
     finally:

@@ -73,7 +73,7 @@ class UpConfig:
     place_s: float = opt(300.0, "deadline for a machine")
     pull_s: float = opt(1500.0, "deadline for the image")
     ssh_s: float = opt(180.0, "deadline for ssh, also when it comes back")
-    fetch_s: float = opt(1800.0, "deadline for the results: longest time without another file of them")
+    fetch_s: float = opt(1800.0, "deadline for the results")
     delete_s: float = opt(300.0, "how long a failing delete is tried again")
     poll_s: float = opt(5.0, "seconds between questions")
     backoff_s: float = opt(1.0, "first wait after a failed request; then twice as long each time")
