@@ -134,7 +134,7 @@ def test_a_list_is_read_with_every_odd_name(tmp_path):
     for name in ("x", "a\tb", "new\nline", "'quoted\"", "-rf", b"\xff".decode("utf-8", "surrogateescape")):
         (here / name).write_text("12")
     (here / "l").symlink_to("x")
-    script = shell.LIST.format(job="grpo-job", path="./a", most=10000)
+    script = shell.LIST.format(job="grpo-job", fetching="f", path="./a", most=10000)
     said = subprocess.run(["sh", "-s"], input=script.encode(), cwd=tmp_path, capture_output=True, check=True).stdout
     found = Listing.of(said)
     assert found.whole and found.others == {"a/l": "a link"}

@@ -519,6 +519,9 @@ def test_numbers_that_no_record_can_hold_are_refused(tmp_path, flag, value):
         ({"log": ""}, (1e10, 900, 3600), ""),
         ({"log": "", "status": "0"}, (1e10, 900, 0), ""),
         ({"log": "", "status": "0"}, (1e10, 0, 3600), "nobody came"),
+        ({"log": "", "status": "0", "fetching": ""}, (1e10, 0.5, 3600), "nobody came"),
+        ({"log": "", "status": "-600", "fetching": ""}, (1e10, 300, 3600), ""),
+        ({"log": "", "status": "-600", "fetching": "-400"}, (1e10, 300, 3600), "nobody came"),
         ({"DONE": ""}, (1e10, 900, 3600), "started again after its job"),
         ({"boots": "6"}, (1e10, 900, 3600), "started 6 times"),
     ],
@@ -526,6 +529,8 @@ def test_numbers_that_no_record_can_hold_are_refused(tmp_path, flag, value):
 def test_a_pod_knows_when_to_end(tmp_path, files, limits, why):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
+        if text.startswith("-"):  # seconds ago
+            os.utime(tmp_path / name, (time.time() + int(text),) * 2)
     now = time.time()
     found = watchdog.reason_to_end(tmp_path, watchdog.Limits(*limits), now, now + 1)
     assert why in found and bool(found) == bool(why)

@@ -211,8 +211,9 @@ def test_after_a_dead_host_a_new_pod_goes_on_from_the_last_push(world, tmp_path,
     monkeypatch.setenv("HF_ENDPOINT", the_hub.url)
 
     def watch(event):
-        if event.startswith("command_") and the_hub.commits and len(provider.pods) == 1:
-            provider.on_command.setdefault(int(event.removeprefix("command_")) + 1, "die")
+        if event.startswith("command_") and the_hub.commits:
+            provider.watch = lambda event: None  # once
+            provider.on_command[int(event.removeprefix("command_")) + 1] = "die"
 
     provider.watch = watch
     job = "mkdir -p artifacts; cat artifacts/step && exit; echo pushed > artifacts/step; sleep 100"

@@ -24,7 +24,7 @@ import asyncssh
 
 from grpo_gsm8k.errors import ConfigError, DiskError, LaunchError
 from grpo_gsm8k.launch.archive import BLOCK, ArchiveError, Limits, Unpacked, normal, path_fault, unpack
-from grpo_gsm8k.launch.watchdog import JOB
+from grpo_gsm8k.launch.watchdog import FETCHING, JOB
 
 PIECE = 1 << 20  # bytes of log of one look
 ANSWER_S = 60.0  # longest that one command may be silent
@@ -74,6 +74,7 @@ tail -c +{start} log | head -c {piece}
 # One entry: type, size, path, ended by a zero byte, which no path has. The last one is the exit code of find.
 LIST = """\
 cd {job}/work 2>/dev/null || exit 1
+touch ../{fetching}
 {{
     code=0
     if [ -e {path} ] || [ -L {path} ]; then find -H {path} -printf '%y\\t%s\\t%p\\0' || code=$?; fi
@@ -81,9 +82,12 @@ cd {job}/work 2>/dev/null || exit 1
 }} | head -c {most}
 """
 # tar ends with 1 or 2 where a file has changed or vanished since it was listed: the rest has been sent all the same.
+# The loop tells the watchdog that somebody has come for the results, as long as this shell lives.
 SEND = """\
 cd {job}/work || exit 1
+while kill -s 0 $$ 2>/dev/null; do touch ../{fetching}; sleep 20; done </dev/null >/dev/null 2>&1 &
 printf '%s\\0' {names} | tar --format=gnu --hard-dereference --no-recursion --null -T - -cf -
+kill "$!"
 """
 STOP = "kill -s {signal} -- -$(cat {job}/pid)"
 
@@ -185,7 +189,7 @@ class Shell:
 
     async def listing(self, path: str) -> Listing:
         """What is below a path of the job's folder. The path itself may be a link; none below it is followed."""
-        script = LIST.format(job=JOB, path=shlex.quote(f"./{path}"), most=MOST_LIST + 1)
+        script = LIST.format(job=JOB, fetching=FETCHING, path=shlex.quote(f"./{path}"), most=MOST_LIST + 1)
         said = await self._run(script, most=MOST_LIST + 1)
         if len(said) > MOST_LIST:
             raise LaunchError(f"--fetch {path}: the list of its files is longer than {MOST_LIST >> 20} MiB")
@@ -207,7 +211,7 @@ class Shell:
             archive = tempfile.TemporaryFile(dir=into)  # noqa: SIM115  (closed below; it has no name)
         with archive:
             names = " ".join(shlex.quote(f"./{name}") for name in files)
-            await self._run(SEND.format(job=JOB, names=names), most=most, sink=archive, check=False)
+            await self._run(SEND.format(job=JOB, fetching=FETCHING, names=names), most=most, sink=archive, check=False)
             with local_disk(into):
                 archive.flush()
             archive.seek(0)

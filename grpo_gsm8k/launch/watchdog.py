@@ -34,6 +34,7 @@ from urllib.parse import quote
 from grpo_gsm8k.launch.settings import API
 
 JOB = "grpo-job"  # in the home folder: run.sh env pid log status, work/ (the job's own folder), boots, DONE
+FETCHING = "fetching"  # in it: touched while the launcher fetches the results
 MOST_BOOTS = 5
 
 
@@ -73,7 +74,7 @@ def reason_to_end(job: Path, limits: Limits, booted: float, now: float) -> str:
     if _boots(job) > MOST_BOOTS:
         return f"the container was started {_boots(job)} times"
     ended = _changed(job / "status")
-    if ended and now - ended >= limits.grace_s:
+    if ended and now - max(ended, _changed(job / FETCHING)) >= limits.grace_s:
         return "the job has ended and nobody came for the results"
     heard = max([booted, *(_changed(path) for path in [job / "log", *(job / "work").rglob("*")])])
     if not ended and now - heard >= limits.stale_s:
