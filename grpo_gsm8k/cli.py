@@ -22,6 +22,7 @@ import typer
 from grpo_gsm8k import config
 from grpo_gsm8k.errors import GrpoError, Interrupted, UserError
 from grpo_gsm8k.launch import settings as launch_settings
+from grpo_gsm8k.runs.clean import printable, printable_json
 
 app = typer.Typer(
     help="SFT → expert iteration → GRPO on GSM8K, on one node.",
@@ -88,7 +89,7 @@ def register(
 def show(result: Mapping[str, Any], as_json: bool, table: str = "") -> None:
     """A command's result on stdout: one JSON object, or a table of `evals.tables`, or a line per key."""
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(printable_json(json.dumps(result, ensure_ascii=False)))
         return
     if table:
         from grpo_gsm8k.evals import tables
@@ -109,7 +110,7 @@ def _short(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_short(v) for v in value) + "]"
-    return str(value)
+    return printable(str(value))
 
 
 # ------------------------------------------------------------------------- the main path, and its stages
@@ -217,13 +218,14 @@ def merge(
 def push(
     model: Annotated[Path, typer.Argument(help="checkpoint folder in a run directory")],
     repo_id: Annotated[str, typer.Option(help="hub repository, owner/name")],
-    public: Annotated[bool, typer.Option(help="make it public; it is private otherwise")] = False,
+    public: Annotated[bool, typer.Option(help="make it public, or push to one that is; private otherwise")] = False,
+    dry_run: Annotated[bool, typer.Option(help="show what would be uploaded; ask the hub nothing")] = False,
     as_json: Json = False,
 ) -> None:
     """Upload a checkpoint with a model card written from its run."""
     from grpo_gsm8k.launch import publish
 
-    show(publish.push(model, repo_id, public), as_json)
+    show(publish.preview(model, repo_id) if dry_run else publish.push(model, repo_id, public), as_json)
 
 
 @app.command()
@@ -385,13 +387,15 @@ def launch_down(run: RunName, state_dir: StateDir = RECORDS, as_json: Json = Fal
 @launch_app.command("reap")
 def launch_reap(
     everything: Annotated[bool, typer.Option("--all", help="also pods within their deadline")] = False,
+    yes: Annotated[bool, typer.Option(help="with --all: pods of other machines and people, too, unasked")] = False,
+    dry_run: Annotated[bool, typer.Option(help="list what would be deleted, and delete nothing")] = False,
     state_dir: StateDir = RECORDS,
     as_json: Json = False,
 ) -> None:
     """Delete pods of this project that outlived their deadline, from any machine that has the key."""
     from grpo_gsm8k.launch import manage
 
-    show(manage.reap(state_dir, everything), as_json)
+    show(manage.reap(state_dir, everything, yes=yes, dry_run=dry_run), as_json)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -418,7 +422,7 @@ def run_command(name: str) -> None:
 
 
 def _say(message: str) -> None:
-    print(" ".join(message.split()), file=sys.stderr)
+    print(printable(" ".join(message.split())), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -35,16 +35,19 @@ import hashlib
 import json
 import os
 import random
+import secrets
 import signal
+import stat
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import IO, Any, TypeVar
+from urllib.parse import urljoin, urlsplit
 
 import aiohttp
 
@@ -59,6 +62,8 @@ HOPELESS = {
     403: "the key may not do this; check {env} and --model",
     404: "no such endpoint or model; check --base_url and --model",
 }
+LEAST_BYTES, TOKEN_BYTES, MOST_BYTES = 4 << 20, 1 << 10, 256 << 20  # of an answer: some, for each token, and at most
+MESSAGE_BYTES = 1 << 16  # of an error
 RETRIED = frozenset({408, 409, 425, 429})  # and everything from 500 on
 
 
@@ -197,6 +202,55 @@ def token_counts(usage: Any) -> tuple[int, int, int] | None:
     return prompt, min(cached, prompt), completion  # type: ignore[type-var, return-value]  # checked just above
 
 
+async def read_body(response: aiohttp.ClientResponse, most: int, cut: bool = False) -> bytes:
+    """The body, of which no more than `most` bytes are ever held; its session has `auto_decompress=False`.
+
+    A megabyte of gzip can hold a gigabyte: it is unpacked piece by piece, up to the limit.
+
+    Args:
+        cut: return the beginning of a longer body.
+
+    Raises:
+        ValueError: it is longer, broken, or in an encoding that was not asked for.
+    """
+    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("identity", "", "gzip", "x-gzip", "deflate"):
+        raise ValueError(f"a body in the encoding {encoding[:20]!r}, which was not asked for")
+    packed, body = encoding not in ("identity", ""), bytearray()
+    unpacker = zlib.decompressobj(wbits=47)  # gzip or zlib
+    async for piece in response.content.iter_chunked(1 << 16):
+        while piece and len(body) <= most:
+            if not packed:
+                body, piece = body + piece, b""
+                continue
+            try:
+                body += unpacker.decompress(piece, most + 1 - len(body))
+            except zlib.error:
+                raise ValueError("a broken gzip body") from None
+            piece = unpacker.unconsumed_tail
+            if unpacker.eof:  # another member may follow
+                piece, unpacker = unpacker.unused_data, zlib.decompressobj(wbits=47)
+        if len(body) > most:
+            if cut:
+                break
+            raise ValueError(f"a body of more than {most} bytes")
+    return bytes(body[:most])
+
+
+def origin(url: str) -> str:
+    """Scheme, host and port, for a message; "" for what is no URL."""
+    try:
+        parts = urlsplit(url)
+        return f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}" if parts.hostname else ""
+    except ValueError:
+        return ""
+
+
+def printable(text: str) -> str:
+    """One line of it: a terminal must not obey what an API has sent."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+
+
 def retry_after(value: str | None, now: datetime) -> float:
     """Seconds to wait, from a Retry-After header in either form (RFC 9110, 10.2.3); 0 where it says nothing."""
     if not value:
@@ -240,7 +294,7 @@ class Log:
     def __init__(self, path: Path, redact: Redact) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self._redact = path, redact
-        self._handle = path.open("a+b")
+        self._handle = open_log(path)
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -300,13 +354,27 @@ def sync_folder(folder: Path) -> None:
 
 def write_json(path: Path, obj: Mapping[str, Any]) -> None:
     """Replace a file as a whole, or not at all."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("w", encoding="utf-8") as handle:
-        handle.write(json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}-{path.name}")
+    try:
+        with temporary.open("x", encoding="utf-8") as handle:  # never somebody else's file, or behind a link
+            handle.write(json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
+
+
+def open_log(path: Path) -> IO[bytes]:
+    """Open a file to append to. A FIFO of that name, which would be waited for for ever, is a `MistakeError`."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise MistakeError(f"{path}: is no regular file; pick another --outfile")
+    return os.fdopen(descriptor, "a+b")
 
 
 class Ledger:
@@ -414,7 +482,9 @@ class Collector:
         if self.manifest.is_file():
             before = json.loads(self.manifest.read_text(encoding="utf-8"))["asked"]
             changed = [f"{k}: {before.get(k)!r} then, {v!r} now" for k, v in self.asked.items() if before.get(k) != v]
-            if changed:
+            if changed and not self.outfile.stat().st_size:  # nothing was answered, as after a wrong key or address
+                write_json(self.manifest, {"asked": self.asked})
+            elif changed:
                 raise MistakeError(
                     f"{self.outfile}: was begun otherwise ({'; '.join(changed)}); pick another --outfile"
                 )
@@ -438,9 +508,11 @@ class Collector:
             loop.add_signal_handler(number, self._signalled, number, loop)
         cfg, jobs = self.cfg, iter(self._jobs())
         timeout = aiohttp.ClientTimeout(cfg.timeout, sock_connect=cfg.connect_timeout, sock_read=cfg.read_timeout)
-        headers = {"Authorization": f"Bearer {self._key}"}
+        headers = {"Authorization": f"Bearer {self._key}", "Accept-Encoding": "gzip, deflate"}
         connector = aiohttp.TCPConnector(limit=0)  # the gate decides
-        async with aiohttp.ClientSession(headers=headers, timeout=timeout, connector=connector) as session:
+        async with aiohttp.ClientSession(
+            headers=headers, timeout=timeout, connector=connector, auto_decompress=False
+        ) as session:
             await asyncio.gather(*(self._work(session, jobs) for _ in range(cfg.concurrency)))
         self.line.show(self._status(), last=True)
         summary = self._summary()
@@ -540,17 +612,29 @@ class Collector:
         url = self.cfg.base_url.rstrip("/") + "/chat/completions"
         try:
             async with session.post(url, json=body, allow_redirects=False) as response:
-                raw = await response.read()
+                most = min(MOST_BYTES, LEAST_BYTES + TOKEN_BYTES * self.cfg.max_tokens)
+                good = response.status == 200
+                raw = await read_body(response, most if good else MESSAGE_BYTES, cut=not good)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as fault:
             raise CallError(f"no connection: {self._said(str(fault))}", free=True) from None
         except (aiohttp.ClientError, TimeoutError) as fault:  # an error's repr may hold the headers: never shown
             raise CallError(f"{type(fault).__name__}: {self._said(str(fault)) or 'past its deadline'}") from None
+        except ValueError as fault:
+            raise CallError(f"unusable answer: {fault}") from None
         if response.status == 200:
             try:
                 return parse_answer(raw)
             except ValueError as fault:
                 raise CallError(f"unusable answer: {fault}: {self._said(raw)}") from None
+        if 300 <= response.status < 400:
+            self._redirected(response)
         raise self._refusal(response.status, response.headers.get("Retry-After"), raw)
+
+    def _redirected(self, response: aiohttp.ClientResponse) -> None:
+        """The key goes where --base_url says and nowhere else, so every other call would end the same way."""
+        target = origin(urljoin(str(response.url), response.headers.get("Location", "")))
+        self._hopeless = True
+        self._stop(f"HTTP {response.status}: a redirect to {self._said(target)} is not followed; check --base_url")
 
     def _refusal(self, status: int, after: str | None, raw: bytes) -> CallError:
         reason = f"HTTP {status}: {self._said(raw)}"
@@ -564,7 +648,7 @@ class Collector:
     def _said(self, raw: bytes | str) -> str:
         """The beginning of what came back, on one line, the key blotted out before anything is cut."""
         text = raw.decode("utf-8", "replace") if isinstance(raw, bytes) else raw
-        return " ".join(self._redact(text).split())[:200]
+        return printable(self._redact(text))[:200]
 
     # ---------------------------------------------------------------------------------------- what follows
 

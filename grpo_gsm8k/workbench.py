@@ -6,7 +6,6 @@ The stages' `train` functions receive these; a test hands them toys instead.
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from grpo_gsm8k.gsm8k.problems import load_problems
 from grpo_gsm8k.gsm8k.prompts import Renderer, check_lengths
 from grpo_gsm8k.preflight import Subject, check_ids, embeddings_of
 from grpo_gsm8k.runs.directory import Run, open_run
-from grpo_gsm8k.runs.files import disk_errors, sync_tree
+from grpo_gsm8k.runs.files import atomic_folder
 from grpo_gsm8k.trainer import adapter, loop, ranks
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.memory import engine_share
@@ -373,11 +372,7 @@ def merge(cfg: ModelConfig, out: Path) -> dict[str, Any]:
         raise RunDirError(f"{out}: exists already; pick another --out_dir")
     model, renderer = adapter.merged(cfg), Renderer.of(cfg, load_tokenizer(cfg))
     prepare_to_save(model, end_ids(renderer))
-    unfinished = out.with_name(f".writing_{out.name}")
-    with disk_errors(out):
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with atomic_folder(out) as unfinished:
         model.save_pretrained(unfinished)
         renderer.save_pretrained(unfinished)
-        sync_tree(unfinished)
-        unfinished.rename(out)
     return {"model": str(out), "weights_sha256": weights_sha256(model.named_parameters())}

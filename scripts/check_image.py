@@ -26,6 +26,7 @@ import re
 import shlex
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -520,7 +521,10 @@ def pytest() -> dict[str, Any]:
 
 def prepare(store: Path) -> None:
     """Storage and settings of its own, unless the environment names some."""
-    store.mkdir(parents=True, exist_ok=True)
+    store.mkdir(parents=True, exist_ok=True, mode=0o755)
+    found = store.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise SystemExit(f"{store}: is not a folder of this user's alone; name another --store")
     storage = f'[storage]\ndriver = "overlay"\nrunroot = "{store}/run"\ngraphroot = "{store}/storage"\n'
     for name, file, text in (
         ("CONTAINERS_STORAGE_CONF", "storage.conf", storage),

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gzip
 import json
 import random
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from email.utils import formatdate
 from time import time
 from typing import Any
+from urllib.parse import quote
 
 from aiohttp import web
 
@@ -54,6 +57,7 @@ class FakeApi:
         self.requests: list[dict[str, Any]] = []
         self.met: Counter[str] = Counter()
         self.running = self.most = 0
+        self.bomb, self.location = b"", ""  # of the faults "bomb" and "307"
 
     def app(self) -> web.Application:
         app = web.Application()
@@ -76,6 +80,20 @@ class FakeApi:
         self.met[fault] += 1
         prompt = body["messages"][-1]["content"]
         await asyncio.sleep(self.delay)
+        if fault == "307":
+            return web.Response(status=307, headers={"Location": quote(self.location, safe=":/")})
+        if fault.startswith("bomb"):
+            status = int(fault[5:] or 200)
+            return web.Response(body=self.bomb, status=status, headers={"Content-Encoding": "gzip"})
+        if fault in ("odd_encoding", "broken_gzip"):
+            encoding = "br" if fault == "odd_encoding" else "gzip"
+            return web.Response(body=b"\x1f\x8bxxxxxxxxx", headers={"Content-Encoding": encoding})
+        if fault in ("gzip", "two_gzips", "deflate"):
+            whole = self._body(prompt, "", body["stream"])
+            self.paid[prompt] += 1
+            parts = [whole[:20], whole[20:]] if fault == "two_gzips" else [whole]
+            packed = b"".join(map(zlib.compress if fault == "deflate" else gzip.compress, parts))
+            return web.Response(body=packed, headers={"Content-Encoding": "deflate" if fault == "deflate" else "gzip"})
         if fault.isdecimal() or fault in REFUSALS:
             return self._refusal(fault, request)
         if fault == "timeout":

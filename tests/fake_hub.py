@@ -23,10 +23,12 @@ class FakeHub:
         self.info: dict[str, dict[str, Any]] = {}
         self.gated: set[str] = set()
         self.read_only: set[str] = set()
+        self.public: set[str] = set()
         self.commits: list[str] = []
+        self.redirect = ""  # where every request of the API is sent
 
     def app(self) -> web.Application:
-        app = web.Application(client_max_size=1 << 28)
+        app = web.Application(client_max_size=1 << 28, middlewares=[self.send_elsewhere])
         app.router.add_post("/api/repos/create", self.create)
         app.router.add_post("/api/validate-yaml", self.card)
         app.router.add_get("/api/models/{owner}/{name}/auth-check", self.auth)
@@ -38,6 +40,13 @@ class FakeHub:
         app.router.add_get("/api/models/{owner}/{name}/revision/{revision}", self.model)
         app.router.add_get("/{owner}/{name}/resolve/{revision}/{path:.*}", self.resolve)
         return app
+
+    @web.middleware
+    async def send_elsewhere(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        if self.redirect:
+            return web.Response(status=307, headers={"Location": self.redirect})
+        answer: web.StreamResponse = await handler(request)
+        return answer
 
     @staticmethod
     def _repo(request: web.Request) -> str:
@@ -78,7 +87,13 @@ class FakeHub:
     async def model(self, request: web.Request) -> web.Response:
         repo = self._repo(request)
         siblings = [{"rfilename": path} for path in self.files.get(repo, {})]
-        said = {"id": repo, "sha": "c" * 40, "siblings": siblings, "private": False, **self.info.get(repo, {})}
+        said = {
+            "id": repo,
+            "sha": "c" * 40,
+            "siblings": siblings,
+            "private": repo not in self.public,
+            **self.info.get(repo, {}),
+        }
         return self._missing(request) or web.json_response(said)
 
     async def tree(self, request: web.Request) -> web.Response:

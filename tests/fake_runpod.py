@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import itertools
 import json
 import os
@@ -80,10 +81,11 @@ class FakeRunpod:
     Args:
         key: the account's.
         faults: route → what befalls its next requests, in order; "" for nothing. Routes: catalog, create, list, get,
-            delete, logs. Faults: a status, drop, drop_after, 500_after, late, malformed, hang.
+            delete, logs, action. Faults: a status, drop, drop_after, 500_after, late, malformed, hang, redirect, bomb.
         lives: how the pods made behave, in order; then "ok".
         on_command: number of the ssh command in a pod → what befalls it; the first one starts the job.
         run_args: really run the container's command (the watchdog).
+        tools: programs of the pods, by name: a shell script each, before those of this machine.
     """
 
     def __init__(
@@ -95,7 +97,14 @@ class FakeRunpod:
         on_command: dict[int, str] | None = None,
         run_args: bool = False,
         host_key_in_log: str = "own",
+        tools: dict[str, str] | None = None,
     ) -> None:
+        self.tools = folder / "bin"
+        self.tools.mkdir(parents=True)
+        for name, script in (tools or {}).items():
+            (self.tools / name).write_text(f"#!/bin/sh\n{script}\n")
+            (self.tools / name).chmod(0o755)
+        self.elsewhere: list[tuple[str, str]] = []  # what was sent after a redirect: path, key
         self.folder, self.key, self.run_args, self.host_key_in_log = folder, key, run_args, host_key_in_log
         self.faults = {route: list(them) for route, them in (faults or {}).items()}
         self.lives, self.on_command = list(lives), dict(on_command or {})
@@ -121,6 +130,7 @@ class FakeRunpod:
         app.router.add_get("/v2/pods/{id}/logs", self.logs)
         app.router.add_post("/v2/pods/{id}/action", self.action)
         app.router.add_post("/hook", self.hook)
+        app.router.add_route("*", "/elsewhere/{path:.*}", self.another_origin)
         return app
 
     # ---- faults
@@ -142,6 +152,10 @@ class FakeRunpod:
             return fault, web.Response()
         if fault == "hang":
             await asyncio.sleep(5)
+        if fault == "redirect":
+            return fault, web.Response(status=307, headers={"Location": self.other_url})
+        if fault == "bomb":
+            return fault, web.Response(body=gzip.compress(bytes(40 << 20)), headers={"Content-Encoding": "gzip"})
         if fault == "malformed":
             return fault, web.Response(text='{"id": "pod', content_type="application/json")
         if fault == "html":
@@ -251,10 +265,21 @@ class FakeRunpod:
         said = "".join(f"data: {json.dumps({'source': 'container', 'line': x, 'ts': 0})}\n\n" for x in lines)
         return web.Response(text=said, content_type="text/event-stream")
 
+    @property
+    def other_url(self) -> str:
+        """The same server under another name: another origin."""
+        return self.url.replace("127.0.0.1", "localhost").replace("/v2", "/elsewhere/x")
+
+    async def another_origin(self, request: web.Request) -> web.StreamResponse:
+        self.elsewhere.append((request.path, request.headers.get("Authorization", "")))
+        return web.json_response({"gpus": [], "pods": []})
+
     async def hook(self, request: web.Request) -> web.StreamResponse:
         fault = self.webhook_faults.pop(0) if self.webhook_faults else ""
         if fault == "hang":
             await asyncio.sleep(5)
+        elif fault == "307":
+            return web.Response(status=307, headers={"Location": self.other_url})
         elif fault:
             return web.Response(status=int(fault))
         self.webhooks.append((dict(request.headers), await request.read()))
@@ -330,7 +355,8 @@ class FakeRunpod:
         if fault == "restart":  # of the container: its disk is new, its processes are gone
             pod.kill_job()
             subprocess.run(["rm", "-rf", str(pod.home / "grpo-job")], check=True)
-        env = {"HOME": str(pod.home), "PATH": PATH, "LANG": "C.UTF-8", **self.pod_env(pod)}
+        path = f"{self.tools}:{PATH}"
+        env = {"HOME": str(pod.home), "PATH": path, "LANG": "C.UTF-8", **self.pod_env(pod)}
         told = await process.stdin.read() if process.command == "sh -s" else b""
         command = ["sh", "-c", process.command or "sh"]
         ran = await asyncio.to_thread(subprocess.run, command, cwd=pod.home, env=env, input=told, capture_output=True)

@@ -333,6 +333,43 @@ def test_only_what_dead_processes_left_is_swept(tmp_path, monkeypatch):
     alive.close()
 
 
+def test_what_others_have_put_into_shared_memory_is_left_alone(tmp_path, monkeypatch, capsys):
+    """A FIFO that would be waited for, links that would be followed, a folder of another user's, and taken names."""
+    monkeypatch.setattr(handover, "SHARED_MEMORY", tmp_path / "shm")
+    shm, elsewhere = tmp_path / "shm", tmp_path / "elsewhere"
+    shm.mkdir()
+    elsewhere.mkdir()
+    for name in ("fifo", "dangling", "linked", "foreign", "open"):
+        (shm / f"{handover.PREFIX}{name}").mkdir()
+    os.mkfifo(shm / f"{handover.PREFIX}fifo" / "lock")
+    (shm / f"{handover.PREFIX}dangling" / "lock").symlink_to(elsewhere / "made")
+    (elsewhere / "lock").touch()
+    (shm / f"{handover.PREFIX}link").symlink_to(elsewhere)
+    (shm / f"{handover.PREFIX}linked" / "lock").symlink_to(elsewhere / "lock")
+    (shm / f"{handover.PREFIX}file").touch()
+    for name in ("foreign", "open"):
+        (shm / f"{handover.PREFIX}{name}" / "lock").touch()
+    (shm / f"{handover.PREFIX}open").chmod(0o777)
+    if os.geteuid() == 0:
+        os.chown(shm / f"{handover.PREFIX}foreign", 12345, 12345)
+    else:
+        (shm / f"{handover.PREFIX}foreign").chmod(0o770)
+    before = sorted(shm.rglob("*"))
+    names = iter(["file", "foreign", "free"])
+    monkeypatch.setattr(handover.secrets, "token_hex", lambda n: next(names))
+    outbox = Outbox(tmp_path / "disk")
+    assert outbox.put(1, WEIGHTS).path.parent == shm / f"{handover.PREFIX}free"
+    assert (shm / f"{handover.PREFIX}free").stat().st_mode & 0o777 == 0o700
+    outbox.close()
+    assert sorted(shm.rglob("*")) == before and sorted(elsewhere.iterdir()) == [elsewhere / "lock"]
+    monkeypatch.setattr(handover.secrets, "token_hex", lambda n: "file")  # taken, whatever is tried
+    outbox = Outbox(tmp_path / "disk")
+    assert outbox.put(1, WEIGHTS).path.parent == tmp_path / "disk"
+    assert "handing over by way of" in capsys.readouterr().err
+    outbox.close()
+    assert sorted(shm.rglob("*")) == before
+
+
 # ------------------------------------------------------------------------------------------ vLLM's own transfer
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import http.server
 import json
 import os
+import pty
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
-import tarfile
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +24,7 @@ from typing import Any
 import pytest
 
 from grpo_gsm8k.errors import ConfigError, GrpoError
-from grpo_gsm8k.launch import manage, shell, up, watchdog, webhook
+from grpo_gsm8k.launch import fetch, manage, records, shell, up, watchdog, webhook
 from tests.fake_runpod import FakeRunpod, Pod, serve
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -60,8 +64,14 @@ class Script:
     host_key_in_log: str = "own"
     command: list[str] = field(default_factory=lambda: JOB)
     settings: dict[str, Any] = field(default_factory=dict)
+    tools: dict[str, str] = field(default_factory=dict)
+    full: int = 0  # how often this machine's disk is found full
 
 
+RED = r"\033[31mred \007 \342\200\256"
+HOSTILE = Path(__file__).resolve().parent / "hostile_tar.py"
+LINKS = "mkdir -p artifacts/w; echo 1 > artifacts/w/x; echo 2 > artifacts/z; cd artifacts; "
+LINKS += "ln -s /etc/passwd w/debug-core.log; ln -s w latest; ln z w/hard; mkfifo pipe"
 SLOW = {  # near relatives of the others
     "this GPU is not allowed",
     "the catalog is garbage once",
@@ -128,7 +138,64 @@ SCRIPTS = [
         host_key_in_log="other",
         settings={"rounds": 1, "ssh_s": 0.3, "gpu": "NVIDIA L40S"},
     ),
-    Script("the log shows no host key", "is pinned from now on", host_key_in_log="none"),
+    Script("the log shows no host key", "nobody knows who answers", 1, host_key_in_log="none", settings={"ssh_s": 0.3}),
+    Script(
+        "the log shows no host key, and that is taken",
+        "is pinned from now on",
+        host_key_in_log="none",
+        settings={"insecure_host_key": True},
+    ),
+    Script("the catalog is elsewhere", "a redirect to http://localhost", 1, 0, {"catalog": ["redirect"]}),
+    Script("the create is elsewhere", "a redirect to http://localhost", 1, 0, {"create": ["redirect"]}),
+    Script("a delete is elsewhere", "a redirect to http://localhost", 0, 1, {"delete": ["redirect"] * 2}),
+    Script("the log is elsewhere", "results:", 0, 1, {"logs": ["redirect"]}),
+    Script("the catalog is a bomb", "results:", 0, 1, {"catalog": ["bomb"]}),
+    Script("a hook is elsewhere", r"webhook events could not be delivered \(HTTP 307: a redirect"),
+    Script(
+        "links and a FIFO are in the results",
+        r"skipped: .*artifacts/w/debug-core.log \(a link\)",
+        command=["sh", "-c", LINKS],
+    ),
+    Script(
+        "the archive is hostile",
+        r"INCOMPLETE: 1 of 1 files are not here .*artifacts/answer \(the pod did not send it\)",
+        1,
+        tools={"tar": f"exec {sys.executable} {HOSTILE}"},
+        command=["sh", "-c", "mkdir artifacts; head -c 999999 /dev/zero > artifacts/answer"],
+    ),
+    Script(
+        "the archive is none",
+        "INCOMPLETE: .*did not arrive whole: cut off",
+        1,
+        tools={"tar": "seq 99"},
+        settings={"fetch_s": 0.3},
+    ),
+    Script(
+        "the archive never ends",
+        "INCOMPLETE: .*sent more than the",
+        1,
+        tools={"tar": "yes | head -c 9999999"},
+        settings={"fetch_s": 0.3},
+    ),
+    Script("the disk here is full", "INCOMPLETE: .* are free", 1, full=999, settings={"fetch_s": 0.5}),
+    Script("the disk here is full for a while", " are free.*missing, asking again in", full=2),
+    Script(
+        "every fetch fails",
+        "INCOMPLETE: the results could not be fetched: .*ssh dropped",
+        1,
+        on_command=dict.fromkeys(range(5, 200), "drop"),
+        settings={"fetch_s": 0.5},
+    ),
+    Script("a file is beyond the limit", "INCOMPLETE: .*beyond --fetch_file_gb", 1, settings={"fetch_file_gb": 1e-9}),
+    Script(
+        "the job writes to the terminal",
+        r"^red \\x07 \\u202e 2$",
+        command=[
+            "sh",
+            "-c",
+            r"printf '\033]0;t\007\033[31mred\033[0m \007 \342\200\256 1\r\033[31mred \007 \342\200\256 2\n'",
+        ],
+    ),
     Script("questions fail while it boots", "HTTP 500", 0, 1, {"get": ["500"] * 5 + ["malformed", "drop", "404"]}),
     Script("ssh drops at the start", "connecting again", on_command={1: "drop"}),
     Script("ssh drops in the run, the port changes", "connecting again", on_command={2: "move", 4: "move"}),
@@ -195,7 +262,7 @@ def assert_over(fake, tmp_path, said):
 @pytest.mark.parametrize(
     "script", [pytest.param(s, id=s.name, marks=[pytest.mark.slow] if s.name in SLOW else []) for s in SCRIPTS]
 )
-def test_no_pod_is_left_and_the_user_is_told(script, tmp_path, capfd):
+def test_no_pod_is_left_and_the_user_is_told(script, tmp_path, capfd, monkeypatch):
     fake = FakeRunpod(
         tmp_path / "pods",
         SECRETS["RUNPOD_API_KEY"],
@@ -203,13 +270,20 @@ def test_no_pod_is_left_and_the_user_is_told(script, tmp_path, capfd):
         script.lives,
         script.on_command,
         host_key_in_log=script.host_key_in_log,
+        tools=script.tools,
     )
+    if script.full:
+        answers = iter([shutil.disk_usage("/")._replace(free=10)] * script.full)
+        monkeypatch.setattr(shell.shutil, "disk_usage", lambda path, ask=shutil.disk_usage: next(answers, ask(path)))
+    if script.name == "a hook is elsewhere":
+        fake.webhook_faults = ["307"]
     with serve(fake):
         settings = {"webhook": fake.url.replace("/v2", "/hook"), **script.settings}
         code, result = run(fake, tmp_path, script.command, **settings)
     said = capfd.readouterr().err + str(result)
     assert_over(fake, tmp_path, said)
-    assert re.search(script.says, said), said
+    assert re.search(script.says, said, re.MULTILINE), said
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", said) and not fake.elsewhere
     assert (code, len(fake.pods), fake.most_at_once <= 1) == (script.code, script.pods, True), said
     assert not any(any(script) for script in fake.faults.values()), fake.faults  # all of it happened
     if code == 0 and script.command is JOB and not script.settings:
@@ -350,6 +424,89 @@ def test_attach_goes_on_where_a_killed_launcher_was(tmp_path, capfd, monkeypatch
     assert (Path(done["results"]) / "artifacts" / "x").read_text() == "7\n"
 
 
+UNREADABLE: dict[str, Any] = {
+    "empty": "",
+    "truncated": '{"run": "run-00000',
+    "nan": '{"run": "run-000001", "deadline": NaN}',
+    "version": '{"run": "run-000001", "colour": "blue", "leases": []}',
+    "list": "[]",
+    "types": None,
+    "leases": None,
+    "deep": "[" * 100_000,
+    "bytes": "\xff\x00",
+}
+
+
+@pytest.mark.parametrize("how", [*UNREADABLE, "folder", "fifo", "link"])
+def test_an_unreadable_record_is_named_and_the_others_are_served(account, tmp_path, capfd, how):
+    fake, put = account
+    state = tmp_path / "state"
+    mine = records.Record("b-000002", ["x"], 1.0, 4e9, {}, leases=[records.Lease("pod2", "g", 1.0, 1.0)], stage="boot")
+    records.begin(mine, state)
+    good = json.loads((state / "b-000002" / "state.json").read_text())
+    path = state / "a-000001" / "state.json"
+    path.parent.mkdir()
+    if how == "folder":
+        path.mkdir()
+    elif how == "fifo":
+        os.mkfifo(path)
+    elif how == "link":
+        path.symlink_to("/dev/zero")
+    else:
+        wrong = {"types": {**good, "deadline": "soon"}, "leases": {**good, "leases": [{"pod_id": 3}]}}
+        text = json.dumps(wrong[how]) if how in wrong else UNREADABLE[how]
+        path.write_text(text, encoding="latin-1")
+    for name in ("a-000001-20990101T000000Z", "b-000002-20990101T000000Z", "c-000003-20200101T000000Z"):
+        put(f"grpo-gsm8k-{name}")
+    rows = manage.status(state)["pods"]
+    assert [(row["run"], row["stage"]) for row in rows] == [
+        ("a-000001", "unknown here"),
+        ("b-000002", "boot"),
+        ("c-000003", "unknown here"),
+    ]
+    assert "a-000001/state.json" in capfd.readouterr().err
+    manage.logs(state, "b")
+    assert [row["pod"] for row in manage.reap(state, everything=False)["deleted"]] == ["pod2", "pod3"]
+    assert [row["pod"] for row in manage.down(state, "a-000001")["deleted"]] == ["pod1"]
+    assert fake.billable() == []
+
+
+def test_reap_all_asks_before_it_deletes_what_may_be_a_colleagues(account, tmp_path, capfd, monkeypatch):
+    fake, put = account
+    state = tmp_path / "state"
+    mine = records.Record("a-000001", ["x"], 1.0, 4e9, {}, leases=[records.Lease("pod1", "g", 1.0, 1.0)], stage="run")
+    records.begin(mine, state)
+    for name in ("a-000001-20990101T000000Z", "b-000002-20990101T000000Z", "c-000003-20200101T000000Z"):
+        put(f"grpo-gsm8k-{name}")
+    dry = manage.reap(state, everything=True, dry_run=True)
+    assert [(row["pod"], row["record"]) for row in dry["would_delete"]] == [
+        ("pod1", "here"),
+        ("pod2", "elsewhere"),
+        ("pod3", "elsewhere"),
+    ]
+    with pytest.raises(ConfigError, match=r"may be a colleague's: pod2 of b-000002, until 2099.*--yes"):
+        manage.reap(state, everything=True)
+    assert len(fake.billable()) == 3
+    for answer, left in (("n\n", 3), ("\n", 3), ("y\n", 0)):
+        read, write = pty.openpty()
+        with os.fdopen(read, "r+b", 0) as ours, os.fdopen(write, "r") as theirs, monkeypatch.context() as patch:
+            ours.write(answer.encode())
+            patch.setattr(sys, "stdin", theirs)
+            patch.setattr(sys.stderr, "isatty", lambda: True)
+            manage.reap(state, everything=True)
+        assert len(fake.billable()) == left
+    put("grpo-gsm8k-d-000004-20990101T000000Z")
+    assert [row["pod"] for row in manage.reap(state, everything=True, yes=True)["deleted"]] == ["pod4"]
+
+
+@pytest.mark.parametrize("flag", ["hours", "budget", "fetch_s", "poll_s", "min_memory", "delete_s"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_numbers_that_no_record_can_hold_are_refused(tmp_path, flag, value):
+    with pytest.raises(ConfigError, match=flag):
+        up.up({**QUICK, "state_dir": str(tmp_path / "state"), flag: value}, JOB)
+    assert not (tmp_path / "state").exists()
+
+
 # ---- the pod's own end
 
 
@@ -362,6 +519,9 @@ def test_attach_goes_on_where_a_killed_launcher_was(tmp_path, capfd, monkeypatch
         ({"log": ""}, (1e10, 900, 3600), ""),
         ({"log": "", "status": "0"}, (1e10, 900, 0), ""),
         ({"log": "", "status": "0"}, (1e10, 0, 3600), "nobody came"),
+        ({"log": "", "status": "0", "fetching": ""}, (1e10, 0.5, 3600), "nobody came"),
+        ({"log": "", "status": "-600", "fetching": ""}, (1e10, 300, 3600), ""),
+        ({"log": "", "status": "-600", "fetching": "-400"}, (1e10, 300, 3600), "nobody came"),
         ({"DONE": ""}, (1e10, 900, 3600), "started again after its job"),
         ({"boots": "6"}, (1e10, 900, 3600), "started 6 times"),
     ],
@@ -369,6 +529,8 @@ def test_attach_goes_on_where_a_killed_launcher_was(tmp_path, capfd, monkeypatch
 def test_a_pod_knows_when_to_end(tmp_path, files, limits, why):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
+        if text.startswith("-"):  # seconds ago
+            os.utime(tmp_path / name, (time.time() + int(text),) * 2)
     now = time.time()
     found = watchdog.reason_to_end(tmp_path, watchdog.Limits(*limits), now, now + 1)
     assert why in found and bool(found) == bool(why)
@@ -394,6 +556,43 @@ def test_the_watchdog_ends_a_forgotten_pod_or_its_job(tmp_path, refused):
         assert "own key sees it" in log and ended in log
         assert fake.billable() == (["pod1"] if refused else [])
         assert "pod1-key" not in log
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_the_watchdog_keeps_its_key_to_itself(tmp_path, status):
+    met = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self):
+            met.append((self.headers.get("Host"), self.headers.get("Authorization")))
+            self.send_response(status if self.path.startswith("/v2") else 200)
+            self.send_header("Location", f"http://localhost:{server.server_port}/elsewhere")
+            self.end_headers()
+
+        do_GET = do_POST = answer
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    base = f"http://127.0.0.1:{server.server_port}/v2/"
+    env = {"RUNPOD_POD_ID": "p", "RUNPOD_API_KEY": "k", "RUNPOD_API_BASE_URL": base}
+    said = watchdog.end(tmp_path / "job", env)
+    server.shutdown()
+    thread.join()
+    server.server_close()
+    assert said.startswith(f"CANNOT END THIS POD (HTTP {status}, a redirect, which is not followed)")
+    assert met == [(f"127.0.0.1:{server.server_port}", "Bearer k")]
+    for base in ("file:///etc/passwd", "data:,x", "http://["):
+        assert "CANNOT END" in watchdog.end(tmp_path / "job", {**env, "RUNPOD_API_BASE_URL": base})
+    assert "ValueError" in watchdog.end(tmp_path / "job", {**env, "RUNPOD_API_KEY": "k\nk"})
+
+
+def test_a_deadline_that_never_comes_does_not_keep_a_pod_alive():
+    limits = watchdog.Limits.of({"GRPO_GSM8K_DEADLINE": "nan", "GRPO_GSM8K_GRACE_S": "inf", "GRPO_GSM8K_STALE_S": "x"})
+    assert limits.deadline < time.time() + 86401 and (limits.grace_s, limits.stale_s) == (900, 3600)
 
 
 # ---- words to the outside
@@ -453,28 +652,50 @@ def test_a_job_that_ends_while_it_is_looked_at_is_not_lost(tmp_path, files, kill
     assert said.splitlines()[0] == state
 
 
-def test_an_archive_writes_nothing_outside_its_folder_on_any_python(tmp_path, monkeypatch):
-    """tarfile has no filters before Python 3.11.4."""
-    monkeypatch.delattr("tarfile.data_filter", raising=False)
-    archive, into = tmp_path / "x.tar", tmp_path / "in" / "to"
-    into.mkdir(parents=True)
-    with tarfile.open(archive, "w") as made:
-        for name, kind in {
-            "a": tarfile.DIRTYPE,
-            "a/good": tarfile.REGTYPE,
-            "../bad": tarfile.REGTYPE,
-            f"{tmp_path}/bad": tarfile.REGTYPE,
-            "link": tarfile.SYMTYPE,
-            "link/bad": tarfile.REGTYPE,
-            "device": tarfile.CHRTYPE,
-        }.items():
-            member = tarfile.TarInfo(name)
-            member.type, member.mode, member.linkname = kind, 0o4777 if name == "a/good" else 0o755, str(tmp_path)
-            made.addfile(member)
-    shell._unpack(archive, into)
-    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
-    assert found == {"x.tar", "in", "in/to", "in/to/a", "in/to/a/good", "in/to/link", "in/to/link/bad"}
-    assert not (into / "link").is_symlink() and (into / "a" / "good").stat().st_mode & 0o7777 == 0o755
+WANDB_JOB = """
+from pathlib import Path
+from grpo_gsm8k.runs.wandb_sink import WandbSink
+sink = WandbSink("project", "run", Path("artifacts/run"), {"data": "/home/alice/secret.jsonl", "lr": 1.0})
+sink.log(1, {"loss": 1.0})
+sink.close()
+Path("artifacts/model.safetensors").write_bytes(b"weights")
+"""
+
+
+def test_results_with_real_wandb_runs_come_home_whole(tmp_path, capfd):
+    """wandb leaves absolute links in every run directory."""
+    fake = FakeRunpod(tmp_path / "pods", SECRETS["RUNPOD_API_KEY"])
+    job = ["sh", "-c", f"WANDB_MODE=offline WANDB_API_KEY= HF_TOKEN= exec python -c {shlex.quote(WANDB_JOB)}"]
+    with serve(fake):
+        code, done = run(fake, tmp_path, job, fetch_s=60.0)
+    said = capfd.readouterr().err
+    assert code == 0 and re.search(r"skipped: .*debug-core.log \(a link\)", said), (done, said)
+    there, here = tmp_path / "pods" / "pod1" / "grpo-job" / "work", Path(done["results"])
+    files = {path.relative_to(there) for path in there.rglob("*") if path.is_file() and not path.is_symlink()}
+    assert len(files) == done["files"] >= 6
+    assert all((here / path).read_bytes() == (there / path).read_bytes() for path in files)
+    assert {path.relative_to(here) for path in here.rglob("*") if not path.is_dir()} == files
+    assert len(done["skipped"]) == 4 and len(list(here.rglob("run-*.wandb"))) == 1
+    public = b"".join(path.read_bytes() for path in here.rglob("*") if path.suffix in (".wandb", ".json", ".txt"))
+    hidden = (b"alice", str(tmp_path).encode(), str(Path.home()).encode() + b"/", b"/home/")
+    assert b"loss" in public and not [word for word in hidden if word in public]
+
+
+def test_what_is_here_is_not_asked_for_again(tmp_path, monkeypatch):
+    """Parts of two files; the second is cut off behind its first file, and the next round brings the rest."""
+    monkeypatch.setattr(fetch, "PART_FILES", 2)
+    log, tar = tmp_path / "asked", shutil.which("tar")
+    script = f"cat > {log}.new; tr '\\0' '\\n' < {log}.new >> {log}; echo >> {log}; most=9999999; "
+    script += f"[ $(grep -c '^$' {log}) != 2 ] || most=900; {tar} \"$@\" < {log}.new | head -c $most"
+    fake = FakeRunpod(tmp_path / "pods", SECRETS["RUNPOD_API_KEY"], tools={"tar": script})
+    job = ["sh", "-c", "mkdir artifacts; for i in 1 2 3 4 5; do echo $i > artifacts/$i; done"]
+    with serve(fake):
+        code, done = run(fake, tmp_path, job)
+    asked = [part.split() for part in log.read_text().split("\n\n") if part]
+    assert code == 0 and done["files"] == 5, (done, asked)
+    assert [len(part) for part in asked] == [2, 2, 1, 1] and asked[3] == asked[1][1:]
+    results = Path(done["results"]) / "artifacts"
+    assert all((results / f"{i}").read_text() == f"{i}\n" for i in range(1, 6))
 
 
 # ---- refused before anything is rented

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -75,6 +76,9 @@ def test_memory_term_by_term(monkeypatch):
     assert need(toy, offloaded, 4) == pytest.approx(
         1.08 * (6000 + update + 2280 + fixed), abs=1e-3
     )  # on one of the four
+
+
+REAL_API = hub.api
 
 
 @pytest.fixture
@@ -162,6 +166,44 @@ def test_a_run_folder_is_pushed_and_a_new_machine_goes_on_from_it(world, tmp_pat
     assert the_hub.files["me/run"] == {"run/checkpoints/step_3/w": b"1\n"}
 
 
+def test_nothing_is_published_without_a_word(world):
+    the_hub, provider = world
+    the_hub.files["me/open"], the_hub.public = {}, {"me/open"}
+    with pytest.raises(ConfigError, match=r"is a public repository.*--public"):
+        up({**QUICK, "repo_id": "me/open"}, ["true"])
+    hub.check_push("me/open", public=True)
+    assert not provider.requests["create"]
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_what_looks_secret_is_not_pushed_and_no_link_is_followed(world, tmp_path, public):
+    the_hub, _ = world
+    hub.check_push("me/run")
+    kept = {"runs/a/metrics.jsonl", "runs/a/checkpoints/step_1/model.safetensors", "runs/a/tokenizer.json"}
+    personal = {"runs/a/wandb/x/run-1.wandb", "runs/a/sys/machine.json", "runs/a/command.txt", "job.log"}
+    secret = {".env", "runs/a/.env.local", "runs/a/id_rsa", "x.pem", ".netrc", "runs/.git/config", "a/.ssh/known"}
+    for name in kept | personal | secret | {".git/config", "c/credentials.json", "token"}:
+        (tmp_path / "artifacts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "artifacts" / name).write_text("x")
+    (tmp_path / "outside").write_text("private")
+    (tmp_path / "artifacts" / "runs" / "a" / "link[1]").symlink_to(tmp_path / "outside")
+    keep.push("me/run", tmp_path / "artifacts", public)
+    assert set(the_hub.files["me/run"]) == {f"run/{name}" for name in (kept if public else kept | personal)}
+
+
+def test_the_hub_sends_the_token_and_the_files_nowhere_else(world, monkeypatch):
+    the_hub, provider = world
+    REAL_API()
+    client = HfApi(endpoint=the_hub.url, token=TOKEN)
+    monkeypatch.setattr(hub, "api", lambda: client)
+    the_hub.files["me/run"], the_hub.redirect = {}, provider.other_url
+    with pytest.raises(ConfigError, match="a redirect to http://localhost, which is not followed"):
+        hub.check_push("me/run")
+    with pytest.raises(ConnectionError, match="not followed"):
+        client.create_commit("me/run", [], commit_message="x")
+    assert provider.elsewhere == []
+
+
 @pytest.mark.slow  # two pods load the hub's client
 def test_after_a_dead_host_a_new_pod_goes_on_from_the_last_push(world, tmp_path, monkeypatch, capfd):
     the_hub, provider = world
@@ -169,8 +211,9 @@ def test_after_a_dead_host_a_new_pod_goes_on_from_the_last_push(world, tmp_path,
     monkeypatch.setenv("HF_ENDPOINT", the_hub.url)
 
     def watch(event):
-        if event.startswith("command_") and the_hub.commits and len(provider.pods) == 1:
-            provider.on_command.setdefault(int(event.removeprefix("command_")) + 1, "die")
+        if event.startswith("command_") and the_hub.commits:
+            provider.watch = lambda event: None  # once
+            provider.on_command[int(event.removeprefix("command_")) + 1] = "die"
 
     provider.watch = watch
     job = "mkdir -p artifacts; cat artifacts/step && exit; echo pushed > artifacts/step; sleep 100"
@@ -249,6 +292,65 @@ def test_a_checkpoint_is_pushed_with_what_its_run_recorded(world, tmp_path):
     ):
         assert said in card
     assert "10.0%" not in card and "/home/me" not in card
+    assert publish.preview(model, "me/model")["left_here"] == ["manifest.json", "optimizer.safetensors", "state.json"]
     (model / "model.safetensors").write_text("other")
     with pytest.raises(CheckpointError, match="damaged"):
         publish.push(model, "me/model")
+
+
+def test_what_is_published_says_nothing_of_this_machine(world, tmp_path, monkeypatch):
+    """Paths, names of users and hosts, and keys, in the card and in the files of an adapter."""
+    the_hub, _ = world
+    monkeypatch.setattr(publish.platform, "node", lambda: "alices-laptop")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    run = tmp_path / "alice" / "runs" / "grpo"
+    base = str(tmp_path / "alice" / "models" / "my-base")
+    Path(base).mkdir(parents=True)
+    cached = "/home/alice/.cache/huggingface/hub/models--Qwen--Qwen2.5-0.5B/snapshots/0123abcd"
+    template = "{{ '/home/alice/x' }}"
+    files = {
+        "adapter_config.json": {"base_model_name_or_path": base, "r": 8, "revision": None},
+        "config.json": {"_name_or_path": cached, "hidden_size": 8},
+        "tokenizer_config.json": {"name_or_path": base, "chat_template": template},
+        "tokenizer.json": {"model": {"vocab": {"/home/alice/": 1}}},
+    }
+
+    def fill(folder):
+        (folder / "adapter_model.safetensors").write_bytes(b"w")
+        for name, obj in files.items():
+            write_json(folder / name, obj)
+
+    model = checkpoint.write(run / "checkpoints", 3, fill, {})
+    write_json(run / "data.json", {f"{tmp_path}/alice/train.jsonl": {"sha256": "ab" * 32}})
+    settings = {"model_id": base, "reward": f"{base}/mine.py:fn", "run_name": "on alices-laptop", "data": base}
+    (run / "config.toml").write_text("[grpo]\n" + "".join(f'{key} = "{value}"\n' for key, value in settings.items()))
+    (run / "code.diff").write_text("# commit 43ac3f93\n")
+    write_jsonl(run / "metrics.jsonl", [{"step": 3}])
+    (model / ".env").write_text("KEY=1")
+    (model / "notes.txt").write_text("private")
+    seen = publish.preview(model, "me/model")
+    assert {row["path"] for row in seen["upload"]} == {"README.md", "adapter_model.safetensors", *files}
+    assert seen["left_here"] == [".env", "manifest.json", "notes.txt", "state.json"] and not the_hub.commits
+    publish.push(model, "me/model")
+    pushed = the_hub.files["me/model"]
+    assert set(pushed) == {row["path"] for row in seen["upload"]}
+    assert json.loads(pushed["adapter_config.json"]) == {
+        **files["adapter_config.json"],
+        "base_model_name_or_path": "my-base",
+    }
+    assert json.loads(pushed["config.json"])["_name_or_path"] == "Qwen/Qwen2.5-0.5B"
+    assert json.loads(pushed["tokenizer_config.json"]) == {"name_or_path": "my-base", "chat_template": template}
+    card = pushed["README.md"].decode()
+    assert (
+        "alice" not in card
+        and str(tmp_path) not in card
+        and "reward = 'mine.py:fn'" in card
+        and "| train.jsonl |" in card
+    )
+    the_hub.public = {"me/model"}
+    with pytest.raises(ConfigError, match="--public"):
+        publish.push(model, "me/model")
+    (run / "config.toml").write_text(f'[grpo]\nmodel_id = "x"\nnote = "{TOKEN}"\n')
+    with pytest.raises(ConfigError, match=r"README.md: holds what looks like a key"):
+        publish.push(model, "me/other")
+    assert "me/other" not in the_hub.files

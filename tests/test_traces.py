@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar
@@ -217,11 +219,62 @@ def test_a_hopeless_answer_stops_at_once_and_nothing_is_marked_failed(infile, ca
             run(url, infile, "--concurrency", "2", "--max_retries", "0", expect=2)
             err = capfd.readouterr().err
             assert 1 <= len(api.requests) <= 2 and err.count("error: ") == 1 and word in err and KEY not in err
+    with serve(FakeApi(answer)) as url:  # nothing was answered, so nothing is fixed
+        assert run(url, infile, "--limit", "1")["records"] == 1
     with serve(FakeApi(answer)) as url:  # the base URL is part of what was asked
         run(url, infile, expect=2)
     assert "was begun otherwise (base_url" in capfd.readouterr().err
     assert (infile.parent / "traces.failures.jsonl").read_bytes() == b""
     assert_key_nowhere(infile.parent)
+
+
+@pytest.mark.parametrize("where", ["http://localhost:1/v1\x1b[31m", "//evil.example/x", "/v1/other", ""])
+def test_a_redirect_stops_at_once_and_gets_neither_key_nor_question(infile, capfd, where):
+    api = FakeApi(answer)
+    api.script, api.location = ["307"] * 99, where
+    with serve(api) as url:
+        run(url, infile, "--concurrency", "1", expect=2)
+    err = capfd.readouterr().err
+    assert len(api.requests) == 1 and "HTTP 307: a redirect to" in err and err.count("\n") == 2 and "\x1b" not in err
+    assert (infile.parent / "traces.failures.jsonl").read_bytes() == b""
+
+
+@pytest.mark.parametrize("fault", ["bomb", "bomb_500", "odd_encoding", "broken_gzip"])
+def test_a_body_is_never_held_beyond_its_limit(infile, fault):
+    """40 kB of gzip that hold 40 MB, and what is no gzip at all."""
+    api = FakeApi(answer)
+    api.script = [fault] * 2
+    api.bomb = gzip.compress(bytes(40 << 20))
+    tracemalloc.start()
+    with serve(api) as url:
+        said = run(url, infile, "--limit", "1", "--max_retries", "1", expect=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert said["failed"] == 1 and peak < 24 << 20
+    (row,) = rows_of(infile.parent / "traces.failures.jsonl")
+    words = {"bomb": "more than 8388608 bytes", "bomb_500": "HTTP 500", "odd_encoding": "'br'", "broken_gzip": "broken"}
+    assert words[fault] in row["reason"]
+
+
+def test_a_compressed_answer_is_read(infile):
+    api = FakeApi(answer)
+    api.script = ["gzip", "two_gzips", "deflate"]
+    with serve(api) as url:
+        assert run(url, infile, "--limit", "3", "--concurrency", "1")["records"] == 3
+    assert set(api.met) >= {"gzip", "two_gzips", "deflate"} and api.met[""] == 0
+
+
+@pytest.mark.parametrize("name", ["traces.jsonl", "traces.failures.jsonl", "traces.calls.jsonl"])
+def test_a_fifo_in_the_place_of_a_file_is_refused_at_once(infile, capfd, name):
+    os.mkfifo(infile.parent / name)
+    run("http://127.0.0.1:9", infile, expect=2)
+    assert "is no regular file" in capfd.readouterr().err
+
+
+def test_a_manifest_is_not_written_through_a_link_that_others_can_foresee(tmp_path):
+    (tmp_path / ".tmp-m.json").symlink_to(tmp_path / "elsewhere")
+    r1_traces.write_json(tmp_path / "m.json", {"a": 1})
+    assert not (tmp_path / "elsewhere").exists() and not (tmp_path / "m.json").is_symlink()
 
 
 @pytest.mark.parametrize(

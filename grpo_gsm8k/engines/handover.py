@@ -7,7 +7,10 @@ leaves the engine with the weights it had.
 from __future__ import annotations
 
 import fcntl
+import os
+import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -25,6 +28,7 @@ from grpo_gsm8k.trainer.policy import weights_sha256
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "grpo_gsm8k-"
+NAMES = 10  # attempts at a name in shared memory that nobody has taken
 
 
 class HandoverError(EngineError):
@@ -84,9 +88,12 @@ class Outbox:
         sweep()
         self.fallback = fallback
         self._shared: Path | None = None
-        self._lock: IO[str] | None = None
+        self._lock: IO[bytes] | None = None
         if SHARED_MEMORY.is_dir():
-            self._shared, self._lock = _locked_folder()
+            try:
+                self._shared, self._lock = _locked_folder()
+            except OSError as fault:
+                talk(f"{SHARED_MEMORY}: cannot be used ({fault.strerror}); handing over by way of {fallback}")
         self.newest: Handover | None = None
 
     def put(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> Handover:
@@ -125,20 +132,51 @@ class Outbox:
 
 
 def sweep() -> None:
-    """Remove what killed processes left in shared memory. A folder whose owner lives is locked by it."""
-    for lock in SHARED_MEMORY.glob(f"{PREFIX}*/lock"):
+    """Remove what killed processes left in shared memory. A folder whose owner lives is locked by it.
+
+    Everybody may make names there: only a folder of this user's is touched, no link is followed, nothing is created,
+    and no FIFO is waited for.
+    """
+    for folder in SHARED_MEMORY.glob(f"{PREFIX}*"):
         try:
-            with lock.open("a") as handle:
+            with _own_lock(folder) as handle:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(lock.parent, ignore_errors=True)
-        except (BlockingIOError, PermissionError, FileNotFoundError):  # alive, another user's, or just gone
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # alive, another user's, a link, or just gone
             continue
 
 
-def _locked_folder() -> tuple[Path, IO[str]]:
-    """A fresh folder that only this user can enter; the open lock file in it says that its owner lives."""
+def _own_lock(folder: Path) -> IO[bytes]:
+    """The lock file of a folder that this user alone can write. Raises `OSError` for every other."""
+    inside = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        found = os.fstat(inside)
+        if found.st_uid != os.getuid() or found.st_mode & 0o022:
+            raise PermissionError(f"{folder}: another user's")
+        handle = os.fdopen(os.open("lock", os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=inside), "r+b", 0)
+    finally:
+        os.close(inside)
+    if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+        handle.close()
+        raise PermissionError(f"{folder}: its lock is no file")
+    return handle
+
+
+def _locked_folder() -> tuple[Path, IO[bytes]]:
+    """A fresh folder that only this user can enter; the open lock file in it says that its owner lives.
+
+    Raises:
+        OSError: none can be made there, or its name was taken by somebody else again and again.
+    """
     unnamed = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=SHARED_MEMORY))
-    handle = (unnamed / "lock").open("a")
+    handle = (unnamed / "lock").open("xb", buffering=0)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    folder = unnamed.rename(SHARED_MEMORY / unnamed.name.removeprefix("."))  # seen by `sweep` only now
-    return folder, handle
+    for attempt in range(NAMES):
+        try:  # seen by `sweep` only now
+            return unnamed.rename(SHARED_MEMORY / f"{PREFIX}{secrets.token_hex(8)}"), handle
+        except OSError:
+            if attempt == NAMES - 1:
+                shutil.rmtree(unnamed, ignore_errors=True)
+                handle.close()
+                raise
+    raise AssertionError

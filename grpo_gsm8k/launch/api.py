@@ -7,7 +7,7 @@ Errors are RFC 9457 problem documents: `{title, status, detail, errors[]}`.
 | 429                         | wait as it says, ask again  | the same: certainly nothing was made                 |
 | 5xx, broken reply, no reply | back off, ask again         | `Unsure`: a pod may have been made                   |
 | 400, 403                    | `Refused`                   | `Refused`: the next GPU                              |
-| 401, 402, 422, the rest     | `Hopeless`                  | `Hopeless`: another attempt would fail the same way  |
+| a redirect, 401, 402, 422   | `Hopeless`                  | `Hopeless`: another attempt would fail the same way  |
 | 404                         | no such pod                 | `Hopeless`                                           |
 
 The key goes into one header, and is in no message: a reply is blotted before it is quoted.
@@ -23,18 +23,23 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import urljoin
 
 import aiohttp
 
 from grpo_gsm8k.errors import LaunchError
 from grpo_gsm8k.launch.settings import api_base, api_key
-from grpo_gsm8k.r1_traces import retry_after
+from grpo_gsm8k.r1_traces import origin, read_body, retry_after
+from grpo_gsm8k.runs.clean import one_line
 
 TRIES = 5
 LONGEST_WAIT_S = 60.0
+MOST_BYTES = 16 << 20  # of a reply
+MESSAGE_BYTES = 1 << 16  # of an error
 TIMEOUT = aiohttp.ClientTimeout(total=60.0, sock_connect=15.0)
 GONE = frozenset({"TERMINATED"})
 DEAD = GONE | {"EXITED", "ERROR"}
+POD_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 HOST_KEY = re.compile(r"ssh-ed25519 [A-Za-z0-9+/]{68}")
 
 
@@ -114,13 +119,18 @@ class Runpod:
             not_this: our own public key, which the container may print as well.
         """
         url = f"{self._base}/pods/{pod_id}/logs"
-        found = None
+        found, seen = None, 0
         try:
-            async with self._session.get(url, params={"tail": "500"}, timeout=aiohttp.ClientTimeout(total=10)) as reply:
-                if reply.status == 200:
+            async with self._session.get(
+                url, params={"tail": "500"}, timeout=aiohttp.ClientTimeout(total=10), allow_redirects=False
+            ) as reply:
+                if reply.status == 200 and not reply.headers.get("Content-Encoding"):
                     async for line in reply.content:  # server-sent events; the stream may stay open
                         for key in HOST_KEY.findall(line.decode("utf-8", "replace")):
                             found = key if key not in not_this else found
+                        seen += len(line)
+                        if seen > MOST_BYTES:
+                            break
         except (aiohttp.ClientError, TimeoutError, ValueError):  # ValueError: a line beyond the reader's limit
             pass
         return found
@@ -143,15 +153,21 @@ class Runpod:
                 async with self._session.request(
                     method, self._base + path, json=body, params=query, allow_redirects=False
                 ) as reply:
-                    raw = await reply.text(errors="replace")
                     status, after = reply.status, reply.headers.get("Retry-After")
+                    whole = status < 300
+                    raw = (await read_body(reply, MOST_BYTES if whole else MESSAGE_BYTES, cut=not whole)).decode(
+                        "utf-8", "replace"
+                    )
+                    target = origin(urljoin(str(reply.url), reply.headers.get("Location", "")))
                 if status < 300:
                     return read(json.loads(raw) if raw.strip() else None)
                 if status == 404 and method in ("GET", "DELETE"):
                     return read(None)
                 fault = f"{what}: {self._problem(status, raw)}"
+                if status < 400:  # the key is for this address alone
+                    fault = f"{what}: HTTP {status}: a redirect to {one_line(target)}, which is not followed"
             except (aiohttp.ClientError, TimeoutError) as lost:
-                status, fault = 0, f"{what}: {self._blot(str(lost)) or 'no answer in time'}"
+                status, fault = 0, f"{what}: {one_line(self._blot(str(lost))) or 'no answer in time'}"
             except (ValueError, LookupError, TypeError, AttributeError):
                 status, fault = 0, f"{what}: a reply that cannot be read"
             if status == 429:
@@ -174,21 +190,24 @@ class Runpod:
             text = "; ".join(str(part) for part in parts if part)
         except (ValueError, AttributeError, TypeError):
             text = raw
-        return f"HTTP {status}: {' '.join(self._blot(text).split())[:300]}"
+        return f"HTTP {status}: {one_line(self._blot(text))}"
 
 
 @asynccontextmanager
 async def connect(blot: Callable[[str], str], backoff_s: float = 1.0) -> AsyncIterator[Runpod]:
     """A client with the key of the environment."""
-    headers = {"Authorization": f"Bearer {api_key()}"}
-    async with aiohttp.ClientSession(headers=headers, timeout=TIMEOUT) as session:
+    headers = {"Authorization": f"Bearer {api_key()}", "Accept-Encoding": "identity"}
+    async with aiohttp.ClientSession(headers=headers, timeout=TIMEOUT, auto_decompress=False) as session:
         yield Runpod(session, blot, backoff_s)
 
 
 def _pod(said: Mapping[str, Any]) -> Pod:
     direct = (said.get("ssh") or {}).get("direct")
     ssh = (str(direct["host"]), int(direct["port"]), str(direct.get("username") or "root")) if direct else None
-    return Pod(str(said["id"]), str(said["name"]), str(said["status"]), _number(said.get("cost")) or 0.0, ssh)
+    if not POD_ID.fullmatch(str(said["id"])):
+        raise ValueError("no id of a pod")  # it becomes part of an address
+    name, status = one_line(str(said["name"])), one_line(str(said["status"]))
+    return Pod(str(said["id"]), name, status, _number(said.get("cost")) or 0.0, ssh)
 
 
 def _offers(said: Any, cloud: str) -> list[Offer | None]:
@@ -206,4 +225,6 @@ def _offer(row: Mapping[str, Any], cloud: str) -> Offer | None:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """None for what is no number, or one that no price is."""
+    known = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e9
+    return float(value) if known else None

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_session
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from grpo_gsm8k.errors import ConfigError, ModelError
+from grpo_gsm8k.runs.clean import one_line
 from grpo_gsm8k.runs.files import read_json
 from grpo_gsm8k.trainer.costs import Shape
 
@@ -30,24 +31,51 @@ class ModelFacts:
 
 def api() -> Any:
     """The client; HF_ENDPOINT and HF_TOKEN say where and who."""
+    session = get_session()
+    if _refuse_other_origin not in session.event_hooks["response"]:
+        hooks = session.event_hooks
+        session.event_hooks = hooks | {"response": [*hooks["response"], _refuse_other_origin]}
     return HfApi()
 
 
-def check_push(repo_id: str) -> None:
-    """Make sure that HF_TOKEN may write to the repository; a missing one is made, private. Raises `ConfigError`."""
+def _refuse_other_origin(response: Any) -> None:
+    """Files may come from elsewhere, without the token; whether we may push, and what we push, is the hub's alone."""
+    request = response.request
+    if response.has_redirect_location and request.url.path.startswith("/api/"):
+        target = request.url.join(response.headers["location"])
+        if (target.scheme, target.host, target.port) != (request.url.scheme, request.url.host, request.url.port):
+            raise ConnectionError(f"a redirect to {target.scheme}://{target.host}, which is not followed")
+
+
+def check_push(repo_id: str, public: bool = False) -> None:
+    """Make sure that HF_TOKEN may write to the repository; a missing one is made, private.
+
+    Args:
+        public: it may be public.
+
+    Raises:
+        ConfigError: it may not be written, or everybody can read what would be pushed there.
+    """
     if repo_id.count("/") != 1:
         raise ConfigError(f"--repo_id {repo_id}: must read owner/name")
     hub = api()
     try:
         try:
             hub.auth_check(repo_id, write=True)
+            is_public = not public and hub.model_info(repo_id).private is not True
         except RepositoryNotFoundError:
             hub.create_repo(repo_id, private=True, exist_ok=True)
             hub.auth_check(repo_id, write=True)
+            is_public = False  # as it has just been made
     except UNREACHABLE as fault:
         raise ConfigError(
             f"--repo_id {repo_id}: cannot be pushed to with this HF_TOKEN ({_short(fault)}); nothing was rented"
         ) from None
+    if is_public:
+        raise ConfigError(
+            f"--repo_id {repo_id}: is a public repository, and everything that is pushed would be published: make it "
+            "private on its page, or add --public"
+        )
 
 
 def model_facts(model_id: str) -> ModelFacts:
@@ -82,4 +110,4 @@ def _facts(model_id: str, info: Any, path: str) -> ModelFacts:
 
 
 def _short(fault: Exception) -> str:
-    return " ".join(str(fault).split())[:200] or type(fault).__name__
+    return one_line(str(fault), 200) or type(fault).__name__

@@ -10,6 +10,7 @@ tried again at the next turn, and does not disturb the job.
 from __future__ import annotations
 
 import argparse
+import glob
 import signal
 import subprocess
 import sys
@@ -21,6 +22,15 @@ from grpo_gsm8k.launch import hub
 from grpo_gsm8k.runs.progress import talk
 
 WHERE = "run"
+# Never pushed, wherever they lie (`*` also stands for slashes): what usually holds keys.
+SECRET = [
+    *(f"{start}{name}" for start in ("", "*/") for name in (".env", ".env.*", ".netrc", ".npmrc", ".pypirc", ".git/*")),
+    *(f"{start}{name}" for start in ("", "*/") for name in (".ssh/*", ".aws/*", "id_rsa*", "id_ed25519*", "id_ecdsa*")),
+    *(f"{start}{name}" for start in ("", "*/") for name in ("credentials*", "secrets*", "token", ".git-credentials")),
+    *("*.pem", "*.key", "*.p12", "*.pfx", "*.kdbx"),
+]
+# Not pushed to a public repository: what tells of the machine and of whoever started the job.
+PERSONAL = [*(f"{start}{name}" for start in ("", "*/") for name in ("wandb/*", "sys/*", "command.txt", "log")), "*.log"]
 UNFINISHED = [".tmp-*", "**/.tmp-*", ".writing*", "**/.writing*/**", "**/.lock", ".lock"]
 
 
@@ -36,24 +46,30 @@ def restore(repo_id: str, folder: Path) -> bool:
     return bool(files)
 
 
-def push(repo_id: str, folder: Path) -> None:
-    """The folder as one commit; what is no longer there is removed. A failure is said, no more."""
+def push(repo_id: str, folder: Path, public: bool = False) -> None:
+    """The folder as one commit; what is no longer there is removed. A failure is printed, no more.
+
+    Args:
+        public: everybody can read it.
+    """
     if not folder.is_dir():
         return
+    links = [glob.escape(str(path.relative_to(folder))) for path in folder.rglob("*") if path.is_symlink()]
+    left_out = [*UNFINISHED, ".restoring/**", *SECRET, *links, *(PERSONAL if public else [])]
     try:
         hub.api().upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             path_in_repo=WHERE,
             commit_message="The run so far",
-            ignore_patterns=[*UNFINISHED, ".restoring/**"],
+            ignore_patterns=left_out,
             delete_patterns="*",
         )
     except hub.UNREACHABLE as fault:  # also a checkpoint that was retired while it was read
         talk(f"not pushed this time: {type(fault).__name__}")
 
 
-def run(repo_id: str, folder: Path, every_s: float, command: Sequence[str]) -> int:
+def run(repo_id: str, folder: Path, every_s: float, command: Sequence[str], public: bool = False) -> int:
     """Restore, run, push every so often and at the end; the command's exit code."""
     if restore(repo_id, folder):
         talk(f"going on from what was pushed to {repo_id}")
@@ -61,7 +77,7 @@ def run(repo_id: str, folder: Path, every_s: float, command: Sequence[str]) -> i
 
     def keep_pushing() -> None:
         while not ended.wait(every_s):
-            push(repo_id, folder)
+            push(repo_id, folder, public)
 
     thread = threading.Thread(target=keep_pushing)
     thread.start()
@@ -70,7 +86,7 @@ def run(repo_id: str, folder: Path, every_s: float, command: Sequence[str]) -> i
     finally:
         ended.set()
         thread.join()
-        push(repo_id, folder)
+        push(repo_id, folder, public)
     return code if code >= 0 else 128 - code
 
 
@@ -80,12 +96,13 @@ def main() -> int:
     parser.add_argument("--repo_id", required=True)
     parser.add_argument("--folder", required=True, type=Path)
     parser.add_argument("--every_s", required=True, type=float)
+    parser.add_argument("--public", action="store_true")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     flags = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     command = flags.command[1:] if flags.command[:1] == ["--"] else flags.command
-    return run(flags.repo_id, flags.folder, flags.every_s, command)
+    return run(flags.repo_id, flags.folder, flags.every_s, command, flags.public)
 
 
 if __name__ == "__main__":

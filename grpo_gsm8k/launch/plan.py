@@ -39,7 +39,7 @@ def plan(values: Mapping[str, Any]) -> dict[str, Any]:
     if cfg.count and cfg.count not in COUNTS:
         raise ConfigError(f"--count {cfg.count}: must be one of {', '.join(map(str, COUNTS))}")
     if cfg.repo_id:
-        hub.check_push(cfg.repo_id)
+        hub.check_push(cfg.repo_id, public=True)
     facts = hub.model_facts(cfg.model_id)
     options = [row for count, offers in asyncio.run(_catalogs(cfg)) for row in _options(cfg, facts, count, offers)]
     wanted = records.names_in(cfg.gpu) or list(PREFERENCE)

@@ -6,46 +6,111 @@ config and the commit are read from the run directory that the checkpoint lies i
 
 from __future__ import annotations
 
+import json
+import platform
+import re
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import CommitOperationAdd, ModelCardData
 
-from grpo_gsm8k.errors import DataError, LaunchError
+from grpo_gsm8k.errors import ConfigError, DataError, LaunchError
 from grpo_gsm8k.launch import hub
+from grpo_gsm8k.launch.archive import path_fault
+from grpo_gsm8k.launch.keep import SECRET
+from grpo_gsm8k.launch.records import Blot, secrets_of
+from grpo_gsm8k.runs.clean import one_line, publishable, without_whole_paths
 from grpo_gsm8k.runs.files import read_json, read_jsonl, sha256_file
-from grpo_gsm8k.trainer.checkpoint import verify
+from grpo_gsm8k.trainer.checkpoint import MANIFEST, verify
 
-NOT_UPLOADED = ["optimizer*", "optimizer/*", "state.json", "manifest.json", ".*", "README.md"]
+NOT_UPLOADED = ["optimizer*", "state.json", "manifest.json", ".*", "*/.*", "README.md", *SECRET]
+# Settings that name the folder a model came from. Other JSON (a tokenizer's vocabulary) has no paths in it.
+CONFIGS = frozenset(
+    {"config.json", "adapter_config.json", "generation_config.json", "tokenizer_config.json", "prompt.json"}
+)
+MOST_TEXT = 4 << 20  # bytes of a file that is searched for keys
+KEY_SHAPE = re.compile(r"\b(?:hf_|gh[opsu]_|sk-|xox[abp]-|rpa_)[A-Za-z0-9_-]{16,}")
+
+
+def preview(checkpoint: Path, repo_id: str) -> dict[str, Any]:
+    """What `push` would upload, and what it would leave here. Raises as `push` does; asks the hub nothing."""
+    step = verify(checkpoint)["step"]
+    files = published(checkpoint, model_card(checkpoint, step))
+    there = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+    sizes = {name: len(what) if isinstance(what, bytes) else what.stat().st_size for name, what in files.items()}
+    return {
+        "repo_id": repo_id,
+        "step": step,
+        "upload": [{"path": name, "bytes": size} for name, size in sizes.items()],
+        "left_here": sorted(there - files.keys()),
+        "card": files["README.md"].decode(),  # type: ignore[union-attr]  # made here
+    }
+
+
+def published(checkpoint: Path, card: str) -> dict[str, Path | bytes]:
+    """What is uploaded, by its path in the repository: the card, and what the checkpoint's manifest lists.
+
+    A file that somebody has put beside them stays here, and so does what continues the training alone. Configs go
+    without this machine's paths.
+
+    Raises:
+        ConfigError: a text in it holds what looks like a key.
+    """
+    files: dict[str, Path | bytes] = {"README.md": card.encode()}
+    for name in read_json(checkpoint / MANIFEST)["sha256"]:
+        path = checkpoint / name
+        if any(fnmatch(name, pattern) for pattern in NOT_UPLOADED) or path_fault(name) or path.is_symlink():
+            continue
+        files[name] = path
+        if name in CONFIGS:
+            config = read_json(path)
+            if (cleaned := without_whole_paths(config)) != config:
+                files[name] = (json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n").encode()
+    blot = Blot(secrets_of(""))
+    for name, what in files.items():
+        if isinstance(what, bytes) or (name.endswith((".json", ".jinja", ".txt", ".md")) and _small(what)):
+            text = (what if isinstance(what, bytes) else what.read_bytes()).decode("utf-8", "replace")
+            if blot(text) != text or KEY_SHAPE.search(text):
+                raise ConfigError(f"{checkpoint / name}: holds what looks like a key; nothing was uploaded")
+    return files
+
+
+def _small(path: Path) -> bool:
+    return path.stat().st_size <= MOST_TEXT
 
 
 def push(checkpoint: Path, repo_id: str, public: bool = False) -> dict[str, Any]:
     """Upload a checkpoint with its card; the repository is made, private by default.
 
+    Args:
+        public: make the repository public, or push to one that is.
+
     Raises:
         CheckpointError: a file of it is damaged.
         DataError: it does not lie in a run directory.
-        ConfigError: this token may not push there.
+        ConfigError: this token may not push there, the repository is public, or a text holds a key.
         LaunchError: the upload failed.
     """
     step = verify(checkpoint)["step"]
-    card = model_card(checkpoint, step)
-    hub.check_push(repo_id)
+    files = published(checkpoint, model_card(checkpoint, step))
+    hub.check_push(repo_id, public)
     client = hub.api()
+    adds = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=what) for name, what in files.items()]
     try:
         if public:
             client.update_repo_settings(repo_id, private=False)
-        client.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repo_id)
-        done = client.upload_folder(
-            repo_id=repo_id,
-            folder_path=checkpoint,
-            commit_message=f"Step {step}",
-            ignore_patterns=NOT_UPLOADED,
-        )
+        done = client.create_commit(repo_id, adds, commit_message=f"Step {step}")
     except hub.UNREACHABLE as fault:
-        raise LaunchError(f"{repo_id}: not uploaded: {' '.join(str(fault).split())[:200]}") from None
-    return {"repo_id": repo_id, "commit": str(done.oid), "step": step, "model": str(checkpoint)}
+        raise LaunchError(f"{repo_id}: not uploaded: {one_line(str(fault), 200)}") from None
+    return {
+        "repo_id": repo_id,
+        "commit": str(done.oid),
+        "step": step,
+        "model": str(checkpoint),
+        "files": sorted(files),
+    }
 
 
 def model_card(checkpoint: Path, step: int) -> str:
@@ -56,20 +121,25 @@ def model_card(checkpoint: Path, step: int) -> str:
     ((stage, settings),) = tomllib.loads((run / "config.toml").read_text(encoding="utf-8")).items()
     base = str(settings["model_id"])
     on_hub = base.count("/") == 1 and not Path(base).exists()
+    source = base if on_hub else publishable(str(Path(base).resolve()))
     about = ModelCardData(library_name="transformers", base_model=base if on_hub else None, tags=["gsm8k", stage])
-    inputs = [f"| {name} | `{entry['sha256']}` |" for name, entry in read_json(run / "data.json").items()]
+    data = read_json(run / "data.json")
+    inputs = [f"| {publishable(name)} | `{entry['sha256']}` |" for name, entry in data.items()]
     weights = next(iter(sorted(checkpoint.glob("*.safetensors"))), None)
-    recorded = [f"{key} = {value!r}" for key, value in settings.items() if key not in ("data", "out_dir", "cache_dir")]
+    kept = {key: publishable(value) for key, value in settings.items() if key not in ("data", "out_dir", "cache_dir")}
+    recorded = [f"{key} = {value!r}" for key, value in kept.items()]
     parts = [
         f"---\n{about.to_yaml()}\n---",
         f"# {stage} on GSM8K, step {step}",
-        f"Trained from `{base if on_hub else Path(base).name}` with grpo_gsm8k at commit `{_commit(run)}`.",
+        f"Trained from `{source}` with grpo_gsm8k at commit `{_commit(run)}`.",
         "## Evaluation\n\n" + "\n".join(_evaluation(run, checkpoint, step)),
         "## Data\n\n| input | sha256 |\n|---|---|\n" + "\n".join(inputs),
         f"Weights: `{weights.name}`, sha256 `{sha256_file(weights)}`." if weights else "",
         "## Config\n\n```toml\n" + "\n".join([f"[{stage}]", *recorded]) + "\n```",
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    card = "\n\n".join(part for part in parts if part) + "\n"
+    host = platform.node()
+    return re.sub(rf"\b{re.escape(host)}\b", "[host]", card) if len(host) > 3 else card
 
 
 def _evaluation(run: Path, checkpoint: Path, step: int) -> list[str]:

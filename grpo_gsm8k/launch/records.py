@@ -12,9 +12,11 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,12 +25,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from grpo_gsm8k.errors import ConfigError, DataError
+from grpo_gsm8k.errors import ConfigError, DataError, DiskError
 from grpo_gsm8k.runs.files import atomic_path, disk_errors, read_json
+from grpo_gsm8k.runs.progress import talk
 
 PROJECT = "grpo-gsm8k"
 STAMP = "%Y%m%dT%H%M%SZ"
 NAME = re.compile(rf"{PROJECT}-(?P<run>[a-z0-9]+-[0-9a-f]{{6}})-(?P<deadline>\d{{8}}T\d{{6}}Z)")
+RUN = re.compile(r"[a-z0-9]+-[0-9a-f]{6}")
+STAGES = ("create", "boot", "run", "fetch", "end")
+LAST_TIME = 253402300800.0  # the year 10000, which no time stamp can show
+MOST_BYTES = 1 << 24  # of a record
 SECRET_LENGTH = 8
 
 
@@ -91,7 +98,7 @@ class Record:
         del stored["folder"]
         with atomic_path(self.folder / "state.json") as temporary:
             temporary.touch(mode=0o600)
-            temporary.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(stored, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     def enter(self, stage: str) -> None:
         """Note the stage."""
@@ -125,17 +132,54 @@ def begin(record: Record, root: Path) -> Record:
 def load(folder: Path) -> Record:
     """Read a record back. Raises `DataError`."""
     path = folder / "state.json"
+    try:
+        found = path.lstat()
+    except OSError as fault:
+        raise DataError(path, f"cannot be read: {fault.strerror}") from None
+    if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_BYTES:
+        raise DataError(path, "is no record of a run")
     stored = read_json(path)
     try:
         leases = [Lease(**lease) for lease in stored.pop("leases")]
-        return Record(**stored, leases=leases, folder=folder)
-    except (KeyError, TypeError):
+        record = Record(**stored, leases=leases, folder=folder)
+    except (KeyError, TypeError, AttributeError):
         raise DataError(path, "is no record of a run; was it written by another version?") from None
+    if not _is_sound(record):
+        raise DataError(path, "is no record of a run: a field has a value that it cannot have")
+    return record
+
+
+def _is_sound(record: Record) -> bool:
+    """Whether every field has the type and the range that the rest relies upon."""
+    texts = [record.run, record.host_key, *(text for lease in record.leases for text in (lease.pod_id, lease.gpu))]
+    times = [record.began, record.deadline, *(t for lease in record.leases for t in (lease.began, lease.ended))]
+    dollars = [record.budget, *(lease.rate for lease in record.leases)]
+    return (
+        all(isinstance(text, str) for text in texts)
+        and RUN.fullmatch(record.run) is not None
+        and record.stage in STAGES
+        and isinstance(record.settings, dict)
+        and isinstance(record.command, list)
+        and all(isinstance(word, str) for word in record.command)
+        and all(_is_number(value) and 0 <= value < LAST_TIME for value in times)
+        and all(_is_number(value) for value in dollars)
+        and (record.exit_code is None or type(record.exit_code) is int)
+        and bool(record.leases or record.stage in ("create", "end"))
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def load_all(root: Path) -> list[Record]:
-    """Every record on this machine, oldest first."""
-    found = [load(path.parent) for path in root.glob("*/state.json")]
+    """Every record on this machine, oldest first. One that cannot be read is named and skipped: others cost money."""
+    found = []
+    for path in sorted(root.glob("*/state.json")):
+        try:
+            found.append(load(path.parent))
+        except DataError as fault:
+            talk(f"{fault}; skipped, its pods are known by their names alone")
     return sorted(found, key=lambda record: record.began)
 
 
@@ -151,7 +195,8 @@ def find(root: Path, run: str) -> Record:
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
     """Be the one launcher of a run; a lock that dies with its holder. Raises `ConfigError` if there is another."""
-    with disk_errors(folder), (folder / ".lock").open("a") as handle:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    with disk_errors(folder), os.fdopen(os.open(folder / ".lock", flags, 0o600), "r+") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -160,11 +205,13 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a living launcher on this machine is at work on the run."""
+    """Whether a living launcher on this machine is at work on the run; also true where that cannot be told."""
+    if not folder.is_dir():
+        return False
     try:
         with hold(folder):
             return False
-    except ConfigError:
+    except (ConfigError, DiskError, OSError):
         return True
 
 

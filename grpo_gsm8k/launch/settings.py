@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from grpo_gsm8k.config import opt
@@ -11,6 +11,7 @@ from grpo_gsm8k.errors import ConfigError
 
 API = "https://api.runpod.io/v2"
 PREFERENCE = ("NVIDIA L40S", "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA H200")
+LONGEST_HOURS = 24.0 * 365
 COUNTS = (1, 2, 4, 6, 8)
 
 
@@ -51,7 +52,11 @@ class UpConfig:
     registry: str = opt("", "id of the provider's stored login for a private image")
     name: str = opt("run", "short name of the run: letters and digits")
     fetch: str = opt("artifacts", "what to bring home, relative to the job's folder; empty for nothing but the log")
+    fetch_gb: float = opt(256.0, "GB of results that may come home in all")
+    fetch_file_gb: float = opt(128.0, "GB of a single file of them")
+    fetch_files: int = opt(200_000, "number of them")
     repo_id: str = opt("", "hub repository that checkpoints are pushed to, and continued from after a dead host")
+    public: bool = opt(False, "--repo_id may be a public repository: all that is pushed is published")
     push_every_s: float = opt(600.0, "seconds between pushes")
     restarts: int = opt(2, "new pods after a dead host; only with --repo_id")
     pass_env: str = opt("HF_TOKEN,WANDB_API_KEY", "environment variables that the job gets, over ssh")
@@ -59,6 +64,7 @@ class UpConfig:
     think_close: str = opt("", "closes the reasoning")
     answer_open: str = opt("", "opens the answer")
     answer_close: str = opt("", "closes the answer")
+    insecure_host_key: bool = opt(False, "take any ssh host key where the container's log shows none")
     webhook: str = opt("", "URL for progress events; better in GRPO_GSM8K_WEBHOOK, which no process list shows")
     webhook_form: Literal["plain", "discord", "slack"] = opt("plain", "shape of the events")
     state_dir: str = opt("artifacts/launch", "where runs are recorded on this machine")
@@ -75,6 +81,12 @@ class UpConfig:
     stale_s: float = opt(3600.0, "silence of a job after which the pod ends itself")
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, int | float) and not 0 <= value < float("inf"):
+                raise ConfigError(f"--{item.name} {value}: must be a number from 0 on")
+        if self.hours > LONGEST_HOURS:
+            raise ConfigError(f"--hours {self.hours:g}: must be at most {LONGEST_HOURS:g}")
         if self.count not in COUNTS:
             raise ConfigError(f"--count {self.count}: must be one of {', '.join(map(str, COUNTS))}")
         if not self.name.isascii() or not self.name.isalnum() or not self.name.islower() or len(self.name) > 20:

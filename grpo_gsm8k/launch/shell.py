@@ -11,21 +11,26 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shlex
-import tarfile
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import asyncssh
 
-from grpo_gsm8k.errors import ConfigError, LaunchError
-from grpo_gsm8k.launch.watchdog import JOB
+from grpo_gsm8k.errors import ConfigError, DiskError, LaunchError
+from grpo_gsm8k.launch.archive import BLOCK, ArchiveError, Limits, Unpacked, normal, path_fault, unpack
+from grpo_gsm8k.launch.watchdog import FETCHING, JOB
 
 PIECE = 1 << 20  # bytes of log of one look
-ANSWER_S = 60.0  # longest that one command may take
+ANSWER_S = 60.0  # longest that one command may be silent
+CHUNK = 1 << 16
+MOST_LIST = 64 << 20  # bytes of a list of files
+OTHERS = {"l": "a link", "p": "a FIFO", "s": "a socket", "b": "a device", "c": "a device"}
 
 # What runs in the pod. `trap` keeps the script alive through a SIGTERM that is meant for the job, so that the job's
 # checkpoint and exit status are not lost. ssh sessions do not inherit the container's environment: hence the files.
@@ -63,14 +68,58 @@ elif [ -e status ]; then cat status
 else echo lost
 fi
 newest=$(find work -name metrics.jsonl -printf '%T@ %p\\n' | sort -n | tail -n 1 | cut -d ' ' -f 2-)
-if [ -n "$newest" ]; then tail -n 1 "$newest"; else echo; fi
+if [ -n "$newest" ]; then tail -n 1 "$newest" | head -c {piece}; else echo; fi
 tail -c +{start} log | head -c {piece}
+"""
+# One entry: type, size, path, ended by a zero byte, which no path has. The last one is the exit code of find.
+LIST = """\
+cd {job}/work 2>/dev/null || exit 1
+touch ../{fetching}
+{{
+    code=0
+    if [ -e {path} ] || [ -L {path} ]; then find -H {path} -printf '%y\\t%s\\t%p\\0' || code=$?; fi
+    printf 'end\\t%s\\t\\0' "$code"
+}} | head -c {most}
+"""
+# tar ends with 1 or 2 where a file has changed or vanished since it was listed: the rest has been sent all the same.
+# The loop tells the watchdog that somebody has come for the results, as long as this shell lives.
+SEND = """\
+cd {job}/work || exit 1
+while kill -s 0 $$ 2>/dev/null; do touch ../{fetching}; sleep 20; done </dev/null >/dev/null 2>&1 &
+printf '%s\\0' {names} | tar --format=gnu --hard-dereference --no-recursion --null -T - -cf -
+kill "$!"
 """
 STOP = "kill -s {signal} -- -$(cat {job}/pid)"
 
 
 class ShellError(LaunchError):
     """ssh could not be reached, or dropped; another connection may do."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What is to come home: the size of each regular file, and what the other entries are. Paths are normal.
+
+    `whole` is False where find met something that it could not list.
+    """
+
+    files: dict[str, int]
+    others: dict[str, str]
+    whole: bool
+
+    @classmethod
+    def of(cls, raw: bytes) -> Listing:
+        """As `LIST` prints it; an entry that cannot be read makes it not whole."""
+        files, others, whole = dict[str, int](), dict[str, str](), raw.endswith(b"\0end\t0\t\0") or raw == b"end\t0\t\0"
+        for entry in raw.split(b"\0"):
+            kind, _, rest = entry.decode("utf-8", "surrogateescape").partition("\t")
+            size, _, path = rest.partition("\t")
+            name = normal(path)
+            if kind == "f" and size.isascii() and size.isdigit() and len(size) < 19:
+                files[name] = int(size)
+            elif path and kind != "d":
+                others[name] = OTHERS.get(kind, "not a file")
+        return cls(files, others, whole)
 
 
 @dataclass(frozen=True)
@@ -99,7 +148,7 @@ def public_half(path: Path) -> str:
 def check_fetch(fetch: str) -> str:
     """A path below the job's folder. Raises `ConfigError`."""
     path = PurePosixPath(fetch)
-    if path.is_absolute() or ".." in path.parts:
+    if path.is_absolute() or ".." in path.parts or "\0" in fetch or path_fault(fetch or "."):
         raise ConfigError(f"--fetch {fetch}: must be a path below the job's folder")
     return fetch
 
@@ -124,11 +173,11 @@ class Shell:
 
     async def start(self, script: str) -> None:
         """Start the job, once."""
-        await self._run("sh -s", script)
+        await self._run(script)
 
     async def look(self, offset: int) -> Look:
         """How the job is, and its log from byte `offset` on."""
-        said = await self._run("sh -s", LOOK.format(job=JOB, start=offset + 1, piece=PIECE))
+        said = await self._run(LOOK.format(job=JOB, start=offset + 1, piece=PIECE))
         state, _, rest = said.partition(b"\n")
         metrics, _, log = rest.partition(b"\n")
         code = int(state) if state.strip().isdigit() else None
@@ -136,41 +185,88 @@ class Shell:
 
     async def stop(self, signal: str) -> None:
         """Send a signal to the job and its children; TERM lets it write a checkpoint."""
-        await self._run("sh -s", STOP.format(signal=signal, job=JOB), check=False)
+        await self._run(STOP.format(signal=signal, job=JOB), check=False)
 
-    async def fetch(self, path: str, into: Path) -> None:
-        """Copy a file or folder of the job into `into`; what is not there is left out."""
-        into.mkdir(parents=True, exist_ok=True, mode=0o700)
-        archive = into / ".fetching.tar"
-        name = shlex.quote(path)
-        command = f"cd {JOB}/work && if [ -e {name} ]; then tar -cf - -- {name}; else tar -cf - -T /dev/null; fi"
-        try:
-            with archive.open("wb") as handle:
-                done = await self._connection.run(
-                    command, stdin=asyncssh.DEVNULL, stdout=handle, encoding=None, check=False
-                )
-            if done.exit_status != 0:
-                raise ShellError(f"tar ended with {done.exit_status}")
-            await asyncio.to_thread(_unpack, archive, into)
-        except (asyncssh.Error, OSError, tarfile.TarError) as fault:
-            raise ShellError(f"the results did not arrive: {fault}") from None
-        finally:
-            archive.unlink(missing_ok=True)
+    async def listing(self, path: str) -> Listing:
+        """What is below a path of the job's folder. The path itself may be a link; none below it is followed."""
+        script = LIST.format(job=JOB, fetching=FETCHING, path=shlex.quote(f"./{path}"), most=MOST_LIST + 1)
+        said = await self._run(script, most=MOST_LIST + 1)
+        if len(said) > MOST_LIST:
+            raise LaunchError(f"--fetch {path}: the list of its files is longer than {MOST_LIST >> 20} MiB")
+        return Listing.of(said)
+
+    async def fetch(self, files: Mapping[str, int], into: Path, limits: Limits) -> Unpacked:
+        """Copy regular files of the job, given with their sizes, into a folder. What has come whole stays.
+
+        Raises:
+            ShellError: the connection dropped, or the archive is none.
+            DiskError: this machine has no room for it, or cannot write it.
+        """
+        most = sum(-(-size // BLOCK) * BLOCK + 4 * BLOCK + 2 * len(name.encode("utf-8", "surrogateescape"))
+                   for name, size in files.items()) + 64 * BLOCK  # fmt: skip
+        with local_disk(into):
+            into.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if (free := shutil.disk_usage(into).free) < 2 * most:
+                raise DiskError(f"{into}: the next files need {2 * most / 1e6:.1f} MB, and {free / 1e6:.1f} are free")
+            archive = tempfile.TemporaryFile(dir=into)  # noqa: SIM115  (closed below; it has no name)
+        with archive:
+            names = " ".join(shlex.quote(f"./{name}") for name in files)
+            await self._run(SEND.format(job=JOB, fetching=FETCHING, names=names), most=most, sink=archive, check=False)
+            with local_disk(into):
+                archive.flush()
+            archive.seek(0)
+            try:
+                return await asyncio.to_thread(unpack, archive, into, limits, frozenset(files))
+            except ArchiveError as fault:
+                raise ShellError(f"the results did not arrive whole: {fault}") from None
 
     def close(self) -> None:
         """Hang up."""
         self._connection.close()
 
-    async def _run(self, command: str, script: str, check: bool = True) -> bytes:
+    async def _run(
+        self, script: str, most: int = 2 * PIECE, check: bool = True, sink: IO[bytes] | None = None
+    ) -> bytes:
+        """Run a shell script; its output, of which no more than `most` bytes are taken.
+
+        Args:
+            check: raise `ShellError` where it ends with another exit code than 0.
+            sink: takes the output instead.
+        """
+        said, taken, status = bytearray(), 0, None
         try:
-            done = await self._connection.run(
-                command, input=script.encode(), encoding=None, check=False, timeout=ANSWER_S
-            )
+            async with asyncio.timeout(ANSWER_S) as patience:
+                process = await self._connection.create_process("sh -s", encoding=None, stderr=asyncssh.DEVNULL)
+                process.stdin.write(script.encode("utf-8", "surrogateescape"))
+                process.stdin.write_eof()
+                while piece := await process.stdout.read(CHUNK):
+                    taken += len(piece)
+                    if taken > most:
+                        process.close()
+                        raise ShellError(f"a command sent more than the {most} bytes that it may")
+                    if sink:
+                        with local_disk(Path("the results")):
+                            sink.write(piece)
+                    else:
+                        said += piece
+                    patience.reschedule(asyncio.get_running_loop().time() + ANSWER_S)
+                status = (await process.wait()).exit_status
         except (asyncssh.Error, OSError, TimeoutError) as fault:
             raise ShellError(f"ssh dropped: {type(fault).__name__}") from None
-        if check and done.exit_status != 0:
-            raise ShellError(f"a command ended with {done.exit_status}")
-        return done.stdout if isinstance(done.stdout, bytes) else b""
+        if status is None or status < 0:
+            raise ShellError("ssh dropped in the middle of an answer")
+        if check and status != 0:
+            raise ShellError(f"a command ended with {status}")
+        return bytes(said)
+
+
+@contextmanager
+def local_disk(path: Path) -> Iterator[None]:
+    """Every `OSError` in here is this machine's disk: a `DiskError`, which is no `OSError`."""
+    try:
+        yield
+    except OSError as fault:
+        raise DiskError(f"{path}: cannot be written on this machine: {fault.strerror or fault}") from None
 
 
 async def dial(address: tuple[str, int, str], key: Path, host_key: str, patience_s: float) -> Shell:
@@ -193,20 +289,6 @@ async def dial(address: tuple[str, int, str], key: Path, host_key: str, patience
     except (asyncssh.Error, OSError, TimeoutError) as fault:
         raise ShellError(f"ssh to {host}:{port}: {fault or type(fault).__name__}") from None
     return Shell(connection)
-
-
-def _unpack(archive: Path, into: Path) -> None:
-    """Extract: nothing outside the folder, no devices, no odd permissions."""
-    with tarfile.open(archive) as opened:
-        if hasattr(tarfile, "data_filter"):
-            opened.extractall(into, filter="data")
-            return
-        for member in opened:  # Python 3.11 before 3.11.4, as Debian 12 has it: files and folders, and no links
-            path = PurePosixPath(member.name)
-            if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()):
-                continue
-            member.mode, member.uid, member.gid = member.mode & 0o755 | 0o600, os.getuid(), os.getgid()
-            opened.extract(member, into)
 
 
 def _object(raw: bytes) -> dict[str, Any]:

@@ -14,30 +14,39 @@ import signal
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from grpo_gsm8k import config
 from grpo_gsm8k.errors import ConfigError, DiskError, Interrupted, LaunchError
 from grpo_gsm8k.gsm8k.prompts import make_tags
 from grpo_gsm8k.launch import records
 from grpo_gsm8k.launch.api import DEAD, GONE, ApiError, Offer, Pod, Refused, Runpod, Unsure, connect
+from grpo_gsm8k.launch.archive import Limits
+from grpo_gsm8k.launch.fetch import Fetch, named
 from grpo_gsm8k.launch.records import Blot, Lease, Record
 from grpo_gsm8k.launch.settings import PREFERENCE, UpConfig
 from grpo_gsm8k.launch.shell import PIECE, Shell, ShellError, check_fetch, dial, make_key, public_half, start_script
 from grpo_gsm8k.launch.webhook import Webhook
+from grpo_gsm8k.runs.clean import printable, without_paths
 from grpo_gsm8k.runs.progress import talk
 
 LEAST_S = 60.0  # a pod that the budget pays for less than this is not worth making
 MOST_HOURS = 24.0
 KEY = "id_ed25519"
 CREATES = 3  # attempts at one GPU when replies are lost
-KEY_LOOKS = 3  # questions for the host key before the one that is shown is believed
+FETCHES = 3  # rounds in a row that bring nothing, from a pod that answers
+FETCH_WAIT_S = 60.0  # longest wait between two of them
+KEY_LOOKS = 3  # with --insecure_host_key: questions for the host key before the one that is shown is believed
 METRICS = {"reward": "reward/mean", "accuracy": "val/accuracy"}
 WATCHDOG = "python -m grpo_gsm8k.launch.watchdog"
 
 
 class BootError(LaunchError):
     """A pod that did not come up in time; another GPU may do."""
+
+
+class NoHostKeyError(ShellError):
+    """Nothing tells which host should answer."""
 
 
 class PodLostError(LaunchError):
@@ -61,7 +70,8 @@ def up(values: Mapping[str, Any], command: Sequence[str]) -> dict[str, Any]:
     if cfg.repo_id:
         from grpo_gsm8k.launch import hub  # its client takes half a second to load
 
-        hub.check_push(cfg.repo_id)
+        hub.check_push(cfg.repo_id, cfg.public)
+        talk(f"--repo_id {cfg.repo_id}: all of {cfg.fetch or 'artifacts'}/ is pushed there, but for what looks secret")
     deadline = time.time() + (cfg.hours or MOST_HOURS) * 3600
     settings = {name: value for name, value in vars(cfg).items() if name != "webhook"}  # its URL is a secret
     record = Record(records.new_run(cfg.name), command, cfg.budget, deadline, settings)
@@ -126,7 +136,8 @@ class Launcher:
         secret = os.environ.get("GRPO_GSM8K_WEBHOOK_SECRET", "")
         self.hook = Webhook(url, cfg.webhook_form, secret, cfg.repo_id, cfg.backoff_s)
         self.cap = record.began + (cfg.hours or MOST_HOURS) * 3600
-        self.fetched = False
+        self.fetch: Fetch | None = None
+        self._log_fault = False
         self._creating: asyncio.Future[Pod] | None = None
         self._unsure = any(not lease.pod_id and not lease.ended for lease in record.leases)
         self._offset, self._step = 0, -1
@@ -146,15 +157,19 @@ class Launcher:
         self._tell("end", bill, cost=self.record.cost())
         await self.hook.close()
         if self.hook.dropped:
-            self.say(f"{self.hook.dropped} webhook events could not be delivered")
+            self.say(f"{self.hook.dropped} webhook events could not be delivered ({self.hook.fault})")
         if caught:
             raise Interrupted(f"{caught[0].name}: the run was ended", 128 + caught[0])
         if fault := work.exception():
             raise fault
         if left:
             raise LaunchError(f"{', '.join(left)} could not be deleted")
+        problem = self.fetch.problem() if self.fetch else ""
         if self.record.exit_code:
-            raise LaunchError(f"the job ended with exit code {self.record.exit_code}; its log: {self._log}")
+            more = f"; {problem}" if problem else ""
+            raise LaunchError(f"the job ended with exit code {self.record.exit_code}; its log: {self._log}{more}")
+        if problem:
+            raise LaunchError(f"the job ended with exit code 0, but {problem}")
         return self._summary()
 
     # ------------------------------------------------------------------------------------------------- the work
@@ -265,7 +280,7 @@ class Launcher:
         """Wait for ssh, with a deadline for each state."""
         cfg, pod_id = self.cfg, self.record.lease().pod_id
         limits = {"PROVISIONING": cfg.place_s, "STARTING": cfg.pull_s, "RUNNING": cfg.ssh_s}
-        state, since, looks, trouble = "PROVISIONING", time.monotonic(), 0, ""
+        state, since, looks, trouble, unknown = "PROVISIONING", time.monotonic(), 0, "", False
         while True:
             pod = await self._pod(pod_id)
             if pod and pod.status in DEAD:
@@ -277,8 +292,16 @@ class Launcher:
                 looks += 1
                 try:
                     return await self._dial(pod, looks)
+                except NoHostKeyError as fault:
+                    unknown, trouble = True, f": {fault}"
                 except ShellError as fault:
-                    trouble = f": {fault}"
+                    unknown, trouble = False, f": {fault}"
+            if unknown and time.monotonic() - since >= cfg.ssh_s:  # the image's fault: another GPU would not help
+                raise LaunchError(
+                    f"the container's log shows no ssh host key after {cfg.ssh_s:g} s, so nobody knows who answers at "
+                    "its address: use an image that prints its ed25519 key, as entrypoint.sh does, or let the secrets "
+                    "go to whoever answers with --insecure_host_key"
+                )
             if time.monotonic() - since >= limits.get(state, cfg.place_s):
                 raise BootError(f"still {state} after {limits.get(state, cfg.place_s):g} s{trouble}")
             if time.time() >= self.record.deadline:
@@ -298,14 +321,14 @@ class Launcher:
         assert pod.ssh
         key = self.record.folder / KEY
         host_key = await self.api.host_key(pod.id, public_half(key)) or self.record.host_key
-        if not host_key and looks < KEY_LOOKS:
-            raise ShellError("the container's log shows no host key yet")
+        if not host_key and not (self.cfg.insecure_host_key and looks >= KEY_LOOKS):
+            raise NoHostKeyError("the container's log shows no ssh host key yet")
         shell = await dial(pod.ssh, key, host_key, self.cfg.ssh_s)
         if not host_key:
             self.say("the container's log shows no ssh host key: the one that the host has shown is pinned from now on")
         if self.record.host_key != shell.host_key:
             self.record.host_key = shell.host_key
-            self.record.save()
+            self._keep_record()
         return shell
 
     async def _again(self) -> Shell:
@@ -338,10 +361,10 @@ class Launcher:
         """Start the job (once), show its log until it ends or its time is up, and fetch what it made."""
         env = records.environment(records.names_in(self.cfg.pass_env))
         script = start_script(wrapped(self.cfg, self.record.command), env)
-        self.record.enter("run")
+        self._stage("run")
         self._offset = 0
         self._tell("run", f"the job runs; its log is kept in {self._log}")
-        self._log.write_bytes(b"")
+        self._keep_log("", "w")
         shell, _ = await self._ask(shell, lambda s: s.start(script))
         try:
             shell = await self._until_it_ends(shell)
@@ -401,7 +424,7 @@ class Launcher:
         if look.exit_code is None or log:
             return shell, False
         self.record.exit_code = look.exit_code
-        self.record.save()
+        self._keep_record()
         return shell, True
 
     @property
@@ -417,26 +440,80 @@ class Launcher:
         paid_until = lease.began + (self.record.budget - spent_before) / max(lease.rate, 1e-9) * 3600
         return min(self.record.deadline, paid_until) - self._reserve
 
-    async def _fetch(self, shell: Shell) -> None:
-        """Bring the results home; what cannot be brought is said, and the end comes all the same."""
-        self.record.enter("fetch")
+    async def _fetch(self, shell: Shell | None) -> None:
+        """Bring the results home. What cannot be brought is named, and makes the run fail; the end comes all the same.
+
+        The pod lives until everything is here, or the pod's deadline has come, or --fetch_s have passed without a file.
+        """
+        self._stage("fetch")
+        limits = Limits(self.cfg.fetch_files, int(self.cfg.fetch_file_gb * 1e9), int(self.cfg.fetch_gb * 1e9))
+        fetch = Fetch(self.record.folder / "results", limits)
         if self.cfg.fetch:
-            folder = self.record.folder / "results"
-            limit = min(self.cfg.fetch_s, max(1.0, self.record.deadline - time.time()))
+            self.fetch = fetch
             try:
-                shell, _ = await asyncio.wait_for(self._ask(shell, lambda s: s.fetch(self.cfg.fetch, folder)), limit)
-                self.fetched = True
-                self._tell("fetch", f"results: {folder}")
-            except (TimeoutError, PodLostError, TimeUpError) as fault:
-                self._tell("fetch", f"the results could not be fetched: {fault or f'not in {limit:.0f} s'}")
-        shell.close()
+                async with asyncio.timeout(max(1.0, self.record.deadline - time.time())):
+                    await self._bring_home(shell, fetch)
+            except TimeoutError:
+                fetch.fault = "the pod's deadline came first"
+            except (PodLostError, TimeUpError, LaunchError) as fault:
+                fetch.fault = str(fault)
+            if fetch.others:
+                self._tell("fetch", f"skipped: {named(fetch.others)}")
+            problem = fetch.problem()
+            nothing = "" if fetch.promised else f" (the job has left nothing at {self.cfg.fetch})"
+            self._tell("fetch", f"INCOMPLETE: {problem}" if problem else f"results: {fetch.into}{nothing}")
+
+    async def _bring_home(self, shell: Shell | None, fetch: Fetch) -> None:
+        """Round after round, on a new connection where one drops."""
+        until, wait, here, idle = time.time() + self.cfg.fetch_s, self.cfg.poll_s, -1, 0
+        while True:
+            dropped = False
+            try:
+                shell = shell or await self._again()
+                await fetch.round(shell, self.cfg.fetch)
+            except ShellError as fault:
+                fetch.fault, dropped = str(fault), True
+                if shell:
+                    shell.close()
+                shell = None
+            except DiskError as fault:
+                fetch.fault, dropped = str(fault), True
+            missing = fetch.missing()
+            if fetch.listed and not missing and not fetch.fault:
+                break
+            now_here = len(fetch.promised) - len(missing)
+            idle = 0 if dropped or now_here > here else idle + 1
+            if now_here > here:
+                until, wait, here = time.time() + self.cfg.fetch_s, self.cfg.poll_s, now_here
+            if idle >= FETCHES or time.time() + wait >= until:
+                break
+            why = fetch.fault or "the pod did not send everything"
+            self.say(f"{why}; {len(missing)} of {len(fetch.promised)} files are missing, asking again in {wait:.3g} s")
+            await asyncio.sleep(wait)
+            wait = min(2 * wait, FETCH_WAIT_S)
+        if shell:
+            shell.close()
 
     def _show(self, log: bytes) -> None:
         if log:
-            text = self.blot(log.decode("utf-8", "replace"))
-            with self._log.open("a", encoding="utf-8") as handle:
-                handle.write(text)
+            text = printable(self.blot(log.decode("utf-8", "replace")))
+            self._keep_log(text)
             self.say(text.rstrip("\n"))
+
+    def _keep_log(self, text: str, mode: Literal["a", "w"] = "a") -> None:
+        """A full disk costs lines of the log, never the run."""
+        try:
+            with self._log.open(mode, encoding="utf-8") as handle:
+                handle.write(text)
+        except OSError as fault:
+            if not self._log_fault:
+                self.say(f"{self._log}: cannot be written ({fault.strerror}); lines of the log are lost here")
+            self._log_fault = True
+
+    def _stage(self, stage: str) -> None:
+        """Note the stage of a job that runs: a full disk here must not end it."""
+        self.record.stage = stage
+        self._keep_record()
 
     # ------------------------------------------------------------------------------------------------- the end
 
@@ -500,7 +577,9 @@ class Launcher:
             "gpu": self.record.lease().gpu,
             "seconds": round(time.time() - self.record.began, 1),
             "log": str(self._log),
-            "results": str(folder / "results") if self.fetched else "",
+            "results": str(folder / "results") if self.fetch else "",
+            "files": len(self.fetch.promised) if self.fetch else 0,
+            "skipped": sorted(self.fetch.others) if self.fetch else [],
         }
 
     def _signalled(self, number: signal.Signals, work: asyncio.Task[None], caught: list[signal.Signals]) -> None:
@@ -523,7 +602,7 @@ class Launcher:
 
     def _tell(self, event: str, message: str, quiet: bool = False, **known: float) -> None:
         message = self.blot(message)
-        self.hook.tell(event, message, self.record.stage, **known)
+        self.hook.tell(event, without_paths(printable(message)), self.record.stage, **known)
         if not quiet:
             self.say(message)
 
@@ -593,4 +672,5 @@ def wrapped(cfg: UpConfig, command: Sequence[str]) -> list[str]:
     if not cfg.repo_id:
         return list(command)
     keep = ["python", "-m", "grpo_gsm8k.launch.keep", "--repo_id", cfg.repo_id, "--every_s", f"{cfg.push_every_s:g}"]
+    keep += ["--public"] if cfg.public else []
     return [*keep, "--folder", cfg.fetch or "artifacts", "--", *command]

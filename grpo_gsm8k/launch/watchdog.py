@@ -17,6 +17,7 @@ RUNPOD_POD_ID and RUNPOD_API_KEY.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -25,11 +26,15 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 from grpo_gsm8k.launch.settings import API
 
 JOB = "grpo-job"  # in the home folder: run.sh env pid log status, work/ (the job's own folder), boots, DONE
+FETCHING = "fetching"  # in it: touched while the launcher fetches the results
 MOST_BOOTS = 5
 
 
@@ -45,10 +50,19 @@ class Limits:
     def of(cls, env: Mapping[str, str]) -> Limits:
         """As the environment says; without a deadline, a day from now."""
         return cls(
-            float(env.get("GRPO_GSM8K_DEADLINE") or time.time() + 86400),
-            float(env.get("GRPO_GSM8K_GRACE_S") or 900),
-            float(env.get("GRPO_GSM8K_STALE_S") or 3600),
+            _seconds(env.get("GRPO_GSM8K_DEADLINE"), time.time() + 86400),
+            _seconds(env.get("GRPO_GSM8K_GRACE_S"), 900),
+            _seconds(env.get("GRPO_GSM8K_STALE_S"), 3600),
         )
+
+
+def _seconds(text: str | None, otherwise: float) -> float:
+    """A number; what is none, or never comes (inf, nan), does not keep a pod alive."""
+    try:
+        value = float(text or otherwise)
+    except ValueError:
+        return otherwise
+    return value if math.isfinite(value) else otherwise
 
 
 def reason_to_end(job: Path, limits: Limits, booted: float, now: float) -> str:
@@ -60,7 +74,7 @@ def reason_to_end(job: Path, limits: Limits, booted: float, now: float) -> str:
     if _boots(job) > MOST_BOOTS:
         return f"the container was started {_boots(job)} times"
     ended = _changed(job / "status")
-    if ended and now - ended >= limits.grace_s:
+    if ended and now - max(ended, _changed(job / FETCHING)) >= limits.grace_s:
         return "the job has ended and nobody came for the results"
     heard = max([booted, *(_changed(path) for path in [job / "log", *(job / "work").rglob("*")])])
     if not ended and now - heard >= limits.stale_s:
@@ -97,19 +111,30 @@ def _call(env: Mapping[str, str], method: str, path: str, body: Mapping[str, str
     pod, key = env.get("RUNPOD_POD_ID"), env.get("RUNPOD_API_KEY")
     if not pod or not key:
         return "RUNPOD_POD_ID or RUNPOD_API_KEY is not set"
-    request = urllib.request.Request(
-        f"{env.get('RUNPOD_API_BASE_URL') or API}/pods/{pod}{path}",
-        json.dumps(body).encode() if body else None,
-        {"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
-        method=method,
-    )
+    base = (env.get("RUNPOD_API_BASE_URL") or API).rstrip("/")
+    if not base.startswith(("https://", "http://")):
+        return "RUNPOD_API_BASE_URL is no address"
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    data = json.dumps(body).encode() if body else None
     try:
-        with urllib.request.urlopen(request, timeout=30):
+        request = urllib.request.Request(f"{base}/pods/{quote(pod, safe='')}{path}", data, headers, method=method)
+        with _OPENER.open(request, timeout=30):  # its body is not read
             return ""
     except urllib.error.HTTPError as error:
-        return f"HTTP {error.code}"
-    except OSError as error:
+        error.close()
+        return f"HTTP {error.code}" + (", a redirect, which is not followed" if 300 <= error.code < 400 else "")
+    except (OSError, HTTPException, ValueError) as error:  # its text may hold the key
         return type(error).__name__
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """The key goes to the provider alone, and "terminate" is not done where another address says 200."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 def _kill(job: Path) -> bool:

@@ -38,7 +38,7 @@ class Webhook:
         self._backoff_s, self._close_s = backoff_s, close_s
         self._queue: asyncio.Queue[bytes] = asyncio.Queue(WAITING)
         self._task: asyncio.Task[None] | None = None
-        self.dropped = 0
+        self.dropped, self.fault = 0, "they were too many, or too slow"
 
     def tell(self, event: str, message: str, stage: str, **known: float) -> None:
         """Queue an event; returns at once."""
@@ -65,7 +65,7 @@ class Webhook:
             await asyncio.wait({self._task})
 
     async def _deliver(self) -> None:
-        async with aiohttp.ClientSession(timeout=TIMEOUT) as session:
+        async with aiohttp.ClientSession(timeout=TIMEOUT, auto_decompress=False) as session:  # replies are not read
             while True:
                 body = await self._queue.get()
                 if not await self._send(session, body):
@@ -82,10 +82,13 @@ class Webhook:
                 async with session.post(self._url, data=body, headers=headers, allow_redirects=False) as reply:
                     if reply.status < 300:
                         return True
+                    self.fault = f"HTTP {reply.status}"
+                    if reply.status < 400:
+                        self.fault += ": a redirect, which is not followed"
                     if reply.status < 500 and reply.status != 429:
                         return False
-            except (aiohttp.ClientError, TimeoutError, ValueError):  # ValueError: no URL at all
-                pass
+            except (aiohttp.ClientError, TimeoutError, ValueError) as fault:  # ValueError: no URL at all
+                self.fault = type(fault).__name__  # its text may hold the URL, which is a secret
             await asyncio.sleep(self._backoff_s * 2**attempt)
         return False
 

@@ -14,6 +14,8 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,6 +79,26 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         except OSError as error:
             if error.errno not in _NO_FOLDER_SYNC:
                 raise
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Yield a fresh folder beside `path`, which must not exist; on success sync and rename it, else remove it.
+
+    Its name is random: in a folder that others may write, such as /tmp, nobody can have made it first.
+    """
+    path = Path(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".writing_{path.name}_", dir=path.parent))
+        try:
+            temporary.chmod(0o755)
+            yield temporary
+            sync_tree(temporary)
+            temporary.rename(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def _sync(path: Path) -> None:

@@ -7,12 +7,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from grpo_gsm8k.runs.clean import printable
+
 LINE_EVERY_S = 30.0
 
 
 def talk(message: str) -> None:
-    """One line on stderr; stdout is for data."""
-    print(message, file=sys.stderr, flush=True)
+    """One line on stderr, without what a terminal would obey; stdout is for data."""
+    print(printable(message), file=sys.stderr, flush=True)
 
 
 class Progress:

@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from grpo_gsm8k.runs.clean import publishable
 from grpo_gsm8k.runs.files import write_atomic
 from grpo_gsm8k.runs.progress import talk
 
@@ -31,6 +32,17 @@ COLUMNS = (
     "reward",  # None in a validation
 )
 STEP, VAL_STEP = "step", "val/step"
+# A page may be public: no host or user name, no paths and arguments, no code, and nothing of what is printed.
+PRIVATE: dict[str, Any] = {
+    "x_disable_meta": True,
+    "disable_git": True,
+    "disable_code": True,
+    "save_code": False,
+    "console": "off",
+    "host": "",
+    "username": "",
+    "program": "",
+}
 ROWS_A_STEP = 4  # metrics and a table over either axis; fixed, so that parts of a run line up that were logged offline
 
 
@@ -85,8 +97,8 @@ class WandbSink:
                 id=kept.read_text(),
                 resume="allow",
                 dir=str(folder),
-                config=dict(config),
-                settings=wandb.Settings(silent=True, init_timeout=60),
+                config=publishable(config),
+                settings=wandb.Settings(silent=True, init_timeout=60, **PRIVATE),
             )
             page = Page(run, lambda data: wandb.Table(list(COLUMNS), data, allow_mixed_types=True))
             while (item := self._rows.get()) is not None:
