@@ -69,6 +69,6 @@ def _is_asked(gold: str, answer: str) -> bool:
     return all(
         text.count("^") < 12
         and re.search(r"[\d\\=^]|\b[a-zA-Z]\b", text)
-        and not re.search(r"\\text|(?<![\\A-Za-z])[A-Za-z]{4,}", text)
+        and not re.search(r"\\text|\{\s*\}|(?<![\\A-Za-z])[A-Za-z]{4,}", text)
         for text in (gold, answer)
     )

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from . import words
-from .intervals import is_set, real_set, same_set
+from .intervals import is_infinite, is_set, real_set, same_set
 from .latex import MAX_TEXT, Unreadable, spell
 from .tree import REALS, Node, key, num, parse
 from .values import (
@@ -651,6 +651,8 @@ def _quantities(gold: Node, answer: Node) -> bool:
         if letters is not None and (letters[1] == other[1] or (mine == 1 and words.units_agree(letters[1], other[1]))):
             parts[mine] = letters
     (left, left_unit), (right, right_unit) = parts
+    if is_infinite(left) or is_infinite(right):
+        return key(left) == key(right)
     percents = [("percent", 1) in unit for unit in (left_unit, right_unit)]
     plain = [frozenset(pair for pair in unit if pair[0] != "percent") for unit in (left_unit, right_unit)]
     if not words.units_agree(plain[0], plain[1]):
@@ -697,7 +699,7 @@ def _split(node: Node) -> tuple[Node, words.Unit]:
 def _letter_unit(node: Node) -> tuple[Node, words.Unit] | None:
     """`5m` as 5 and metres, `9.8 m/s^2`, `12 L`: a monomial in letters that are units."""
     powers = _monomial(node)
-    if not powers or not set(powers) <= words.SINGLE_LETTER_UNITS:
+    if not powers or node.head == "sym" or not set(powers) <= words.SINGLE_LETTER_UNITS:
         return None
     text = " ".join(f"{name} ^{power}" if power != 1 else name for name, power in powers.items())
     return _without_symbols(node), words.unit(text)

@@ -218,7 +218,7 @@ class _Parser:
                 parts.append(token.text)
             elif parts and token.kind == "^":
                 parts.append("^")
-            elif parts and token.kind in "-{}" and token.kind and "^" in parts[-2:]:
+            elif parts and token.kind in "-{}" and token.kind and any(part.startswith("^") for part in parts[-1:]):
                 pass
             elif parts and token.kind == "num" and parts[-1] == "^":
                 parts[-1] = "^" + token.text

@@ -93,7 +93,7 @@ def unit(text: str) -> Unit:
         elif low in ("mph", "kph", "kmh", "mps", "rpm"):
             first, second = {"mph": ("mi", "h"), "mps": ("m", "s"), "rpm": ("rotation", "min")}.get(low, ("km", "h"))
             powers[first], powers[second], last = 1, -1, ""
-        elif low not in _FILLERS:
+        elif low not in _FILLERS or part == "A":
             last = _unit_name(part)
             powers[last] = powers.get(last, 0) + sign * pending
             pending = 1
