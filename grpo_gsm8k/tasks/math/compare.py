@@ -18,7 +18,7 @@ from fractions import Fraction
 
 from . import words
 from .intervals import is_infinite, is_set, real_set, same_set
-from .latex import MAX_TEXT, Unreadable, spell
+from .latex import MAX_TEXT, Unreadable, Unsupported, spell
 from .tree import REALS, Node, key, num, parse
 from .values import (
     NotRational,
@@ -42,7 +42,7 @@ def same(gold: str, answer: str) -> bool | None:
         return False
     if len(gold) > MAX_TEXT or len(answer) > MAX_TEXT:
         return gold == answer
-    compact = [re.sub(r"\s+", "", spell(text)) for text in (gold, answer)]
+    compact = [re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", spell(text)) for text in (gold, answer)]
     if compact[0] == compact[1] and compact[0]:
         return True
     chosen = _choices(gold, answer)
@@ -56,10 +56,9 @@ def same(gold: str, answer: str) -> bool | None:
 
 def _bare(text: str) -> str:
     """The answer without what surrounds it: dollars, bold type, quotes, a full stop."""
-    text = text.strip()
     for _ in range(4):
         before = text
-        text = text.strip().strip("\x00").strip()
+        text = text.strip(" \t\n\r\x00\u200b\u00a0")  # a form feed may be what is left of \\frac
         if len(text) > 1 and text[-1] in ".,;:。" and not text.endswith(("...", "\\,", "\\;", "\\:")):
             text = text[:-1]
         for opener, closer in (("**", "**"), ("__", "__"), ("`", "`"), ('"', '"'), ("“", "”"), ("$$", "$$"), ("$", "$"),
@@ -126,7 +125,7 @@ def _read(text: str, grouped: bool) -> Node:
     if value := words.number_word(phrase) if re.fullmatch(r"[a-z -]+", phrase) else None:
         return num(int(value))
     numeral = re.fullmatch(
-        r"\(?([0-9A-Fa-f]{1,400})\)?\s?(?:_\{?\s?(?:\\text\{)?(\d{1,2}|[a-z]{3,7})\}?\s?\}?|(?:\\text)?[{(\s]*base[- ](\d{1,2}|[a-z]{3,7})[)}\s]*)",
+        r"\(?([0-9A-Fa-f]{1,400})\)?\s?(?:_\{?\s?(?:\\text\{)?(\d{1,2}|[a-z]{3,7})\}?\s?\}?|(?:\\text)?[{(\s]*base[-\s}]+(\d{1,2}|[a-z]{3,7})[)}\s]*)",
         spell(text).strip(),
     )
     if numeral:
@@ -154,24 +153,24 @@ def _same_trees(gold: str, answer: str, grouped: bool) -> bool | None:
     wordy = bool(re.search(r"[A-Za-z∅]{2,}", re.sub(r"\\[A-Za-z]+", " ", gold)))
     try:
         gold_tree = _read(gold, grouped)
-    except Unreadable:
+    except Unreadable as fault:
         if wordy and words.texts_agree(gold, answer):
             return True
-        return False if wordy and not re.search(r"\\(?!text|mathrm|mbox)[a-z]", gold) else None
+        return None if isinstance(fault, Unsupported) else False
     if gold_tree.head == "text":
         return words.texts_agree(gold, answer)
     try:
         answer_tree = _read(answer, grouped)
-    except Unreadable:
+    except Unreadable as fault:
         if wordy and words.texts_agree(gold, answer):
             return True
-        return None
+        return None if isinstance(fault, Unsupported) else False
     if _is_wordy(gold_tree) and words.texts_agree(gold, answer):
         return True
     try:
         return agree(gold_tree, answer_tree)
-    except Unreadable:
-        return None
+    except Unreadable as fault:
+        return None if isinstance(fault, Unsupported) else False
     except (TooLarge, Undefined, NotRational):
         return False
 
@@ -360,11 +359,17 @@ def _is_label(left: Node, right: Node, lenient: bool) -> bool:
         return right.head in ("tuple", "set") and all(arg.head == "sym" for arg in left.args)
     if variables(right) & names:
         return False
+    if lenient and not variables(right) and _has_pi(left):
+        return True
     return not variables(right) and ((lenient and len(names) > 1) or left.head == "fn" or (left.head == "^" and _is_minus_or_two(left)))
 
 
 def _is_minus_or_two(node: Node) -> bool:
     return node.args[0].head == "fn"
+
+
+def _has_pi(node: Node) -> bool:
+    return (node.head == "const" and node.name == "pi") or any(_has_pi(arg) for arg in node.args)
 
 
 def _numbers(node: Node) -> bool:
@@ -448,7 +453,7 @@ def _equations(gold: Node, answer: Node) -> bool | None:
         approximate = _approximation(answer)
         return approximate is not None and agree(gold, approximate) if _is_equation(answer) else False
     if other.head in ("list", "set") and len(other.args) != 1:
-        return None
+        return agree(pair[1], other) if pair[1].head == "tuple" else None
     if agree(pair[1], other):
         return True
     approximate = _approximation(answer)

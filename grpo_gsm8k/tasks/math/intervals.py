@@ -111,7 +111,10 @@ def is_set(node: Node) -> bool:
         return bool(signs & {"<", ">", "<=", ">=", "!=", "notin"}) or (
             signs == {"in"} and (is_set(node.args[1]) or node.args[1].head == "tuple")
         )
-    return node.head == "list" and len(node.args) > 1 and all(is_set(arg) and arg.head == "rel" for arg in node.args)
+    if node.head != "list" or len(node.args) < 2 or node.args[0].head != "rel":
+        return False
+    excluded = node.args[0].name == "!="  # `x \\ne 0, 1` goes on with numbers
+    return all((is_set(arg) and arg.head == "rel") or (excluded and arg.head != "rel") for arg in node.args)
 
 
 def real_set(node: Node) -> Described | None:
@@ -174,6 +177,9 @@ def _builder(member: Node, condition: Node) -> Described:
 
 def _conditions(node: Node) -> Described:
     """Inequalities joined by `or`, `and` or commas. Commas join what has something in common, and unite the rest."""
+    first = node.args[0]
+    if first.name == "!=":
+        node = Node("list", tuple(a if a.head == "rel" else Node("rel", (first.args[0], a), "!=") for a in node.args), node.name)
     parts = [_real_set(arg) for arg in node.args[:MAX_PIECES]]
     names = {part.variable for part in parts}
     if len(names) != 1:

@@ -18,6 +18,10 @@ class Unreadable(Exception):
     """The text is no answer that this grader can parse."""
 
 
+class Unsupported(Unreadable):
+    """The text is mathematics, of a kind that this grader does not know: an integral, a limit, cases."""
+
+
 class Token(NamedTuple):
     """One token. `kind`: num, repeating, letter, word, text, cmd, or the character itself for an operator."""
 
@@ -112,10 +116,21 @@ def spell(text: str) -> str:
     text = re.sub(r",\s{0,2}\\!\s{0,2}", ",", text.replace(r"\!\!", r"\!")).replace(r"\!", "")
     text = re.sub(r"(?<=\d)(?:\{,\}|\\,)\s?(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"\\\$|(?:\\text(?:rm)?|\\mathrm|\\mbox)\{\s?\\?\$\s?\}", r"\\dollar ", text)
+    text = re.sub(r"(?<=\d)\s?[xX]\s?(?=10\s?\^)", r"\\times ", text)
+    text = _BRACKETS.sub(_turned, text)
     text = re.sub(r"\$\$|\$|\\[()](?!\s?\\)|\\[()\[]|\\\](?!\w)", " ", text)
     text = re.sub(r"\^\s?\{?\s?\\(?:circ|degree|deg)(?![A-Za-z])\s?\}?", r"\\degree ", text)
     text = _SIZES.sub("", _SPACES.sub(" ", text))
     return re.sub(r"\*\*(?=[^*]{1,200}\*\*)|__|`", lambda m: "^" if m[0] == "**" and _is_power(text, m) else "", text).strip()
+
+
+_BRACKETS = re.compile(r"(?<!\\)([\[\]])([^\[\]()]{1,80}[,;][^\[\]()]{1,80})([\[\]])")
+
+
+def _turned(match: re.Match[str]) -> str:
+    """An interval with its brackets turned outward, `]0,1[`, as `(0,1)`."""
+    opener, inside, closer = match.groups()
+    return f"{'(' if opener == ']' else '['}{inside}{')' if closer == '[' else ']'}"
 
 
 def _is_power(text: str, match: re.Match[str]) -> bool:
@@ -263,8 +278,16 @@ def _text(content: str, name: str, spaced: bool, out: list[Token]) -> None:
         if content.strip():
             out.append(Token(",", ",", spaced))
         return
-    if word in ("or", "and", "union", "infinity", "pi", "degrees", "degree", "percent", "mod", "in"):
-        out.append(Token("cmd", {**_WORD_COMMANDS, "in": "in"}[word] if word != "in" else "in", spaced))
+    if word in ("or", "and", "union", "infinity", "pi", "degrees", "degree", "percent", "mod"):
+        out.append(Token("cmd", _WORD_COMMANDS[word], spaced))
+    elif word == "in" and content.startswith(" ") and content.endswith(" "):
+        out.append(Token("cmd", "in", spaced))
+    elif word == "to" and out and out[-1].kind == "num":
+        out.append(Token(":", ":", spaced))
+    elif re.fullmatch(r"\(?[A-J]\)?(?:\s*(?:,|and|or|&)\s*(?:and\s)?\(?[A-J]\)?)+", bare):
+        letters = re.findall(r"[A-J]", bare)
+        for index, letter in enumerate(letters):
+            out += [Token(",", ",")] * (index > 0) + [Token("letter", letter)]
     elif name in ("mathrm", "operatorname", "mathop") and bare in FUNCTIONS | {"lcm", "Arg"}:
         out.append(Token("cmd", bare, spaced))
     elif re.fullmatch(r"[\d\s.,+\-*/^=<>()%]+", bare) and not re.fullmatch(r"[,;.]", bare):
@@ -285,7 +308,13 @@ def _text(content: str, name: str, spaced: bool, out: list[Token]) -> None:
 def _word(word: str, spaced: bool, units: frozenset[str], out: list[Token]) -> None:
     """A run of letters: a name we know, a word, or a product of letters."""
     before = out[-1] if out else None
-    if word in _WORD_COMMANDS:
+    if word == "min" and before and before.kind == "num":
+        out.append(Token("word", word, spaced))
+    elif word == "to" and before and before.kind == "num":
+        out.append(Token(":", ":", spaced))
+    elif word in ("in", "In") and spaced and before and before.kind == "letter":
+        out.append(Token("cmd", "in", spaced))
+    elif word in _WORD_COMMANDS:
         name = _WORD_COMMANDS[word]
         out.append(Token(name if len(name) == 1 else "cmd", name, spaced))
     elif word in FUNCTIONS or word.lower() in FUNCTIONS - {"Re", "Im", "arg", "abs", "det"}:
@@ -296,8 +325,6 @@ def _word(word: str, spaced: bool, units: frozenset[str], out: list[Token]) -> N
         out.append(Token("letter", word, spaced))
     elif word.lower() in units or word in units:
         out.append(Token("word", word, spaced))
-    elif word in ("in", "In") and spaced:
-        out.append(Token("cmd", "in", spaced))
     elif len(word) > 3 and not word.isupper():
         out.append(Token("word", word, spaced))
     elif word.lower() in _SHORT_WORDS or (len(word) > 6):

@@ -178,7 +178,8 @@ def _sentence_answers(sentence: str) -> list[str]:
         linked = _LINKED.match(sentence)
         if linked:
             found.append(_cleaned(sentence[linked.end() :]))
-        if "=" in sentence and not re.search(r"\bor\b|,", sentence):
+        several = re.search(r"\b(?:or|and)\b", sentence) or ("," in sentence and len(re.findall(r"[A-Za-z)]\s*=", sentence)) > 1)
+        if "=" in sentence and not several:
             found.append(_cleaned(sentence.rpartition("=")[2]))
         bold = re.findall(r"\*\*([^*]{1,200})\*\*", sentence)
         if bold:

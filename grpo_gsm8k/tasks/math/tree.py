@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .latex import FUNCTIONS, Token, Unreadable, spell, tokens
+from .latex import FUNCTIONS, Token, Unreadable, Unsupported, spell, tokens
 from .words import UNIT_WORDS, number_word
 
 MAX_DEPTH = 40
@@ -151,7 +151,7 @@ class _Parser:
             value = number_word(label)
             return num(int(value)) if value else Node("text", name=label)
         relation = self.relation_sign()
-        if label and relation is None and label.lower() not in _LEADING:
+        if label and relation is None and label.lower() not in _LEADING and not label.rstrip().endswith(":"):
             raise Unreadable(f"words before mathematics: {label[:40]!r}")
         sides: list[Node] = []
         signs: list[str] = []
@@ -192,6 +192,8 @@ class _Parser:
     def side(self, closers: tuple[str, ...]) -> Node:
         """One side of a relation: sets or an expression, a ratio, a residue, and the unit after it."""
         node = self.unions()
+        if self.take_cmd("over"):
+            node = Node("/", (node, self.unions()), name="frac")
         if self.peek().kind == ":" and ":" not in closers:
             parts = [node]
             while self.take(":"):
@@ -218,10 +220,12 @@ class _Parser:
                 parts.append(token.text)
             elif parts and token.kind == "^":
                 parts.append("^")
-            elif parts and token.kind in "-{}" and token.kind and any(part.startswith("^") for part in parts[-1:]):
+            elif parts and token.kind == "-" and parts[-1] == "^":
+                parts[-1] = "^-"
+            elif parts and token.kind in ("{", "}") and any(part.startswith("^") for part in parts[-1:]):
                 pass
-            elif parts and token.kind == "num" and parts[-1] == "^":
-                parts[-1] = "^" + token.text
+            elif parts and token.kind == "num" and parts[-1] in ("^", "^-"):
+                parts[-1] += token.text
             elif parts and token.kind in "/*" and token.kind and self.peek(1).kind in ("text", "word", "letter"):
                 parts.append(token.kind)
             elif parts and token.kind in "()." and token.kind and parts[0]:
@@ -525,7 +529,7 @@ class _Parser:
             amount = self.power()
             self.take("}")
             return Node("unit", (amount,), name=_CURRENCIES[name])
-        raise Unreadable(f"unknown command \\{name}")
+        raise Unsupported(f"unknown command \\{name}")
 
     def root(self) -> Node:
         index: Node | None = None
@@ -555,7 +559,7 @@ class _Parser:
     def matrix(self) -> Node:
         name = self.group_name()
         if name == "cases" or name not in _OPEN_MATRIX:
-            raise Unreadable(f"environment {name}")
+            raise Unsupported(f"environment {name}")
         if name == "array" and self.take("{"):
             while self.peek().kind != "end" and not self.take("}"):
                 self.at += 1

@@ -55,6 +55,9 @@ _add("J", "joule joules kJ")
 _add("W", "watt watts")
 _add("Hz", "hertz Hz")
 _add("V", "volt volts")
+_add("C", "Celsius celsius centigrade")
+_add("F", "Fahrenheit fahrenheit")
+_add("K", "Kelvin kelvin kelvins")
 _add("percent", "percent percentage pct")
 _add("point", "pt. points point")
 UNIT_WORDS = frozenset(_UNITS) | {"mph", "kph", "mps", "kmh", "sq", "rpm", "dozen"}
@@ -72,7 +75,7 @@ NO_UNIT: Unit = frozenset()
 
 def unit(text: str) -> Unit:
     r"""The unit that a text names, as base names with powers: `square centimeters`, `\text{cm}^2`, `cm squared`."""
-    text = text.replace("·", " ").replace("-", " ")
+    text = re.sub(r"(?<!\^)(?<!\^\{)-", " ", text.replace("·", " "))
     parts = re.findall(r"[A-Za-z]+|\^\{?\s?-?\d\s?\}?|/", text)
     powers: dict[str, int] = {}
     sign, pending, last = 1, 1, ""
@@ -93,7 +96,7 @@ def unit(text: str) -> Unit:
         elif low in ("mph", "kph", "kmh", "mps", "rpm"):
             first, second = {"mph": ("mi", "h"), "mps": ("m", "s"), "rpm": ("rotation", "min")}.get(low, ("km", "h"))
             powers[first], powers[second], last = 1, -1, ""
-        elif low not in _FILLERS or part == "A":
+        elif low not in _FILLERS or part == "A" or (low == "in" and part is parts[0]):
             last = _unit_name(part)
             powers[last] = powers.get(last, 0) + sign * pending
             pending = 1
@@ -119,7 +122,7 @@ def units_agree(gold: Unit, other: Unit) -> bool:
         return True
     degrees = {"deg", "C", "F"}
     if all(name in degrees for name, _ in gold | other):
-        return ("deg", 1) in gold & other or not {("C", 1), ("F", 1)} <= gold | other
+        return not {("C", 1), ("F", 1)} <= gold | other
     known = {canonical for canonical, _ in _UNITS.values()} | set(_SHORT.values())
     free = [{name for name, _ in u} for u in (gold, other)]
     nouns = not any(names & known for names in free)
