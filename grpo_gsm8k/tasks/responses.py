@@ -169,7 +169,7 @@ def _tags(text: str) -> tuple[list[Marked], str | None]:
         while index < len(closes) and closes[index][0] < inside:
             index += 1
         if index < len(closes) and closes[index][0] <= following:
-            content = text[inside : closes[index][0]]
+            content = text[max(inside, closes[index][0] - MAX_ANSWER) : closes[index][0]]
             if says_anything(content[:MAX_WINDOW]):
                 found.append(Marked(content, start, closes[index][1], "tag"))
         elif number + 1 == len(opens):
@@ -217,7 +217,7 @@ class Spoken(NamedTuple):
 
 _SPOKEN = re.compile(
     r"\b(?:answer|ans|result(?! in\b| of\b)|solution(?:s| set)?)\b[^\n.:=?!]{0,80}?"
-    r"(?P<link>\bis\b|\bare\b|\bequals\b|\b(?:should|must|would|will) be\b|[:=]|[^\w\n$\\]{0,12}$)"
+    r"(?P<link>\bis\b|\bare\b|\bequals\b|\b(?:should|must|would|will) be\b|[:=]|\s[-–—]\s|[^\w\n$\\]{0,12}$)"
     r"|(?P<link2>^\W{0,8}a\W{0,4}:)",
     re.IGNORECASE | re.MULTILINE,
 )

@@ -54,6 +54,12 @@ def same(gold: str, answer: str) -> bool | None:
     return _same_readings(gold, answer)
 
 
+_ENVIRONMENT = re.compile(
+    r"\\begin\{(align|aligned|equation|gather|gathered|split|displaymath|math|center|multline)(?:\*?)\}(.*)\\end\{\1\*?\}",
+    re.DOTALL,
+)
+
+
 def _bare(text: str) -> str:
     """The answer without what surrounds it: dollars, bold type, quotes, a full stop."""
     for _ in range(4):
@@ -61,6 +67,8 @@ def _bare(text: str) -> str:
         text = text.strip(" \t\n\r\x00\u200b\u00a0")  # a form feed may be what is left of \\frac
         if len(text) > 1 and text[-1] in ".,;:。" and not text.endswith(("...", "\\,", "\\;", "\\:")):
             text = text[:-1]
+        if wrapped := _ENVIRONMENT.fullmatch(text):
+            text = re.split(r"\\\\\s*(?=\S)", wrapped[2])[-1].replace("&", " ").replace("\\\\", " ")
         for opener, closer in (("**", "**"), ("__", "__"), ("`", "`"), ('"', '"'), ("“", "”"), ("$$", "$$"), ("$", "$"),
                                (r"\(", r"\)"), (r"\[", r"\]"), ("*", "*")):  # fmt: skip
             inner = text[len(opener) : -len(closer)]
@@ -94,7 +102,7 @@ def _choices(gold: str, answer: str) -> bool | None:
     return given[0] == wanted[0]
 
 
-_TIME = re.compile(r"(\d{1,2}):(\d{2})(?:\s*([ap])m)?")
+_TIME = re.compile(r"(\d{1,2})(?::(\d{2}))?(?:\s*([ap])m)?")
 
 
 def _times(gold: str, answer: str) -> bool | None:
@@ -102,17 +110,25 @@ def _times(gold: str, answer: str) -> bool | None:
     found = [_TIME.fullmatch(re.sub(r"\s+", " ", words.phrase(text))) for text in (gold, answer)]
     if not found[0]:
         return None
-    clock = any(match and (match[3] or match[2][0] == "0") for match in found)
+    clock = any(match and (match[3] or (match[2] or "1")[0] == "0") for match in found)
     if not clock:
         return None
     if not found[1]:
         return False
     first, second = found[0], found[1]
     halves = {first[3], second[3]} - {None}
-    return int(first[1]) == int(second[1]) and first[2] == second[2] and len(halves) < 2
+    minutes = [match[2] or "00" for match in (first, second)]
+    return int(first[1]) == int(second[1]) and minutes[0] == minutes[1] and len(halves) < 2
 
 
 _NO_SOLUTION, _ALL_REALS = "no solution", "all real numbers"
+
+
+_EXCEPT = re.compile(
+    r"\s*(?:x\s+is\s+)?(?:the set of )?all (?:real numbers|reals|real values|real)(?:\s+\$?x\$?)?,?\s+"
+    r"(?:except|other than|but|excluding)(?:\s+for)?\s+(?:\$?x\s*=)?([^A-Za-z]+)",
+    re.IGNORECASE,
+)
 
 
 def _read(text: str, grouped: bool) -> Node:
@@ -122,6 +138,11 @@ def _read(text: str, grouped: bool) -> Node:
         return Node("set")
     if words.meaning(phrase) == words.meaning(_ALL_REALS):
         return REALS
+    if phrase in ("all integers", "integers", "set of all integers", "set of integers", "any integer"):
+        return parse(r"\mathbb{Z}")
+    if excepted := _EXCEPT.fullmatch(re.sub(r"\\(?:text|mathrm|mbox)\s?\{([^{}]*)\}", r" \1 ", text)):
+        points = parse(excepted[1], grouped)
+        return Node("setminus", (REALS, Node("set", points.args if points.head == "list" else (points,))))
     if value := words.number_word(phrase) if re.fullmatch(r"[a-z -]+", phrase) else None:
         return num(int(value))
     numeral = re.fullmatch(
@@ -209,6 +230,8 @@ def agree(gold: Node, answer: Node) -> bool:
 def _plain(node: Node) -> Node:
     while node.head == "approx":
         node = node.args[0]
+    if node.head == "rel" and node.name == "in" and node.args[1].head == "sym" and node.args[1].name in "ℤℕℚℂ":
+        return node.args[1]
     return node
 
 
@@ -357,6 +380,10 @@ def _is_label(left: Node, right: Node, lenient: bool) -> bool:
         return left.args[0].name[0] in "fghpqPTSEQFGAVrR"
     if left.head == "tuple":
         return right.head in ("tuple", "set") and all(arg.head == "sym" for arg in left.args)
+    if left.head == "matrix":
+        return right.head == "matrix"
+    if lenient and not variables(right) and _applies_function(left):
+        return True
     if variables(right) & names:
         return False
     if lenient and not variables(right) and _has_pi(left):
@@ -366,6 +393,13 @@ def _is_label(left: Node, right: Node, lenient: bool) -> bool:
 
 def _is_minus_or_two(node: Node) -> bool:
     return node.args[0].head == "fn"
+
+
+def _applies_function(node: Node) -> bool:
+    """Whether a value of a function stands in it, as in `f(2) + f(3)`."""
+    if node.head == "*" and node.args[0].head == "sym" and node.args[0].name in "fghPpFG" and node.args[1].head == "num":
+        return True
+    return any(_applies_function(arg) for arg in node.args)
 
 
 def _has_pi(node: Node) -> bool:

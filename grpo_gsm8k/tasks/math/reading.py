@@ -30,6 +30,9 @@ _JOINT = re.compile(r"[\s$.]{0,6}(?:,|;|\band\b|\bor\b|,\s?and\b|,\s?or\b|\\quad
                     r"(?:[A-Za-z]\w{0,3}\s?=\s?)?[$\s]{0,3}")  # fmt: skip
 
 
+_ROWS = re.compile(r"\\(?:begin|end)\{(?:align|aligned|equation|gather|gathered|split)\*?\}|\\\\\s*\n")
+
+
 def answers(response: str, mode: Mode) -> list[str]:
     """The texts that may be the answer of a response: none, one, or ways to read the same words."""
     text = own_turn(without_thoughts(response).strip())
@@ -47,6 +50,7 @@ def answers(response: str, mode: Mode) -> list[str]:
         # A mark that was cut off may repeat what was said before, and must not contradict it.
         tail = re.split(r"\\?f?boxed|<\s?answer", tail)[0] if not marks else tail
     if mode == "flexible":
+        tail = _ROWS.sub("\n", tail).replace("&=", "=")
         later = _spoken(tail, bool(marks))
         if later:
             found = later
@@ -132,7 +136,11 @@ def _spoken(tail: str, after_mark: bool) -> list[str]:
             return [] if after_mark else [""]
         if after_mark and not _is_mathematics(said.content):
             continue
-        return _sentence_answers(said.content)
+        found = _sentence_answers(said.content)
+        # "The answer is 2a + 1 = 5" gives 5; in a box that would be an equation.
+        if "=" in found[-1] and not re.search(r"[<>,]|\\(?:[lg]e|text|pm)", found[-1]):
+            found.append(_cleaned(found[-1].rpartition("=")[2]))
+        return found
     return []
 
 
@@ -184,7 +192,18 @@ def _sentence_answers(sentence: str) -> list[str]:
         bold = re.findall(r"\*\*([^*]{1,200})\*\*", sentence)
         if bold:
             found.append(_cleaned(bold[-1]))
+    if not spans:
+        trimmed = _cleaned(_REMARK.split(sentence, maxsplit=1)[0])
+        if trimmed and trimmed != sentence:
+            found += _sentence_answers(trimmed)
+        quantities = _QUANTITY.findall(sentence)
+        if len(quantities) == 1 and not re.search(r"[=<>^\\(\[]|\b(?:not|or)\b", sentence):
+            found.append(quantities[0])
     return list(dict.fromkeys(found))
+
+
+_REMARK = re.compile(r",?\s+(?:which|since|because|as|where|when|so|with|for|after)\b|,?\s\((?=[A-Za-z])")
+_QUANTITY = re.compile(r"(?<![\w.,])-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?![\w^])")
 
 
 def _span(match: re.Match[str]) -> str:

@@ -151,7 +151,7 @@ class _Parser:
             value = number_word(label)
             return num(int(value)) if value else Node("text", name=label)
         relation = self.relation_sign()
-        if label and relation is None and label.lower() not in _LEADING and not label.rstrip().endswith(":"):
+        if label and relation is None and label.lower() not in _LEADING and not label.rstrip().endswith((":", " is", " are", "=", " equals")):
             raise Unreadable(f"words before mathematics: {label[:40]!r}")
         sides: list[Node] = []
         signs: list[str] = []
@@ -349,6 +349,8 @@ class _Parser:
         if token.kind == "repeating":
             return num(_repeating(token.text))
         if token.kind == "letter":
+            if token.text == "m" and self.is_cmd("angle"):  # the measure of an angle
+                return self.primary()
             return self.symbol(token.text)
         if token.kind in ("(", "["):
             return self.bracketed(token.kind)

@@ -227,8 +227,10 @@ def _contexts() -> _Contexts:
 MAX_MAGNITUDE = 1 << 40  # bits before the binary point, of a number that is not exact
 
 
-def numeric(node: Node, precision: int, values: Values = NO_VALUES, decimal_log: bool = False) -> Any:
-    """The value of a formula as a complex number of `precision` bits.
+def numeric(
+    node: Node, precision: int, values: Values = NO_VALUES, decimal_log: bool = False, real: bool = False
+) -> Any:
+    """The value of a formula as a complex number of `precision` bits. `real`: no root or logarithm may leave the reals.
 
     Raises:
         Unreadable: if there is no value, as of a set.
@@ -237,7 +239,7 @@ def numeric(node: Node, precision: int, values: Values = NO_VALUES, decimal_log:
     mp = _contexts().mp
     mp.prec = precision + 64
     try:
-        return _Numeric(mp, values, decimal_log).value(node)
+        return _Numeric(mp, values, decimal_log, real).value(node)
     except (ZeroDivisionError, ValueError):
         raise Undefined from None
     except (OverflowError, MemoryError, mp.NoConvergence):
@@ -245,12 +247,14 @@ def numeric(node: Node, precision: int, values: Values = NO_VALUES, decimal_log:
 
 
 class _Numeric:
-    def __init__(self, mp: Any, values: Values, decimal_log: bool) -> None:
-        self.mp, self.values, self.decimal_log = mp, values, decimal_log
+    def __init__(self, mp: Any, values: Values, decimal_log: bool, real: bool) -> None:
+        self.mp, self.values, self.decimal_log, self.real = mp, values, decimal_log, real
 
     def value(self, node: Node) -> Any:
         value = self._value(node)
         if not self.mp.isfinite(value):
+            raise Undefined
+        if self.real and self.mp.im(value) != 0:
             raise Undefined
         if abs(self.mp.mag(value)) > MAX_MAGNITUDE if value else False:
             raise TooLarge
@@ -544,30 +548,35 @@ def _equal_formulas(left: Node, right: Node, names: frozenset[str]) -> bool:
     """Whether two formulas agree at all points where both have real values, and at two such points at least."""
     if len(names) > 12:
         return False
-    agreed = 0
-    for number, point in enumerate(points(names, left, right, count=3 * POINTS)):
-        if number >= POINTS and agreed >= 2:
-            break
-        try:
-            if not _real_at(left, right, point):
+    candidates = points(names, left, right, count=3 * POINTS)
+    # Over the complex numbers where they mention i, or are real nowhere, as (-1)^n between the integers.
+    for real in (False,) if _mentions_i(left) or _mentions_i(right) else (True, False):
+        agreed = 0
+        for number, point in enumerate(candidates):
+            if number >= POINTS and agreed >= 2:
+                break
+            try:
+                if real and not _real_at(left, right, point):
+                    continue
+                if not equal_constants(left, right, point):
+                    return False
+                agreed += 1
+            except Undefined:
                 continue
-            if not equal_constants(left, right, point):
-                return False
-            agreed += 1
-        except Undefined:
-            continue
-    return agreed >= 2
+        if agreed >= 2:
+            return True
+    return False
 
 
 def _real_at(left: Node, right: Node, point: dict[str, Fraction]) -> bool:
-    if _mentions_i(left) or _mentions_i(right):
-        return True
-    try:
-        exact(left, point), exact(right, point)
-    except (NotRational, TooLarge):
-        mp = _contexts().mp
-        values = numeric(left, 96, point), numeric(right, 96, point)
-        return all(abs(mp.im(value)) <= abs(value) / 2**60 for value in values)
+    for node in (left, right):
+        try:
+            exact(node, point)
+        except (NotRational, TooLarge):
+            try:
+                numeric(node, 96, point, real=True)
+            except Undefined:
+                return False
     return True
 
 
