@@ -75,6 +75,9 @@ class Worker:
         if self._owner == os.getpid():
             self._kill()
 
+    def _command(self) -> list[str]:
+        return [sys.executable, "-c", "from grpo_gsm8k.tasks.math.worker import serve; serve()"]
+
     def _start(self) -> None:
         if self._owner != os.getpid():  # after a fork the child belongs to the parent
             self._owner, self._process, self._ready, self._buffer = os.getpid(), None, False, b""
@@ -83,7 +86,7 @@ class Worker:
         self._kill()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from grpo_gsm8k.tasks.math.worker import serve; serve()"],
+            self._command(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
