@@ -1,4 +1,4 @@
-"""The math task's grader against a table of hand-derived verdicts, random pairs known by construction, and hostility."""
+"""The math task: hand-derived verdicts, random pairs that are known by construction, and hostile answers."""
 
 from __future__ import annotations
 
@@ -130,8 +130,16 @@ def _polynomial(rng: random.Random) -> tuple[str, list[str], list[str]]:
         return f"{'+' if value >= 0 else '-'}{abs(value)}{rest}"
 
     gold = f"x^2{signed(b, 'x')}{signed(c)}"
-    right = [f"(x{signed(-r)})(x{signed(-s)})", f"{c}{signed(b, 'x')}+x^2", rf"\frac{{2x^2{signed(2 * b, 'x')}{signed(2 * c)}}}{{2}}"]
-    wrong = [f"x^2{signed(b, 'x')}{signed(c + 1)}", f"x^2{signed(b + 1, 'x')}{signed(c)}", f"(x{signed(-r)})(x{signed(-s + 1)})"]
+    right = [
+        f"(x{signed(-r)})(x{signed(-s)})",
+        f"{c}{signed(b, 'x')}+x^2",
+        rf"\frac{{2x^2{signed(2 * b, 'x')}{signed(2 * c)}}}{{2}}",
+    ]
+    wrong = [
+        f"x^2{signed(b, 'x')}{signed(c + 1)}",
+        f"x^2{signed(b + 1, 'x')}{signed(c)}",
+        f"(x{signed(-r)})(x{signed(-s + 1)})",
+    ]
     return gold, right, wrong
 
 
@@ -141,7 +149,11 @@ def _interval(rng: random.Random) -> tuple[str, list[str], list[str]]:
     opener, closer = rng.choice("(["), rng.choice(")]")
     below, above = ("<" if opener == "(" else r"\le"), ("<" if closer == ")" else r"\le")
     gold = f"{opener}{low},{high}{closer}"
-    right = [rf"{low} {below} x {above} {high}", rf"x\in\left{opener}{low}, {high}.0\right{closer}", f"{opener}{2 * low}/2,{high}{closer}"]
+    right = [
+        rf"{low} {below} x {above} {high}",
+        rf"x\in\left{opener}{low}, {high}.0\right{closer}",
+        f"{opener}{2 * low}/2,{high}{closer}",
+    ]
     other = {"(": "[", "[": "(", ")": "]", "]": ")"}
     wrong = [f"{other[opener]}{low},{high}{closer}", f"{opener}{low},{high}{other[closer]}", f"{opener}{low},{high + 1}{closer}",
              rf"\{{{low},{high}\}}"]  # fmt: skip
@@ -152,8 +164,16 @@ def _roots(rng: random.Random) -> tuple[str, list[str], list[str]]:
     values = rng.sample(range(-30, 30), rng.randint(2, 5))
     shuffled = rng.sample(values, len(values))
     gold = ",".join(map(str, values))
-    right = [", ".join(map(str, shuffled)), rf"\{{{','.join(map(str, shuffled))}\}}", r" \text{ or } ".join(f"x={v}" for v in shuffled)]
-    wrong = [", ".join(map(str, shuffled[1:])), ", ".join(map(str, [*shuffled, 99])), ", ".join(map(str, [shuffled[0] + 100, *shuffled[1:]]))]
+    right = [
+        ", ".join(map(str, shuffled)),
+        rf"\{{{','.join(map(str, shuffled))}\}}",
+        r" \text{ or } ".join(f"x={v}" for v in shuffled),
+    ]
+    wrong = [
+        ", ".join(map(str, shuffled[1:])),
+        ", ".join(map(str, [*shuffled, 99])),
+        ", ".join(map(str, [shuffled[0] + 100, *shuffled[1:]])),
+    ]
     return gold, right, wrong
 
 
@@ -161,7 +181,12 @@ def _tuple(rng: random.Random) -> tuple[str, list[str], list[str]]:
     values = rng.sample(range(-30, 30), rng.randint(2, 4))
     shown = ",".join(map(str, values))
     right = [rf"\left({shown.replace(',', ', ')}\right)", "(" + ",".join(f"{2 * v}/2" for v in values) + ")"]
-    wrong = ["(" + ",".join(map(str, values[::-1])) + ")", rf"\{{{shown}\}}", f"({shown},0)", "(" + ",".join(str(-v or 5) for v in values) + ")"]
+    wrong = [
+        "(" + ",".join(map(str, values[::-1])) + ")",
+        rf"\{{{shown}\}}",
+        f"({shown},0)",
+        "(" + ",".join(str(-v or 5) for v in values) + ")",
+    ]
     return f"({shown})", right, wrong
 
 
@@ -176,7 +201,11 @@ def _matrix(rng: random.Random) -> tuple[str, list[str], list[str]]:
     doubled = [[2 * entry for entry in row] for row in rows]
     transposed = [list(column) for column in zip(*rows, strict=True)]
     changed = [rows[0], [rows[1][0], rows[1][1] + 1]]
-    return shown(rows), [shown(rows, "bmatrix"), rf"\frac12{shown(doubled)}"], [shown(transposed), shown(changed), shown(doubled)]
+    return (
+        shown(rows),
+        [shown(rows, "bmatrix"), rf"\frac12{shown(doubled)}"],
+        [shown(transposed), shown(changed), shown(doubled)],
+    )
 
 
 def _line(rng: random.Random) -> tuple[str, list[str], list[str]]:
@@ -189,7 +218,11 @@ def _line(rng: random.Random) -> tuple[str, list[str], list[str]]:
 def _base(rng: random.Random) -> tuple[str, list[str], list[str]]:
     base = rng.randint(3, 9)
     digits = str(rng.randint(1, base - 1)) + "".join(str(rng.randint(0, base - 1)) for _ in range(3))
-    return f"{digits}_{base}", [f"{digits}_{{{base}}}", str(int(digits, base))], [f"{digits}_{{{base + 1}}}", str(int(digits, base) + 1)]
+    return (
+        f"{digits}_{base}",
+        [f"{digits}_{{{base}}}", str(int(digits, base))],
+        [f"{digits}_{{{base + 1}}}", str(int(digits, base) + 1)],
+    )
 
 
 KINDS: list[Callable[[random.Random], tuple[str, list[str], list[str]]]] = [
@@ -236,7 +269,13 @@ NUMBERS = ("9^{9^{9^9}}", "9**9**9**9", "10^{10^{10}}+1", "(((9!)!)!)!", "100000
 def _hostile() -> Iterator[tuple[str, str]]:
     for run in RUNS:
         text = run * (MEGABYTE // len(run))
-        for response in (text, rf"\boxed{{{text}}}", text + r"\boxed{5}", r"\boxed{5}" + text, f"<answer>{text}</answer>"):
+        for response in (
+            text,
+            rf"\boxed{{{text}}}",
+            text + r"\boxed{5}",
+            r"\boxed{5}" + text,
+            f"<answer>{text}</answer>",
+        ):
             yield response, "5"
         yield r"\boxed{5}", text
     for number in NUMBERS:
@@ -331,7 +370,16 @@ def test_a_child_that_hangs_or_dies_is_replaced() -> None:
 def test_only_mathematics_that_the_parser_lacks_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr(worker_module.WORKER, "ask", lambda gold, answer: asked.append(answer))
-    for answer in (r"\int_0^1 x\,dx", r"\sum_{k=1}^{3} k", "5", "12+", r"\text{no}", "9^{9^{9^9}}", "((", r"2\sqrt[3]{}"):
+    for answer in (
+        r"\int_0^1 x\,dx",
+        r"\sum_{k=1}^{3} k",
+        "5",
+        "12+",
+        r"\text{no}",
+        "9^{9^{9^9}}",
+        "((",
+        r"2\sqrt[3]{}",
+    ):
         assert not grade(rf"\boxed{{{answer}}}", "17")
     assert asked == [r"\int_0^1 x\,dx", r"\sum_{k=1}^{3} k"]
 

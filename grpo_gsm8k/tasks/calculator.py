@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from .rationals import Fault, evaluate as _value
+from .rationals import Fault
+from .rationals import evaluate as _value
 
 MAX_DECIMALS = 12
 MAX_ANSWER_DIGITS = 40

@@ -1,13 +1,14 @@
 r"""Arithmetic over exact rationals: one parser for what people and models write, of bounded size. No `eval`.
 
-Read: digits (`1,000`, and decimals where the caller allows them), `+ - * /`, brackets, a minus before a number or a
-bracket, their signs in unicode and LaTeX (`×`, `÷`, `−`, `\times`, `\cdot`, `\div`, `\frac{a}{b}`), `2(3+4)`, and powers
-and percentages where the caller allows them. Everything else is a `Fault` with a short text.
+Read: digits (`1,000`, and decimals where the caller allows them), `+ - * /`, brackets, a minus before a number or
+a bracket, their signs in unicode and LaTeX (`×`, `÷`, `−`, `\times`, `\cdot`, `\div`, `\frac{a}{b}`), `2(3+4)`, and
+powers and percentages where the caller allows them. Everything else is a `Fault` with a short text.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -28,12 +29,13 @@ class Value(NamedTuple):
     numbers: tuple[Fraction, ...]
 
 
-_SIGNS = str.maketrans(
-    {"×": "*", "·": "*", "⋅": "*", "∙": "*", "∗": "*", "✕": "*", "✖": "*", "÷": "/", "∕": "/", "⁄": "/", "−": "-", "–": "-",
-     "—": "-", "﹣": "-", "－": "-", "＋": "+", "＊": "*", "／": "/", "（": "(", "）": ")", "[": "(", "]": ")", "＝": "=",
-     "\u00a0": " ", "\u2009": " ", "\u202f": " ", "²": "^2", "³": "^3", "％": "%"}
-)  # fmt: skip
-_LATEX = [
+_SIGNS = str.maketrans({
+    "×": "*", "·": "*", "⋅": "*", "∙": "*", "∗": "*", "✕": "*", "✖": "*", "＊": "*",
+    "÷": "/", "∕": "/", "⁄": "/", "／": "/", "−": "-", "–": "-", "—": "-", "﹣": "-", "－": "-", "＋": "+",
+    "（": "(", "）": ")", "[": "(", "]": ")", "＝": "=", "％": "%", "²": "^2", "³": "^3",
+    "\u00a0": " ", "\u2009": " ", "\u202f": " ",
+})  # fmt: skip
+_LATEX: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\[dtc]?frac\s?(\d)\s?(\d)(?!\d)"), r"((\1)/(\2))"),
     (re.compile(r"\\(?:times|cdot|ast|bullet)(?![A-Za-z])"), "*"),
     (re.compile(r"\\div(?![A-Za-z])"), "/"),
@@ -118,7 +120,9 @@ class _Parser:
                 value = _bounded(value * self.signed())
             elif self.take("/"):
                 value = _divided(value, self.signed())
-            elif self.peek() in ("(", "\\frac") or (self.at and self.tokens[self.at - 1] == ")" and self.peek()[:1].isdigit()):
+            elif self.peek() in ("(", "\\frac") or (
+                self.at and self.tokens[self.at - 1] == ")" and self.peek()[:1].isdigit()
+            ):
                 value = _bounded(value * self.power())
             else:
                 return value

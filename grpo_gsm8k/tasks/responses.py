@@ -252,7 +252,9 @@ def spoken(text: str) -> list[Spoken]:
         clause = clause[lead.end() :] if lead else clause
         if not clause.strip() or clause.rstrip("*_ ").endswith("?"):
             continue
-        doubtful = _DOUBT.search(match.group()) or re.match(r"(?:either|between|roughly|not|maybe|perhaps)\b", clause, re.I)
+        doubtful = _DOUBT.search(match.group()) or re.match(
+            r"(?:either|between|roughly|not|maybe|perhaps)\b", clause, re.I
+        )
         found.append(Spoken("" if doubtful else clause, offset + match.end() + len(clause)))
     return found
 

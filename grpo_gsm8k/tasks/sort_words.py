@@ -18,8 +18,8 @@ from typing import Any, Literal, NamedTuple
 from .responses import marked, own_turn, without_thoughts
 
 Split = Literal["train", "val", "test"]
-_ONSETS = "b c d f g h j k l m n p r s t v w z br cl dr fl gr pl st tr".split()
-_VOWELS = "a e i o u".split()
+_ONSETS = [*"bcdfghjklmnprstvwz", "br", "cl", "dr", "fl", "gr", "pl", "st", "tr"]
+_VOWELS = "aeiou"
 _ENDS = ["", "", "", "n", "r", "s", "t", "l", "m"]
 
 

@@ -1,9 +1,9 @@
 r"""Grades answers in LaTeX: MATH, MATH-500, AIME and their kind.
 
 A response is read as a careful person reads it (`reading`), its answer and the gold are parsed by an own parser
-(`latex`, `tree`) and compared as what they are (`compare`, `intervals`, `values`, `words`): exactly, within bounds. What
-this package cannot read is asked of Math-Verify in a process of its own, under a deadline (`worker`). Nothing that a
-model writes is evaluated by Python or SymPy in this process.
+(`latex`, `tree`) and compared as what they are (`compare`, `intervals`, `values`, `words`): exactly, within bounds.
+What this package cannot read is asked of Math-Verify in a process of its own, under a deadline (`worker`). Nothing
+that a model writes is evaluated by Python or SymPy in this process.
 
 Mathematically equal is right, in any form; a decimal for an exact value is wrong unless it terminates and is equal.
 """
@@ -25,7 +25,8 @@ def grade(response: str, gold: str, mode: Mode = "flexible") -> bool:
     Args:
         response: what the model wrote, thoughts included. Anything but a string is wrong.
         gold: the right answer: LaTeX, `$…$`, `\boxed{…}` or a whole solution that ends in a box, a text, a list.
-        mode: "strict" demands a marked answer (`\boxed{…}`, `<answer>…</answer>`, `#### …`); "flexible" also reads prose.
+        mode: "strict" demands a marked answer (`\boxed{…}`, `<answer>…</answer>`, `#### …`); "flexible" also reads
+            prose.
     """
     if mode not in ("flexible", "strict"):
         raise ValueError(f"mode must be 'flexible' or 'strict', not {mode!r}")

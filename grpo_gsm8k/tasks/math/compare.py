@@ -25,7 +25,6 @@ from .values import (
     TooLarge,
     Undefined,
     equal,
-    equal_constants,
     exact,
     numeric,
     points,
@@ -72,7 +71,12 @@ def _bare(text: str) -> str:
         for opener, closer in (("**", "**"), ("__", "__"), ("`", "`"), ('"', '"'), ("“", "”"), ("$$", "$$"), ("$", "$"),
                                (r"\(", r"\)"), (r"\[", r"\]"), ("*", "*")):  # fmt: skip
             inner = text[len(opener) : -len(closer)]
-            if len(text) > 2 * len(opener) and text.startswith(opener) and text.endswith(closer) and opener not in inner:
+            if (
+                len(text) > 2 * len(opener)
+                and text.startswith(opener)
+                and text.endswith(closer)
+                and opener not in inner
+            ):
                 text = inner
         if text == before:
             break
@@ -121,9 +125,6 @@ def _times(gold: str, answer: str) -> bool | None:
     return int(first[1]) == int(second[1]) and minutes[0] == minutes[1] and len(halves) < 2
 
 
-_NO_SOLUTION, _ALL_REALS = "no solution", "all real numbers"
-
-
 _EXCEPT = re.compile(
     r"\s*(?:x\s+is\s+)?(?:the set of )?all (?:real numbers|reals|real values|real)(?:\s+\$?x\$?)?,?\s+"
     r"(?:except|other than|but|excluding)(?:\s+for)?\s+(?:\$?x\s*=)?([^A-Za-z]+)",
@@ -134,15 +135,15 @@ _EXCEPT = re.compile(
 def _read(text: str, grouped: bool) -> Node:
     """The tree of an answer, in words or in signs."""
     phrase = words.phrase(text)
-    if words.meaning(phrase) == words.meaning(_NO_SOLUTION):
+    if words.meaning(phrase) == words.meaning("no solution"):
         return Node("set")
-    if words.meaning(phrase) == words.meaning(_ALL_REALS):
+    if words.meaning(phrase) == words.meaning("all real numbers"):
         return REALS
     if phrase in ("all integers", "integers", "set of all integers", "set of integers", "any integer"):
         return parse(r"\mathbb{Z}")
     if excepted := _EXCEPT.fullmatch(re.sub(r"\\(?:text|mathrm|mbox)\s?\{([^{}]*)\}", r" \1 ", text)):
-        points = parse(excepted[1], grouped)
-        return Node("setminus", (REALS, Node("set", points.args if points.head == "list" else (points,))))
+        outside = parse(excepted[1], grouped)
+        return Node("setminus", (REALS, Node("set", outside.args if outside.head == "list" else (outside,))))
     if value := words.number_word(phrase) if re.fullmatch(r"[a-z -]+", phrase) else None:
         return num(int(value))
     numeral = re.fullmatch(
@@ -249,7 +250,9 @@ def _sets(gold: Node, answer: Node) -> bool | None:
         return _same_inequality(gold, answer)
     if gold.head == answer.head and gold.head in ("cup", "cap", "setminus"):
         pairs = (gold.args, answer.args), (gold.args, answer.args[::-1])
-        return any(all(agree(a, b) for a, b in zip(*pair, strict=True)) for pair in pairs[: 2 if gold.head == "cup" else 1])
+        return any(
+            all(agree(a, b) for a, b in zip(*pair, strict=True)) for pair in pairs[: 2 if gold.head == "cup" else 1]
+        )
     labelled = _labelled(answer if is_set(gold) else gold)
     if labelled is not None and labelled[0] is not None:
         return None
@@ -367,7 +370,7 @@ def _is_equation(node: Node) -> bool:
 
 
 def _is_label(left: Node, right: Node, lenient: bool) -> bool:
-    """Whether the left side only names what the right side gives: `x`, `f(x)`, `AB`, `\\cos x`; leniently `a + b`, too."""
+    """Whether the left side only names what the right side gives: `x`, `f(x)`, `AB`; leniently `a + b`, too."""
     names = variables(left)
     if not names or left.head in ("num", "const"):
         return False
@@ -376,7 +379,12 @@ def _is_label(left: Node, right: Node, lenient: bool) -> bool:
     if left.head == "*" and left.name == "juxtaposed" and left.args[0].head in ("sym", "^") and not _numbers(left):
         function = left.args[0].args[0].name if left.args[0].head == "^" else left.args[0].name
         return function not in variables(right)
-    if left.head == "*" and left.args[0].head in ("sym", "^") and left.args[0].name and left.args[0].name not in variables(right):
+    if (
+        left.head == "*"
+        and left.args[0].head in ("sym", "^")
+        and left.args[0].name
+        and left.args[0].name not in variables(right)
+    ):
         return left.args[0].name[0] in "fghpqPTSEQFGAVrR"
     if left.head == "tuple":
         return right.head in ("tuple", "set") and all(arg.head == "sym" for arg in left.args)
@@ -388,16 +396,19 @@ def _is_label(left: Node, right: Node, lenient: bool) -> bool:
         return False
     if lenient and not variables(right) and _has_pi(left):
         return True
-    return not variables(right) and ((lenient and len(names) > 1) or left.head == "fn" or (left.head == "^" and _is_minus_or_two(left)))
-
-
-def _is_minus_or_two(node: Node) -> bool:
-    return node.args[0].head == "fn"
+    return not variables(right) and (
+        (lenient and len(names) > 1) or left.head == "fn" or (left.head == "^" and left.args[0].head == "fn")
+    )
 
 
 def _applies_function(node: Node) -> bool:
     """Whether a value of a function stands in it, as in `f(2) + f(3)`."""
-    if node.head == "*" and node.args[0].head == "sym" and node.args[0].name in "fghPpFG" and node.args[1].head == "num":
+    if (
+        node.head == "*"
+        and node.args[0].head == "sym"
+        and node.args[0].name in "fghPpFG"
+        and node.args[1].head == "num"
+    ):
         return True
     return any(_applies_function(arg) for arg in node.args)
 
@@ -438,13 +449,9 @@ def _labelled(node: Node, lenient: bool = False) -> tuple[str | None, Node] | No
     for sign, side in zip(signs, sides[1:], strict=False):
         if sign == "~":
             break
-        if not _agree_scalars_or_more(value, side):
+        if not _quick_agree(value, side):
             return None
     return label, value
-
-
-def _agree_scalars_or_more(left: Node, right: Node) -> bool:
-    return _quick_agree(left, right)
 
 
 def _equal(left: Node, right: Node) -> bool:
@@ -550,15 +557,10 @@ def _proportional_numbers(first: Node, second: Node, names: frozenset[str], sign
 def _solved_alike(first: Node, second: Node, names: frozenset[str]) -> bool:
     """Whether both equations are linear in one variable, and give it the same values."""
     for name in sorted(names):
-        agreed = 0
-        for point in points(names - {name}, first, second):
-            roots = [_linear_root(node, name, point) for node in (first, second)]
-            if roots[0] is None or roots[0] != roots[1]:
-                break
-            agreed += 1
-        else:
-            if agreed:
-                return True
+        drawn = points(names - {name}, first, second)
+        roots = ([_linear_root(node, name, point) for node in (first, second)] for point in drawn)
+        if all(pair[0] is not None and pair[0] == pair[1] for pair in roots):
+            return True
     return False
 
 
@@ -701,9 +703,9 @@ def _quantities(gold: Node, answer: Node) -> bool:
     if percents[0] != percents[1]:
         hundredth = Node("/", (left if percents[0] else right, num(100)))
         return equal(hundredth, right if percents[0] else left)
-    for value, unit, other, other_unit in ((left, left_unit, right, right_unit), (right, right_unit, left, left_unit)):
-        if ("deg", 1) in unit and not other_unit:
-            return equal(Node("deg", (value,)), other)
+    if ("deg", 1) in left_unit | right_unit and (not left_unit or not right_unit):
+        degrees, radians = (left, right) if left_unit else (right, left)
+        return equal(Node("deg", (degrees,)), radians)
     if gold.head == "base" or answer.head == "base":
         return _numerals(gold, answer)
     return False
@@ -759,7 +761,12 @@ def _monomial(node: Node) -> dict[str, int] | None:
             for name, power in part.items():
                 total[name] = total.get(name, 0) + (power if node.head == "*" or index == 0 else -power)
         return total
-    if node.head == "^" and node.args[0].head == "sym" and node.args[1].head == "num" and node.args[1].value is not None:
+    if (
+        node.head == "^"
+        and node.args[0].head == "sym"
+        and node.args[1].head == "num"
+        and node.args[1].value is not None
+    ):
         exponent = node.args[1].value
         return {node.args[0].name: int(exponent)} if exponent.denominator == 1 and abs(exponent) < 10 else None
     return None
@@ -769,6 +776,3 @@ def _without_symbols(node: Node) -> Node:
     if node.head == "sym":
         return num(1)
     return Node(node.head, tuple(_without_symbols(arg) for arg in node.args), node.name, node.value)
-
-
-__all__ = ["agree", "equal_constants", "same"]

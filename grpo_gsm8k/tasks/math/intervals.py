@@ -53,7 +53,9 @@ def merged(pieces: RealSet) -> RealSet:
             gap = order(last.high, piece.low)
             if gap > 0 or (gap == 0 and (last.high_closed or piece.low_closed)):
                 end = order(last.high, piece.high)
-                closed = (last.high_closed or piece.high_closed) if end == 0 else (last if end > 0 else piece).high_closed
+                closed = (
+                    (last.high_closed or piece.high_closed) if end == 0 else (last if end > 0 else piece).high_closed
+                )
                 out[-1] = Interval(last.low, last.low_closed, last.high if end >= 0 else piece.high, closed)
                 continue
         out.append(piece)
@@ -76,7 +78,9 @@ def complement(pieces: RealSet) -> RealSet:
     for piece in pieces:
         left = Interval(MINUS_INFINITY, False, piece.low, not piece.low_closed)
         right = Interval(piece.high, not piece.high_closed, INFINITY, False)
-        outside = tuple(p for p in (left, right) if not (is_infinite(p.low) and is_infinite(p.high) and p.low == p.high))
+        outside = tuple(
+            p for p in (left, right) if not (is_infinite(p.low) and is_infinite(p.high) and p.low == p.high)
+        )
         rest = intersection(rest, outside)
     return rest
 
@@ -179,7 +183,9 @@ def _conditions(node: Node) -> Described:
     """Inequalities joined by `or`, `and` or commas. Commas join what has something in common, and unite the rest."""
     first = node.args[0]
     if first.name == "!=":
-        node = Node("list", tuple(a if a.head == "rel" else Node("rel", (first.args[0], a), "!=") for a in node.args), node.name)
+        node = Node(
+            "list", tuple(a if a.head == "rel" else Node("rel", (first.args[0], a), "!=") for a in node.args), node.name
+        )
     parts = [_real_set(arg) for arg in node.args[:MAX_PIECES]]
     names = {part.variable for part in parts}
     if len(names) != 1:
@@ -217,7 +223,7 @@ def _relation(node: Node) -> Described:
 
 
 def _solved(left: Node, sign: str, right: Node, name: str) -> RealSet:
-    """Where `left sign right` holds, for a variable against a constant, up to a quadratic with rational coefficients."""
+    """Where `left sign right` holds: a variable against a constant, or up to a quadratic with rational coefficients."""
     if left.head == "sym" and not variables(right):
         return _half_line(sign, right)
     if right.head == "sym" and not variables(left):
@@ -264,9 +270,7 @@ def _solved_polynomial(left: Node, sign: str, right: Node, name: str) -> RealSet
     if discriminant < 0:
         return WHOLE if sign in (">", ">=", "!=") else ()
     root = Node("fn", (num(discriminant), num(2)), name="root")
-    low, high = (
-        Node("/", (Node("+", (num(-b), r)), num(2 * a))) for r in (Node("neg", (root,)), root)
-    )
+    low, high = (Node("/", (Node("+", (num(-b), r)), num(2 * a))) for r in (Node("neg", (root,)), root))
     if sign in ("=", "!="):
         pieces = merged((point(low), point(high)))
         return pieces if sign == "=" else complement(pieces)

@@ -41,7 +41,8 @@ _SYMBOLS = {
     "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "⟨": r"\langle ", "⟩": r"\rangle ",
     "〈": r"\langle ", "〉": r"\rangle ", "∠": r"\angle ", "△": r"\triangle ", "∣": "|", "∧": r"\text{ and }",
     "∨": r"\text{ or }", "→": r"\to ", "⇒": r"\Rightarrow ", "′": "'", "’": "'", "″": "''", "…": r"\ldots ",
-    "⋯": r"\ldots ", "€": r"\text{EUR}", "£": r"\text{GBP}", "￡": r"\text{GBP}", "¥": r"\text{JPY}", "₹": r"\text{INR}",
+    "⋯": r"\ldots ", "€": r"\text{EUR}", "£": r"\text{GBP}", "￡": r"\text{GBP}", "¥": r"\text{JPY}",
+    "₹": r"\text{INR}",
     "¢": r"\text{cents}", "％": r"\%", "‰": r"\permille ", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u200b": "",
     "\u2061": "", "\u2062": "", "\u2063": ",", "\ufeff": "", "、": ",", "。": ".", "ℓ": "l", "ⅈ": "i", "ⅇ": "e",
     "π": r"\pi ", "𝜋": r"\pi ", "ϕ": r"\phi ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ",
@@ -57,8 +58,9 @@ _SUPER_RUN = re.compile(f"[{re.escape(''.join(_SUPERSCRIPTS))}]+")
 _SUB_RUN = re.compile(f"[{re.escape(''.join(_SUBSCRIPTS))}]+")
 
 _SPACES = re.compile(
-    r"\\[,;:>]|\\ |~|\\(?:quad|qquad|thinspace|enspace|medspace|hfill|displaystyle|textstyle|scriptstyle|limits|nolimits"
-    r"|mathstrut|strut|null|ldotp)(?![A-Za-z])|\\(?:hspace|vspace|phantom|hphantom|vphantom|label|tag)\*?\{[^{}]{0,40}\}"
+    r"\\[,;:>]|\\ |~|\\(?:quad|qquad|thinspace|enspace|medspace|hfill|displaystyle|textstyle|scriptstyle|limits"
+    r"|nolimits|mathstrut|strut|null|ldotp)(?![A-Za-z])"
+    r"|\\(?:hspace|vspace|phantom|hphantom|vphantom|label|tag)\*?\{[^{}]{0,40}\}"
 )
 _SIZES = re.compile(
     r"\\(?:left|right|middle)\s?\.|\\(?:left|right|middle|[bB]ig[glr]?[lrm]?)(?=\s{0,2}[(\[|.)\]/\\{}<>])"
@@ -79,17 +81,14 @@ _SAME = {
     "plusmn": "pm", "sum ": "sum", "exists": "exists", "mod": "bmod", "lang": "langle", "rang": "rangle",
     "newline": "\\", "cr": "\\", "R": "reals", "euro": "EUR", "pounds": "GBP", "centerdot": "*", "prime": "'",
 }  # fmt: skip
-_BOLD = {"mathbf", "boldsymbol", "bm", "mathit", "mathcal", "mathsf", "mathtt", "mathfrak", "mathnormal", "pmb", "mathop",
-         "ensuremath", "mathord", "displaylines", "boxed", "fbox", "underline", "mathbin", "mathrel", "color",
-         "operatorfont", "textnormal*", "bf", "it", "cal", "rm", "hbox*", "bold"}  # fmt: skip
-_TEXTS = {"text", "textbf", "textit", "textrm", "textsf", "texttt", "mbox", "hbox", "mathrm", "operatorname", "textnormal",
-          "emph", "textup", "textsc", "unit", "mathring*", "text*"}  # fmt: skip
+_BOLD = {"mathbf", "boldsymbol", "bm", "mathit", "mathcal", "mathsf", "mathtt", "mathfrak", "mathnormal", "pmb",
+         "mathop", "ensuremath", "mathord", "boxed", "fbox", "underline", "mathbin", "mathrel", "bf", "it", "cal",
+         "rm", "bold"}  # fmt: skip
+_TEXTS = {"text", "textbf", "textit", "textrm", "textsf", "texttt", "mbox", "hbox", "mathrm", "operatorname",
+          "textnormal", "emph", "textup", "textsc", "unit"}  # fmt: skip
 FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "arccot", "sinh", "cosh", "tanh",
              "log", "ln", "exp", "gcd", "lcm", "max", "min", "det", "sgn", "floor", "ceil", "abs", "sqrt", "cbrt",
              "binom", "factorial", "cis", "Re", "Im", "arg"}  # fmt: skip
-_GREEK = {"alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "kappa", "lambda", "mu", "nu", "xi",
-          "rho", "sigma", "tau", "phi", "chi", "psi", "omega", "Delta", "Sigma", "Omega", "Gamma", "Theta", "Lambda",
-          "Phi", "Psi", "Pi", "ell", "partial", "nabla", "upsilon", "iota"}  # fmt: skip
 _WORD_COMMANDS = {
     "pi": "pi", "Pi": "pi", "PI": "pi", "infinity": "infty", "inf": "infty", "infty": "infty", "oo": "infty",
     "Infinity": "infty", "theta": "theta", "alpha": "alpha", "beta": "beta", "lambda": "lambda", "phi": "phi",
@@ -121,7 +120,9 @@ def spell(text: str) -> str:
     text = re.sub(r"\$\$|\$|\\[()](?!\s?\\)|\\[()\[]|\\\](?!\w)", " ", text)
     text = re.sub(r"\^\s?\{?\s?\\(?:circ|degree|deg)(?![A-Za-z])\s?\}?", r"\\degree ", text)
     text = _SIZES.sub("", _SPACES.sub(" ", text))
-    return re.sub(r"\*\*(?=[^*]{1,200}\*\*)|__|`", lambda m: "^" if m[0] == "**" and _is_power(text, m) else "", text).strip()
+    return re.sub(
+        r"\*\*(?=[^*]{1,200}\*\*)|__|`", lambda m: "^" if m[0] == "**" and _is_power(text, m) else "", text
+    ).strip()
 
 
 _BRACKETS = re.compile(r"(?<!\\)([\[\]])([^\[\]()]{1,80}[,;][^\[\]()]{1,80})([\[\]])")
@@ -154,7 +155,17 @@ _GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?")
 _SPACED_GROUPS = re.compile(r"\d{1,3}(?: \d{3})+(?![\d/])(?:\.\d+)?")
 _COMMAND = re.compile(r"\\(?:[A-Za-z]+\*?|.)", re.DOTALL)
 _LETTERS = re.compile(r"[A-Za-z]+")
-_TWO = {"<=": "le", ">=": "ge", "!=": "ne", "==": "=", "=>": "Rightarrow", "->": "to", "+-": "pm", "**": "^", "=<": "le"}
+_TWO = {
+    "<=": "le",
+    ">=": "ge",
+    "!=": "ne",
+    "==": "=",
+    "=>": "Rightarrow",
+    "->": "to",
+    "+-": "pm",
+    "**": "^",
+    "=<": "le",
+}
 
 
 def tokens(text: str, grouped: bool = True, unit_words: frozenset[str] = frozenset()) -> list[Token]:
@@ -308,26 +319,22 @@ def _text(content: str, name: str, spaced: bool, out: list[Token]) -> None:
 def _word(word: str, spaced: bool, units: frozenset[str], out: list[Token]) -> None:
     """A run of letters: a name we know, a word, or a product of letters."""
     before = out[-1] if out else None
-    if word == "min" and before and before.kind == "num":
-        out.append(Token("word", word, spaced))
-    elif word == "to" and before and before.kind == "num":
+    if word == "to" and before and before.kind == "num":
         out.append(Token(":", ":", spaced))
     elif word in ("in", "In") and spaced and before and before.kind == "letter":
         out.append(Token("cmd", "in", spaced))
-    elif word in _WORD_COMMANDS:
+    elif word in _WORD_COMMANDS and not (word == "min" and before and before.kind == "num"):
         name = _WORD_COMMANDS[word]
         out.append(Token(name if len(name) == 1 else "cmd", name, spaced))
+    elif word == "min" and before and before.kind == "num":
+        out.append(Token("word", word, spaced))
     elif word in FUNCTIONS or word.lower() in FUNCTIONS - {"Re", "Im", "arg", "abs", "det"}:
         out.append(Token("cmd", word if word in FUNCTIONS else word.lower(), spaced))
     elif word in ("U", "u") and spaced and before and before.kind in (")", "]"):
         out.append(Token("cmd", "cup", spaced))
     elif len(word) == 1:
         out.append(Token("letter", word, spaced))
-    elif word.lower() in units or word in units:
-        out.append(Token("word", word, spaced))
-    elif len(word) > 3 and not word.isupper():
-        out.append(Token("word", word, spaced))
-    elif word.lower() in _SHORT_WORDS or (len(word) > 6):
+    elif {word, word.lower()} & (units | _SHORT_WORDS) or len(word) > (6 if word.isupper() else 3):
         out.append(Token("word", word, spaced))
     elif word.startswith("pi") and len(word) == 3:
         out += [Token("cmd", "pi", spaced), Token("letter", word[2])]

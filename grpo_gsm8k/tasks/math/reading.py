@@ -7,6 +7,7 @@ so does a correction in so many words ("wait, it is …"). Boxes that one statem
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Literal
 
@@ -103,7 +104,9 @@ def _inner(content: str) -> str:
     return _labelled(content)
 
 
-_ANSWER_LABEL = re.compile(r"^\s*(?:\\text\{\s?)?(?:the\s+)?(?:final\s+)?answer\s?(?:is\b|:|=)\s?\}?\s*:?", re.IGNORECASE)
+_ANSWER_LABEL = re.compile(
+    r"^\s*(?:\\text\{\s?)?(?:the\s+)?(?:final\s+)?answer\s?(?:is\b|:|=)\s?\}?\s*:?", re.IGNORECASE
+)
 
 
 def _labelled(content: str) -> str:
@@ -159,21 +162,29 @@ def _cleaned(text: str) -> str:
 
 
 _MATH = re.compile(r"\$\$(.{1,2000}?)\$\$|\$([^$]{1,2000})\$|\\\((.{1,2000}?)\\\)|\\\[(.{1,2000}?)\\\]", re.DOTALL)
-_LINKED = re.compile(r"(?:.*\b(?:is|are|equals|equal to|be|gives|get|obtain|find|have|yields|=|:)\s*[:,]?)\s+", re.DOTALL | re.I)
+_LINKED = re.compile(
+    r"(?:.*\b(?:is|are|equals|equal to|be|gives|get|obtain|find|have|yields|=|:)\s*[:,]?)\s+", re.DOTALL | re.I
+)
 
 
 def _sentence_answers(sentence: str) -> list[str]:
     """The ways to read the answer of one sentence, the most literal one first."""
     sentence = _cleaned(sentence)
     found = [sentence]
-    spans = [match for match in _MATH.finditer(sentence)]
+    spans = list(_MATH.finditer(sentence))
     if spans:
         last = spans[-1]
         outside = _MATH.sub(" ", sentence)
-        several = len(spans) > 1 and re.fullmatch(r"[\s,;.]*(?:(?:or|and)[\s,;.]*)*", sentence[spans[0].end() : last.start()].replace("$", "")) is None
+        several = (
+            len(spans) > 1
+            and re.fullmatch(
+                r"[\s,;.]*(?:(?:or|and)[\s,;.]*)*", sentence[spans[0].end() : last.start()].replace("$", "")
+            )
+            is None
+        )
         joint = len(spans) > 1 and all(
             re.fullmatch(r"\s*(?:,|;|or|and|,\s?and|,\s?or)\s*", sentence[a.end() : b.start()])
-            for a, b in zip(spans, spans[1:], strict=False)
+            for a, b in itertools.pairwise(spans)
         )
         if joint:
             found.append(" , ".join(_span(match) for match in spans))
@@ -186,7 +197,8 @@ def _sentence_answers(sentence: str) -> list[str]:
         linked = _LINKED.match(sentence)
         if linked:
             found.append(_cleaned(sentence[linked.end() :]))
-        several = re.search(r"\b(?:or|and)\b", sentence) or ("," in sentence and len(re.findall(r"[A-Za-z)]\s*=", sentence)) > 1)
+        labels = len(re.findall(r"[A-Za-z)]\s*=", sentence))
+        several = bool(re.search(r"\b(?:or|and)\b", sentence)) or ("," in sentence and labels > 1)
         if "=" in sentence and not several:
             found.append(_cleaned(sentence.rpartition("=")[2]))
         bold = re.findall(r"\*\*([^*]{1,200})\*\*", sentence)

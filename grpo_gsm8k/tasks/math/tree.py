@@ -151,7 +151,12 @@ class _Parser:
             value = number_word(label)
             return num(int(value)) if value else Node("text", name=label)
         relation = self.relation_sign()
-        if label and relation is None and label.lower() not in _LEADING and not label.rstrip().endswith((":", " is", " are", "=", " equals")):
+        if (
+            label
+            and relation is None
+            and label.lower() not in _LEADING
+            and not label.rstrip().endswith((":", " is", " are", "=", " equals"))
+        ):
             raise Unreadable(f"words before mathematics: {label[:40]!r}")
         sides: list[Node] = []
         signs: list[str] = []
@@ -514,7 +519,11 @@ class _Parser:
             return Node("fn", (node,), name="floor" if name == "lfloor" else "ceil")
         if name == "mathbb":
             node = self.argument()
-            return REALS if node.name == "R" else Node("sym", name="ℤℕℚℂ"["ZNQC".find(node.name)] if node.name in "ZNQC" else node.name)
+            return (
+                REALS
+                if node.name == "R"
+                else Node("sym", name="ℤℕℚℂ"["ZNQC".find(node.name)] if node.name in "ZNQC" else node.name)
+            )
         if name == "begin":
             return self.matrix()
         if name in FUNCTIONS:

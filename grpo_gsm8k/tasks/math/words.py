@@ -62,12 +62,12 @@ _add("percent", "percent percentage pct")
 _add("point", "pt. points point")
 UNIT_WORDS = frozenset(_UNITS) | {"mph", "kph", "mps", "kmh", "sq", "rpm", "dozen"}
 _LENGTHS = {"cm", "mm", "m", "km", "in", "ft", "yd", "mi"}
-_SHORT = {"m": "m", "s": "s", "h": "h", "g": "g", "l": "l", "L": "l", "in": "in", "C": "C", "F": "F", "N": "N", "J": "J",
-          "W": "W", "V": "V", "A": "A", "K": "K", "yr": "year", "t": "ton", "d": "day", "c": "cent", "R": "rad"}  # fmt: skip
+_SHORT = {"m": "m", "s": "s", "h": "h", "g": "g", "l": "l", "L": "l", "in": "in", "C": "C", "F": "F", "N": "N",
+          "J": "J", "W": "W", "V": "V", "A": "A", "K": "K", "t": "ton", "d": "day", "R": "rad"}  # fmt: skip
 SINGLE_LETTER_UNITS = frozenset("mshgLlNJWVAKC")
-_FILLERS = {"of", "the", "a", "an", "in", "total", "altogether", "exactly", "each", "long", "wide", "tall", "high", "all",
-            "is", "are", "old", "about", "approximately", "only", "more", "less", "away", "different", "possible",
-            "distinct", "such", "there", "apart", "to", "for", "and", "around"}  # fmt: skip
+_FILLERS = {"of", "the", "a", "an", "in", "total", "altogether", "exactly", "each", "long", "wide", "tall", "high",
+            "all", "is", "are", "old", "about", "approximately", "only", "more", "less", "away", "different",
+            "possible", "distinct", "such", "there", "apart", "to", "for", "and", "around"}  # fmt: skip
 
 Unit = frozenset[tuple[str, int]]
 NO_UNIT: Unit = frozenset()
@@ -117,7 +117,9 @@ def units_agree(gold: Unit, other: Unit) -> bool:
     """Whether two units do not contradict each other. A missing one never does, nor `units` for a length."""
     if not gold or not other or gold == other:
         return True
-    generic = [{("u" if name in _LENGTHS or name == "unit" else name, power) for name, power in u} for u in (gold, other)]
+    generic = [
+        {("u" if name in _LENGTHS or name == "unit" else name, power) for name, power in u} for u in (gold, other)
+    ]
     if any(name == "unit" for name, _ in gold | other) and generic[0] == generic[1]:
         return True
     degrees = {"deg", "C", "F"}
@@ -153,8 +155,29 @@ _GROUPS = {phrase: number for number, group in enumerate(_ALIKE) for phrase in g
 _NUMBER_WORDS = {
     word: str(number)
     for number, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen twenty".split()
+        [
+            "zero",
+            "one",
+            "two",
+            "three",
+            "four",
+            "five",
+            "six",
+            "seven",
+            "eight",
+            "nine",
+            "ten",
+            "eleven",
+            "twelve",
+            "thirteen",
+            "fourteen",
+            "fifteen",
+            "sixteen",
+            "seventeen",
+            "eighteen",
+            "nineteen",
+            "twenty",
+        ]
     )
 }
 _TENS = {"thirty": "30", "forty": "40", "fifty": "50", "sixty": "60", "seventy": "70", "eighty": "80", "ninety": "90"}
@@ -180,7 +203,9 @@ def phrase(text: str) -> str:
     """A text as its bare words: no markup, case, punctuation or articles."""
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|textit|mbox|emph|textrm|operatorname)\s?(?=\{)", " ", text[:4_000])
     text = re.sub(r"\\[,;:! ]|\\quad|\\left|\\right|~", " ", text)
-    text = re.sub(r"\b(?:[Tt]he|[Aa]n|a(?=\s+[A-Za-z]{2}))\b|^\W*A(?=\s+[a-z]{3})", " ", unicodedata.normalize("NFKC", text))
+    text = re.sub(
+        r"\b(?:[Tt]he|[Aa]n|a(?=\s+[A-Za-z]{2}))\b|^\W*A(?=\s+[a-z]{3})", " ", unicodedata.normalize("NFKC", text)
+    )
     text = text.lower().replace("\\emptyset", " ∅ ").replace("\\varnothing", " ∅ ")
     text = re.sub(r"(?<=\w)['’](?=s\b|t\b)", " ", text)
     text = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", text)
@@ -194,10 +219,10 @@ def phrase(text: str) -> str:
 _ASSERTION = re.compile(r"^(?:.{0,80}\b(?:is|are|was|on|be|in|by|must be|called|answer|to)|[\w ]{1,30}[:=])\s")
 _NEGATION = re.compile(r"\b(?:not|never|neither|nor|no|isn t|aren t)\b")
 _GENERIC_NOUNS = {"function", "number", "numbers", "shape", "curve", "graph", "triangle", "it", "he", "she", "month",
-                  "person", "this", "solution", "solutions", "one", "option", "case", "equation", "day", "value"}  # fmt: skip
-MONTHS = {name[:3]: name for name in "january february march april may june july august september october november "
-          "december".split()}  # fmt: skip
-_DAYS = {name[:3]: name for name in "monday tuesday wednesday thursday friday saturday sunday".split()}
+                  "person", "this", "solution", "solutions", "one", "option", "case", "equation", "day"}  # fmt: skip
+_MONTHS = {name[:3]: name for name in ("january", "february", "march", "april", "may", "june", "july", "august",
+                                       "september", "october", "november", "december")}  # fmt: skip
+_DAYS = {name[:3]: name for name in ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")}
 
 
 def texts_agree(gold: str, other: str) -> bool:
@@ -212,7 +237,7 @@ def texts_agree(gold: str, other: str) -> bool:
         if group is not None and group == _GROUPS.get(right):
             return True
     left_words, right_words = _dates(left).split(), _dates(right).split()
-    if sorted(left_words) == sorted(right_words) and any(word in MONTHS.values() for word in left_words):
+    if sorted(left_words) == sorted(right_words) and any(word in _MONTHS.values() for word in left_words):
         return True
     if left_words == right_words:
         return True
@@ -230,18 +255,23 @@ def texts_agree(gold: str, other: str) -> bool:
 
 
 def _dates(text: str) -> str:
-    words = [MONTHS.get(word.rstrip(".")[:4].rstrip("t") if word in ("sept",) else word, word) for word in text.split()]
+    words = ["september" if word == "sept" else _MONTHS.get(word, word) for word in text.split()]
     return " ".join(_DAYS.get(word, word) for word in words if word != "of" or len(words) > 3)
 
 
 _CHOICE = re.compile(
-    r"\s*(?:(?:option|choice|answer)s?\s*:?\s*)?[(\[]?\s*([A-Ja-j])\s*(?:[)\].:]\s*(?P<rest>.*)|(?P<rest2>))", re.DOTALL | re.I
+    r"\s*(?:(?:option|choice|answer)s?\s*:?\s*)?[(\[]?\s*([A-Ja-j])\s*(?:[)\].:]\s*(?P<rest>.*)|(?P<rest2>))",
+    re.DOTALL | re.I,
 )
 
 
 def choice(text: str) -> tuple[str, str] | None:
     """The letter of a multiple choice and what follows it: `(A)`, `\\text{(A) } 5`, `Option A`, `A.`; else None."""
-    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|textit|mbox|textrm|bf|rm|quad|qquad)(?![a-z])|\\[ ,;:!~]|[{}$*~]", " ", text[:400])
+    text = re.sub(
+        r"\\(?:text|mathrm|textbf|mathbf|textit|mbox|textrm|bf|rm|quad|qquad)(?![a-z])|\\[ ,;:!~]|[{}$*~]",
+        " ",
+        text[:400],
+    )
     text = text.replace("\\left", "").replace("\\right", "")
     match = _CHOICE.fullmatch(text.strip().rstrip("."))
     if not match:

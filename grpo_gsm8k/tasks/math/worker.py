@@ -8,6 +8,7 @@ that misses it, and starts another one. One child serves a process (any number o
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import select
@@ -117,10 +118,8 @@ class Worker:
             self._process.wait()
             for pipe in (self._process.stdin, self._process.stdout):
                 if pipe:
-                    try:
+                    with contextlib.suppress(OSError):  # what was written to a dead child is lost
                         pipe.close()
-                    except OSError:  # what was written to a dead child is lost
-                        pass
         self._process, self._ready, self._buffer = None, False, b""
 
 
