@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # `name*` stands for every module of the package's top level that begins so.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__init__", "errors", "datatypes", "config"),
-    ("gsm8k", "runs", "repro", "presets"),
+    ("gsm8k", "tasks", "runs", "repro", "presets"),
     ("trainer", "engines"),
     ("evals",),
     ("data_prep", "r1_traces", "pretokenize", "sft", "ei", "grpo", "rollouts", "fast_eval_vllm", "workbench"),

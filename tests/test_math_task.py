@@ -61,6 +61,10 @@ def test_what_is_no_text_is_wrong_and_an_unknown_mode_is_refused() -> None:
 # -- pairs that are right or wrong by construction
 
 
+def _frac(value: Fraction) -> str:
+    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
 def _fraction_forms(value: Fraction, rng: random.Random) -> Iterator[str]:
     p, q = value.numerator, value.denominator
     k = rng.choice([2, 3, 7, -1, -4])
@@ -71,7 +75,7 @@ def _fraction_forms(value: Fraction, rng: random.Random) -> Iterator[str]:
         whole, rest = divmod(abs(p), q)
         yield f"{'-' if p < 0 else ''}{whole}\\frac{{{rest}}}{{{q}}}"
     shift = Fraction(rng.randint(1, 9), rng.randint(1, 9))
-    yield rf"\frac{{{(value - shift).numerator}}}{{{(value - shift).denominator}}}+\frac{{{shift.numerator}}}{{{shift.denominator}}}"
+    yield f"{_frac(value - shift)}+{_frac(shift)}"
 
 
 def _decimal(value: Fraction) -> str | None:
@@ -86,7 +90,7 @@ def _decimal(value: Fraction) -> str | None:
 
 def _rational(rng: random.Random) -> tuple[str, list[str], list[str]]:
     value = Fraction(rng.randint(-60, 60) or 7, rng.randint(2, 40))
-    gold = rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+    gold = _frac(value)
     near = [-value, value + Fraction(1, 10**6), value + 1, 1 / value if abs(value) != 1 else value * 2]
     rounded = f"{float(value):.3f}"
     right = list(_fraction_forms(value, rng))
@@ -155,8 +159,12 @@ def _interval(rng: random.Random) -> tuple[str, list[str], list[str]]:
         f"{opener}{2 * low}/2,{high}{closer}",
     ]
     other = {"(": "[", "[": "(", ")": "]", "]": ")"}
-    wrong = [f"{other[opener]}{low},{high}{closer}", f"{opener}{low},{high}{other[closer]}", f"{opener}{low},{high + 1}{closer}",
-             rf"\{{{low},{high}\}}"]  # fmt: skip
+    wrong = [
+        f"{other[opener]}{low},{high}{closer}",
+        f"{opener}{low},{high}{other[closer]}",
+        f"{opener}{low},{high + 1}{closer}",
+        rf"\{{{low},{high}\}}",
+    ]
     return gold, right, wrong
 
 
@@ -254,16 +262,22 @@ def test_many_random_pairs() -> None:
 # -- hostility
 
 MEGABYTE = 10**6
-RUNS = ("9", "(", "{", "\\", "\\boxed{", "\\frac{", "9^", "<think>", "<answer>", "$", "\n", " ", "the answer is ", "answer: 5\n", "#",
-        "#### 5\n", "*", "1,", "-", "\\sqrt{", "Wait, ", "\nQuestion: ", "\0", "½", "²", "\\pm", "\\left(", "\\begin{pmatrix}",
-        "x ", "=", "|", "\\boxed{5} ", "<|im_end|>", "5 or ", "\\text{", "A. ", "not \\boxed{5} ", "\\boxed{}", "<think></think>",
-        "\\begin{align}", "0.", "\\overline{", "!", "%", "^\\circ", "_", "\\\\", "&", ";", ":", "\\{", "[", "]")  # fmt: skip
-NUMBERS = ("9^{9^{9^9}}", "9**9**9**9", "10^{10^{10}}+1", "(((9!)!)!)!", "1000000!", r"\binom{10^9}{5\cdot10^8}", r"\sqrt[10^9]{2}",
-           r"\sin(10^{100000})", r"\exp(\exp(\exp(100)))", "e^{e^{e^{e^e}}}", "(x+1)^{10^6}", "(x+y+z+w)^{1000}", "1" + "+1" * 700,
-           "+".join(rf"\sqrt{{{k}}}" for k in range(2, 60)), ",".join(rf"\sqrt{{{k}}}" for k in range(1, 64)), "x" * 300,
-           r"\frac{1}{" * 30 + "2" + "}" * 30, r"\sqrt{2+" * 25 + "2" + "}" * 25, "(" * 39 + "1" + ")" * 39, "1e999999", "9" * 4000,
-           r"\lfloor 10^{300}\pi\rfloor", "(1+10^{-9})^{10^9}", "x^{x^{x^{x^x}}}", r"\pm1\pm2\pm3\pm4\pm5\pm6", r"\frac{1}{0}",
-           "0^{-1}", r"\ln 0", r"\tan(\frac{\pi}{2})", r"\sqrt[64]{2}+\sqrt[63]{3}+\sqrt[62]{5}")  # fmt: skip
+RUNS = (
+    "9", "(", "{", "\\", r"\boxed{", r"\frac{", "9^", "<think>", "<answer>", "$", "\n", " ", "the answer is ",
+    "answer: 5\n", "#", "#### 5\n", "*", "1,", "-", r"\sqrt{", "Wait, ", "\nQuestion: ", "\0", "½", "²", r"\pm",
+    r"\left(", r"\begin{pmatrix}", "x ", "=", "|", r"\boxed{5} ", "<|im_end|>", "5 or ", r"\text{", "A. ",
+    r"not \boxed{5} ", r"\boxed{}", "<think></think>", r"\begin{align}", "0.", r"\overline{", "!", "%", r"^\circ",
+    "_", "\\\\", "&", ";", ":", r"\{", "[", "]",
+)  # fmt: skip
+NUMBERS = (
+    "9^{9^{9^9}}", "9**9**9**9", "10^{10^{10}}+1", "(((9!)!)!)!", "1000000!", r"\binom{10^9}{5\cdot10^8}",
+    r"\sqrt[10^9]{2}", r"\sin(10^{100000})", r"\exp(\exp(\exp(100)))", "e^{e^{e^{e^e}}}", "(x+1)^{10^6}",
+    "(x+y+z+w)^{1000}", "1" + "+1" * 700, "+".join(rf"\sqrt{{{k}}}" for k in range(2, 60)),
+    ",".join(rf"\sqrt{{{k}}}" for k in range(1, 64)), "x" * 300, r"\frac{1}{" * 30 + "2" + "}" * 30,
+    r"\sqrt{2+" * 25 + "2" + "}" * 25, "(" * 39 + "1" + ")" * 39, "1e999999", "9" * 4000,
+    r"\lfloor 10^{300}\pi\rfloor", "(1+10^{-9})^{10^9}", "x^{x^{x^{x^x}}}", r"\pm1\pm2\pm3\pm4\pm5\pm6",
+    r"\frac{1}{0}", "0^{-1}", r"\ln 0", r"\tan(\frac{\pi}{2})", r"\sqrt[64]{2}+\sqrt[63]{3}+\sqrt[62]{5}",
+)  # fmt: skip
 
 
 def _hostile() -> Iterator[tuple[str, str]]:
@@ -400,7 +414,8 @@ def test_math_verify_decides_what_the_parser_lacks() -> None:
 
 def test_the_grader_imports_neither_torch_nor_sympy() -> None:
     code = (
-        "import sys; from grpo_gsm8k.tasks.math import grade; import grpo_gsm8k.tasks.countdown, grpo_gsm8k.tasks.sort_words; "
+        "import sys; from grpo_gsm8k.tasks.math import grade; "
+        "import grpo_gsm8k.tasks.countdown, grpo_gsm8k.tasks.sort_words, grpo_gsm8k.tasks.calculator; "
         r"assert grade(r'\boxed{\sqrt8}', r'2\sqrt2'); assert not {'torch', 'sympy', 'math_verify'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

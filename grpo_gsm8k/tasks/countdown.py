@@ -13,19 +13,19 @@ numbers and its target, so train, validation and test are disjoint for all seeds
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any
 
+from . import splits
 from .rationals import Fault, Value, evaluate
 from .responses import first_sentence, last_lines, marked, own_turn, spoken, without_thoughts
+from .splits import Split
 
-Split = Literal["train", "val", "test"]
 MAX_EXPRESSION = 4_000  # characters of a committed answer that are read
 
 
@@ -130,13 +130,12 @@ EASY = Level(smallest_count=2, largest_count=3, largest_number=9, largest_target
 
 
 def split_of(numbers: Sequence[int], target: int) -> Split:
-    """The split that an example belongs to, from a hash of its numbers (in any order) and its target."""
-    share = int(_digest(numbers, target)[:8], 16) % 100
-    return "train" if share < 90 else "val" if share < 95 else "test"
+    """The split that an example belongs to, whatever the order of its numbers."""
+    return splits.split_of(_digest(numbers, target))
 
 
 def _digest(numbers: Sequence[int], target: int) -> str:
-    return hashlib.sha256(f"{sorted(numbers)}->{target}".encode()).hexdigest()
+    return splits.digest(f"{sorted(numbers)}->{target}")
 
 
 def generate(split: Split, count: int, seed: int, level: Level = STANDARD) -> list[dict[str, Any]]:
@@ -146,21 +145,17 @@ def generate(split: Split, count: int, seed: int, level: Level = STANDARD) -> li
         ValueError: if the level holds too few different examples.
     """
     rng = random.Random(f"countdown|{split}|{seed}|{level}")
-    found: dict[str, dict[str, Any]] = {}
-    for _ in range(400 * count + 10_000):
-        if len(found) == count:
-            return list(found.values())
-        numbers = [
-            rng.randint(1, level.largest_number) for _ in range(rng.randint(level.smallest_count, level.largest_count))
-        ]
+
+    def draw() -> tuple[str, dict[str, Any]] | None:
+        size = rng.randint(level.smallest_count, level.largest_count)
+        numbers = [rng.randint(1, level.largest_number) for _ in range(size)]
         target = _drawn_target(numbers, level, rng)
-        if target is None or split_of(numbers, target) != split:
-            continue
+        if target is None:
+            return None
         digest = _digest(numbers, target)
-        found.setdefault(digest, {"id": f"countdown-{digest[:12]}", "numbers": numbers, "target": target})
-    if len(found) == count:
-        return list(found.values())
-    raise ValueError(f"only {len(found)} of {count} {split} examples found: ask for fewer, or for a harder level")
+        return digest, {"id": f"countdown-{digest[:12]}", "numbers": numbers, "target": target}
+
+    return splits.collect(split, count, draw)
 
 
 def _drawn_target(numbers: Sequence[int], level: Level, rng: random.Random) -> int | None:

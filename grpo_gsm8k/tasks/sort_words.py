@@ -8,16 +8,16 @@ Words are made of syllables, so there is no list of words to ship; an example's 
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+from . import splits
 from .responses import marked, own_turn, without_thoughts
+from .splits import Split
 
-Split = Literal["train", "val", "test"]
 _ONSETS = [*"bcdfghjklmnprstvwz", "br", "cl", "dr", "fl", "gr", "pl", "st", "tr"]
 _VOWELS = "aeiou"
 _ENDS = ["", "", "", "n", "r", "s", "t", "l", "m"]
@@ -80,13 +80,12 @@ def _words(text: str) -> list[str]:
 
 
 def split_of(words: Sequence[str]) -> Split:
-    """The split that an example belongs to, from a hash of its words in any order."""
-    share = int(_digest(words)[:8], 16) % 100
-    return "train" if share < 90 else "val" if share < 95 else "test"
+    """The split that an example belongs to, whatever the order of its words."""
+    return splits.split_of(_digest(words))
 
 
 def _digest(words: Sequence[str]) -> str:
-    return hashlib.sha256(" ".join(sorted(words)).encode()).hexdigest()
+    return splits.digest(" ".join(sorted(words)))
 
 
 def generate(split: Split, count: int, seed: int, level: Level = STANDARD) -> list[dict[str, Any]]:
@@ -96,19 +95,16 @@ def generate(split: Split, count: int, seed: int, level: Level = STANDARD) -> li
         ValueError: if the level holds too few different examples.
     """
     rng = random.Random(f"sort_words|{split}|{seed}|{level}")
-    found: dict[str, dict[str, Any]] = {}
-    for _ in range(400 * count + 10_000):
-        if len(found) == count:
-            return list(found.values())
+
+    def draw() -> tuple[str, dict[str, Any]] | None:
         size = rng.randint(level.smallest_count, level.largest_count)
         words = list(dict.fromkeys(_word(level, rng) for _ in range(size)))
-        if len(words) < level.smallest_count or words == sorted(words) or split_of(words) != split:
-            continue
+        if len(words) < level.smallest_count or words == sorted(words):
+            return None
         digest = _digest(words)
-        found.setdefault(digest, {"id": f"sort-{digest[:12]}", "words": words})
-    if len(found) == count:
-        return list(found.values())
-    raise ValueError(f"only {len(found)} of {count} {split} examples found: ask for fewer, or for a harder level")
+        return digest, {"id": f"sort-{digest[:12]}", "words": words}
+
+    return splits.collect(split, count, draw)
 
 
 def _word(level: Level, rng: random.Random) -> str:
