@@ -72,9 +72,13 @@ ANSWERS: list[tuple[str, list[str], list[str]]] = [
     ]),
     (r"\frac{1}{3}", [
         "1/3", r"\dfrac{1}{3}", r"\frac13", r"\frac{2}{6}", "⅓", r"0.\overline{3}", r"0.\bar{3}", r"0.\dot{3}",
-        "0.(3)", r"0.333\ldots", "3^{-1}", "x=1/3", r"\frac 1 3", "{1}/{3}", r"\tfrac13", "0.333..."
+        "0.(3)", r"0.333\ldots", "3^{-1}", "x=1/3", r"\frac 1 3", "{1}/{3}", r"\tfrac13", "0.333...",
+        r"0.3\overline{3}", r"0.{\overline{3}}", r".\overline{3}", r"0.\overline{33}", r"0.333\overline{3}",
+        r"\color{red}\frac13", r"\textcolor{blue}{\frac{1}{3}}", r"\frac13 \text{ (since } x>0)", r"\large\frac13",
+        r"\frac13\blacksquare"
     ], [
-        "0.333", "0.33", "0.3333333333333333", "3", "-1/3", "1/4", "1:4", r"33\%", "0.34"
+        "0.333", "0.33", "0.3333333333333333", "3", "-1/3", "1/4", "1:4", r"33\%", "0.34", r"0.3\overline{4}",
+        r"0.0\overline{3}"
     ]),
     (r"\frac{14}{3}", [
         r"4\frac{2}{3}", "4 2/3", "14/3", r"\frac{28}{6}", r"4.\overline{6}", r"4+\frac23", "4⅔", r"\dfrac{14}{3}"
@@ -333,9 +337,10 @@ ANSWERS: list[tuple[str, list[str], list[str]]] = [
         "1+i", r"-1\pm i", r"i\pm1"
     ]),
     (r"\{1,2,3\}", [
-        "3,2,1", r"\{3,1,2\}", "1,2,3", r"\left\{1,2,3\right\}", "{1,2,3}", r"\{1,1,2,3\}"
+        "3,2,1", r"\{3,1,2\}", "1,2,3", r"\left\{1,2,3\right\}", "{1,2,3}", r"\{1,1,2,3\}", r"\lbrace 1,2,3\rbrace",
+        r"\{1,2\}\cup\{3\}", r"\{ 1, 2, 3 \}", r"\left\lbrace1,2,3\right\rbrace"
     ], [
-        "(1,2,3)", r"\{1,2\}", r"\{1,2,3,4\}", "123", "[1,2,3]"
+        "(1,2,3)", r"\{1,2\}", r"\{1,2,3,4\}", "123", "[1,2,3]", r"\{1,2\}\cup\{4\}"
     ]),
     ("10,11,12,13,14,-2,-1", [
         "-2,-1,10,11,12,13,14", r"\{-2,-1,10,11,12,13,14\}"
@@ -473,9 +478,9 @@ ANSWERS: list[tuple[str, list[str], list[str]]] = [
         "False", r"\text{not true}"
     ]),
     (r"\text{Yes}", [
-        "yes", r"\text{yes}", "YES"
+        "yes", r"\text{yes}", "YES", r"\text{Yes, it is.}", "Yes"
     ], [
-        "no", "5", r"\text{No solution}"
+        "no", "5", r"\text{No solution}", r"\text{No, it is not}"
     ]),
     (r"\text{does not exist}", [
         "DNE", r"\text{DNE}", r"\text{Does not exist}"
@@ -662,7 +667,9 @@ ANSWERS: list[tuple[str, list[str], list[str]]] = [
         r"0.\overline{9}", r"0.999\ldots", "1.000", r"\sin^2 x+\cos^2 x", r"\frac{\pi}{\pi}", "e^0", "0!",
         r"\tan 45^\circ", "i^4", r"\log_{10} 10", "1"
     ], [
-        "0.999", "-1", "0.9999999999999999", "e^{1}", "i"
+        "0.999", "-1", "0.9999999999999999", "e^{1}", "i", "1+10^{-1000}", r"\tanh(1000)", "1+e^{-10000}",
+        "1.0000000000000001", r"\cos(10^{-10})", "(-1)^{2n}", "0.9999999999999999999999999999",
+        r"\frac{10^{40}}{10^{40}+1}", r"\sqrt{1+10^{-60}}"
     ]),
     (r"\frac{3}{7}", [
         r"0.\overline{428571}", "0.428571428571..."
@@ -1125,9 +1132,13 @@ ANSWERS: list[tuple[str, list[str], list[str]]] = [
         r"\begin{bmatrix}0&1\\-1&0\end{bmatrix}", r"\begin{bmatrix}0&-1\\1&1\end{bmatrix}", "1"
     ]),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", [
-        r"\begin{bmatrix}1\\2\end{bmatrix}", "(1,2)", r"\langle1,2\rangle"
+        r"\begin{bmatrix}1\\2\end{bmatrix}", "(1,2)", r"\langle1,2\rangle", r"\begin{array}{c}1\\2\end{array}",
+        r"\left(\begin{array}{c}1\\2\end{array}\right)", r"\begin{pmatrix}1\\[4pt]2\end{pmatrix}",
+        r"\left\langle1,2\right\rangle", r"\begin{pmatrix}1\cr2\end{pmatrix}",
+        r"\left(\begin{matrix}1\\2\end{matrix}\right)"
     ], [
-        r"\begin{pmatrix}2\\1\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}", "(2,1)"
+        r"\begin{pmatrix}2\\1\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}", "(2,1)",
+        r"\begin{pmatrix}1\\3\end{pmatrix}"
     ]),
     (r"\mathbf{i}+2\mathbf{j}", [
         r"2\mathbf{j}+\mathbf{i}"
@@ -1526,6 +1537,223 @@ ANSWERS: list[tuple[str, list[str], list[str]]] = [
     ], [
         "2023^{2022}"
     ]),
+    (r"\frac{4}{33}", [
+        r"0.\overline{12}", "0.(12)", r"0.12\overline{12}", "0.121212..."
+    ], [
+        r"0.1\overline{2}", "0.12"
+    ]),
+    ("2", [
+        r"1.\overline{9}", r"\log 100", r"\log_{10}100", "|-2|", r"\sqrt4", r"\min(2,3)", r"\max\{1,2\}",
+        r"\gcd(4,6)", "2.", "+2", r"e^{\ln2}", "2"
+    ], [
+        "-2", r"\min(1,2)", r"\log 10"
+    ]),
+    (r"2\frac{1}{3}", [
+        r"2\ \frac13", r"2 \frac{1}{3}", "2 1/3", r"\frac73", r"2\,\frac{1}{3}", r"2\tfrac13", r"2.\overline3"
+    ], [
+        "2/3", r"2\cdot\frac13", "2.33", r"\frac{21}{3}"
+    ]),
+    (r"(1,3)\cup(3,5)", [
+        r"(1,5)\setminus\{3\}", r"1<x<5, x\ne3", r"1<x<3\text{ or }3<x<5", r"1<x<5\text{ and }x\neq3",
+        r"(3,5)\cup(1,3)", r"(1,5) \backslash \{3\}"
+    ], [
+        "(1,5)", r"(1,3]\cup[3,5)", r"(1,3)\cup(4,5)"
+    ]),
+    (r"x\neq3", [
+        r"\mathbb{R}\setminus\{3\}", r"\mathbb{R} - \{3\}", r"\mathbb{R}\backslash\{3\}",
+        r"(-\infty,3)\cup(3,\infty)", r"\{x\in\mathbb{R}\mid x\neq3\}", r"x\in\mathbb{R}, x\neq 3",
+        r"x\in\mathbb{R}\setminus\{3\}", r"\R\setminus\{3\}"
+    ], [
+        "x=3", r"\mathbb{R}", r"x\neq-3"
+    ]),
+    (r"y=\frac{6}{x}", [
+        "xy=6", "y=6/x", r"x=\frac6y"
+    ], [
+        "xy=5", "y=6x", r"\frac{x}{y}=6"
+    ]),
+    ("x=3", [
+        "x-3=0", "3", "x=3"
+    ], [
+        "x+3=0", "y=3", "x-3"
+    ]),
+    ("y=2x+1, y=-x", [
+        "y=-x, y=2x+1", r"y=2x+1\text{ and }y=-x", "y-2x=1, y=-x"
+    ], [
+        "y=2x+1", "y=2x-1,y=-x"
+    ]),
+    ("y-1=2(x-3)", [
+        "y=2x-5", "2x-y=5", "y=2(x-3)+1"
+    ], [
+        "y=2x+5", "y=2x-7"
+    ]),
+    (r"\frac{x}{3}+\frac{y}{2}=1", [
+        "2x+3y=6", r"y=2-\frac{2x}{3}"
+    ], [
+        "3x+2y=6", "2x+3y=1"
+    ]),
+    (r"2x+3y\le 6", [
+        r"y\le2-\frac{2x}{3}", r"6\ge2x+3y", r"4x+6y\leq12"
+    ], [
+        "2x+3y<6", r"2x+3y\ge6", r"y\ge2-\frac{2x}{3}"
+    ]),
+    (r"y=\sqrt{x}", [
+        r"\sqrt{x}", "y=x^{1/2}"
+    ], [
+        "y^2=x", "x=y^2", r"y=-\sqrt x", r"y=\sqrt{2x}"
+    ]),
+    ("x=y", [
+        "y=x", "x-y=0"
+    ], [
+        "x=-y", "x=2y"
+    ]),
+    (r"\text{Quadrant II}", [
+        "II", r"\text{quadrant II}", r"\text{II}"
+    ], [
+        "III", "I", r"\text{Quadrant IV}"
+    ]),
+    (r"5\text{ m/s}", [
+        r"5\,\frac{\text{m}}{\text{s}}", r"5 \frac{\mathrm{m}}{\mathrm{s}}", "5 m/s", r"5\text{ m/s}"
+    ], [
+        r"5\frac{\text{km}}{\text{h}}"
+    ]),
+    (r"\$5", [
+        r"5\$", r"5\text{ dollars}", r"\$5.00", r"5~\text{USD}", r"\$\,5"
+    ], [
+        r"\$50", r"5\text{ cents}", "€5"
+    ]),
+    (r"2\pi k, k\in\mathbb{Z}", [
+        r"2\pi k", r"2k\pi,\ k \in \mathbb{Z}", r"2\pi k \text{ where } k\in\mathbb{Z}", r"x=2\pi k"
+    ], [
+        r"\pi k", r"2\pi", r"2\pi k+\pi, k\in\mathbb Z"
+    ]),
+    ("x^2", [
+        r"x^2 \text{ for all } x", r"f(x)=x^2\text{, where } x>0", r"x\cdot x"
+    ], [
+        "x^3", "2x"
+    ]),
+    ("10^{20}", [
+        "100000000000000000000", r"\sqrt{10^{40}}"
+    ], [
+        r"\sqrt{10^{40}+1}", "10^{20}+1", "99999999999999999999"
+    ]),
+    ("0.3", [
+        "0.3", r"\frac{3}{10}", "0.1+0.2", ".30"
+    ], [
+        "0.30000000000000004", "0.33", "0.03"
+    ]),
+    (r"\frac{\pi}{2}", [
+        r"\arcsin 1", r"90^\circ", r"\arccos 0"
+    ], [
+        r"\arctan(10^{400})", r"\arctan(10^{50})", "1.5707963267948966"
+    ]),
+    ("9007199254740993", [
+        "9007199254740993", "2^{53}+1"
+    ], [
+        "9007199254740992", "2^{53}", "9007199254740994"
+    ]),
+    (r"\sqrt{2}", [
+        "2^{0.5}", "2^{1/2}", r"\frac{2}{\sqrt2}", r"\sqrt{\sqrt{4}}"
+    ], [
+        "1.41421356237309504880168872420969807856967187537694", r"\frac{99}{70}", r"\sqrt{2.0000000001}",
+        r"\frac{665857}{470832}"
+    ]),
+    (r"\binom{n}{2}", [
+        r"\frac{n(n-1)}{2}", r"\frac{n^2-n}{2}"
+    ], [
+        r"\frac{n(n+1)}{2}", r"\frac{n}{2}"
+    ]),
+    (r"\cos(\pi n)", [
+        r"\cos(n\pi)"
+    ], [
+        "(-1)^n"
+    ]),
+    (r"\frac{1}{i}", [
+        "-i"
+    ], [
+        "i", "1"
+    ]),
+    (r"\operatorname{cis} 60^\circ", [
+        r"\frac12+\frac{\sqrt3}2i", r"e^{i\pi/3}"
+    ], [
+        r"\frac12-\frac{\sqrt3}2i"
+    ]),
+    ("A(1,2), B(3,4)", [
+        "(1,2),(3,4)", r"A(1,2)\text{ and }B(3,4)"
+    ], [
+        "(1,2)", "(2,1),(4,3)"
+    ]),
+    (r"\frac{9\sqrt{3}}{4}\text{ cm}^2", [
+        r"\dfrac{9\sqrt3}{4}\text{ cm}^2", r"\frac{9}{4}\sqrt3", r"2.25\sqrt3\text{ cm}^2",
+        r"\frac{9\sqrt{3}}{4} cm^2"
+    ], [
+        r"\frac{9\sqrt3}{4}\text{ cm}", r"\frac{9\sqrt2}{4}", "3.897"
+    ]),
+    (r"\frac{3-\sqrt{5}}{2}", [
+        r"1.5-\frac{\sqrt5}{2}", r"\frac{2}{3+\sqrt5}", "(3-√5)/2", r"\frac{6-2\sqrt5}{4}",
+        r"\left(\frac{\sqrt5-1}{2}\right)^2"
+    ], [
+        r"\frac{3+\sqrt5}{2}", r"3-\frac{\sqrt5}{2}", "0.381966"
+    ]),
+    (r"(-3,2)\cup(2,\infty)", [
+        r"x>-3, x\ne2", r"x>-3\text{ and }x\neq2", r"x\in(-3,2)\cup(2,\infty)", r"(-3,\infty)\setminus\{2\}"
+    ], [
+        r"(-3,\infty)", r"[-3,2)\cup(2,\infty)", "x>-3"
+    ]),
+    (r"\text{6 inches}", [
+        "6", "6 in", r"6\text{ in.}", "6 inches"
+    ], [
+        "6 ft", "7"
+    ]),
+    ("17", [
+        "17", r"17\pmod{20}", r"x\equiv17\pmod{20}"
+    ], [
+        r"17\pmod{20}+1"
+    ]),
+    ("-2x+3", [
+        "3-2x", "-(2x-3)"
+    ], [
+        "2x+3", "-2x-3", "3+2x"
+    ]),
+    (r"a+b\sqrt{2}", [
+        r"b\sqrt2+a"
+    ], [
+        r"a\sqrt2+b", r"a-b\sqrt2"
+    ]),
+    (r"\sqrt{3}i", [
+        r"i\sqrt3", r"\sqrt{-3}", r"\sqrt{3}\,i"
+    ], [
+        r"\sqrt{3i}", r"-\sqrt3i", r"\sqrt3"
+    ]),
+    ("(x+2)(x-2)", [
+        "x^2-4", "(x-2)(x+2)", "x^2 - 2^2"
+    ], [
+        "x^2+4", "(x-2)^2", "x-2,x+2"
+    ]),
+    ("4:3:2", [
+        "8:6:4", "4 : 3 : 2"
+    ], [
+        "2:3:4", "4:3"
+    ]),
+    ("[1,3)", [
+        "[1,3)", r"1\le x<3", "[1,3[", r"\{x:1\le x<3\}", r"1 \leq x \text{ and } x < 3"
+    ], [
+        "(1,3]", "[1,3]", "(1,3)"
+    ]),
+    ("12:30", [
+        "12:30", "12:30 PM"
+    ], [
+        "12:03"
+    ]),
+    ("n=7", [
+        "7", "n=7"
+    ], [
+        "m=7", "n=-7"
+    ]),
+    ("7th", [
+        "7th", r"7^{\text{th}}"
+    ], [
+        "8th"
+    ]),
 ]
 
 RESPONSES: list[tuple[str, str, bool, bool]] = [
@@ -1795,4 +2023,18 @@ RESPONSES: list[tuple[str, str, bool, bool]] = [
     ("42", "... = 42", True, False),
     ("42", "40 + 2 = 42", True, False),
     ("42", "$40 + 2 = 42$", True, False),
+    ("5", "答案是5。", True, False),
+    ("5", "答案：5", True, False),
+    ("5", "Die Antwort ist 5.", True, False),
+    ("5", "La respuesta es 5.", True, False),
+    ("3", r"\boxed{3} hmm \boxed{5", True, True),
+    ("5", r"\boxed{3} hmm \boxed{5", False, False),
+    ("5", r"The answer is 5. \boxed{6", True, False),
+    ("5", r"So we get \boxed{5", False, False),
+    ("5", "Hence <answer>5", False, False),
+    ("5", "**Therefore, x = 5.**", True, False),
+    ("5", "Therefore, the answer is:\n\n**5**", True, False),
+    ("5", r"$x = \mathbf{5}$.", True, False),
+    ("5", r"The answer is $\boldsymbol{5}$", True, False),
+    ("5", "Answer: $x=5$", True, False),
 ]

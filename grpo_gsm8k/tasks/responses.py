@@ -218,7 +218,8 @@ class Spoken(NamedTuple):
 _SPOKEN = re.compile(
     r"\b(?:answer|ans|result(?! in\b| of\b)|solution(?:s| set)?)\b[^\n.:=?!]{0,80}?"
     r"(?P<link>\bis\b|\bare\b|\bequals\b|\b(?:should|must|would|will) be\b|[:=]|\s[-–—]\s|[^\w\n$\\]{0,12}$)"
-    r"|(?P<link2>^\W{0,8}a\W{0,4}:)",
+    r"|(?P<link2>^\W{0,8}a\W{0,4}:)"
+    r"|(?:答案|antwort|respuesta|réponse|risposta|resposta)\W{0,4}(?:是|为|為|ist|es|est|è|é|[:：])\s?[:：]?",
     re.IGNORECASE | re.MULTILINE,
 )
 _DOUBT = re.compile(

@@ -125,6 +125,23 @@ def _times(gold: str, answer: str) -> bool | None:
     return int(first[1]) == int(second[1]) and minutes[0] == minutes[1] and len(halves) < 2
 
 
+_REMARK = re.compile(
+    r"(?:,|\s|\\quad)*(?:"
+    r"\\text\s?\{\s*,?\s*(?:\(|(?:since|because|where|when|for|with|if|as|provided|which)\b).*"  # a clause
+    r"|(?:,|\\quad)(?:\s|\\[ ,;:]|\\quad)*(?:\\text\{[^{}]{0,20}\})?\s*"
+    r"\(?[a-z]\s*(?:\\in|∈)\s*(?:\\mathbb\s?\{?[ZN]\}?|[ℤℕ])\S{0,4}"  # k in Z
+    r"|\((?:since|because|where|for|with|as|by)\b.*"
+    r")$",
+    re.DOTALL,
+)
+
+
+def _without_remark(text: str) -> str:
+    """The answer without a condition or a reason behind it: `5 \\text{ (since } x > 0)`, `2k, k \\in \\mathbb{Z}`."""
+    match = _REMARK.search(text[:MAX_TEXT])
+    return text[: match.start()] if match and re.search(r"[\w})\]]", text[: match.start()]) else text
+
+
 _EXCEPT = re.compile(
     r"\s*(?:x\s+is\s+)?(?:the set of )?all (?:real numbers|reals|real values|real)(?:\s+\$?x\$?)?,?\s+"
     r"(?:except|other than|but|excluding)(?:\s+for)?\s+(?:\$?x\s*=)?([^A-Za-z]+)",
@@ -134,6 +151,7 @@ _EXCEPT = re.compile(
 
 def _read(text: str, grouped: bool) -> Node:
     """The tree of an answer, in words or in signs."""
+    text = _without_remark(text)
     phrase = words.phrase(text)
     if words.meaning(phrase) == words.meaning("no solution"):
         return Node("set")
@@ -323,8 +341,10 @@ def _collections(gold: Node, answer: Node, left: list[Node] | None, right: list[
             return agree(members[0], other)
         left = [gold] if left is None else left
         right = [answer] if right is None else right
-    left, right = _unlabelled(left), _unlabelled(right)
-    return _matches(left, right) and _matches(right, left)
+    for members, others in ((left, right), (_unlabelled(left), _unlabelled(right))):
+        if _matches(members, others) and _matches(others, members):
+            return True
+    return False
 
 
 def _tuple_and_list(other: Node, collection: Node, members: list[Node]) -> bool:
@@ -358,7 +378,7 @@ def _matches(members: Sequence[Node], others: Sequence[Node]) -> bool:
 def _quick_agree(left: Node, right: Node) -> bool:
     try:
         return agree(left, right)
-    except (TooLarge, Undefined, NotRational):
+    except (TooLarge, Undefined, NotRational, Unreadable):
         return False
 
 
@@ -519,7 +539,9 @@ def _same_solutions(left: Node, right: Node) -> bool:
         return False
     first, second = _difference(left), _difference(right)
     try:
-        return _proportional(first, second, names, signed=False) or _solved_alike(first, second, names)
+        return _proportional(first, second, names, signed=False) or (
+            _solves(first, second, names) and _solves(second, first, names)
+        )
     except (NotRational, TooLarge, Undefined, Unreadable):
         return False
 
@@ -554,12 +576,14 @@ def _proportional_numbers(first: Node, second: Node, names: frozenset[str], sign
     return all(abs(ratio - ratios[0]) <= abs(ratios[0]) / 2**400 for ratio in ratios)
 
 
-def _solved_alike(first: Node, second: Node, names: frozenset[str]) -> bool:
-    """Whether both equations are linear in one variable, and give it the same values."""
+def _solves(solved: Node, other: Node, names: frozenset[str]) -> bool:
+    """Whether an equation is linear in a variable, and its solutions solve the other one, too."""
     for name in sorted(names):
-        drawn = points(names - {name}, first, second)
-        roots = ([_linear_root(node, name, point) for node in (first, second)] for point in drawn)
-        if all(pair[0] is not None and pair[0] == pair[1] for pair in roots):
+        for point in points(names - {name}, solved, other):
+            root = _linear_root(solved, name, point)
+            if root is None or exact(other, {**point, name: root}) != 0:
+                break
+        else:
             return True
     return False
 
@@ -600,6 +624,10 @@ def _same_inequality(left: Node, right: Node) -> bool:
 
 
 def _ordered(gold: Node, answer: Node) -> bool:
+    labels = _point_label(gold), _point_label(answer)
+    if labels != (None, None):
+        gold, answer = (node.args[1] if label else node for node, label in zip((gold, answer), labels, strict=True))
+        return len({*labels} - {None}) < 2 and agree(gold, answer)
     matrices = _matrix(gold), _matrix(answer)
     if matrices[0] is not None and matrices[1] is not None:
         shapes = [(len(m), len(m[0])) for m in matrices if m is not None]
@@ -619,7 +647,7 @@ def _ordered(gold: Node, answer: Node) -> bool:
             and all(agree(a, b) for a, b in zip(vectors[0], vectors[1], strict=True))
         )
     if any(v is not None for v in (*vectors, *matrices)):
-        return _labelled_point(gold, answer) or _labelled_point(answer, gold)
+        return False
     if gold.head == answer.head == "ratio":
         return len(gold.args) == len(answer.args) and all(
             equal(Node("*", (gold.args[0], b)), Node("*", (a, answer.args[0])))
@@ -636,11 +664,10 @@ def _brackets_agree(left: str, right: str) -> bool:
     return left == right or {left, right} <= {"()", "<>"}
 
 
-def _labelled_point(labelled: Node, other: Node) -> bool:
-    """`P(3, 4)` for `(3, 4)`: a letter before a point names it."""
-    if labelled.head == "*" and labelled.args[0].head == "sym" and labelled.args[1].head == "tuple":
-        return agree(labelled.args[1], other)
-    return False
+def _point_label(node: Node) -> str | None:
+    """`P` for `P(3, 4)`: a letter before a point names it."""
+    named = node.head == "*" and node.args[0].head == "sym" and node.args[1].head == "tuple"
+    return node.args[0].name if named else None
 
 
 def _matrix(node: Node) -> list[list[Node]] | None:
@@ -721,6 +748,8 @@ def _numerals(gold: Node, answer: Node) -> bool:
 def _split(node: Node) -> tuple[Node, words.Unit]:
     """A value and its unit."""
     node = _plain(node)
+    if node.head == "*" and node.args[1].head == "/" and all(arg.head == "text" for arg in node.args[1].args):
+        return node.args[0], words.unit(" / ".join(arg.name for arg in node.args[1].args))
     if node.head == "unit":
         value, inner = _split(node.args[0])
         return value, words.unit(node.name) | inner

@@ -62,6 +62,13 @@ _SPACES = re.compile(
     r"|nolimits|mathstrut|strut|null|ldotp)(?![A-Za-z])"
     r"|\\(?:hspace|vspace|phantom|hphantom|vphantom|label|tag)\*?\{[^{}]{0,40}\}"
 )
+_ORDINAL = re.compile(
+    r"(?<=\d)(?:\s?\^\s?\{?)?\s?(?:\\(?:text|mathrm|textrm)\s?\{\s?)?(?:st|nd|rd|th)(?![A-Za-z])\s?\}{0,2}"
+)
+_DECORATION = re.compile(
+    r"\\(?:text)?color\s?\{[^{}]{0,40}\}|\\(?:blacksquare|square|Box|qed|checkmark)(?![A-Za-z])|[∎■□✓✅]"
+    r"|\\(?:large|Large|LARGE|huge|Huge|small|normalsize|tiny)(?![A-Za-z])"
+)
 _SIZES = re.compile(
     r"\\(?:left|right|middle)\s?\.|\\(?:left|right|middle|[bB]ig[glr]?[lrm]?)(?=\s{0,2}[(\[|.)\]/\\{}<>])"
 )
@@ -80,6 +87,7 @@ _SAME = {
     "Longrightarrow": "Rightarrow", "textdegree": "deg", "asin": "arcsin", "acos": "arccos", "atan": "arctan",
     "plusmn": "pm", "sum ": "sum", "exists": "exists", "mod": "bmod", "lang": "langle", "rang": "rangle",
     "newline": "\\", "cr": "\\", "R": "reals", "euro": "EUR", "pounds": "GBP", "centerdot": "*", "prime": "'",
+    "textdollar": "dollar", "mathdollar": "dollar",
 }  # fmt: skip
 _BOLD = {"mathbf", "boldsymbol", "bm", "mathit", "mathcal", "mathsf", "mathtt", "mathfrak", "mathnormal", "pmb",
          "mathop", "ensuremath", "mathord", "boxed", "fbox", "underline", "mathbin", "mathrel", "bf", "it", "cal",
@@ -111,9 +119,12 @@ def spell(text: str) -> str:
     text = "".join(" " if c in "\n\t\r" else c for c in text if c.isprintable() or c in "\n\t\r")
     text = re.sub(r"\\\\(?=(?:[dt]?frac|sqrt|text|pi|left|right|times|cdot|infty|cup|pm|boxed|le|ge|log|sin|cos)\b)",
                   r"\\", text)  # fmt: skip
-    text = text.replace("\\\\", r"\newline ")
+    text = re.sub(r"\\\\(?:\[\d{1,3}(?:\.\d{1,3})?\s?[a-z]{2}\])?", r"\\newline ", text)
+    text = _DECORATION.sub(" ", text)
     text = re.sub(r",\s{0,2}\\!\s{0,2}", ",", text.replace(r"\!\!", r"\!")).replace(r"\!", "")
     text = re.sub(r"(?<=\d)(?:\{,\}|\\,)\s?(?=\d{3}(?!\d))", "", text)
+    text = re.sub(r"(?<=[.\d])\{(\\(?:overline|bar)\{\d{1,50}\})\}", r"\1", text)
+    text = _ORDINAL.sub("", text)
     text = re.sub(r"\\\$|(?:\\text(?:rm)?|\\mathrm|\\mbox)\{\s?\\?\$\s?\}", r"\\dollar ", text)
     text = re.sub(r"(?<=\d)\s?[xX]\s?(?=10\s?\^)", r"\\times ", text)
     text = _BRACKETS.sub(_turned, text)

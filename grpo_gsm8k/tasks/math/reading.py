@@ -45,11 +45,8 @@ def answers(response: str, mode: Mode) -> list[str]:
         end = last.end
         found = _contents(text, marks, mode)
     tail = text[end:]
-    if fragment is not None:
-        if not marks and mode == "strict":
-            return []
-        # A mark that was cut off may repeat what was said before, and must not contradict it.
-        tail = re.split(r"\\?f?boxed|<\s?answer", tail)[0] if not marks else tail
+    if fragment is not None:  # a mark that was cut off says nothing; what was committed before it stands
+        tail = re.split(r"\\?f?boxed|<\s?answer", tail)[0]
     if mode == "flexible":
         tail = _ROWS.sub("\n", tail).replace("&=", "=")
         later = _spoken(tail, bool(marks))
@@ -59,14 +56,7 @@ def answers(response: str, mode: Mode) -> list[str]:
             found = _final(tail)
     if marks:
         found = _corrected(found, tail, mode)
-    if fragment is not None and found and not _continues(found[0], fragment):
-        return []
     return [answer for answer in found if answer.strip()]
-
-
-def _continues(answer: str, fragment: str) -> bool:
-    compact = [re.sub(r"[\s$]", "", part) for part in (answer, fragment)]
-    return compact[0].startswith(compact[1])
 
 
 def _contents(text: str, marks: list[Marked], mode: Mode) -> list[str]:

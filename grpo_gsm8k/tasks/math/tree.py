@@ -214,6 +214,8 @@ class _Parser:
         return self.unit(node)
 
     def unit(self, node: Node) -> Node:
+        if self.is_cmd(*_CURRENCIES):
+            return Node("unit", (node,), name=_CURRENCIES[self.next().text])
         if self.peek().kind not in ("text", "word"):
             return node
         if self.peek().kind == "word" and self.peek().text.lower() in _WORD_RELATIONS:
@@ -262,6 +264,9 @@ class _Parser:
                 sign = self.next().kind
                 extra = self.sign()
                 term = self.product()
+                if sign == "-" and term.head == "set" and not terms:
+                    node = Node("setminus", (node, term))
+                    continue
                 terms.append(_signed(sign, _signed(extra, term)))
             elif self.is_cmd("pm", "mp"):
                 operator = self.next().text
@@ -623,7 +628,7 @@ class _Parser:
             arguments = argument.args if argument.head == "list" else (argument,)
         else:
             argument = self.application()
-            arguments = argument.args if argument.head in ("tuple", "list") else (argument,)
+            arguments = argument.args if argument.head in ("tuple", "list", "set") else (argument,)
         if name == "log" and base is not None:
             arguments = (arguments[0], base)
         elif base is not None:

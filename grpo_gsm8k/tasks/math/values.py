@@ -29,6 +29,7 @@ from .tree import Node, key
 MAX_BITS = 60_000  # of an exact number
 MAX_PRECISION = 24_000  # bits to which an algebraic number is compared
 BASE_PRECISION = 1_024
+MAX_SPAN = 12_000
 MAX_NODES = 600
 POINTS = 4
 
@@ -236,10 +237,18 @@ def numeric(
         Unreadable: if there is no value, as of a set.
         Undefined, TooLarge: see there.
     """
+    return _measured(node, precision, values, decimal_log, real)[0]
+
+
+def _measured(
+    node: Node, precision: int, values: Values = NO_VALUES, decimal_log: bool = False, real: bool = False
+) -> tuple[Any, int]:
+    """The value, and how many bits the numbers met on the way span: what a sum of them may lose."""
     mp = _contexts().mp
     mp.prec = precision + 64
+    evaluation = _Numeric(mp, values, decimal_log, real)
     try:
-        return _Numeric(mp, values, decimal_log, real).value(node)
+        return evaluation.value(node), evaluation.span
     except (ZeroDivisionError, ValueError):
         raise Undefined from None
     except (OverflowError, MemoryError, mp.NoConvergence):
@@ -249,6 +258,7 @@ def numeric(
 class _Numeric:
     def __init__(self, mp: Any, values: Values, decimal_log: bool, real: bool) -> None:
         self.mp, self.values, self.decimal_log, self.real = mp, values, decimal_log, real
+        self.span = 0  # bits that a sum of the numbers met on the way may need
 
     def value(self, node: Node) -> Any:
         value = self._value(node)
@@ -256,8 +266,11 @@ class _Numeric:
             raise Undefined
         if self.real and self.mp.im(value) != 0:
             raise Undefined
-        if abs(self.mp.mag(value)) > MAX_MAGNITUDE if value else False:
-            raise TooLarge
+        if value:
+            magnitude = abs(self.mp.mag(value))
+            if magnitude > MAX_MAGNITUDE:
+                raise TooLarge
+            self.span = max(self.span, magnitude)
         return value
 
     def _value(self, node: Node) -> Any:
@@ -349,6 +362,8 @@ class _Numeric:
             return mp.log(first) / mp.log(10) if name == "log" and self.decimal_log else mp.log(first)
         if name == "exp" and mp.mag(first) > 40:
             raise TooLarge
+        if name in ("tanh", "cosh", "sinh"):  # they hide an exponential
+            self.span = max(self.span, int(min(abs(first) * 3, MAX_SPAN)))
         if name == "factorial":
             if mp.mag(first) > 22:
                 raise TooLarge
@@ -437,14 +452,24 @@ def _has_bare_log(node: Node) -> bool:
 
 def _equal_numbers(left: Node, right: Node, values: Values, log: bool) -> bool:
     mp = _contexts().mp
-    rough = numeric(left, 96, values, log), numeric(right, 96, values, log)
+    measured = _measured(left, 96, values, log), _measured(right, 96, values, log)
+    rough, span = (measured[0][0], measured[1][0]), min(max(measured[0][1], measured[1][1]), MAX_SPAN)
     scale = max(abs(rough[0]), abs(rough[1]))
-    if scale and abs(rough[0] - rough[1]) > scale / 2**20 and min(abs(rough[0]), abs(rough[1])) > scale / 2**20:
+    if (
+        scale
+        and span < 96
+        and abs(rough[0] - rough[1]) > scale / 2**20
+        and min(abs(rough[0]), abs(rough[1])) > scale / 2**20
+    ):
         return False
     if values:  # a formula at a point: chance decides, not rounding
-        precision = 192 + 8 * _digits(left, right)
+        precision = 192 + 8 * _digits(left, right) + span
     else:
-        precision = _needed(left, right) or BASE_PRECISION + 8 * _digits(left, right)
+        bound = _separation_bound(left, right)
+        if bound is None:
+            precision = BASE_PRECISION + 8 * _digits(left, right) + 2 * span
+        else:
+            precision = (bound + span + 64) * 4 // 3 + 64  # three quarters of the bits are compared
     differences = []
     for bits in (precision, 2 * precision):
         first, second = numeric(left, bits, values, log), numeric(right, bits, values, log)
@@ -467,16 +492,16 @@ def _digits(*nodes: Node) -> int:
     return min(total, 3_000)
 
 
-def _needed(left: Node, right: Node) -> int:
-    """The bits that decide whether two algebraic numbers are equal; 0 if the bound does not apply or is too large."""
+def _separation_bound(left: Node, right: Node) -> int | None:
+    """The b with |left - right| >= 2^-b for two algebraic numbers that differ; None if it is unknown or too large."""
     try:
         roots: dict[str, int] = {}
         upper, lower = _separation(Node("+", (left, Node("neg", (right,)))), roots)
     except NotRational:
-        return 0
+        return None
     degree = math.prod(roots.values())
     bits = (degree - 1) * upper + lower
-    return int(bits * 4 / 3) + 64 if bits <= MAX_PRECISION else 0
+    return int(bits) + 1 if bits <= MAX_PRECISION else None
 
 
 def _separation(node: Node, roots: dict[str, int]) -> tuple[float, float]:

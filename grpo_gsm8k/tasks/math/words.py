@@ -18,7 +18,7 @@ _add("cm", "cm cms centimeter centimetre centimeters centimetres")
 _add("mm", "mm millimeter millimetre millimeters millimetres")
 _add("m", "meter metre meters metres mtr")
 _add("km", "km kms kilometer kilometre kilometers kilometres")
-_add("in", "inch inches")
+_add("in", "in inch inches")
 _add("ft", "ft foot feet")
 _add("yd", "yd yds yard yards")
 _add("mi", "mi mile miles")
@@ -219,7 +219,7 @@ def phrase(text: str) -> str:
 _ASSERTION = re.compile(r"^(?:.{0,80}\b(?:is|are|was|on|be|in|by|must be|called|answer|to)|[\w ]{1,30}[:=])\s")
 _NEGATION = re.compile(r"\b(?:not|never|neither|nor|no|isn t|aren t)\b")
 _GENERIC_NOUNS = {"function", "number", "numbers", "shape", "curve", "graph", "triangle", "it", "he", "she", "month",
-                  "person", "this", "solution", "solutions", "one", "option", "case", "equation", "day"}  # fmt: skip
+                  "person", "this", "solution", "solutions", "one", "option", "case", "equation", "day", "quadrant"}  # fmt: skip
 _MONTHS = {name[:3]: name for name in ("january", "february", "march", "april", "may", "june", "july", "august",
                                        "september", "october", "november", "december")}  # fmt: skip
 _DAYS = {name[:3]: name for name in ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")}
@@ -240,6 +240,9 @@ def texts_agree(gold: str, other: str) -> bool:
     if sorted(left_words) == sorted(right_words) and any(word in _MONTHS.values() for word in left_words):
         return True
     if left_words == right_words:
+        return True
+    reasoned = left in ("yes", "no", "true", "false") and rf"\W*(?:\\text\W*)?{left}\s*[,.;:]"
+    if reasoned and re.match(reasoned, other, re.IGNORECASE):
         return True
     if not re.fullmatch(r"[a-z∅ ]+", left) or len(left) < 2:
         return False
