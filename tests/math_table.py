@@ -1756,6 +1756,12 @@ ANSWERS: list[tuple[str, list[str], list[str]]] = [
     ]),
 ]
 
+ANSWERS += [
+    ("10^{10^{10}}", ["10^{10^{10}}"], ["10^{10^{10}}+1", "10^{10^{9}}", "10^{10^{11}}", "10"]),
+    (r"\frac{\pi}{2}", [], [r"\arctan(10^{4000})", r"\frac{\pi}{2}+10^{-5000}"]),
+    ("2", [], [r"2+2^{-100000}", r"2\cos(10^{-2000})"]),
+]
+
 RESPONSES: list[tuple[str, str, bool, bool]] = [
     ("5", r"So $x=\boxed{5}$.", True, True),
     ("5", r"First \boxed{4}, then \boxed{5}.", True, True),

@@ -29,7 +29,8 @@ from .tree import Node, key
 MAX_BITS = 60_000  # of an exact number
 MAX_PRECISION = 24_000  # bits to which an algebraic number is compared
 BASE_PRECISION = 1_024
-MAX_SPAN = 12_000
+MAX_SPAN = 12_000  # bits lost on the way that are made up for
+MAX_GAMMA_PRECISION = 6_000
 MAX_NODES = 600
 POINTS = 4
 
@@ -243,7 +244,7 @@ def numeric(
 def _measured(
     node: Node, precision: int, values: Values = NO_VALUES, decimal_log: bool = False, real: bool = False
 ) -> tuple[Any, int]:
-    """The value, and how many bits the numbers met on the way span: what a sum of them may lose."""
+    """The value, and how many bits it may have lost on the way: where sums cancel, and where functions are flat."""
     mp = _contexts().mp
     mp.prec = precision + 64
     evaluation = _Numeric(mp, values, decimal_log, real)
@@ -258,7 +259,7 @@ def _measured(
 class _Numeric:
     def __init__(self, mp: Any, values: Values, decimal_log: bool, real: bool) -> None:
         self.mp, self.values, self.decimal_log, self.real = mp, values, decimal_log, real
-        self.span = 0  # bits that a sum of the numbers met on the way may need
+        self.span = 0
 
     def value(self, node: Node) -> Any:
         value = self._value(node)
@@ -266,11 +267,8 @@ class _Numeric:
             raise Undefined
         if self.real and self.mp.im(value) != 0:
             raise Undefined
-        if value:
-            magnitude = abs(self.mp.mag(value))
-            if magnitude > MAX_MAGNITUDE:
-                raise TooLarge
-            self.span = max(self.span, magnitude)
+        if value and abs(self.mp.mag(value)) > MAX_MAGNITUDE:
+            raise TooLarge
         return value
 
     def _value(self, node: Node) -> Any:
@@ -289,7 +287,11 @@ class _Numeric:
                 raise Unreadable(f"a free variable {node.name}")
             return self.fraction(value) if isinstance(value, Fraction) else value
         if head == "+":
-            return mp.fsum([self.value(arg) for arg in args])
+            terms = [self.value(arg) for arg in args]
+            total = mp.fsum(terms)
+            magnitudes = [mp.mag(term) for term in (*terms, total) if term]
+            self.spans(max(magnitudes, default=0) - min(magnitudes, default=0))
+            return total
         if head == "*":
             return mp.fprod([self.value(arg) for arg in args])
         if head == "neg":
@@ -310,6 +312,12 @@ class _Numeric:
         if head == "fn":
             return self.function(node)
         raise Unreadable(head)
+
+    def spans(self, bits: Any) -> None:
+        """Notes how many bits a step may lose; beyond the bound nobody can tell, as of 10^(10^10) + 1."""
+        if bits > MAX_SPAN:
+            raise TooLarge
+        self.span = max(self.span, int(bits))
 
     def fraction(self, value: Any) -> Any:
         return self.mp.mpf(value.numerator) / value.denominator
@@ -335,6 +343,8 @@ class _Numeric:
             root = -((-base) ** (mp.mpf(1) / exponent.denominator))
             return root**exponent.numerator
         power = self.value(exponent_node)
+        if power:
+            self.spans(-mp.mag(power))
         if mp.mag(power) + mp.mag(abs(mp.log(base)) + 1) > 40:
             raise TooLarge
         return base**power
@@ -360,10 +370,14 @@ class _Numeric:
             if len(args) > 1:
                 return mp.log(first) / mp.log(args[1])
             return mp.log(first) / mp.log(10) if name == "log" and self.decimal_log else mp.log(first)
+        if name not in ("log", "ln", "root", "sqrt", "abs", "max", "min"):
+            self.spans(2 * max((abs(mp.mag(arg)) for arg in args if arg), default=0))
         if name == "exp" and mp.mag(first) > 40:
             raise TooLarge
         if name in ("tanh", "cosh", "sinh"):  # they hide an exponential
-            self.span = max(self.span, int(min(abs(first) * 3, MAX_SPAN)))
+            self.spans(abs(first) * 3)
+        if name in ("factorial", "binom") and mp.prec > MAX_GAMMA_PRECISION:
+            raise TooLarge
         if name == "factorial":
             if mp.mag(first) > 22:
                 raise TooLarge
@@ -453,7 +467,7 @@ def _has_bare_log(node: Node) -> bool:
 def _equal_numbers(left: Node, right: Node, values: Values, log: bool) -> bool:
     mp = _contexts().mp
     measured = _measured(left, 96, values, log), _measured(right, 96, values, log)
-    rough, span = (measured[0][0], measured[1][0]), min(max(measured[0][1], measured[1][1]), MAX_SPAN)
+    rough, span = (measured[0][0], measured[1][0]), max(measured[0][1], measured[1][1])
     scale = max(abs(rough[0]), abs(rough[1]))
     if (
         scale
