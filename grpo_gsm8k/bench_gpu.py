@@ -844,7 +844,7 @@ def grpo_run(
 
     from grpo_gsm8k import config, grpo
     from grpo_gsm8k.data_prep import write_splits
-    from grpo_gsm8k.gsm8k.toy import make_problems
+    from grpo_gsm8k.tasks.gsm8k.toy import make_problems
     from grpo_gsm8k.trainer.tiny_model import make_tiny_model
 
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):

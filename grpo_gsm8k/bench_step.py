@@ -48,8 +48,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     """One size, in this process."""
     from grpo_gsm8k import config, grpo
     from grpo_gsm8k.data_prep import write_splits
-    from grpo_gsm8k.gsm8k.toy import make_problems
     from grpo_gsm8k.runs.directory import Run
+    from grpo_gsm8k.tasks.gsm8k.toy import make_problems
     from grpo_gsm8k.trainer.tiny_model import make_tiny_model
 
     size = int(name)

@@ -151,7 +151,7 @@ _stage("ei", "ei", "Expert iteration: sample, keep what is right, fine-tune, aga
 _stage("grpo", "grpo", "Group relative policy optimisation.")
 _stage("eval", "fast_eval_vllm", "Accuracy of a model on a file of problems.", "print_eval")
 _stage("prep-eval", "pretokenize", "An evaluation set as one model will see it: prompts rendered, golds checked.")
-_stage("pairs", "gsm8k.pairs", "Teacher traces → pairs to fine-tune on: the right ones, in one prompt style.")
+_stage("pairs", "tasks.gsm8k.pairs", "Teacher traces → pairs to fine-tune on: the right ones, in one prompt style.")
 _stage("tokenize", "pretokenize", "Pairs → shards of token ids for one model.", function="tokenize")
 
 
@@ -193,7 +193,7 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Check a chat JSONL; every fault with its line."""
-    from grpo_gsm8k.gsm8k.chat import check_chat
+    from grpo_gsm8k.tasks.gsm8k.chat import check_chat
 
     found = check_chat(data)
     show({"ok": found.ok, "rows": found.rows, "errors": found.errors, "stats": found.stats}, as_json)
@@ -250,7 +250,7 @@ def contamination(
     as_json: Json = False,
 ) -> None:
     """Test problems in training files: word n-grams that both have."""
-    from grpo_gsm8k.gsm8k.contamination import check
+    from grpo_gsm8k.tasks.gsm8k.contamination import check
 
     show(check(files, test, ngram, examples), as_json, "print_contamination")
 

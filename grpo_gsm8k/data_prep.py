@@ -34,7 +34,6 @@ from typing import Any
 
 from grpo_gsm8k.datatypes import Problem
 from grpo_gsm8k.errors import ConfigError, DataError, DiskError, GrpoError, UserError
-from grpo_gsm8k.gsm8k.problems import SPLITS, load_problems, problem_from_row
 from grpo_gsm8k.runs.files import (
     atomic_path,
     json_line,
@@ -45,6 +44,7 @@ from grpo_gsm8k.runs.files import (
     write_json,
     write_jsonl,
 )
+from grpo_gsm8k.tasks.gsm8k.problems import SPLITS, load_problems, problem_from_row
 
 REPO = "openai/gsm8k"
 PINNED = "740312add88f781978c0658806c59bc2815b9866"

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from grpo_gsm8k.trainer.batch import Batch
     from grpo_gsm8k.trainer.objectives import Objective
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "turns"]
+Message = tuple[str, str]  # (role, content)
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,47 @@ class Source:
     path: str
     line: int | None
     rendered: Rendered | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row of a task's data.
+
+    Attributes:
+        id: stable across runs and machines, unique within a dataset.
+        messages: what is asked, before the task dresses it: a text (the question), or a conversation.
+        answer: whatever the task says: a number as text, an expression in LaTeX, a list of words, nothing.
+        meta: the other columns of the row.
+        source: where it was read from; no part of what the example is.
+    """
+
+    id: str
+    messages: tuple[Message, ...] | str
+    answer: Any = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    source: Source | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Grade:
+    """The verdict on one trajectory, made once, where it is collected; everything else reads it.
+
+    Attributes:
+        reward: what is maximised.
+        components: the named parts that `reward` is the sum of; each is logged by itself.
+        correct: whether the answer is right; None where a task knows no right answer. Then the mean reward picks the
+            best checkpoint.
+        format_ok: whether the response has the form that was asked for; None where none was.
+        answer: the answer that the response commits to, as text; None if there is none.
+        details: more for the rows of an evaluation, such as the verdict by another rule.
+    """
+
+    reward: float
+    components: Mapping[str, float] = field(default_factory=dict)
+    correct: bool | None = None
+    format_ok: bool | None = None
+    answer: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,6 +120,7 @@ class Prompt:
     problem: Problem
     token_ids: tuple[int, ...]
     first_sample: int = 0
+    opened: str = ""
 
 
 @dataclass(frozen=True)
@@ -138,6 +181,46 @@ class Completion:
     finish_reason: FinishReason
     policy_version: int = 0
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What a model said about a prompt, in one turn or several: the ids behind the prompt, of all turns.
+
+    Attributes:
+        token_ids: of the model's turns and, between them, of what the environment answered.
+        mask: 1 on what the model sampled, 0 on what the environment added. Same length.
+        logprobs: as in `Completion`; 0 where the mask is.
+        finish_reason: of the last turn; "turns" if the model still had something to ask after its last one.
+        policy_version: the oldest of the weights that drew it.
+        seed: of the first turn.
+        text: of all turns, the environment's included, without special tokens.
+        turns: how many the model had.
+    """
+
+    prompt: Prompt
+    token_ids: tuple[int, ...]
+    mask: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    policy_version: int
+    seed: int
+    text: str
+    turns: int = 1
+
+    @staticmethod
+    def of(prompt: Prompt, completion: Completion) -> Trajectory:
+        """A completion is the case of one turn."""
+        return Trajectory(
+            prompt=prompt,
+            token_ids=completion.token_ids,
+            mask=(1,) * len(completion.token_ids),
+            logprobs=completion.logprobs,
+            finish_reason=completion.finish_reason,
+            policy_version=completion.policy_version,
+            seed=completion.seed,
+            text=completion.text,
+        )
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from typing import Any
 
 from grpo_gsm8k.config import EiConfig
 from grpo_gsm8k.datatypes import Completion, Prompt, SamplingParams, TokenRow
-from grpo_gsm8k.gsm8k.grading import grade
-from grpo_gsm8k.gsm8k.problems import load_split
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.runs.files import read_jsonl, write_jsonl
 from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.sft import fit_step
+from grpo_gsm8k.tasks.gsm8k.grading import grade
+from grpo_gsm8k.tasks.gsm8k.problems import load_split
 from grpo_gsm8k.trainer import loop
 from grpo_gsm8k.trainer.optimizer import lr_at
 from grpo_gsm8k.workbench import Bench, open_bench

@@ -20,11 +20,11 @@ from typing import Any
 from grpo_gsm8k.config import EvalConfig
 from grpo_gsm8k.datatypes import Problem, SamplingParams
 from grpo_gsm8k.errors import ConfigError
-from grpo_gsm8k.gsm8k.contamination import words
-from grpo_gsm8k.gsm8k.problems import load_problems
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.runs import wandb_sink
 from grpo_gsm8k.runs.files import write_json, write_jsonl
+from grpo_gsm8k.tasks.gsm8k.contamination import words
+from grpo_gsm8k.tasks.gsm8k.problems import load_problems
 from grpo_gsm8k.workbench import evaluate_model
 
 

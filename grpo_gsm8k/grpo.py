@@ -31,11 +31,11 @@ from grpo_gsm8k.engines.probe import sampled_row
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.evals.accuracy import record
 from grpo_gsm8k.evals.diversity import diversity
-from grpo_gsm8k.gsm8k.problems import load_split
-from grpo_gsm8k.gsm8k.rewards import make_reward, with_overlong_penalty
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.rollouts import Source
 from grpo_gsm8k.runs import diagnosis
+from grpo_gsm8k.tasks.gsm8k.problems import load_split
+from grpo_gsm8k.tasks.gsm8k.rewards import make_reward, with_overlong_penalty
 from grpo_gsm8k.trainer import loop
 from grpo_gsm8k.trainer.batch import Batch, make_batch, mismatch_metrics, with_old_logprobs, with_ref_logprobs
 from grpo_gsm8k.trainer.objectives import Objective

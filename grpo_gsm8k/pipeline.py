@@ -23,11 +23,11 @@ from grpo_gsm8k.config import STAGES, EvalConfig, PipelineConfig, TinyModelConfi
 from grpo_gsm8k.errors import ConfigError, RunDirError
 from grpo_gsm8k.evals.accuracy import read_results
 from grpo_gsm8k.evals.stats import compare
-from grpo_gsm8k.gsm8k import toy
-from grpo_gsm8k.gsm8k.problems import SPLITS, load_split
 from grpo_gsm8k.runs.directory import RUNS, new_path
 from grpo_gsm8k.runs.files import read_json, write_json
 from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.tasks.gsm8k import toy
+from grpo_gsm8k.tasks.gsm8k.problems import SPLITS, load_split
 from grpo_gsm8k.trainer.ranks import world
 
 TRAINERS: dict[str, Callable[[Any], dict[str, Any]]] = {"sft": sft.run, "ei": ei.run, "grpo": grpo.run}

@@ -32,8 +32,8 @@ from grpo_gsm8k.datatypes import Drawer, Learner, Problem, Prompt, SamplingParam
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.engines.probe import TOLERANCE, sampled_row
 from grpo_gsm8k.errors import CheckpointError, ConfigError, DataError, DiskError, ModelError, UserError
-from grpo_gsm8k.gsm8k.prompts import Renderer
 from grpo_gsm8k.runs.files import disk_errors
+from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
 from grpo_gsm8k.trainer import adapter, packing
 from grpo_gsm8k.trainer.batch import Batch, make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner

@@ -39,11 +39,11 @@ from typing import Any, NamedTuple
 from grpo_gsm8k.config import PrepEvalConfig, TokenizeConfig
 from grpo_gsm8k.datatypes import Problem, Source
 from grpo_gsm8k.errors import ConfigError, DataError, GrpoError
-from grpo_gsm8k.gsm8k.chat import read_chat
-from grpo_gsm8k.gsm8k.problems import gold_number, load_problems, load_split
-from grpo_gsm8k.gsm8k.prompts import Renderer
 from grpo_gsm8k.runs.files import read_json, read_lines, sha256_file, write_json, write_jsonl
 from grpo_gsm8k.runs.progress import progress
+from grpo_gsm8k.tasks.gsm8k.chat import read_chat
+from grpo_gsm8k.tasks.gsm8k.problems import gold_number, load_problems, load_split
+from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
 from grpo_gsm8k.trainer.policy import load_tokenizer
 from grpo_gsm8k.trainer.shards import MANIFEST, pack, read_shard, write_shard
 

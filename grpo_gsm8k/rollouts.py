@@ -19,9 +19,9 @@ from typing import Any
 from grpo_gsm8k.config import GrpoConfig
 from grpo_gsm8k.datatypes import Completion, Prompt, Reward, RewardFn, Rollout, SamplingParams
 from grpo_gsm8k.errors import EngineError
-from grpo_gsm8k.gsm8k.grading import grade
-from grpo_gsm8k.gsm8k.rewards import score
 from grpo_gsm8k.repro import derive_seed, shuffled
+from grpo_gsm8k.tasks.gsm8k.grading import grade
+from grpo_gsm8k.tasks.gsm8k.rewards import score
 from grpo_gsm8k.workbench import Bench
 
 

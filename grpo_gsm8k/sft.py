@@ -17,11 +17,11 @@ from typing import Any
 from grpo_gsm8k.config import SftConfig, TrainConfig
 from grpo_gsm8k.datatypes import Problem, TokenRow
 from grpo_gsm8k.errors import ConfigError, DataError
-from grpo_gsm8k.gsm8k.chat import Example, load_pairs
-from grpo_gsm8k.gsm8k.problems import load_split
 from grpo_gsm8k.preflight import check_rows
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.tasks.gsm8k.chat import Example, load_pairs
+from grpo_gsm8k.tasks.gsm8k.problems import load_split
 from grpo_gsm8k.trainer import loop
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.objectives import Objective

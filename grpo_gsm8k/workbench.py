@@ -23,12 +23,12 @@ from grpo_gsm8k.engines.process import Engine, ProcessSampler, placements, train
 from grpo_gsm8k.errors import ConfigError, EngineError, RunDirError
 from grpo_gsm8k.evals.accuracy import CHUNK, Evaluation, evaluate
 from grpo_gsm8k.evals.evaluator import AsyncEvaluator, InlineEvaluator
-from grpo_gsm8k.gsm8k import contamination
-from grpo_gsm8k.gsm8k.problems import load_problems
-from grpo_gsm8k.gsm8k.prompts import Renderer, check_lengths
 from grpo_gsm8k.preflight import Subject, check_ids, embeddings_of
 from grpo_gsm8k.runs.directory import Run, open_run
 from grpo_gsm8k.runs.files import atomic_folder
+from grpo_gsm8k.tasks.gsm8k import contamination
+from grpo_gsm8k.tasks.gsm8k.problems import load_problems
+from grpo_gsm8k.tasks.gsm8k.prompts import Renderer, check_lengths
 from grpo_gsm8k.trainer import adapter, loop, ranks
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.memory import engine_share

@@ -41,10 +41,10 @@ from grpo_gsm8k.errors import ConfigError, DataError, GrpoError
 from grpo_gsm8k.evals import stats
 from grpo_gsm8k.evals.accuracy import read_rows
 from grpo_gsm8k.evals.compare import corrected_for_number
-from grpo_gsm8k.gsm8k.grading import extract, grade
-from grpo_gsm8k.gsm8k.problems import load_problems
 from grpo_gsm8k.runs.files import read_json, write_json, write_jsonl
 from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.tasks.gsm8k.grading import extract, grade
+from grpo_gsm8k.tasks.gsm8k.problems import load_problems
 
 TASK = "gsm8k_local"
 FILTERS = {"strict": "strict-match", "flexible": "flexible-extract"}  # our grading → lm-eval's filter

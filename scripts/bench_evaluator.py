@@ -48,8 +48,8 @@ from grpo_gsm8k.config import SftConfig  # noqa: E402
 from grpo_gsm8k.data_prep import write_splits  # noqa: E402
 from grpo_gsm8k.engines.process import Engine  # noqa: E402
 from grpo_gsm8k.evals.evaluator import AsyncEvaluator  # noqa: E402
-from grpo_gsm8k.gsm8k.problems import load_split  # noqa: E402
-from grpo_gsm8k.gsm8k.toy import make_problems  # noqa: E402
+from grpo_gsm8k.tasks.gsm8k.problems import load_split  # noqa: E402
+from grpo_gsm8k.tasks.gsm8k.toy import make_problems  # noqa: E402
 from grpo_gsm8k.trainer.tiny_model import make_tiny_model  # noqa: E402
 from grpo_gsm8k.workbench import Bench, open_bench, prompt_rows, validation_params  # noqa: E402
 

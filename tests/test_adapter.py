@@ -15,8 +15,8 @@ from grpo_gsm8k import config, fast_eval_vllm, grpo, sft, workbench
 from grpo_gsm8k.datatypes import SamplingParams
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.errors import CheckpointError, ConfigError, RunDirError
-from grpo_gsm8k.gsm8k.problems import load_split
-from grpo_gsm8k.gsm8k.prompts import Renderer
+from grpo_gsm8k.tasks.gsm8k.problems import load_split
+from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
 from grpo_gsm8k.trainer import adapter
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner

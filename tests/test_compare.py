@@ -16,8 +16,8 @@ from grpo_gsm8k.cli import main
 from grpo_gsm8k.datatypes import Problem
 from grpo_gsm8k.errors import ConfigError, DataError, UserError
 from grpo_gsm8k.evals.compare import compare_files
-from grpo_gsm8k.gsm8k.problems import load_problems
-from grpo_gsm8k.gsm8k.prompts import SHOT_BREAK, Renderer
+from grpo_gsm8k.tasks.gsm8k.problems import load_problems
+from grpo_gsm8k.tasks.gsm8k.prompts import SHOT_BREAK, Renderer
 
 
 def results(path: Path, verdicts: dict[str, list[bool]], **changed: Any) -> Path:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from grpo_gsm8k.datatypes import Problem
-from grpo_gsm8k.gsm8k.contamination import Index, check, scan, texts_of, warn, words
-from grpo_gsm8k.gsm8k.problems import load_problems
+from grpo_gsm8k.tasks.gsm8k.contamination import Index, check, scan, texts_of, warn, words
+from grpo_gsm8k.tasks.gsm8k.problems import load_problems
 from tests.toys import make_data
 
 QUESTION = "Ann buys 12 red apples, eats 3 of them, and gives half of what is left to her old friend Ben. How many?"

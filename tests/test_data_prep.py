@@ -21,7 +21,7 @@ from grpo_gsm8k import data_prep
 from grpo_gsm8k.data_prep import prepare, verify, write_splits
 from grpo_gsm8k.datatypes import Problem
 from grpo_gsm8k.errors import ConfigError, DataError, DiskError, UserError
-from grpo_gsm8k.gsm8k.problems import load_split
+from grpo_gsm8k.tasks.gsm8k.problems import load_split
 
 OUTPUTS = ["manifest.json", "test.jsonl", "train.jsonl", "val.jsonl"]
 

@@ -26,8 +26,8 @@ import yaml
 
 from grpo_gsm8k import bench, cli, config, r1_traces
 from grpo_gsm8k.datatypes import Completion, Problem
-from grpo_gsm8k.gsm8k.rewards import make_reward, score
 from grpo_gsm8k.runs import diagnosis
+from grpo_gsm8k.tasks.gsm8k.rewards import make_reward, score
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "grpo_gsm8k"

@@ -27,10 +27,10 @@ from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.engines.probe import probe
 from grpo_gsm8k.engines.process import ATTEMPTS, Engine, ProcessSampler, placements
 from grpo_gsm8k.errors import ConfigError, DiskError, EngineError, UserError
-from grpo_gsm8k.gsm8k.grading import Tags
-from grpo_gsm8k.gsm8k.problems import load_split
-from grpo_gsm8k.gsm8k.prompts import Renderer
 from grpo_gsm8k.rollouts import drawn_apart
+from grpo_gsm8k.tasks.gsm8k.grading import Tags
+from grpo_gsm8k.tasks.gsm8k.problems import load_split
+from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.policy import weights_sha256
 from tests.toys import REPOSITORY, train_config

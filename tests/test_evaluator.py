@@ -16,8 +16,8 @@ from grpo_gsm8k.config import EngineConfig
 from grpo_gsm8k.engines.process import Engine
 from grpo_gsm8k.errors import ConfigError, DataError, EngineError
 from grpo_gsm8k.evals.evaluator import AsyncEvaluator
-from grpo_gsm8k.gsm8k.grading import Tags
-from grpo_gsm8k.gsm8k.problems import load_split
+from grpo_gsm8k.tasks.gsm8k.grading import Tags
+from grpo_gsm8k.tasks.gsm8k.problems import load_split
 from grpo_gsm8k.trainer.policy import weights_sha256
 from grpo_gsm8k.workbench import open_bench
 from tests.toys import stage_config

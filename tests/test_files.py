@@ -206,9 +206,9 @@ def test_json_line_is_the_line_of_write_jsonl(tmp_path: Path) -> None:
 
 
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
-    from grpo_gsm8k.gsm8k.chat import check_chat, load_pairs
-    from grpo_gsm8k.gsm8k.problems import load_problems
     from grpo_gsm8k.runs.files import read_json
+    from grpo_gsm8k.tasks.gsm8k.chat import check_chat, load_pairs
+    from grpo_gsm8k.tasks.gsm8k.problems import load_problems
 
     path = tmp_path / "bom.jsonl"
     path.write_text('{"question": "1+1?", "answer": "#### 2"}\n' * 1, encoding="utf-8-sig")

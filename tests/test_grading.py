@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from grpo_gsm8k.gsm8k.grading import DEFAULT_TAGS, Tags, extract, grade, parse_gold, parse_number
+from grpo_gsm8k.tasks.gsm8k.grading import DEFAULT_TAGS, Tags, extract, grade, parse_gold, parse_number
 
 CASES = [
     json.loads(line)

@@ -19,8 +19,8 @@ from grpo_gsm8k.config import GrpoConfig
 from grpo_gsm8k.datatypes import Completion, Problem, Prompt, Reward, Rollout, TokenRow
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.errors import ConfigError, EngineError, NonFiniteError
-from grpo_gsm8k.gsm8k.problems import load_split
-from grpo_gsm8k.gsm8k.rewards import make_reward, score, with_overlong_penalty
+from grpo_gsm8k.tasks.gsm8k.problems import load_split
+from grpo_gsm8k.tasks.gsm8k.rewards import make_reward, score, with_overlong_penalty
 from grpo_gsm8k.trainer import checkpoint, loop
 from grpo_gsm8k.trainer.batch import make_batch, mismatch_metrics, with_old_logprobs
 from grpo_gsm8k.trainer.objectives import Objective, per_token_loss

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_gsm8k.gsm8k.grading import grade
+from grpo_gsm8k.tasks.gsm8k.grading import grade
 from tests.toys import REPOSITORY, make_data, make_model
 
 CASES = [json.loads(line) for line in (Path(__file__).parent / "data/grading/lm_eval.jsonl").read_text().splitlines()]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from grpo_gsm8k import config, doctor, fast_eval_vllm, grpo, preflight, sft, workbench
 from grpo_gsm8k.errors import DataError, ModelError, UserError
-from grpo_gsm8k.gsm8k.prompts import Renderer
+from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
 from grpo_gsm8k.trainer import packing
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer, prepare_to_save, weights_sha256
@@ -157,7 +157,7 @@ def test_padding_and_ends_must_have_an_embedding_too(which, unresized, tiny, tmp
 @pytest.fixture
 def subject(tiny, tmp_path):
     from grpo_gsm8k.engines.hf import HFSampler
-    from grpo_gsm8k.gsm8k.problems import load_split
+    from grpo_gsm8k.tasks.gsm8k.problems import load_split
 
     cfg = train_config(model_id=str(tiny.model))
     model = load_model(cfg)

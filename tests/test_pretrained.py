@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config, Qwen2Moe
 
 from grpo_gsm8k import config, workbench
 from grpo_gsm8k.errors import ConfigError, ModelError
-from grpo_gsm8k.gsm8k.prompts import Renderer
+from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
 from grpo_gsm8k.trainer import adapter, pretrained
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner

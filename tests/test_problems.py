@@ -10,8 +10,8 @@ import pytest
 
 from grpo_gsm8k.datatypes import Problem, Rendered
 from grpo_gsm8k.errors import DataError
-from grpo_gsm8k.gsm8k.chat import Example, check_chat, load_pairs
-from grpo_gsm8k.gsm8k.problems import gold_number, load_problems, load_split
+from grpo_gsm8k.tasks.gsm8k.chat import Example, check_chat, load_pairs
+from grpo_gsm8k.tasks.gsm8k.problems import gold_number, load_problems, load_split
 
 GOOD = {"id": "a", "question": "How many?", "answer": "2 + 3 = 5\n#### 5"}
 PREPARED = {"id": "b", "question": "Q?", "answer": "#### 5", "gold": "5", "gold_num": 5, "prompt": "<Q?>"}

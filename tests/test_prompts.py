@@ -8,8 +8,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from grpo_gsm8k.datatypes import Problem
 from grpo_gsm8k.errors import ConfigError, DataError
-from grpo_gsm8k.gsm8k.grading import grade
-from grpo_gsm8k.gsm8k.prompts import STYLES, Renderer, check_lengths, make_tags, remembered
+from grpo_gsm8k.tasks.gsm8k.grading import grade
+from grpo_gsm8k.tasks.gsm8k.prompts import STYLES, Renderer, check_lengths, make_tags, remembered
 
 PROBLEM = Problem("p1", "Ann has 2 eggs and buys 3. How many?", "She has 2+3=<<2+3=5>>5 eggs.\n#### 5", "5")
 

@@ -15,9 +15,9 @@ import pytest
 
 from grpo_gsm8k import ei, grpo, sft
 from grpo_gsm8k.errors import CheckpointError, DataError, DiskError, Interrupted, RunDirError
-from grpo_gsm8k.gsm8k.problems import load_split
-from grpo_gsm8k.gsm8k.rewards import make_reward
 from grpo_gsm8k.runs.directory import open_run
+from grpo_gsm8k.tasks.gsm8k.problems import load_split
+from grpo_gsm8k.tasks.gsm8k.rewards import make_reward
 from grpo_gsm8k.trainer import checkpoint, loop
 from grpo_gsm8k.workbench import open_bench
 from tests.toys import REPOSITORY, cli, stage_config

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grpo_gsm8k.datatypes import Problem, SamplingParams, TokenRow
 from grpo_gsm8k.engines.hf import HFSampler, _draw
 from grpo_gsm8k.errors import ModelError, NonFiniteError
-from grpo_gsm8k.gsm8k.problems import load_split
-from grpo_gsm8k.gsm8k.prompts import Renderer
+from grpo_gsm8k.tasks.gsm8k.problems import load_split
+from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner
 from tests.toys import train_config

@@ -15,8 +15,8 @@ from grpo_gsm8k.engines import process
 from grpo_gsm8k.errors import ConfigError, DataError, RunDirError, UserError
 from grpo_gsm8k.evals.accuracy import evaluate
 from grpo_gsm8k.evals.stats import bootstrap_mean, compare, pass_at_k, wilson
-from grpo_gsm8k.gsm8k.problems import load_problems
-from grpo_gsm8k.gsm8k.prompts import Renderer
+from grpo_gsm8k.tasks.gsm8k.problems import load_problems
+from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
 from grpo_gsm8k.trainer.policy import load_tokenizer
 from grpo_gsm8k.workbench import open_bench
 from tests.toys import stage_config

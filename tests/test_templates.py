@@ -17,12 +17,12 @@ from grpo_gsm8k import config, ei, fast_eval_vllm, pretokenize, rollouts, sft
 from grpo_gsm8k.datatypes import Completion, Problem, Prompt, Reward, Rollout, Source
 from grpo_gsm8k.errors import ConfigError, DataError, ModelError, UserError
 from grpo_gsm8k.evals.accuracy import record
-from grpo_gsm8k.gsm8k import prompts
-from grpo_gsm8k.gsm8k.chat import load_pairs
-from grpo_gsm8k.gsm8k.grading import Tags, extract, grade
-from grpo_gsm8k.gsm8k.problems import load_problems
-from grpo_gsm8k.gsm8k.prompts import Renderer, make_tags
-from grpo_gsm8k.gsm8k.rewards import make_reward, score
+from grpo_gsm8k.tasks.gsm8k import prompts
+from grpo_gsm8k.tasks.gsm8k.chat import load_pairs
+from grpo_gsm8k.tasks.gsm8k.grading import Tags, extract, grade
+from grpo_gsm8k.tasks.gsm8k.problems import load_problems
+from grpo_gsm8k.tasks.gsm8k.prompts import Renderer, make_tags
+from grpo_gsm8k.tasks.gsm8k.rewards import make_reward, score
 from tests.toys import cli, stage_config
 
 PROBLEM = Problem("p1", "How many?", "2+2=<<2+2=4>>4\n#### 4", "4")

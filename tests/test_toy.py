@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_gsm8k.datatypes import Problem
 from grpo_gsm8k.errors import ConfigError
-from grpo_gsm8k.gsm8k.toy import TEMPLATES, make_problems
+from grpo_gsm8k.tasks.gsm8k.toy import TEMPLATES, make_problems
 from grpo_gsm8k.trainer.tiny_model import make_tiny_model
 
 COUNTS = {"train": 3000, "val": 100, "test": 400}

@@ -32,10 +32,10 @@ from grpo_gsm8k.engines.process import Engine, ProcessSampler
 from grpo_gsm8k.errors import EngineError
 from grpo_gsm8k.evals.accuracy import read_results
 from grpo_gsm8k.evals.stats import compare
-from grpo_gsm8k.gsm8k.problems import load_split
-from grpo_gsm8k.gsm8k.prompts import Renderer
-from grpo_gsm8k.gsm8k.rewards import make_reward
 from grpo_gsm8k.runs.files import read_jsonl
+from grpo_gsm8k.tasks.gsm8k.problems import load_split
+from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
+from grpo_gsm8k.tasks.gsm8k.rewards import make_reward
 from grpo_gsm8k.trainer import adapter
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner

@@ -10,7 +10,7 @@ import torch
 from grpo_gsm8k import config, workbench
 from grpo_gsm8k.engines import process
 from grpo_gsm8k.errors import ConfigError
-from grpo_gsm8k.gsm8k.prompts import Renderer
+from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
 from grpo_gsm8k.trainer import costs
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer
 from tests.toys import stage_config

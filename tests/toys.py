@@ -17,7 +17,7 @@ from grpo_gsm8k import config
 from grpo_gsm8k.config import TrainConfig
 from grpo_gsm8k.data_prep import write_splits
 from grpo_gsm8k.datatypes import Completion, Problem, TokenRow
-from grpo_gsm8k.gsm8k.toy import make_problems
+from grpo_gsm8k.tasks.gsm8k.toy import make_problems
 from grpo_gsm8k.trainer.batch import Batch
 from grpo_gsm8k.trainer.tiny_model import make_tiny_model
 

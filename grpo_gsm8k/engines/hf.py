@@ -28,8 +28,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from grpo_gsm8k.datatypes import Completion, FinishReason, Prompt, SamplingParams
 from grpo_gsm8k.errors import ModelError, NonFiniteError
-from grpo_gsm8k.gsm8k.prompts import Renderer
 from grpo_gsm8k.repro import derive_seed
+from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
 from grpo_gsm8k.trainer import adapter, architecture
 from grpo_gsm8k.trainer.kernels import choose_attention
 from grpo_gsm8k.trainer.logprobs import difference

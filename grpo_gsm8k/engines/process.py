@@ -24,8 +24,8 @@ from grpo_gsm8k.datatypes import Completion, Prompt, SamplingParams
 from grpo_gsm8k.engines.channel import Child, ChildGone, environment_of
 from grpo_gsm8k.engines.handover import Handover, Outbox
 from grpo_gsm8k.errors import ConfigError, EngineError
-from grpo_gsm8k.gsm8k.prompts import Renderer
 from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
 
 ATTEMPTS = 3
 T = TypeVar("T")

@@ -25,8 +25,8 @@ from grpo_gsm8k.config import PolicyConfig
 from grpo_gsm8k.datatypes import Completion, FinishReason, Prompt, SamplingParams
 from grpo_gsm8k.engines.channel import Pulse
 from grpo_gsm8k.errors import EngineError, ModelError
-from grpo_gsm8k.gsm8k.prompts import Renderer
 from grpo_gsm8k.repro import derive_seed
+from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
 from grpo_gsm8k.trainer import adapter, architecture, costs
 
 GPU_ROWS = 1024  # requests at once: vLLM's own default on an H100

@@ -12,8 +12,8 @@ from grpo_gsm8k.datatypes import Drawer, Problem, Prompt, SamplingParams
 from grpo_gsm8k.engines import handover
 from grpo_gsm8k.engines.channel import Handler, Pulse, serve
 from grpo_gsm8k.engines.handover import Handover, HandoverError
-from grpo_gsm8k.gsm8k.grading import Tags
-from grpo_gsm8k.gsm8k.prompts import Renderer
+from grpo_gsm8k.tasks.gsm8k.grading import Tags
+from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
 from grpo_gsm8k.trainer.adapter import attach
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer
 

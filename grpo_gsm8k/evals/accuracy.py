@@ -14,11 +14,11 @@ from typing import Any, Literal
 from grpo_gsm8k.datatypes import Completion, Drawer, Prompt, SamplingParams
 from grpo_gsm8k.errors import DataError
 from grpo_gsm8k.evals.stats import bootstrap_mean, maj_at_k, pass_at_k, rate_interval, spread
-from grpo_gsm8k.gsm8k.grading import extract, grade, parse_number
-from grpo_gsm8k.gsm8k.prompts import Renderer
 from grpo_gsm8k.repro import derive_seed
 from grpo_gsm8k.runs.files import read_jsonl
 from grpo_gsm8k.runs.progress import progress
+from grpo_gsm8k.tasks.gsm8k.grading import extract, grade, parse_number
+from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
 
 CHUNK = 256  # prompts between two movements of the progress bar
 Row = dict[str, Any]

@@ -22,9 +22,9 @@ from grpo_gsm8k.engines.handover import Handover
 from grpo_gsm8k.engines.process import Engine
 from grpo_gsm8k.errors import GrpoError
 from grpo_gsm8k.evals.accuracy import Evaluation, evaluate
-from grpo_gsm8k.gsm8k.prompts import Renderer
 from grpo_gsm8k.runs.files import read_json, write_json
 from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
 from grpo_gsm8k.trainer.policy import weights_sha256
 
 Weights = Iterable[tuple[str, torch.Tensor]]

@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 from grpo_gsm8k import config
 from grpo_gsm8k.errors import ConfigError, DiskError, Interrupted, LaunchError
-from grpo_gsm8k.gsm8k.prompts import make_tags
 from grpo_gsm8k.launch import records
 from grpo_gsm8k.launch.api import DEAD, GONE, ApiError, Offer, Pod, Refused, Runpod, Unsure, connect
 from grpo_gsm8k.launch.archive import Limits
@@ -29,6 +28,7 @@ from grpo_gsm8k.launch.shell import PIECE, Shell, ShellError, check_fetch, dial,
 from grpo_gsm8k.launch.webhook import Webhook
 from grpo_gsm8k.runs.clean import printable, without_paths
 from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.tasks.gsm8k.prompts import make_tags
 
 LEAST_S = 60.0  # a pod that the budget pays for less than this is not worth making
 MOST_HOURS = 24.0

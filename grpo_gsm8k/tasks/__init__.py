@@ -1,1 +1,46 @@
-"""What is asked and what is right: graders, data generators and the calculator. No torch in here."""
+"""What is asked and what is right: tasks, graders, data generators. No torch in here.
+
+`load_task` takes the name of a task, or `module:Class` for one of a user's own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import TYPE_CHECKING
+
+from grpo_gsm8k import extensions
+from grpo_gsm8k.errors import ConfigError
+
+if TYPE_CHECKING:
+    from grpo_gsm8k.tasks.base import Task, TaskOptions
+
+TASKS = {
+    "gsm8k": "grpo_gsm8k.tasks.gsm8k.task:Gsm8k",
+}
+"""Name → class. To add a task, add its file to this folder and its line here."""
+
+
+def load_task(spec: str, options: TaskOptions | None = None) -> Task:
+    """The task of a name, or of `module:Class`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from grpo_gsm8k.tasks.base import Task
+
+    if spec in TASKS:
+        module, _, name = TASKS[spec].partition(":")
+        found = getattr(importlib.import_module(module), name)
+    elif extensions.is_users(spec):
+        found = extensions.load(spec, "--task")
+    else:
+        near = difflib.get_close_matches(spec, TASKS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}"
+        raise ConfigError(f"unknown task {spec!r}; {hint}. A task of your own is package.module:Class")
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise ConfigError(f"--task {spec!r}: is no subclass of grpo_gsm8k.tasks.base.Task")
+    with extensions.users_code(f"task {spec!r}" if extensions.is_users(spec) else ""):
+        task = found(options)
+    task.spec = spec
+    return task

@@ -24,9 +24,9 @@ from typing import Any
 from grpo_gsm8k.config import PromptConfig
 from grpo_gsm8k.datatypes import Problem, Prompt, Rendered, Source, TokenRow
 from grpo_gsm8k.errors import ConfigError, DataError, ModelError
-from grpo_gsm8k.gsm8k.grading import Tags, after_opened_thought, extract, parse_number
 from grpo_gsm8k.runs.files import read_json, write_json
 from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.tasks.gsm8k.grading import Tags, after_opened_thought, extract, parse_number
 
 Message = tuple[str, str]  # (role, content)
 PROMPT_FILE = "prompt.json"

@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 from grpo_gsm8k.datatypes import Problem, Rendered, Source
 from grpo_gsm8k.errors import DataError
-from grpo_gsm8k.gsm8k.grading import parse_gold, parse_number
 from grpo_gsm8k.runs.files import json_type, read_jsonl
+from grpo_gsm8k.tasks.gsm8k.grading import parse_gold, parse_number
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")

@@ -22,7 +22,7 @@ from typing import Literal
 
 from grpo_gsm8k.datatypes import Completion, Problem, Reward, RewardFn
 from grpo_gsm8k.errors import ConfigError
-from grpo_gsm8k.gsm8k.grading import Tags, grade
+from grpo_gsm8k.tasks.gsm8k.grading import Tags, grade
 
 
 def default_reward(

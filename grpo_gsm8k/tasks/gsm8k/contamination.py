@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from grpo_gsm8k.datatypes import Problem
-from grpo_gsm8k.gsm8k.problems import load_problems
-from grpo_gsm8k.gsm8k.prompts import working
 from grpo_gsm8k.runs.files import read_jsonl
 from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.tasks.gsm8k.problems import load_problems
+from grpo_gsm8k.tasks.gsm8k.prompts import working
 
 NGRAM = 13
 SHORTEST = 8  # the smallest n of the paper; shorter texts coincide by chance and are not looked for

@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 
 from grpo_gsm8k.config import PairsConfig
 from grpo_gsm8k.errors import ConfigError, DataError
-from grpo_gsm8k.gsm8k.grading import Tags, extract, grade, parse_number
-from grpo_gsm8k.gsm8k.problems import problem_from_row
-from grpo_gsm8k.gsm8k.prompts import STYLES, Style, how_to_ask
 from grpo_gsm8k.runs.files import read_jsonl, write_json, write_jsonl
+from grpo_gsm8k.tasks.gsm8k.grading import Tags, extract, grade, parse_number
+from grpo_gsm8k.tasks.gsm8k.problems import problem_from_row
+from grpo_gsm8k.tasks.gsm8k.prompts import STYLES, Style, how_to_ask
 
 EXCERPT = 200  # characters of a dropped trace that the report shows
 

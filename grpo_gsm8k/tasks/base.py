@@ -1,0 +1,254 @@
+"""What a task is: how its rows are read, how an example is asked, what a teacher answers, and what is right.
+
+To write a task, subclass `Task` in one file; only `grade` has no default:
+
+    class Shout(Task):
+        name = "shout"
+
+        def prompt(self, example):
+            return [("user", f"Write {example.messages} in capitals.")]
+
+        def grade(self, example, response):
+            right = response.strip() == example.answer
+            return Grade(reward=float(right), correct=right, answer=response.strip())
+
+and pass `--task mine:Shout`. Its data are JSONL with `question` (or `prompt`, `problem`, `messages`) and `answer`.
+A task that talks to its model in several turns returns an `Env`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from grpo_gsm8k.datatypes import Example, Grade, Message, Rendered, Source
+from grpo_gsm8k.errors import ConfigError, DataError
+from grpo_gsm8k.extensions import is_users, users_code
+from grpo_gsm8k.runs.files import json_type, read_jsonl
+
+if TYPE_CHECKING:
+    from grpo_gsm8k.datatypes import Trajectory
+
+__all__ = ["Env", "Example", "Grade", "Message", "Tags", "Task", "TaskOptions", "load_examples", "load_split"]
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+QUESTION_KEYS = ("question", "prompt", "problem")
+
+
+@dataclass(frozen=True)
+class Tags:
+    """The tags that a prompt asks for. `answer_open=None`: the prompt has think tags only."""
+
+    think_open: str = "<think>"
+    think_close: str = "</think>"
+    answer_open: str | None = "<answer>"
+    answer_close: str | None = "</answer>"
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What a command line says to every task; a task uses what it understands.
+
+    Attributes:
+        prompt_style: how an example is asked; "auto" is the task's own default.
+        tags: around thoughts and answers.
+        grading: "strict" demands a marked answer.
+        format_weight, answer_weight: of the two components of the usual reward.
+    """
+
+    prompt_style: str = "auto"
+    tags: Tags = field(default_factory=Tags)
+    grading: Literal["strict", "flexible"] = "flexible"
+    format_weight: float = 0.2
+    answer_weight: float = 0.8
+
+
+class Env(Protocol):
+    """The other side of one conversation with the model."""
+
+    def reply(self, turn: str) -> str | None:
+        """What the environment answers to the model's turn; None ends the trajectory."""
+        ...
+
+
+class Task:
+    """A task. `spec` is what `load_task` was given: a name, or `module:Class`."""
+
+    name: str = ""
+    stop: tuple[str, ...] = ()
+    max_turns: int = 1
+
+    def __init__(self, options: TaskOptions | None = None) -> None:
+        self.options = options or TaskOptions()
+        self.spec = self.name
+
+    def examples(self, path: Path | str) -> list[Example]:
+        """The rows of a JSONL file, in its order; to read rows of another form, override `example`.
+
+        Raises:
+            DataError: names the file and the line of the first fault.
+        """
+        return read_examples(Path(path), self.example)
+
+    def example(self, row: Mapping[str, Any]) -> Example:
+        """One row: a question or a conversation, its answer, and the other columns.
+
+        Raises:
+            ValueError: says what is wrong with the row, for a person.
+        """
+        asked: tuple[Message, ...] | str
+        key = next((key for key in QUESTION_KEYS if key in row), None)
+        if key is None and "messages" in row:
+            key, asked = "messages", messages_of(row["messages"])
+        elif key is None:
+            raise ValueError(f"no {', '.join(QUESTION_KEYS)} or messages; the row has {', '.join(row) or 'no keys'}")
+        else:
+            asked = text_of(row, key)
+        meta = {k: v for k, v in row.items() if k not in ("id", key, "answer")}
+        return Example(id_of(row, str(asked)), asked, row.get("answer"), meta)
+
+    def prompt(self, example: Example) -> list[Message] | str:
+        """How an example is asked: messages for the chat template, or plain text."""
+        return [("user", example.messages)] if isinstance(example.messages, str) else list(example.messages)
+
+    def target(self, example: Example) -> str:
+        """What a teacher answers; supervised fine-tuning learns it. Raises `ConfigError` where a task has none."""
+        raise ConfigError(f"task {self.spec} has no reference answers to learn: pass pairs as --data_path")
+
+    def grade(self, example: Example, response: str) -> Grade:
+        """The verdict on a response."""
+        raise NotImplementedError(f"{type(self).__name__}.grade")
+
+    def grade_trajectory(self, example: Example, trajectory: Trajectory) -> Grade:
+        """The verdict on a trajectory: by default on its text, an opened thought in front."""
+        return self.grade(example, trajectory.prompt.opened + trajectory.text)
+
+    def grade_group(
+        self, example: Example, trajectories: Sequence[Trajectory]
+    ) -> Sequence[Grade] | Awaitable[Sequence[Grade]]:
+        """The verdicts on all trajectories of one prompt, by default one by one. May be `async`."""
+        return [self.grade_trajectory(example, trajectory) for trajectory in trajectories]
+
+    def env(self, example: Example) -> Env | None:
+        """The other side of a conversation about this example; None for a single turn.
+
+        A trajectory has at most `max_turns` turns of the model.
+        """
+        return None
+
+    def generate(self, folder: Path, seed: int, sizes: Mapping[str, int]) -> Path | None:
+        """Make data by seed: `train.jsonl`, `val.jsonl` and `test.jsonl` of these sizes, and return their folder.
+
+        None where the task's data must be given.
+        """
+        return None
+
+    def row(self, example: Example) -> dict[str, Any]:
+        """The columns of an example that `examples` reads back: what `prep-eval` writes."""
+        if isinstance(example.messages, str):
+            return {"id": example.id, "question": example.messages, "answer": example.answer, **example.meta}
+        messages = [{"role": role, "content": content} for role, content in example.messages]
+        return {"id": example.id, "messages": messages, "answer": example.answer, **example.meta}
+
+    def vote(self, answer: str | None) -> Hashable:
+        """What an answer counts as in a majority vote, however it is written."""
+        return answer
+
+    @property
+    def blame(self) -> str:
+        """For `users_code`: who is to blame for what the task raises; empty for tasks of this package."""
+        return f"task {self.spec!r}" if is_users(self.spec) else ""
+
+
+# ------------------------------------------------------------------------------------------- reading examples
+
+
+def load_examples(task: Task, path: Path | str) -> list[Example]:
+    """`task.examples`, with what a user's own task raises told in one line."""
+    with users_code(task.blame):
+        found = task.examples(Path(path))
+    if not isinstance(found, list) or not all(isinstance(example, Example) for example in found):
+        raise ConfigError(f"task {task.spec!r}: examples({path}) must return a list of Example")
+    if not found:
+        raise DataError(path, f"task {task.spec!r} finds no example in it")
+    return found
+
+
+def load_split(task: Task, data_dir: Path | str, split: Split) -> list[Example]:
+    """The examples of `<data_dir>/<split>.jsonl`."""
+    path = Path(data_dir) / f"{split}.jsonl"
+    missing = next((part for part in (path.parent, path) if not part.exists()), None)
+    if missing is not None:
+        how = f"; make it with `grpo-gsm8k data --out_dir {data_dir}`" if not is_users(task.spec) else ""
+        raise DataError(missing, f"does not exist{how}")
+    return load_examples(task, path)
+
+
+def read_examples(path: Path, parse: Callable[[Mapping[str, Any]], Example]) -> list[Example]:
+    """The rows of a JSONL file as `parse` reads them: ids unique, prompts that `prep-eval` stored kept.
+
+    Raises:
+        DataError: names the file and the line of the first fault.
+    """
+    examples: list[Example] = []
+    line_of: dict[str, int] = {}
+    for line, row in read_jsonl(path):
+        try:
+            source = Source(str(path), line, stored_prompt(row))
+            bare = row if source.rendered is None else {k: v for k, v in row.items() if k not in STORED_KEYS}
+            example = replace(parse(bare), source=source)
+        except ValueError as fault:
+            raise DataError(path, str(fault), line) from None
+        first = line_of.setdefault(example.id, line)
+        if first != line:
+            what = "the id" if "id" in row else "the question, and so the id"
+            raise DataError(path, f"duplicate id {example.id!r}: line {first} has {what} already", line)
+        examples.append(example)
+    return examples
+
+
+STORED_KEYS = ("prompt", "prompt_token_ids", "rendered")
+
+
+def stored_prompt(row: Mapping[str, Any]) -> Rendered | None:
+    """The prompt that `prep-eval` put into a row; None for a row without one."""
+    if "prompt_token_ids" not in row and "rendered" not in row:
+        return None
+    ids, made_with = row.get("prompt_token_ids"), row.get("rendered")
+    if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
+        raise ValueError("'prompt_token_ids' must be an array of token ids; run `grpo-gsm8k prep-eval` again")
+    if not isinstance(made_with, dict) or not all(v is None or isinstance(v, str) for v in made_with.values()):
+        raise ValueError("'rendered' must say how the prompt was made; run `grpo-gsm8k prep-eval` again")
+    return Rendered(text_of(row, "prompt"), tuple(ids), made_with)
+
+
+def text_of(row: Mapping[str, Any], key: str) -> str:
+    """A column that must be text. Raises `ValueError` for anything else, for a person."""
+    if key not in row:
+        raise ValueError(f"{key!r} is missing; the row has {', '.join(map(repr, row)) or 'no keys'}")
+    value = row[key]
+    if not isinstance(value, str):
+        raise ValueError(f"{key!r} must be text, not {json_type(value)}")
+    if not value.strip():
+        raise ValueError(f"{key!r} is empty")
+    return value
+
+
+def id_of(row: Mapping[str, Any], identity: str) -> str:
+    """A row's id; one without gets it from `identity`, so the same question has the same id on every machine."""
+    return text_of(row, "id") if "id" in row else hashlib.sha256(identity.encode()).hexdigest()[:12]
+
+
+def messages_of(value: Any) -> tuple[Message, ...]:
+    """A conversation from a JSON array of {role, content}. Raises `ValueError` for anything else."""
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"'messages' must be an array of messages, not {json_type(value)}")
+    for i, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise ValueError(f"messages[{i}] must be an object, not {json_type(message)}")
+        text_of(message, "role"), text_of(message, "content")
+    return tuple((message["role"], message["content"]) for message in value)
