@@ -46,9 +46,7 @@ class PromptConfig:
     model_id: str = opt("Qwen/Qwen2.5-Math-1.5B", "model folder, or a name on the hub")
     revision: str = opt("", "revision of a model on the hub; empty for its default branch")
     cache_dir: str = opt("", "where hub models are kept; empty for the hub's default", runtime=True)
-    task: str = opt(
-        "", "what is asked: gsm8k, or package.module:Class; empty: as the model was trained, else gsm8k"
-    )
+    task: str = opt("", "what is asked: gsm8k, or package.module:Class; empty: as the model was trained, else gsm8k")
     prompt_style: Literal["auto", "qwen_boxed", "r1_zero", "gsm8k"] = opt(
         "auto", "how a problem is asked; auto: as the model was trained here, else qwen_boxed"
     )
