@@ -7,9 +7,9 @@ traceback. stdout is data, stderr is talk; `--json` prints exactly one JSON obje
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import inspect
-import json
 import os
 import sys
 import typing
@@ -19,9 +19,17 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from grpo_gsm8k import config
+from grpo_gsm8k import config, interrupts
 from grpo_gsm8k.errors import GrpoError, Interrupted, UserError
 from grpo_gsm8k.launch import settings as launch_settings
+from grpo_gsm8k.runs import streams
+
+PATHS = frozenset(
+    {errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EROFS, errno.ELOOP, errno.ENOSPC}
+)
+"""What a path that a person gave can be: none of these is a bug."""
+# typer carries a click of its own, and does not export this
+ClickException: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 app = typer.Typer(
     help="SFT → expert iteration → GRPO on GSM8K, on one node.",
@@ -88,7 +96,7 @@ def register(
 def show(result: Mapping[str, Any], as_json: bool, table: str = "") -> None:
     """A command's result on stdout: one JSON object, or a table of `evals.tables`, or a line per key."""
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(streams.as_json(result))
         return
     if table:
         from grpo_gsm8k.evals import tables
@@ -387,17 +395,44 @@ def main(argv: list[str] | None = None) -> None:
     # OpenMP's threads spin while they wait. Where processes share cores that is ruinous: two of two threads each,
     # on two cores, were measured at 0.15 steps a second, and at 4.1 with threads that sleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    streams.serve_any_encoding()
     try:
-        app(argv, prog_name="grpo-gsm8k")
+        code = _run(argv)
+    finally:
+        interrupts.over()
+    if code:
+        raise SystemExit(code)
+
+
+def _run(argv: list[str] | None) -> int:
+    """The command's exit code; what a person can mend becomes one line."""
+    try:
+        with streams.stdout_errors():
+            code = app(argv, prog_name="grpo-gsm8k", standalone_mode=False) or 0
+        if code != 130:  # what typer makes of a KeyboardInterrupt
+            return int(code)
+        _say(interrupts.LINE)
     except Interrupted as stop:
         _say(str(stop))
-        raise SystemExit(stop.exit_code) from None
+        return stop.exit_code
     except GrpoError as fault:
         _say(f"{'error' if isinstance(fault, UserError) else 'failed'}: {fault}")
-        raise SystemExit(fault.exit_code) from None
+        return fault.exit_code
+    except OSError as fault:
+        if fault.errno not in PATHS or fault.filename is None:
+            raise
+        _say(f"error: {os.fsdecode(fault.filename)}: {fault.strerror}; give another path")
+        return UserError.exit_code
+    except ClickException as fault:
+        if type(fault).__name__ == "NoArgsIsHelpError":
+            fault.show()
+        else:
+            command = getattr(getattr(fault, "ctx", None), "command_path", "grpo-gsm8k")
+            _say(f"error: {fault.format_message().rstrip('.')}; see `{command} --help`")
+        return int(fault.exit_code)
     except KeyboardInterrupt:
-        _say("interrupted; what was complete is kept, continue with --resume")
-        raise SystemExit(130) from None
+        _say(interrupts.LINE)
+    return interrupts.exit_code()
 
 
 def run_command(name: str) -> None:

@@ -43,8 +43,6 @@ def run(cfg: EvalConfig, results_path: Path | None = None, title: str = "eval") 
         raise ConfigError(
             "several --samples or --seeds need --temperature above 0: greedy completions are all the same"
         )
-    if cfg.samples < 1 or cfg.shots < 0:
-        raise ConfigError("--samples must be at least 1, and --shots must not be negative")
     problems = load_problems(Path(cfg.eval_path))
     shots = draw_shots(cfg, problems)
     params = SamplingParams(cfg.samples, cfg.max_new_tokens, cfg.temperature, cfg.top_p)

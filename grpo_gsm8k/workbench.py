@@ -29,6 +29,7 @@ from grpo_gsm8k.gsm8k.problems import load_problems
 from grpo_gsm8k.gsm8k.prompts import Renderer, check_lengths, how_to_ask
 from grpo_gsm8k.runs.directory import Run, open_run
 from grpo_gsm8k.runs.files import disk_errors, sync_tree
+from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.trainer import adapter, loop, ranks
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.policy import (
@@ -151,14 +152,18 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
         else:
             sampler = NoSampler()
         bench = Bench(run, learner, sampler, renderer, [], context_length(model))
-        bench.val = bench.prompts(problems[: cfg.eval_examples], eval_path)
+        bench.val = bench.prompts(problems[: cfg.eval_examples or None], eval_path)
         if apart:
             bench.evaluator = async_evaluator(bench, model, stage)
             open_until_the_end.callback(bench.evaluator.close)
         try:
             yield bench
         except EngineError:
-            loop.rescue(run, learner)
+            if loop.rescue(run, learner):
+                talk(f"{run.stage}: step {run.complete} is saved in {run.path}; continue with --resume")
+            raise
+        except KeyboardInterrupt:
+            loop.rescue_interrupted(run, learner)
             raise
 
 

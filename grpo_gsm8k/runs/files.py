@@ -33,6 +33,8 @@ _DISK_ERRNOS = frozenset(
         errno.ENOTDIR,  # a parent is a file
         errno.EEXIST,  # as above, where the parent itself was to be made
         errno.EISDIR,  # the target is a folder
+        errno.ENAMETOOLONG,
+        errno.ELOOP,
     }
 )
 _NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP})  # some network file systems
@@ -53,6 +55,15 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it. Raises `DiskError` where there can be none, as in /proc."""
+    with disk_errors(path):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:
+            raise DiskError(f"{path}: cannot be made: {error.strerror}; pick another place") from error
+
+
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary name beside `path`; on success sync it and rename it to `path`, else remove it.
@@ -63,7 +74,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             yield temporary
             _sync(temporary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -11,8 +12,9 @@ LINE_EVERY_S = 30.0
 
 
 def talk(message: str) -> None:
-    """One line on stderr; stdout is for data."""
-    print(message, file=sys.stderr, flush=True)
+    """One line on stderr; stdout is for data. A run goes on when nobody can hear it any more."""
+    with contextlib.suppress(OSError, ValueError):
+        print(message, file=sys.stderr, flush=True)
 
 
 class Progress:
