@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from grpo_gsm8k import config, interrupts
-from grpo_gsm8k.errors import GrpoError, Interrupted, UserError
+from grpo_gsm8k.errors import ConfigError, GrpoError, Interrupted, UserError
 from grpo_gsm8k.launch import settings as launch_settings
 from grpo_gsm8k.runs import streams
 
@@ -169,8 +169,8 @@ _stage("tokenize", "pretokenize", "Pairs → shards of token ids for one model."
 def data(
     out_dir: Annotated[Path, typer.Option(help="where train.jsonl, val.jsonl, test.jsonl and the manifest go")],
     source: Annotated[str, typer.Option(help="hub, or a folder with train.jsonl and test.jsonl")] = "hub",
-    eval_n: Annotated[int, typer.Option(help="validation problems reserved from train")] = 512,
-    seed: Annotated[int, typer.Option(help="of the reservation")] = 31415,
+    eval_n: Annotated[int, typer.Option(min=1, max=config.MOST, help="validation problems reserved from train")] = 512,
+    seed: Annotated[int, typer.Option(min=0, max=config.MOST, help="of the reservation")] = 31415,
     revision: Annotated[str | None, typer.Option(help="of the hub's dataset; empty for the pinned one")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="where downloads are kept")] = None,
     snapshot_dir: Annotated[Path | None, typer.Option(help="keep the source files here as fetched")] = None,
@@ -238,11 +238,16 @@ def push(
 def compare(
     results: Annotated[list[Path], typer.Argument(help="results files over the same problems")],
     gain: Annotated[float | None, typer.Option(help="a claimed gain in points; empty for the one seen")] = None,
-    examples: Annotated[int, typer.Option(help="problems shown of those won, and of those lost")] = 3,
+    examples: Annotated[
+        int, typer.Option(min=0, max=config.MOST, help="problems shown of those won, and of those lost")
+    ] = 3,
     as_json: Json = False,
 ) -> None:
     """Results files against the first, paired: how much better is B, and is it noise?"""
     from grpo_gsm8k.evals.compare import compare_files
+
+    if gain is not None and (why := config.out_of_range(gain, {"at least": -100, "at most": 100})):
+        raise ConfigError(f"--gain {gain}: {why} (a claimed gain in points)")
 
     show(compare_files(results, None if gain is None else gain / 100, examples), as_json, "print_comparison")
 
@@ -251,8 +256,8 @@ def compare(
 def contamination(
     files: Annotated[list[Path], typer.Argument(help="training files: any JSONL")],
     test: Annotated[Path, typer.Option(help="the test split")] = Path("artifacts/data/test.jsonl"),
-    ngram: Annotated[int, typer.Option(min=1, help="words in common that count")] = 13,
-    examples: Annotated[int, typer.Option(help="overlaps shown of each file")] = 3,
+    ngram: Annotated[int, typer.Option(min=1, max=config.MOST, help="words in common that count")] = 13,
+    examples: Annotated[int, typer.Option(min=0, max=config.MOST, help="overlaps shown of each file")] = 3,
     as_json: Json = False,
 ) -> None:
     """Test problems in training files: word n-grams that both have."""
@@ -333,7 +338,7 @@ register("up", launch_settings.UpConfig, _up, into=launch_app)
 
 def _sky(
     flags: Mapping[str, Any],
-    nodes: Annotated[int, typer.Option(help="machines")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, max=1024, help="machines")] = 1,
     out: Annotated[Path, typer.Option(help="where the task goes")] = Path("task.yaml"),
     command: Annotated[list[str] | None, typer.Argument(help="the job, behind --")] = None,
 ) -> Mapping[str, Any]:

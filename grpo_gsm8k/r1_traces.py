@@ -411,7 +411,7 @@ class Collector:
 
     def _claim(self) -> None:
         """Begin an outfile, or make sure that this one was begun with the same question."""
-        if self.manifest.is_file():
+        if self.manifest.is_file() and self.outfile.stat().st_size:
             before = json.loads(self.manifest.read_text(encoding="utf-8"))["asked"]
             changed = [f"{k}: {before.get(k)!r} then, {v!r} now" for k, v in self.asked.items() if before.get(k) != v]
             if changed:
@@ -420,7 +420,9 @@ class Collector:
                 )
         elif self.outfile.stat().st_size:
             raise MistakeError(f"{self.outfile}: holds rows that are not from here; pick another --outfile")
-        else:
+        else:  # nothing is recorded yet, so that another endpoint may be asked than the one that refused
+            if self.manifest.is_file() and json.loads(self.manifest.read_text("utf-8")).get("asked") != self.asked:
+                os.truncate(self.failures, 0)
             write_json(self.manifest, {"asked": self.asked})
 
     def _count(self, row: Mapping[str, Any]) -> Key:

@@ -9,6 +9,7 @@ temporary sibling, is synced, and is then renamed. A full or read-only disk rais
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -64,6 +65,20 @@ def make_folder(path: Path) -> None:
             raise DiskError(f"{path}: cannot be made: {error.strerror}; pick another place") from error
 
 
+def check_writable(path: Path) -> None:
+    """Raise `DiskError` now where `path` could not be written later. Leaves nothing behind, no new folder either."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    if path.exists() and not path.is_file():
+        raise DiskError(f"{path}: cannot be written: is not a regular file")
+    try:
+        write_atomic(path.with_name(f".tmp-{os.getpid()}-probe"), b"x")
+        path.with_name(f".tmp-{os.getpid()}-probe").unlink()
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary name beside `path`; on success sync it and rename it to `path`, else remove it.
@@ -73,6 +88,8 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    if path.exists() and not path.is_file():  # renamed over /dev/null, a file would take the device's place
+        raise DiskError(f"{path}: cannot be written: is not a regular file")
     with disk_errors(path):
         make_folder(path.parent)
         try:
