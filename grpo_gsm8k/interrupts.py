@@ -14,7 +14,6 @@ interrupted a second time.
 
 from __future__ import annotations
 
-import _thread
 import atexit
 import contextlib
 import os
@@ -44,7 +43,7 @@ class _State:
         self.owner = os.getpid()
         self.received: list[int] = []
         self.raised = False  # KeyboardInterrupt is on its way
-        self.again = False  # the next SIGINT is ours, and raises once more
+        self.again = False  # the next signal is ours, and raises once more
         self.deadline = 0.0  # when the process ends whatever it is doing
         self.over = False  # the command is done, or its exception has arrived at the top
         self.deferral: Callable[[int], bool] | None = None
@@ -146,7 +145,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
     if _state.deferral and not _state.over and not _state.deferral(number):
         return
     _state.raised = True
-    _state.deadline = time.monotonic() + GRACE_S
+    _state.deadline = time.monotonic() + (EXIT_S if _state.over else GRACE_S)
     if _state.guarded:
         threading.Thread(target=_insist, daemon=True, name="interrupt").start()
     if not _state.over:
@@ -161,7 +160,7 @@ def _insist() -> None:
         unheld = 0 if _state.over or _unwinding(main) else unheld + 1
         if unheld >= 2:  # between two frames it is nobody's for an instant
             unheld, _state.again = 0, True
-            _thread.interrupt_main(signal.SIGINT)
+            signal.pthread_kill(main, received())  # a real one: it wakes what sleeps in C
     _exit()
 
 

@@ -16,7 +16,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from os.path import commonpath
+from os.path import commonpath, realpath
 from pathlib import Path
 from typing import Any
 
@@ -518,7 +518,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     Raises:
         RunDirError: a directory does not exist, or no run wrote it.
     """
-    paths = list(dict.fromkeys(Path(run).resolve() for run in runs))
+    paths = list(dict.fromkeys(Path(realpath(run)) for run in runs))  # Path.resolve raises at a circle of links
     if not paths:
         raise RunDirError("no run directory given; try: grpo-gsm8k report artifacts/runs/NAME")
     found = dict(zip(labels(paths), (read_run(path) for path in paths), strict=True))

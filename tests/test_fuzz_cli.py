@@ -145,7 +145,7 @@ def outcome(monkeypatch, tmp_path, capsys):
             cli.main(argv)
         except SystemExit as stop:
             code = stop.code or 0
-        except BaseException:  # whatever it is, it would have been a traceback
+        except BaseException:  # noqa: BLE001  (whatever it is, it would have been a traceback)
             return f"{argv}: {traceback.format_exc(limit=-6)}"
         finally:
             signal.alarm(0)
