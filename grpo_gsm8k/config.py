@@ -163,7 +163,7 @@ class TrainConfig(PolicyConfig):
     save_every: int = opt(20, "steps between checkpoints", runtime=True, ge=1)
     keep_last: int = opt(2, "checkpoints kept, besides the best one on validation", runtime=True, ge=1)
     eval_every: int = opt(20, "steps between evaluations; 0 for none", ge=0)
-    eval_examples: int = opt(100, "validation problems per evaluation, answered greedily", ge=0)
+    eval_examples: int = opt(100, "validation problems per evaluation, answered greedily; 0 for all", ge=0)
     eval_set_path: str = opt("", "evaluation set; empty for val.jsonl of --data")
     eval_mode: Literal["auto", "inline", "async"] = opt(
         "auto", "async: in a process of its own while training goes on; auto: so for SFT with vLLM, else inline"

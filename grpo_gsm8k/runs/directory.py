@@ -139,11 +139,12 @@ def open_run(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path]) -> Iterat
     """
     path = Path(cfg.out_dir) if cfg.out_dir else _default_path(cfg, stage)
     hashes = {name: {"path": str(file), "sha256": _hash(file)} for name, file in inputs.items()}
-    if path.exists() and not path.is_dir():
-        raise RunDirError(f"{path}: is a file, not a run directory")
-    if path.is_dir() and any(path.iterdir()) and not cfg.resume:
-        raise RunDirError(f"{path}: exists already; pass --resume to continue it, or another --out_dir")
-    made = not path.exists()
+    with disk_errors(path):  # a name that is too long, a circle of links
+        made = not path.exists()
+        if not made and not path.is_dir():
+            raise RunDirError(f"{path}: is a file, not a run directory")
+        if not made and any(path.iterdir()) and not cfg.resume:
+            raise RunDirError(f"{path}: exists already; pass --resume to continue it, or another --out_dir")
     make_folder(path)
     with _lock(path):
         if (path / "config.toml").is_file():
