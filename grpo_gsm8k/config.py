@@ -458,6 +458,8 @@ def preset_names() -> list[str]:
 def read_toml(path: Path) -> dict[str, dict[str, Any]]:
     """The tables of a recipe file, every key checked. Raises `ConfigError` naming the file and the key."""
     try:
+        if path.is_char_device():
+            raise ConfigError(f"{path}: is a device, not a config file")
         tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None

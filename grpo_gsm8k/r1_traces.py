@@ -213,6 +213,8 @@ def retry_after(value: str | None, now: datetime) -> float:
 def read_prompts(path: Path) -> list[dict[str, str]]:
     """id, question and (where there is one) answer of each problem; a row without an id gets its question's hash."""
     found: dict[str, dict[str, str]] = {}
+    if path.is_char_device():  # /dev/zero never ends
+        raise MistakeError(f"{path}: is a device, not a file")
     with path.open("rb") as handle:
         for number, line in enumerate(handle, 1):
             try:

@@ -147,6 +147,8 @@ def read_lines(path: Path | str) -> Iterator[tuple[int, bytes]]:
     path = Path(path)
     number = 0
     try:
+        if path.is_char_device():  # /dev/zero never ends
+            raise DataError(path, "is a device, not a file")
         with path.open("rb") as handle:
             for number, raw in enumerate(handle, 1):
                 yield number, raw
