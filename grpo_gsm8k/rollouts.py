@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,9 @@ from grpo_gsm8k.gsm8k.grading import grade
 from grpo_gsm8k.gsm8k.rewards import score
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.workbench import Bench
+
+
+WAKE_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class Source:
             self._begin(step)
         assert self._ahead is not None
         synced = time.perf_counter()
+        while not wait([self._ahead], timeout=WAKE_S).done:
+            pass  # a Ctrl-C that comes while a thread is falling asleep is seen only when it wakes
         ready = self._ahead.result()
         waited = time.perf_counter() - synced
         ahead, self._ahead = self._ahead, None

@@ -249,7 +249,7 @@ def interrupted_at(step, cfg, times=1):
             if bench.sampler.version == step - 1 and params.n > 1:
                 for _ in range(times):
                     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # sampling has its own thread
-                    time.sleep(0.1)
+                    time.sleep(0.3)
             return sample(prompts, params)
 
         bench.sampler.sample = pressing
