@@ -24,7 +24,6 @@ from grpo_gsm8k.gsm8k.rewards import score
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.workbench import Bench
 
-
 WAKE_S = 0.2
 
 
