@@ -70,7 +70,7 @@ _DECORATION = re.compile(
     r"|\\(?:large|Large|LARGE|huge|Huge|small|normalsize|tiny)(?![A-Za-z])"
 )
 _SIZES = re.compile(
-    r"\\(?:left|right|middle)\s?\.|\\(?:left|right|middle|[bB]ig[glr]?[lrm]?)(?=\s{0,2}[(\[|.)\]/\\{}<>])"
+    r"\\(?:left|right|middle)\s?(?:\.|$)|\\(?:left|right|middle|[bB]ig[glr]?[lrm]?)(?=\s{0,2}[(\[|.)\]/\\{}<>])"
 )
 _SAME = {
     "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "sfrac": "frac", "nicefrac": "frac", "xfrac": "frac",

@@ -298,6 +298,8 @@ class _Parser:
             elif kind == "/":
                 self.at += 1
                 node = Node("/", (node, self.signed_power()))
+            elif kind == "{" and self.peek(1).kind == "}":  # an empty group
+                self.at += 2
             elif self.starts_operand():
                 if kind in ("num", "repeating") and node.head in ("num", "base"):
                     raise Unreadable("two numbers side by side")

@@ -219,7 +219,7 @@ def phrase(text: str) -> str:
 _ASSERTION = re.compile(r"^(?:.{0,80}\b(?:is|are|was|on|be|in|by|must be|called|answer|to)|[\w ]{1,30}[:=])\s")
 _NEGATION = re.compile(r"\b(?:not|never|neither|nor|no|isn t|aren t)\b")
 _GENERIC_NOUNS = {"function", "number", "numbers", "shape", "curve", "graph", "triangle", "it", "he", "she", "month",
-                  "person", "this", "solution", "solutions", "one", "option", "case", "equation", "quadrant"}  # fmt: skip
+                  "person", "this", "solution", "solutions", "one", "option", "case", "quadrant"}  # fmt: skip
 _MONTHS = {name[:3]: name for name in ("january", "february", "march", "april", "may", "june", "july", "august",
                                        "september", "october", "november", "december")}  # fmt: skip
 _DAYS = {name[:3]: name for name in ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")}
