@@ -508,9 +508,11 @@ ANSWERS: list[tuple[str, list[str], list[str]]] = [
         r"-\infty", "0", r"\text{DNE}", "10^{100}"
     ]),
     ("7", [
-        r"\text{seven}", "seven"
+        r"\text{seven}", "seven", "7", r"\text{7}", r"\textbf{7}", r"\mathbf 7", r"7\text{ ways}", "x=7", r"\{7\}",
+        "7.00", r"\frac{21}{3}", "7^{1}"
     ], [
-        r"\text{eight}", r"\text{seventy}"
+        r"\text{eight}", r"\text{seventy}", "7, 8", "77", r"7\text{ or }8", "7^2", r"\frac{1}{7}", "7-", r"7\pm1",
+        "7<8", "6.9999"
     ]),
     ("3:30", [
         "3:30", r"3:30\text{ PM}", r"\text{3:30 p.m.}"
@@ -1940,9 +1942,10 @@ ANSWERS: list[tuple[str, list[str], list[str]]] = [
         r"[-\frac12,\frac32]", r"(\frac32,-\frac12)"
     ]),
     ("-5", [
-        r"\left(-5\right)", r"-\left(5\right)", "{-5}", r"\text{-}5", "$-5$", "−5", "-{5}", "-5", "0-5"
+        r"\left(-5\right)", r"-\left(5\right)", "{-5}", r"\text{-}5", "$-5$", "−5", "-{5}", "-5", "0-5",
+        "negative 5", r"\text{negative }5", "minus 5"
     ], [
-        "5-", "5"
+        "5-", "5", "positive 5"
     ]),
     ("x^{2}+3x", [
         "x(x+3)", r"x^2 + 3\cdot x", "x*(x+3)", "x^2+3*x", "x**2+3*x", "3x + x²"
@@ -1988,6 +1991,226 @@ ANSWERS: list[tuple[str, list[str], list[str]]] = [
         r"\text{Impossible}", r"\text{not possible}"
     ], [
         "possible"
+    ]),
+    ("2000000", [
+        r"2\text{ million}", "2 million", r"2\times10^6", "2,000,000"
+    ], [
+        "2", "20000000", r"2\text{ thousand}"
+    ]),
+    ("24", [
+        r"2\text{ dozen}", "24", r"x=24\text{ miles}"
+    ], [
+        "2"
+    ]),
+    (r"\frac{1}{x+1}", [
+        "(x+1)^{-1}", r"\frac{1}{1+x}", "1/(x+1)", r"\frac{x}{x^2+x}"
+    ], [
+        r"\frac1x+1", "x+1", r"\frac{1}{x-1}", "1/x+1"
+    ]),
+    ("x^2y+xy^2", [
+        "xy(x+y)", "yx^2+y^2x"
+    ], [
+        "x^2y^2", "xy(x-y)", "2x^2y"
+    ]),
+    ("(a+b)^2", [
+        "a^2+2ab+b^2", "(b+a)^2"
+    ], [
+        "a^2+b^2", "(a-b)^2", "a^2+ab+b^2"
+    ]),
+    (r"\frac{a^2-b^2}{a-b}", [
+        "a+b"
+    ], [
+        "a-b"
+    ]),
+    (r"\sqrt[4]{16}", [
+        "2"
+    ], [
+        "4", r"\pm2"
+    ]),
+    ("27^{2/3}", [
+        "9", r"(\sqrt[3]{27})^2"
+    ], [
+        "18", "3"
+    ]),
+    ("16^{-1/2}", [
+        r"\frac14", "0.25"
+    ], [
+        "-4", "4"
+    ]),
+    (r"\log_2\frac18", [
+        "-3"
+    ], [
+        "3"
+    ]),
+    ("0.125", [
+        r"\frac18", "2^{-3}", r"12.5\%"
+    ], [
+        "0.12", "8"
+    ]),
+    (r"5\frac{3}{8}\text{ inches}", [
+        r"\frac{43}{8}", "5.375", r"5\frac38", r"5.375\text{ in}"
+    ], [
+        r"5\frac{3}{8}\text{ feet}", "5.38"
+    ]),
+    (r"(2,\infty)", [
+        "x>2", r"(2,+\infty)", r"x\in(2,\infty)", r"\{x\in\mathbb{R}\mid x>2\}", r"2<x<\infty"
+    ], [
+        r"[2,\infty)", r"(-\infty,2)", r"x\ge2", "2"
+    ]),
+    (r"[2,\infty)", [
+        r"x\geq2", r"\{x\mid x\geq2\}"
+    ], [
+        "x>2"
+    ]),
+    (r"(-4,-1)\cup(1,4)", [
+        "1<|x|<4", r"-4<x<-1\text{ or }1<x<4", r"(1,4)\cup(-4,-1)"
+    ], [
+        "(-4,4)", r"[-4,-1]\cup[1,4]"
+    ]),
+    (r"x<-1\text{ or }x>1", [
+        "|x|>1", r"(-\infty,-1)\cup(1,\infty)", "x^2>1", r"x>1 \text{ or } x<-1"
+    ], [
+        "-1<x<1", "x>1", r"|x|\ge1"
+    ]),
+    (r"\{2,4,6,8\}", [
+        "2,4,6,8", r"\{8,6,4,2\}", r"\left\{ 2, 4, 6, 8 \right\}"
+    ], [
+        r"\{2,4,6\}", "(2,4,6,8)"
+    ]),
+    ("3,3", [
+        "3", "3,3"
+    ], [
+        "3,4"
+    ]),
+    (r"(5,\,-2)", [
+        "(5,-2)", r"\left(5,\,-2\right)"
+    ], [
+        "(-2,5)"
+    ]),
+    (r"\left(\sqrt{2},\frac{\pi}{4}\right)", [
+        r"(\sqrt2,\pi/4)", r"\left(\sqrt2,\frac\pi4\right)"
+    ], [
+        r"(\frac\pi4,\sqrt2)", r"(2,\frac\pi4)"
+    ]),
+    ("(0,-3)", [
+        "(0,-3)", "x=0, y=-3"
+    ], [
+        "(-3,0)", "(0,3)"
+    ]),
+    (r"2\vec{i}+3\vec{j}", [
+        r"3\vec{j}+2\vec{i}"
+    ], [
+        r"3\vec{i}+2\vec{j}"
+    ]),
+    (r"\frac{1}{2}\ln 3", [
+        r"\ln\sqrt3", r"\frac{\ln 3}{2}", r"\ln 3^{1/2}"
+    ], [
+        r"\ln\frac32", r"2\ln3"
+    ]),
+    (r"\sec x", [
+        r"\frac{1}{\cos x}"
+    ], [
+        r"\frac{1}{\sin x}", r"\cos^{-1}x"
+    ]),
+    (r"4\cos^3\theta-3\cos\theta", [
+        r"\cos 3\theta", r"\cos(3\theta)"
+    ], [
+        r"3\cos\theta-4\cos^3\theta", r"\sin3\theta"
+    ]),
+    (r"1-\frac{1}{2^n}", [
+        r"\frac{2^n-1}{2^n}", "1-2^{-n}", r"1-\left(\frac12\right)^n"
+    ], [
+        r"\frac{1}{2^n}", "1-2^n"
+    ]),
+    (r"\frac{n(n+1)(2n+1)}{6}", [
+        r"\frac{2n^3+3n^2+n}{6}", r"\frac{n^3}{3}+\frac{n^2}{2}+\frac n6"
+    ], [
+        r"\frac{n(n+1)}{6}", r"\frac{n(n-1)(2n-1)}{6}"
+    ]),
+    ("3^{n}", [
+        r"3\cdot3^{n-1}", r"e^{n\ln3}"
+    ], [
+        "3n", "n^3", "3^{n-1}"
+    ]),
+    (r"a_n=3\cdot2^{n-1}", [
+        r"3\cdot 2^{n-1}", r"\frac{3\cdot2^n}{2}"
+    ], [
+        r"3\cdot2^n", "6^{n-1}"
+    ]),
+    ("180", [
+        r"180^\circ", r"180\text{ degrees}", "180"
+    ], [
+        "18", "90"
+    ]),
+    (r"\frac{3}{5}", [
+        r"\frac{3}{5}", "0.6", r"\sin\theta=\frac35", r"60\%", r"\cos(\arcsin\frac45)"
+    ], [
+        r"\frac{5}{3}", "0.35", r"\frac{4}{5}"
+    ]),
+    (r"\text{(E)}", [
+        "E", "(E)", r"\textbf{(E) } 9", r"\text{E}", "(E) 9", r"E)\ 9"
+    ], [
+        "(D)", "e^1", "9"
+    ]),
+    ("C", [
+        r"\text{C}", "(C)", r"\mathbf{C}", "C"
+    ], [
+        "D", "(B)", "BC"
+    ]),
+    (r"\text{yes}", [
+        "Yes"
+    ], [
+        "no"
+    ]),
+    ("f(x)=x^2", [
+        "f(x)=x^{2}", "x^2", "y=x^2"
+    ], [
+        "f(x)=x", "f(x)=2x", "g(y)=y^3"
+    ]),
+    ("y=3", [
+        "3", "y=3.0", "y-3=0"
+    ], [
+        "x=3", "y=-3", "y=3x"
+    ]),
+    ("(x,y)=(2,-1)", [
+        "(2,-1)", "x=2,y=-1", r"x=2\text{ and }y=-1", "(2, -1)"
+    ], [
+        "(-1,2)", "x=-1,y=2"
+    ]),
+    (r"\frac{11}{4}", [
+        "2.75", r"2\frac34", "11/4", r"\frac{-11}{-4}"
+    ], [
+        "2.8", r"2\frac43", "114"
+    ]),
+    ("0.2", [
+        r"\frac15", ".2", r"20\%", "0.20"
+    ], [
+        "0.02", "2", "0.19999"
+    ]),
+    ("5.0", [
+        "5", "5.00"
+    ], [
+        "50"
+    ]),
+    ("89", [
+        r"89^\circ", "89", r"\text{Answer: }89", r"\text{answer}=89"
+    ], [
+        "98", "8.9"
+    ]),
+    (r"\frac{2}{\sqrt{3}}", [
+        r"\frac{2\sqrt3}{3}", r"\sqrt{\frac43}", r"\sec 30^\circ"
+    ], [
+        r"\frac{\sqrt3}{2}", r"\frac{2}{3}", "1.1547"
+    ]),
+    (r"1+\sqrt[3]{2}+\sqrt[3]{4}", [
+        r"\frac{1}{\sqrt[3]{2}-1}", r"\sqrt[3]4+\sqrt[3]2+1"
+    ], [
+        r"\frac{1}{\sqrt[3]{2}+1}", "3.847", r"1+\sqrt[3]{6}"
+    ]),
+    (r"\sqrt{7+4\sqrt3}", [
+        r"2+\sqrt3"
+    ], [
+        r"2-\sqrt3", r"\sqrt7+2\sqrt[4]3"
     ]),
 ]
 
@@ -2305,4 +2528,30 @@ RESPONSES: list[tuple[str, str, bool, bool]] = [
     ("7", "<answer>7 apples</answer>", True, True),
     ("7", "Q: what is 3+4?\nA: 7", True, False),
     ("7", "3+4\n=7", True, False),
+    ("2000000", "The answer is 2 million.", True, False),
+    ("2", "The answer is 2 million.", False, False),
+    ("5", "The answer is about 5.", False, False),
+    ("5", "There are at least 5 of them.", False, False),
+    ("5", "The answer is 5 units.", True, False),
+    ("5", "the answer is 5\n", True, False),
+    ("5", "So, x equals 5.", True, False),
+    ("5", "We conclude that x is 5.", True, False),
+    ("5", "There will be 5 left.", True, False),
+    ("5", "We conclude that $x$ is not 5.", False, False),
+    ("5", "x ≠ 5", False, False),
+    ("5", "x > 5", False, False),
+    ("5", "The answer is x > 5.", False, False),
+    (r"(5,\infty)", "The answer is x > 5.", True, False),
+    (r"\frac{1}{2}", r"one half is $\frac12$.", True, False),
+    ("10", "The answer is 10%.", True, False),
+    ("10", "The answer is -10.", False, False),
+    ("6", "<think>It's 5</think>It's 6", True, False),
+    ("6", "Thought: 5\nFinal Answer: 6", True, False),
+    ("5", "Thought: 5\nFinal Answer: 6", False, False),
+    ("a", "The answer is $a$.", True, False),
+    (r"\text{Alice}", "Alice is the tallest, so the answer is Alice.", True, False),
+    ("5", "\\boxed{5}\\\\", True, True),
+    ("5", "\\boxed{5}\\]\n\nI hope this helps! Let me know if you have 3 more questions.", True, True),
+    ("5", r"$$x = \boxed{\;5\;}$$ units", True, True),
+    (r"\frac{5}{6}", r"\[ P = 1-\frac16 = \boxed{\frac56}. \]", True, True),
 ]

@@ -204,11 +204,16 @@ def _sentence_answers(sentence: str) -> list[str]:
         if trimmed and trimmed != sentence:
             found += _sentence_answers(trimmed)
         quantities = _QUANTITY.findall(sentence)
-        if len(quantities) == 1 and not re.search(r"[=<>^\\(\[]|\b(?:not|or)\b", sentence):
+        if len(quantities) == 1 and not _INEXACT.search(sentence):
             found.append(quantities[0])
     return list(dict.fromkeys(found))
 
 
+_INEXACT = re.compile(
+    r"[=<>≠≤≥≈^\\(\[]|\b(?:dozen|hundred|thousand|million|billion|trillion|not|or|about|around|approx\w*|roughly|almost"
+    r"|nearly|over|under|least|most|than|up to)\b",
+    re.I,
+)
 _IMPLIES = re.compile(r"\\(?:implies|Rightarrow|Longrightarrow|therefore|iff)(?![A-Za-z])|=>|⇒|⟹|∴")
 _REMARK = re.compile(r",?\s+(?:which|since|because|as|where|when|so|with|for|after)\b|,?\s\((?=[A-Za-z])")
 _QUANTITY = re.compile(r"(?<![\w.,])-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?![\w^])")
