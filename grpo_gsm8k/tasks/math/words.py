@@ -263,7 +263,7 @@ def _dates(text: str) -> str:
 
 
 _CHOICE = re.compile(
-    r"\s*(?:(?:option|choice|answer)s?\s*:?\s*)?[(\[]?\s*([A-Ja-j])\s*(?:[)\].:]\s*(?P<rest>.*)|(?P<rest2>))",
+    r"\s*(?:(?:option|choice|answer)s?\s*:?\s*)?[(\[]?\s*((?-i:[A-Ja-dfgh]))\s*(?:[)\].:]\s*(?P<rest>.*)|(?P<rest2>))",
     re.DOTALL | re.I,
 )
 
@@ -279,4 +279,5 @@ def choice(text: str) -> tuple[str, str] | None:
     match = _CHOICE.fullmatch(text.strip().rstrip("."))
     if not match:
         return None
-    return match[1].upper(), (match["rest"] or "").strip()
+    rest = (match["rest"] or "").strip()
+    return None if rest[:1] in set("^+-*/=_!<>") else (match[1].upper(), rest)
