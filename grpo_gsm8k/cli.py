@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from grpo_gsm8k import config, interrupts
-from grpo_gsm8k.errors import ConfigError, GrpoError, Interrupted, UserError
+from grpo_gsm8k.errors import ConfigError, GrpoError, Interrupted, ModelError, UserError
 from grpo_gsm8k.launch import settings as launch_settings
 from grpo_gsm8k.runs import streams
 from grpo_gsm8k.runs.clean import printable, printable_json
@@ -298,8 +298,8 @@ def doctor(
         show({"checks": [dataclasses.asdict(check) for check in found]}, True)
     else:
         _print_checks(found)
-    if not all(check.ok for check in of_model):
-        raise typer.Exit(2)
+    if failed := next((check for check in of_model if not check.ok), None):
+        raise ModelError(failed.detail)
 
 
 def _print_checks(found: typing.Iterable[Any]) -> None:
