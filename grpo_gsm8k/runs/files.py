@@ -183,6 +183,11 @@ def read_lines(path: Path | str) -> Iterator[tuple[int, bytes]]:
         raise DataError(path, "is empty")
 
 
+def real_path(path: Path | str) -> Path:
+    """The absolute path without links. Before Python 3.13 `Path.resolve` raises for a loop of links; this does not."""
+    return Path(os.path.realpath(path))
+
+
 def read_jsonl(path: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number and object of every line; the first fault is a `DataError` with file and line."""
     for number, raw in read_lines(path):
