@@ -421,6 +421,8 @@ def main(argv: list[str] | None = None) -> None:
         code = _run(argv)
     finally:
         interrupts.over()
+    if interrupts.received():
+        interrupts.leave(code)
     if code:
         raise SystemExit(code)
 

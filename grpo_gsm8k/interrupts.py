@@ -91,6 +91,21 @@ def over() -> None:
     _state.deadline = min(_state.deadline, time.monotonic() + EXIT_S)
 
 
+def leave(code: int) -> None:
+    """End an interrupted command once its clean-up is done, without the interpreter's own teardown.
+
+    That teardown waits for threads, and a thread in native code can hold it up for good, when nothing of ours is left
+    to notice. Outside a command of ours this does nothing.
+    """
+    if not _state.guarded:
+        return
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(code)
+
+
 @contextlib.contextmanager
 def unhurried() -> Iterator[None]:
     """Suspend the deadline, while what would be lost is being written. A fourth signal ends the process even here."""

@@ -118,3 +118,12 @@ def test_at_hundreds_of_random_moments(tiny, tmp_path):
         check_ending(end, run)
         codes.append(end.code)
     assert codes.count(130) > 60 and codes.count(143) > 30 and set(codes) <= {0, 130, 143}, codes
+
+
+def test_an_interrupted_command_does_not_wait_for_a_thread_that_never_ends():
+    """The interpreter's teardown joins threads; a command that was interrupted and has cleaned up does not."""
+    code = "import threading, time\nfrom grpo_gsm8k import cli, interrupts\ninterrupts.EXIT_S = 1e6\n"
+    code += "threading.Thread(target=time.sleep, args=(60,)).start()\n"
+    code += "cli._run = lambda argv: (interrupts._state.received.append(2), 130)[1]\ncli.main([])"
+    end = pressed(python(code), [])
+    assert end.code == 130 and end.seconds < 20, end
