@@ -30,6 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from transformers import PreTrainedModel
 
+from grpo_gsm8k.engines import static_cache
+
 CUDA = torch.device("cuda:0")
 aten = torch.ops.aten
 MATH, CUDNN = "math: T x T scores", "cudnn: a plan for each shape"
@@ -170,6 +172,7 @@ class Pretend(TorchDispatchMode):
         self.where = collections.Counter()
         self.uploads = collections.Counter()
         self.attention = collections.Counter()
+        self.graphs = 0  # captured, as far as one can without a GPU: replayed by running the function again
         self.live = self.top = 0
         self.paused = False
         self._known = set()
@@ -216,12 +219,24 @@ class Pretend(TorchDispatchMode):
         )
         yield mock.patch.object(PreTrainedModel, "save_pretrained", _saved(PreTrainedModel.save_pretrained))
         yield mock.patch.object(torch, "tensor", _tensor)
+        yield mock.patch.object(static_cache, "capture", self.capture)
         yield mock.patch.object(torch.profiler, "supported_activities", lambda: {torch.profiler.ProfilerActivity.CPU})
         yield mock.patch.object(DeviceContext, "__torch_function__", _no_default_device)
         yield mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", self.sdpa)
         yield mock.patch.object(torch.Tensor, "to", _tensor_to, create=True)
         yield mock.patch.object(torch.Tensor, "cuda", lambda self, *a, **k: self.to("cuda"), create=True)
         yield mock.patch.object(torch.nn.Module, "to", functools.partialmethod(_module_to, torch.nn.Module.to))
+
+    def capture(self, step, decoder):
+        """What a graph would replay: a function that must not wait for the device."""
+        self.graphs += 1
+
+        def replay():
+            before = sum(self.syncs.values())
+            step()
+            assert sum(self.syncs.values()) == before, ("a captured step waits", self.where.most_common())
+
+        return replay
 
     def onto(self, model):
         """The model's parameters and buffers there; tied ones stay tied."""

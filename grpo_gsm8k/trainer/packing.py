@@ -146,6 +146,8 @@ def attention(
     Returns:
         `(1, S, heads, width)`. Whatever comes without a `Packed` is answered as by "sdpa".
     """
+    if packed_home is None and _is_token_step(query, key, attention_mask):
+        return _attend_to_cache(query, key, value, attention_mask, kwargs.get("scaling"))
     if query.is_cuda and query.dtype == torch.float32:  # no kernel but that of T x T scores takes groups of heads
         groups = query.shape[1] // key.shape[1]
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
@@ -164,6 +166,25 @@ def attention(
         out, _ = sdpa_attention_forward(module, q, k, v, None, **kwargs)
         outs.append(out.flatten(0, 1))  # (B T, heads, width)
     return torch.cat(outs).index_select(0, packed_home).unsqueeze(0), None
+
+
+def _is_token_step(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    grouped = query.shape[2] == 1 and query.shape[1] > key.shape[1]
+    return grouped and mask is not None and mask.ndim == 4 and mask.shape[1] == 1
+
+
+def _attend_to_cache(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
+) -> tuple[torch.Tensor, None]:
+    """Attention of one new token a row: the heads of a group stand as queries of the one head that they share.
+
+    Keys and values are read as they are. With a mask, torch's fused kernels take no groups, and would read them
+    repeated for every head.
+    """
+    rows, heads, _, width = query.shape
+    shared = query.view(rows, key.shape[1], heads // key.shape[1], width)
+    out = torch.nn.functional.scaled_dot_product_attention(shared, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(rows, 1, heads, value.shape[3]), None
 
 
 AttentionInterface.register(ATTENTION, attention)
