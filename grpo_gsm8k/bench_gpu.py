@@ -907,13 +907,13 @@ def compiled(args: argparse.Namespace) -> Iterator[Row]:
     toy = argparse.Namespace(**{**vars(args), "sizes": "toy"})
     wanted, _ = _gradient(toy, "cpu", torch.float32)
     for dtype in (torch.float32, torch.bfloat16):
-        found, _ = _gradient(toy, args.device, dtype, compile=True)
+        found, _ = _gradient(toy, args.device, dtype, compile="on")
         yield f"gradient {str(dtype).removeprefix('torch.')}", {"gradient_error": relative_error(found, wanted)}
     if is_toy(args):
         return
     for size in sizes_of(args):
         for packing in ("off", "on"):
-            flags = {"compile": True, "packing": packing, "max_tokens_per_microbatch": 16384}
+            flags = {"compile": "on", "packing": packing, "max_tokens_per_microbatch": 16384}
             yield f"{size} compile, packing {packing}", measure_update(args, size, args.tokens, **flags)
 
 

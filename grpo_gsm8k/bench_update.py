@@ -251,7 +251,7 @@ WITHOUT: dict[str, Callable[[argparse.Namespace], Any]] = {
 
 WITH: dict[str, dict[str, Any]] = {
     "with:activation_checkpointing": {"activation_checkpointing": True},
-    "with:compile": {"compile": True},
+    "with:compile": {"compile": "on"},
     "with:optimizer_on_cpu": {"optimizer_device": "cpu"},
 }
 """Options of the recipe that are off by default."""

@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from transformers import PreTrainedModel
 
 from grpo_gsm8k.engines import static_cache
+from grpo_gsm8k.trainer import packing
 
 CUDA = torch.device("cuda:0")
 aten = torch.ops.aten
@@ -219,6 +220,7 @@ class Pretend(TorchDispatchMode):
         )
         yield mock.patch.object(PreTrainedModel, "save_pretrained", _saved(PreTrainedModel.save_pretrained))
         yield mock.patch.object(torch, "tensor", _tensor)
+        yield mock.patch.object(packing, "varlen", self.varlen)
         yield mock.patch.object(static_cache, "capture", self.capture)
         yield mock.patch.object(torch.profiler, "supported_activities", lambda: {torch.profiler.ProfilerActivity.CPU})
         yield mock.patch.object(DeviceContext, "__torch_function__", _no_default_device)
@@ -438,6 +440,11 @@ class Pretend(TorchDispatchMode):
 
     # ------------------------------------------------------------------ attention
 
+    def varlen(self, query, key, value, starts, longest, scaling):
+        assert query.dtype == torch.bfloat16 and starts[0].dtype == starts[1].dtype == torch.int32
+        self.attention["varlen", (len(query), len(key))] += 1
+        return varlen_by_hand(query, key, value, starts, longest, scaling)
+
     def sdpa(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         gpu = isinstance(query, OnGpu)
         if gpu:
@@ -453,6 +460,20 @@ class Pretend(TorchDispatchMode):
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -1e30) if attn_mask.dtype == torch.bool else scores + attn_mask
         return (scores.softmax(-1) @ value.float()).to(query.dtype)
+
+
+def varlen_by_hand(query, key, value, starts, longest, scaling):
+    """torch's `varlen_attn` with grouped heads, row by row."""
+    starts, outs = [x.inner if isinstance(x, OnGpu) else x for x in starts], []
+    for q0, q1, k0, k1 in zip(starts[0][:-1], starts[0][1:], starts[1][:-1], starts[1][1:], strict=True):
+        groups = query.shape[1] // key.shape[1]
+        q, k, v = query[q0:q1], *(x[k0:k1].repeat_interleave(groups, 1) for x in (key, value))
+        assert len(q) <= longest[0] and len(k) <= longest[1]
+        scores = torch.einsum("qhd,khd->hqk", q, k).float() * (scaling or q.shape[-1] ** -0.5)
+        seen = torch.ones(len(q), len(k)).tril(len(k) - len(q)).bool()
+        probs = scores.masked_fill(~seen.to(scores.device), float("-inf")).softmax(-1)
+        outs.append(torch.einsum("hqk,khd->qhd", probs.to(v.dtype), v))
+    return torch.cat(outs)
 
 
 def _kernel(query, key, mask, causal, gqa):

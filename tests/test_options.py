@@ -107,7 +107,7 @@ def quickly(monkeypatch):
 
 def same_as_eager(tmp_path, **flags):
     """A compiled learner beside one that is not, with names, weights, copies and checkpoints."""
-    plain, compiled = make(**flags), make(compile=True, **flags)
+    plain, compiled = make(**flags), make(compile="on", **flags)
     assert list(compiled.model.state_dict()) == list(plain.model.state_dict())
     assert weights_sha256(compiled.weights()) == weights_sha256(plain.weights())
     assert all(layer._compiled_call_impl for layer in compiled.model.base_model.layers)
@@ -123,7 +123,7 @@ def same_as_eager(tmp_path, **flags):
         for learner in (plain, compiled):
             learner.step(1e-3)
     plain.save(tmp_path)
-    resumed, again = make(compile=True, **flags), make(**flags)
+    resumed, again = make(compile="on", **flags), make(**flags)
     for learner in (resumed, again):
         learner.load(tmp_path)
     assert weights_sha256(resumed.weights()) == weights_sha256(plain.weights())
@@ -142,16 +142,16 @@ def test_layers_compiled_to_machine_code_compute_the_same(flags, tmp_path):
 
 
 def test_what_cannot_be_compiled_is_refused(monkeypatch):
-    with pytest.raises(ConfigError, match="--compile with --deterministic"):
-        config.resolve("grpo", flags={"compile": True, "deterministic": True})
+    with pytest.raises(ConfigError, match="--compile on with --deterministic"):
+        config.resolve("grpo", flags={"compile": "on", "deterministic": True})
     monkeypatch.setattr(repro.shutil, "which", lambda tool: None)
     with pytest.raises(ConfigError, match=r"--compile needs a C\+\+ compiler"):
-        make(compile=True)
+        make(compile="on")
     assert repro.missing_for_compile(gpu=True) in ("triton", "a C compiler (gcc)")
 
 
 def test_the_sampler_of_a_compiled_model_is_not_compiled(quickly):
-    learner = make(compile=True)
+    learner = make(compile="on")
     renderer = SimpleNamespace(stop_ids=frozenset())
     sampler = HFSampler(learner.model, renderer)
     assert not any(layer._compiled_call_impl for layer in sampler.model.base_model.layers)
