@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from transformers import PreTrainedModel
 
 from grpo_gsm8k.engines import static_cache
-from grpo_gsm8k.trainer import packing
+from grpo_gsm8k.trainer import head_triton, packing
 
 CUDA = torch.device("cuda:0")
 aten = torch.ops.aten
@@ -220,6 +220,7 @@ class Pretend(TorchDispatchMode):
         )
         yield mock.patch.object(PreTrainedModel, "save_pretrained", _saved(PreTrainedModel.save_pretrained))
         yield mock.patch.object(torch, "tensor", _tensor)
+        yield mock.patch.object(head_triton, "serves", lambda hidden: False)
         yield mock.patch.object(packing, "varlen", self.varlen)
         yield mock.patch.object(static_cache, "capture", self.capture)
         yield mock.patch.object(torch.profiler, "supported_activities", lambda: {torch.profiler.ProfilerActivity.CPU})

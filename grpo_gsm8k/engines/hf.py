@@ -126,9 +126,7 @@ class HFSampler:
     def _static_decoder(self) -> static_cache.StaticDecoder | None:
         """None, with a line why, where the model does not decode in static buffers as it does without."""
         if not static_cache.serves(self.model):
-            talk(
-                f"{architecture.name(self.model)}: its cache has no fixed size, so tokens are decoded without CUDA graphs"
-            )
+            talk(f"{architecture.name(self.model)}: its cache has no fixed size, so it is decoded without CUDA graphs")
             return None
         graphs = self.device.type == "cuda"
         made = static_cache.StaticDecoder(

@@ -164,9 +164,7 @@ class StaticDecoder:
             raise
         except RuntimeError as refusal:
             why = " ".join(str(refusal).split())[:160]
-            talk(
-                f"{architecture.name(self.model)}: no CUDA graph of a decoding step ({why}); its kernels are launched one by one"
-            )
+            talk(f"{architecture.name(self.model)}: no CUDA graph of a decoding step, so it is slow ({why})")
             self.uses_graphs = False
             return None
 

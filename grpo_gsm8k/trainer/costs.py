@@ -12,7 +12,7 @@ included) and applies the head to some, a GPU holds `training_bytes`: the sum of
     kept        T L layer (T L b H with activation checkpointing) and the last norm, where autograd keeps in each layer
                 layer = H (8 + 4 b) + b d (2 heads + 2 kv) + 4 b I + 4 heads + 8
     and the largest of
-      head      two chunks of logits in float32 (one more in bfloat16), hidden states, 4 V H for its gradient
+      head      a chunk of logits (on a CPU two in float32, one more in bfloat16), hidden states, 4 V H for its gradient
       backward  gradients on their way through a layer: b I + 16 H a cell (24 H if b = 2, norms being float32), the
                 largest matrix's; with checkpointing the layer, too
 
@@ -31,7 +31,7 @@ from grpo_gsm8k.config import GrpoConfig, SftConfig, TrainConfig
 
 GIB = 2**30
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
-"""Size of one chunk of the head's logits in float32 (`trainer/head.py`). Measured on both: an H200
+"""Size of one chunk of the head's logits (`trainer/head.py`), on a CPU in float32. Measured on both: an H200
 gains 9 % from 512 MiB to 1 GiB, and 2 % to 2 GiB."""
 
 CONTEXT = 2 * GIB  # CUDA, its libraries and NCCL; the allocator's figures do not show it
@@ -268,8 +268,11 @@ def cell_bytes(shape: Shape, setup: Setup) -> int:
 
 def head_bytes(shape: Shape, setup: Setup, targets: int) -> int:
     """The head's buffers, hidden states and gradient while it works on so many targets."""
-    rows = max(1, min(CHUNK_BYTES[setup.device] // (4 * shape.vocab), targets))
     trained = not setup.lora_rank
+    if setup.device == "cuda":  # one buffer of logits, and their derivative in its place
+        buffers = max(1, min(CHUNK_BYTES["cuda"] // (setup.width * shape.vocab), targets)) * shape.vocab * setup.width
+        return buffers + 2 * setup.width * shape.hidden * targets + (4 * shape.head if trained else 0)
+    rows = max(1, min(CHUNK_BYTES[setup.device] // (4 * shape.vocab), targets))
     narrow = 0 if setup.width == 4 else 2
     widened = 4 if narrow and trained and setup.device == "cpu" else 0  # for the product that is the weight's gradient
     buffers = rows * shape.vocab * (8 + narrow + widened)
