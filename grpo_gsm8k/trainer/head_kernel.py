@@ -53,22 +53,22 @@ def rows_of_logits(
         if BIASED:
             z += tl.load(bias + at, mask=there, other=0.0).to(tl.float32)
         x = tl.where(there, _capped(z, scale, cap, CAPS) / temperature, float("-inf"))
-        top = tl.maximum(largest, x)
-        shrink = tl.exp(largest - top)
-        weight = tl.exp(x - top)  # of what is no number, no number: the loss tells of it
+        higher = tl.maximum(largest, x)
+        shrink = tl.exp(largest - higher)
+        weight = tl.exp(x - higher)  # of what is no number, no number: the loss tells of it
         total = total * shrink + weight
         expected = expected * shrink + tl.where(x == float("-inf"), 0.0, weight * x)
-        largest = top
+        largest = higher
     top = tl.max(largest, 0)
     rescale = tl.exp(largest - top)
     mass = tl.sum(total * rescale, 0)
     mean = tl.sum(expected * rescale, 0) / mass
     log_mass = tl.log(mass)
     target = tl.load(targets + row)
-    z = tl.load(base + target).to(tl.float32)
+    raw = tl.load(base + target).to(tl.float32)
     if BIASED:
-        z += tl.load(bias + target).to(tl.float32)
-    chosen = _capped(z, scale, cap, CAPS) / temperature
+        raw += tl.load(bias + target).to(tl.float32)
+    chosen = _capped(raw, scale, cap, CAPS) / temperature
     tl.store(out + row, chosen - top - log_mass)
     tl.store(out + rows + row, top - mean + log_mass)
     tl.store(out + 2 * rows + row, 1.0 / mass)

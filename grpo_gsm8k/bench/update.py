@@ -108,7 +108,7 @@ def _measure_update(kind: str, args: argparse.Namespace, rows: Sequence[TokenRow
     if args.device.startswith("cuda") and kind not in PEERS:
         setup = costs.setup_of(_config(kind, args), next(model.parameters()).element_size())
         found["predicted_gpu_mb"] = costs.training_bytes(shape, setup, args.max_tokens_per_microbatch) / 2**20
-    gpu = bench.gpu(args)
+    gpu = bench.gpu_of(args)
     return found | ({"mfu": operations(shape, rows) / measured["seconds"] / gpu.flops} if gpu else {})
 
 

@@ -1,0 +1,5 @@
+"""`python -m grpo_gsm8k.bench`."""
+
+from grpo_gsm8k.bench import main
+
+main()
