@@ -501,7 +501,8 @@ def _no_default_device(context, func, types, args=(), kwargs=None):
 def _module_to(module, original, *args, **kwargs):
     wanted = kwargs.get("device") or next((a for a in args if isinstance(a, (str, torch.device))), None)
     if wanted is not None and torch.device(wanted).type == "cuda":
-        return Pretend.here.onto(module)
+        dtype = kwargs.get("dtype") or next((a for a in args if isinstance(a, torch.dtype)), None)
+        return Pretend.here.onto(original(module, dtype) if dtype else module)
     return original(module, *args, **kwargs)
 
 

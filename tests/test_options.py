@@ -12,6 +12,7 @@ from torch import nn
 from grpo_gsm8k import config, repro
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.errors import ConfigError, NonFiniteError
+from grpo_gsm8k.trainer import compiled, packing
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.objectives import Objective
@@ -155,3 +156,49 @@ def test_the_sampler_of_a_compiled_model_is_not_compiled(quickly):
     renderer = SimpleNamespace(stop_ids=frozenset())
     sampler = HFSampler(learner.model, renderer)
     assert not any(layer._compiled_call_impl for layer in sampler.model.base_model.layers)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch, quickly):
+    """Rows end to end by a stand-in whose numbers mean nothing, and no model too small."""
+    monkeypatch.setattr(packing, "reads_varlen", lambda model: True)
+    monkeypatch.setattr(
+        packing,
+        "varlen",
+        lambda q, k, v, starts, longest, scaling: q + (k.mean() + v.mean() + starts[0][-1]) / longest[1],
+    )
+    monkeypatch.setattr(packing, "enable", lambda model: model.set_attn_implementation(packing.ATTENTION) or True)
+    monkeypatch.setattr(compiled, "LEAST_PARAMETERS", 0)
+    monkeypatch.setattr(repro, "missing_for_compile", lambda gpu: "")
+
+
+def is_compiled(learner):
+    return all(layer._compiled_call_impl for layer in learner.model.base_model.layers)
+
+
+def test_on_a_gpu_layers_are_compiled_by_default_once_for_all_shapes(as_on_a_gpu):
+    torch._dynamo.utils.counters.clear()
+    learner = make(packing="on")
+    assert is_compiled(learner)
+    for step in (1, 2, 3):
+        learner.forward_backward(update(step), POLICY)
+        learner.step(1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for flags in ({"compile": "off"}, {"deterministic": True}):
+        assert not is_compiled(make(packing="on", **flags))
+    assert not is_compiled(make(packing="off"))
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_layers_whose_compiled_numbers_differ_stay_as_they_are(fails, as_on_a_gpu, monkeypatch, capsys):
+    calls = []
+
+    def looked_at(model, own=compiled._hidden_and_gradient):
+        calls.append(own(model))
+        if fails and len(calls) == 2:
+            raise RuntimeError("no such kernel")
+        return [x * len(calls) for x in calls[-1]]
+
+    monkeypatch.setattr(compiled, "_hidden_and_gradient", looked_at)
+    assert not is_compiled(make(packing="on"))
+    assert ("no such kernel" if fails else "numbers differ by 1") in capsys.readouterr().err

@@ -1,5 +1,8 @@
 """The kernel of `head_triton.py`. It imports triton, so it is imported where it is used."""
 
+# mypy: ignore-errors
+# (triton has no types, and what is inside of a kernel is not Python)
+
 from __future__ import annotations
 
 import triton

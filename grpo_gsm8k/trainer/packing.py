@@ -295,9 +295,9 @@ def last_hidden_states(model: Any, batch: Batch) -> torch.Tensor:
     return hidden.flatten(0, 1).index_select(0, at)
 
 
-def proof_batch() -> Batch:
-    """A few short rows that share beginnings, packed."""
-    rows = [TokenRow(ids, (1,) * len(ids), (), 0.0) for ids in PROOF]
+def packed_batch(sequences: Sequence[Sequence[int]]) -> Batch:
+    """Rows of these ids, every token a target, packed."""
+    rows = [TokenRow(tuple(ids), (1,) * len(ids), (), 0.0) for ids in sequences]
     padded = make_batch(rows, 0)
     return replace(padded, shared=tuple(_in_common(padded, range(len(rows)))))
 
@@ -316,7 +316,7 @@ def enable(model: Any) -> bool:
     takes = inspect.signature(trunk(model).forward).parameters
     if "position_ids" not in takes or "kwargs" not in takes or not model._can_set_attn_implementation():
         return False
-    packed = proof_batch()
+    packed = packed_batch(PROOF)
     padded = replace(packed, shared=())
     with torch.no_grad():
         expected = last_hidden_states(model, padded.to(next(model.parameters()).device))
