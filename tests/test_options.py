@@ -176,6 +176,7 @@ def is_compiled(learner):
     return all(layer._compiled_call_impl for layer in learner.model.base_model.layers)
 
 
+@pytest.mark.slow
 def test_on_a_gpu_layers_are_compiled_by_default_once_for_all_shapes(as_on_a_gpu):
     torch._dynamo.utils.counters.clear()
     learner = make(packing="on")
@@ -189,7 +190,7 @@ def test_on_a_gpu_layers_are_compiled_by_default_once_for_all_shapes(as_on_a_gpu
     assert not is_compiled(make(packing="off"))
 
 
-@pytest.mark.parametrize("fails", [True, False])
+@pytest.mark.parametrize("fails", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_layers_whose_compiled_numbers_differ_stay_as_they_are(fails, as_on_a_gpu, monkeypatch, capsys):
     calls = []
 

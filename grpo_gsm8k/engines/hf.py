@@ -13,6 +13,7 @@ truncation; with temperature 0 (greedy) those of temperature 1.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
 import time
@@ -143,7 +144,7 @@ class HFSampler:
         """Fill `rows`, which belong to `prompts` in order, n each."""
         if self.static and not torch.are_deterministic_algorithms_enabled():
             ids = [prompt.token_ids for prompt in prompts]
-            self.static.decode(ids, rows, params, lambda *new: self._append(*new, params.stop), self.pulse)
+            self.static.decode(ids, rows, params, functools.partial(self._append, stop=params.stop), self.pulse)
             return
         decoder = _Decoder(self.model, self.renderer.pad_id)
         logits = decoder.prefill([prompt.token_ids for prompt in prompts], params.n)

@@ -45,7 +45,7 @@ class _Layer(DynamicLayer):
     """Keys and values `(rows, heads, columns, width)` of one layer, views of its buffers; a step writes one column."""
 
     def __init__(self, column: torch.Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.column = column
 
     def see(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -216,14 +216,15 @@ class StaticDecoder:
             (x.keys.new_zeros(rows, *_heads(x.keys, columns)), x.values.new_zeros(rows, *_heads(x.values, columns)))
             for x in read.layers
         ]
-        whole = {"dtype": torch.int64, "device": self.device}
+        whole: dict[str, Any] = {"dtype": torch.int64, "device": self.device}
         self.pads, self.positions = (torch.zeros(rows, 1, **whole) for _ in range(2))
         self.tokens, self.step_number, self.column = (torch.zeros(n, **whole) for n in (rows, 1, 1))
         self.all_columns = torch.arange(columns).to(self.device)
         self.uniforms = torch.zeros(rows, columns, dtype=torch.float64, device=self.device)
         self.chosen = torch.zeros(rows, columns, **whole)
         self.logp = torch.zeros(rows, columns, dtype=torch.float32, device=self.device)
-        self.cache = Cache(layers=[_Layer(self.column) for _ in self.buffers])
+        self.layers = [_Layer(self.column) for _ in self.buffers]
+        self.cache = Cache(layers=[*self.layers])
 
     def _upload_uniforms(self, rows: Sequence[Row]) -> None:
         drawn = torch.zeros(len(rows), max(len(row.uniforms) for row in rows), dtype=torch.float64)
@@ -237,7 +238,7 @@ class StaticDecoder:
 
     def _forward(self, rows: int, columns: int) -> torch.Tensor:
         """Read the last token of each row; the logits `(rows, V)` behind it."""
-        for layer, (keys, values) in zip(self.cache.layers, self.buffers, strict=True):
+        for layer, (keys, values) in zip(self.layers, self.buffers, strict=True):
             layer.see(keys[:rows, :, :columns], values[:rows, :, :columns])
         there = self.all_columns[:columns]
         hidden = (there < self.pads[:rows]) | (there > self.column)  # (rows, columns)

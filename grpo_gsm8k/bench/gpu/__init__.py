@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_gsm8k import repro
-from grpo_gsm8k.bench.gpu import kernels, numbers, sampling, updates
+from grpo_gsm8k.bench.gpu import kernels, parity, sampling, updates
 from grpo_gsm8k.bench.gpu.tools import FAULTS, SHAPES, Part, Skip, installed, last_line, short
 from grpo_gsm8k.errors import ConfigError
 
@@ -168,13 +168,13 @@ def _machine(args: argparse.Namespace) -> dict[str, Any]:
 
 PARTS: dict[str, Part] = {
     "peaks": kernels.peaks,
-    "parity": numbers.parity,
+    "parity": parity.parity,
     "sampler": sampling.sampler,
     "update": updates.update,
     "step": sampling.step,
     "head": kernels.head,
     "determinism": sampling.determinism,
-    "zoo": numbers.zoo,
+    "zoo": parity.zoo,
     "ablation": updates.ablation,
     "large": updates.large,
     "attention": kernels.attention,

@@ -28,7 +28,9 @@ def main(folder: Path, device: str, name: str) -> None:
         "dtype": "float32",
         "batch_size": 16,
         "max_steps": 4,
-        "eval_every": 0,
+        "eval_every": 4,
+        "eval_examples": 2,
+        "max_new_tokens": 4,
     }
     sft.run(config.resolve("sft", preset="tiny", flags=flags))
 

@@ -180,9 +180,12 @@ def devices(args: argparse.Namespace) -> Iterator[Row]:
             if done.returncode:
                 yield f"{ranks} ranks", {"failed": done.stderr[-600:]}
                 continue
-            metrics = Path(scratch, f"run{ranks}", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            losses[ranks] = [json.loads(line)["loss"] for line in metrics]
-            yield f"{ranks} ranks", {"loss": losses[ranks][-1], "seconds": json.loads(metrics[-1])["time/total"]}
+            text = Path(scratch, f"run{ranks}", "metrics.jsonl").read_text(encoding="utf-8")
+            losses[ranks] = [float(json.loads(line)["loss"]) for line in text.splitlines()]
+            yield (
+                f"{ranks} ranks",
+                {"loss": losses[ranks][-1], "seconds": json.loads(text.splitlines()[-1])["time/total"]},
+            )
         if len(losses) == 2:
             apart = max(abs(a - b) for a, b in zip(losses[1], losses[2], strict=True))
             yield "two ranks against one", {"loss_error": apart}
