@@ -51,7 +51,7 @@ def measure_update(args: argparse.Namespace, size: str, tokens: int = 0, **flags
     gpu, tokens = args.device.startswith("cuda"), tokens or args.tokens
     rows, objective = update_rows(args, size, tokens), Objective("grpo_clip")
     learner = TorchLearner(bench.make_model(shape_args(args, size)), None, TrainConfig(engine="vllm", **flags))
-    batch, few = make_batch(rows, 0, "token"), make_batch(rows[: max(8, len(rows) // 4)], 0, "token")
+    batch, few = make_batch(rows, 0, "token"), make_batch(rows[: max(8, min(len(rows) // 4, 64))], 0, "token")
     started = time.perf_counter()
     budget = learner.budget
     learner.forward_backward(few, objective)
