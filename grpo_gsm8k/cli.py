@@ -7,9 +7,9 @@ traceback. stdout is data, stderr is talk; `--json` prints exactly one JSON obje
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import inspect
-import json
 import os
 import sys
 import typing
@@ -19,10 +19,18 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from grpo_gsm8k import config
-from grpo_gsm8k.errors import GrpoError, Interrupted, UserError
+from grpo_gsm8k import config, interrupts
+from grpo_gsm8k.errors import ConfigError, GrpoError, Interrupted, ModelError, UserError
 from grpo_gsm8k.launch import settings as launch_settings
+from grpo_gsm8k.runs import streams
 from grpo_gsm8k.runs.clean import printable, printable_json
+
+PATHS = frozenset(
+    {errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EROFS, errno.ELOOP, errno.ENOSPC}
+)
+"""What a path that a person gave can be: none of these is a bug."""
+# typer carries a click of its own, and does not export this
+ClickException: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 app = typer.Typer(
     help="SFT → expert iteration → GRPO on GSM8K, on one node.",
@@ -89,7 +97,7 @@ def register(
 def show(result: Mapping[str, Any], as_json: bool, table: str = "") -> None:
     """A command's result on stdout: one JSON object, or a table of `evals.tables`, or a line per key."""
     if as_json:
-        print(printable_json(json.dumps(result, ensure_ascii=False)))
+        print(printable_json(streams.as_json(result)))
         return
     if table:
         from grpo_gsm8k.evals import tables
@@ -162,8 +170,8 @@ _stage("tokenize", "pretokenize", "Pairs → shards of token ids for one model."
 def data(
     out_dir: Annotated[Path, typer.Option(help="where train.jsonl, val.jsonl, test.jsonl and the manifest go")],
     source: Annotated[str, typer.Option(help="hub, or a folder with train.jsonl and test.jsonl")] = "hub",
-    eval_n: Annotated[int, typer.Option(help="validation problems reserved from train")] = 512,
-    seed: Annotated[int, typer.Option(help="of the reservation")] = 31415,
+    eval_n: Annotated[int, typer.Option(min=1, max=config.MOST, help="validation problems reserved from train")] = 512,
+    seed: Annotated[int, typer.Option(min=0, max=config.MOST, help="of the reservation")] = 31415,
     revision: Annotated[str | None, typer.Option(help="of the hub's dataset; empty for the pinned one")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="where downloads are kept")] = None,
     snapshot_dir: Annotated[Path | None, typer.Option(help="keep the source files here as fetched")] = None,
@@ -232,11 +240,16 @@ def push(
 def compare(
     results: Annotated[list[Path], typer.Argument(help="results files over the same problems")],
     gain: Annotated[float | None, typer.Option(help="a claimed gain in points; empty for the one seen")] = None,
-    examples: Annotated[int, typer.Option(help="problems shown of those won, and of those lost")] = 3,
+    examples: Annotated[
+        int, typer.Option(min=0, max=config.MOST, help="problems shown of those won, and of those lost")
+    ] = 3,
     as_json: Json = False,
 ) -> None:
     """Results files against the first, paired: how much better is B, and is it noise?"""
     from grpo_gsm8k.evals.compare import compare_files
+
+    if gain is not None and (why := config.out_of_range(gain, {"at least": -100, "at most": 100})):
+        raise ConfigError(f"--gain {gain}: {why} (a claimed gain in points)")
 
     show(compare_files(results, None if gain is None else gain / 100, examples), as_json, "print_comparison")
 
@@ -245,8 +258,8 @@ def compare(
 def contamination(
     files: Annotated[list[Path], typer.Argument(help="training files: any JSONL")],
     test: Annotated[Path, typer.Option(help="the test split")] = Path("artifacts/data/test.jsonl"),
-    ngram: Annotated[int, typer.Option(min=1, help="words in common that count")] = 13,
-    examples: Annotated[int, typer.Option(help="overlaps shown of each file")] = 3,
+    ngram: Annotated[int, typer.Option(min=1, max=config.MOST, help="words in common that count")] = 13,
+    examples: Annotated[int, typer.Option(min=0, max=config.MOST, help="overlaps shown of each file")] = 3,
     as_json: Json = False,
 ) -> None:
     """Test problems in training files: word n-grams that both have."""
@@ -297,8 +310,8 @@ def doctor(
         show({"checks": [dataclasses.asdict(check) for check in found]}, True)
     else:
         _print_checks(found)
-    if not all(check.ok for check in of_model):
-        raise typer.Exit(2)
+    if failed := next((check for check in of_model if not check.ok), None):
+        raise ModelError(failed.detail)
 
 
 def _measure_gpu(device: str, budget_s: float, parts: str, devices: int, out_dir: str, as_json: bool) -> None:
@@ -307,8 +320,13 @@ def _measure_gpu(device: str, budget_s: float, parts: str, devices: int, out_dir
 
     given = ["gpu", f"--device={device}", f"--budget_s={budget_s}", f"--parts={parts}", f"--devices={devices}"]
     toys = ["--sizes=toy"] if device == "cpu" else []
-    found = gpu.run(bench.parser().parse_args([*given, f"--out={out_dir}", *toys]))
-    print(json.dumps(found) if as_json else gpu.markdown(found))
+    args = bench.parser().parse_args([*given, f"--out={out_dir}", *toys])
+    bench.check(args)
+    found = gpu.run(args)
+    if as_json:
+        show(found, True)
+    else:
+        print(gpu.markdown(found))
     if any(part["status"] == "failed" for part in found["parts"].values()):
         raise typer.Exit(1)
 
@@ -363,7 +381,7 @@ register("up", launch_settings.UpConfig, _up, into=launch_app)
 
 def _sky(
     flags: Mapping[str, Any],
-    nodes: Annotated[int, typer.Option(help="machines")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, max=1024, help="machines")] = 1,
     out: Annotated[Path, typer.Option(help="where the task goes")] = Path("task.yaml"),
     command: Annotated[list[str] | None, typer.Argument(help="the job, behind --")] = None,
 ) -> Mapping[str, Any]:
@@ -427,17 +445,44 @@ def main(argv: list[str] | None = None) -> None:
     # OpenMP's threads spin while they wait. Where processes share cores that is ruinous: two of two threads each,
     # on two cores, were measured at 0.15 steps a second, and at 4.1 with threads that sleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    streams.serve_any_encoding()
     try:
-        app(argv, prog_name="grpo-gsm8k")
+        code = _run(argv)
+    finally:
+        interrupts.over()
+    if code:
+        raise SystemExit(code)
+
+
+def _run(argv: list[str] | None) -> int:
+    """The command's exit code; what a person can mend becomes one line."""
+    try:
+        with streams.stdout_errors():
+            code = app(argv, prog_name="grpo-gsm8k", standalone_mode=False) or 0
+        if code != 130:  # what typer makes of a KeyboardInterrupt
+            return int(code)
+        _say(interrupts.LINE)
     except Interrupted as stop:
         _say(str(stop))
-        raise SystemExit(stop.exit_code) from None
+        return stop.exit_code
     except GrpoError as fault:
         _say(f"{'error' if isinstance(fault, UserError) else 'failed'}: {fault}")
-        raise SystemExit(fault.exit_code) from None
+        return fault.exit_code
+    except OSError as fault:
+        if fault.errno not in PATHS or fault.filename is None:
+            raise
+        _say(f"error: {os.fsdecode(fault.filename)}: {fault.strerror}; give another path")
+        return UserError.exit_code
+    except ClickException as fault:
+        if type(fault).__name__ == "NoArgsIsHelpError":
+            fault.show()
+        else:
+            command = getattr(getattr(fault, "ctx", None), "command_path", "grpo-gsm8k")
+            _say(f"error: {fault.format_message().rstrip('.')}; see `{command} --help`")
+        return int(fault.exit_code)
     except KeyboardInterrupt:
-        _say("interrupted; what was complete is kept, continue with --resume")
-        raise SystemExit(130) from None
+        _say(interrupts.LINE)
+    return interrupts.exit_code()
 
 
 def run_command(name: str) -> None:

@@ -42,7 +42,7 @@ from grpo_gsm8k.errors import ConfigError, DataError, GrpoError
 from grpo_gsm8k.gsm8k.chat import read_chat
 from grpo_gsm8k.gsm8k.problems import gold_number, load_problems, load_split
 from grpo_gsm8k.gsm8k.prompts import Renderer
-from grpo_gsm8k.runs.files import read_json, read_lines, sha256_file, write_json, write_jsonl
+from grpo_gsm8k.runs.files import read_json, read_lines, real_path, sha256_file, write_json, write_jsonl
 from grpo_gsm8k.runs.progress import progress
 from grpo_gsm8k.trainer.policy import load_tokenizer
 from grpo_gsm8k.trainer.shards import MANIFEST, pack, read_shard, write_shard
@@ -208,7 +208,7 @@ def run(cfg: PrepEvalConfig) -> dict[str, Any]:
     """
     source = Path(cfg.eval_path or Path(cfg.data) / f"{cfg.split}.jsonl")
     out = Path(cfg.out or TOKENIZED / f"{source.stem}_for_vllm.jsonl")
-    if out.resolve() == source.resolve():
+    if real_path(out) == real_path(source):
         raise ConfigError(f"--out is {out}, which holds the problems themselves; choose another file")
     problems = load_problems(source) if cfg.eval_path else load_split(Path(cfg.data), cfg.split)
     renderer = Renderer.of(cfg, load_tokenizer(cfg))

@@ -9,10 +9,11 @@ What was sampled ahead is part of a checkpoint, so a resumed run trains on the s
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -23,6 +24,8 @@ from grpo_gsm8k.gsm8k.grading import grade
 from grpo_gsm8k.gsm8k.rewards import score
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.workbench import Bench
+
+WAKE_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Source:
     def __init__(self, cfg: GrpoConfig, bench: Bench, prompts: Sequence[Prompt], reward: RewardFn) -> None:
         self.cfg, self.bench, self.prompts, self.reward = cfg, bench, prompts, reward
         self.cursor = 0
+        self._taking = self._before = 0  # the step under way, and the cursor that it began with
+        self._taken: Future[Collected] | None = None  # what was sampled ahead for it
         self._ahead: Future[Collected] | None = None
         self._pool = ThreadPoolExecutor(1)
 
@@ -55,14 +60,20 @@ class Source:
             EngineError: the sampler failed, or sampled with weights that are too old.
         """
         metrics, began = dict[str, float](), time.perf_counter()
+        self._taking, self._before, self._taken = step, self.cursor, None
         if self._ahead is None:
             metrics |= self.bench.sync(step - 1)
             self._begin(step)
         assert self._ahead is not None
         synced = time.perf_counter()
+        while not wait([self._ahead], timeout=WAKE_S).done:
+            pass  # a Ctrl-C that comes while a thread is falling asleep is seen only when it wakes
         ready = self._ahead.result()
         waited = time.perf_counter() - synced
-        self._ahead, self.cursor = None, ready.cursor
+        ahead, self._ahead = self._ahead, None
+        if self.cfg.mode == "one_step_off":
+            self._taken = ahead
+        self.cursor = ready.cursor
         if self.cfg.mode == "one_step_off" and step < self.cfg.steps:
             metrics |= self.bench.sync(step - 1)
             self._begin(step + 1)
@@ -71,13 +82,21 @@ class Source:
         return ready.rollouts, metrics
 
     def stored(self) -> dict[str, Any]:
-        """What a checkpoint must hold: the place in the stream of prompts, and what was sampled ahead."""
+        """What a checkpoint must hold: the place in the stream of prompts, and what was sampled ahead.
+
+        In the middle of a step (the last complete one is being rescued) that is what the step began with.
+        """
+        halfway = self._taking > self.bench.run.complete
+        cursor = self._before if halfway else self.cursor
+        future = (self._taken or self._ahead) if halfway else self._ahead
+        if halfway and not (self.cfg.mode == "one_step_off" and future and future.done()):
+            future = None  # nobody waits for samples while a run is being ended; they are drawn anew
         ahead: Collected | None = None
         try:
-            ahead = self._ahead.result() if self._ahead else None
+            ahead = future.result() if future else None
         except EngineError:  # the checkpoint is being written because of it; the step will be sampled anew
             ahead = None
-        return {"cursor": self.cursor, "ahead": ahead and {"cursor": ahead.cursor, "rows": _rows(ahead.rollouts)}}
+        return {"cursor": cursor, "ahead": ahead and {"cursor": ahead.cursor, "rows": _rows(ahead.rollouts)}}
 
     def resume(self, state: dict[str, Any]) -> None:
         """Where `state["source"]` comes from a checkpoint, go on from it."""
@@ -96,8 +115,8 @@ class Source:
             self._ahead.result()
 
     def close(self) -> None:
-        """Let what is being sampled end."""
-        self._pool.shutdown()
+        """Let what is being sampled end, but not after Ctrl-C."""
+        self._pool.shutdown(wait=not isinstance(sys.exc_info()[1], KeyboardInterrupt), cancel_futures=True)
 
     def _begin(self, step: int) -> None:
         self._ahead = self._pool.submit(collect, self.cfg, self.bench, self.prompts, self.reward, step, self.cursor)

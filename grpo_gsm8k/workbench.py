@@ -29,6 +29,7 @@ from grpo_gsm8k.gsm8k.prompts import Renderer, check_lengths
 from grpo_gsm8k.preflight import Subject, check_ids, embeddings_of
 from grpo_gsm8k.runs.directory import Run, open_run
 from grpo_gsm8k.runs.files import atomic_folder
+from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.trainer import adapter, loop, ranks
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.memory import engine_share
@@ -154,7 +155,7 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
         if world().size > 1:
             learner = open_until_the_end.enter_context(closing(Lead(learner)))
         bench = Bench(run, learner, NoSampler(), renderer, [], context_length(model), embeddings_of(model))
-        bench.val = bench.prompts(problems[: cfg.eval_examples], eval_path)
+        bench.val = bench.prompts(problems[: cfg.eval_examples or None], eval_path)
         flown = Subject(model, renderer, bench.val, learner, None, run.path, getattr(learner, "packs", False))
         preflight.fly(flown)  # before an engine is started, which takes a minute
         if not (apart and stage == "sft"):
@@ -166,7 +167,11 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
         try:
             yield bench
         except EngineError:
-            loop.rescue(run, learner)
+            if loop.rescue(run, learner):
+                talk(f"{run.stage}: step {run.complete} is saved in {run.path}; continue with --resume")
+            raise
+        except KeyboardInterrupt:
+            loop.rescue_interrupted(run, learner)
             raise
 
 

@@ -1,5 +1,11 @@
 """`python -m grpo_gsm8k.bench`."""
 
-from grpo_gsm8k.bench import main
+import sys
 
-main()
+from grpo_gsm8k.bench import main
+from grpo_gsm8k.errors import ConfigError
+
+try:
+    main()
+except ConfigError as fault:
+    sys.exit(f"error: {fault}")

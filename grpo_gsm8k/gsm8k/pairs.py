@@ -26,7 +26,7 @@ from grpo_gsm8k.errors import ConfigError, DataError
 from grpo_gsm8k.gsm8k.grading import Tags, extract, grade, parse_number
 from grpo_gsm8k.gsm8k.problems import problem_from_row
 from grpo_gsm8k.gsm8k.prompts import STYLES, Style, how_to_ask
-from grpo_gsm8k.runs.files import read_jsonl, write_json, write_jsonl
+from grpo_gsm8k.runs.files import read_jsonl, real_path, write_json, write_jsonl
 
 EXCERPT = 200  # characters of a dropped trace that the report shows
 
@@ -63,7 +63,7 @@ def run(cfg: PairsConfig) -> dict[str, Any]:
         DataError: a fault in the traces, with its line; or not one of them could be kept.
     """
     source, out = Path(cfg.traces), Path(cfg.out)
-    if out.resolve() == source.resolve():
+    if real_path(out) == real_path(source):
         raise ConfigError(f"--out is {out}, which holds the traces themselves; choose another file")
     report = Report()
     write_jsonl(out, keep(source, cfg, report))

@@ -1,0 +1,45 @@
+"""Generated examples and their splits: which split an example belongs to is a property of the example.
+
+Train, validation and test are then disjoint for all seeds, sizes and levels, and nobody has to keep lists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+Split = Literal["train", "val", "test"]
+PATIENCE = 5_000  # draws in a row without a new example, after which the level counts as exhausted
+
+
+def digest(identity: str) -> str:
+    """The hash of what makes an example that example; its first digits are its id."""
+    return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def split_of(digest: str) -> Split:
+    """90 of 100 examples are for training, 5 for validation, 5 for the test."""
+    share = int(digest[:8], 16) % 100
+    return "train" if share < 90 else "val" if share < 95 else "test"
+
+
+def collect(split: Split, count: int, draw: Callable[[], tuple[str, dict[str, Any]] | None]) -> list[dict[str, Any]]:
+    """The first `count` different examples of a split that `draw` yields as (digest, row); None is drawn again.
+
+    Raises:
+        ValueError: if no new one comes for `PATIENCE` draws.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    stale = 0
+    while len(found) < count:
+        drawn = draw()
+        if drawn and split_of(drawn[0]) == split and drawn[0] not in found:
+            found[drawn[0]], stale = drawn[1], 0
+            continue
+        stale += 1
+        if stale > PATIENCE:
+            raise ValueError(
+                f"only {len(found)} of {count} {split} examples found: ask for fewer, or for a harder level"
+            )
+    return list(found.values())
