@@ -287,9 +287,21 @@ def doctor(
     model_id: Annotated[str, typer.Option(help="also try what every stage tries of this model before it starts")] = "",
     device: Annotated[str, typer.Option(help="where the model is tried: auto, cpu or cuda:N")] = "auto",
     prompt_style: Annotated[str, typer.Option(help="how the model is asked, as in the stages")] = "auto",
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="measure the GPU instead, see bench gpu: numbers, speed, memory")
+    ] = False,
+    budget_s: Annotated[float, typer.Option("--budget-s", help="with --gpu: seconds in all")] = 540.0,
+    parts: Annotated[str, typer.Option(help="with --gpu: some of the parts, separated by commas")] = "all",
+    devices: Annotated[int, typer.Option(help="with --gpu: 2 also tries two GPUs together")] = 1,
+    out_dir: Annotated[
+        str, typer.Option("--out-dir", help="with --gpu: folder of gpu.json and gpu.md")
+    ] = "artifacts/gpu",
     as_json: Json = False,
 ) -> None:
     """What this machine can run, and what to do about the rest; of a model, whether it is served exactly."""
+    if gpu:
+        _measure_gpu("cuda" if device == "auto" else device, budget_s, parts, devices, out_dir, as_json)
+        return
     from grpo_gsm8k.doctor import checks, model_checks
 
     of_model = model_checks(model_id, device, prompt_style) if model_id else []
@@ -300,6 +312,23 @@ def doctor(
         _print_checks(found)
     if failed := next((check for check in of_model if not check.ok), None):
         raise ModelError(failed.detail)
+
+
+def _measure_gpu(device: str, budget_s: float, parts: str, devices: int, out_dir: str, as_json: bool) -> None:
+    from grpo_gsm8k import bench
+    from grpo_gsm8k.bench import gpu
+
+    given = ["gpu", f"--device={device}", f"--budget_s={budget_s}", f"--parts={parts}", f"--devices={devices}"]
+    toys = ["--sizes=toy"] if device == "cpu" else []
+    args = bench.parser().parse_args([*given, f"--out={out_dir}", *toys])
+    bench.check(args)
+    found = gpu.run(args)
+    if as_json:
+        show(found, True)
+    else:
+        print(gpu.markdown(found))
+    if any(part["status"] == "failed" for part in found["parts"].values()):
+        raise typer.Exit(1)
 
 
 def _print_checks(found: typing.Iterable[Any]) -> None:
@@ -314,7 +343,7 @@ def _print_checks(found: typing.Iterable[Any]) -> None:
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context) -> None:
-    """Benchmarks: update, sample, step. As `python -m grpo_gsm8k.bench` they need torch and transformers only."""
+    """Benchmarks: update, sample, step, gpu. As `python -m grpo_gsm8k.bench` they need torch and transformers only."""
     from grpo_gsm8k.bench import main as run
 
     run(context.args)

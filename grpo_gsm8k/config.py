@@ -202,21 +202,27 @@ class TrainConfig(PolicyConfig):
         ge=0,
     )
     packing: Literal["auto", "on", "off"] = opt(
-        "auto", "no cell of padding, and a prompt read once for all its completions; auto: on a CPU, if the model can"
+        "auto",
+        "no cell of padding, and a prompt read once for all its completions; auto: on a CPU, and on a GPU in bfloat16 "
+        "unless it is deterministic, if the model can",
     )
     activation_checkpointing: bool = opt(
         False, "keep only each layer's input, and compute the rest again in the backward pass", runtime=True
     )
-    compile: bool = opt(False, "compile each layer with torch.compile; needs a C++ compiler (CPU) or triton (GPU)")
+    compile: Literal["auto", "on", "off"] = opt(
+        "auto",
+        "compile each layer with torch.compile; needs a C++ compiler (CPU) or triton (GPU); auto: large models with "
+        "packed rows on one GPU, where it gives the same numbers",
+    )
     optimizer_device: Literal["auto", "cpu"] = opt(
         "auto", "auto: AdamW's state beside the model; cpu: in main memory, where its step is made", runtime=True
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.compile and self.deterministic:
+        if self.compile == "on" and self.deterministic:
             raise ConfigError(
-                "--compile with --deterministic: kernels are made for the shapes that a process meets first, and a "
+                "--compile on with --deterministic: kernels are made for the shapes that a process meets first, and a "
                 "resumed run meets others; leave one of them out"
             )
 

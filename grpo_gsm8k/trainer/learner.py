@@ -19,7 +19,7 @@ from grpo_gsm8k.errors import CheckpointError, ConfigError, NonFiniteError
 from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.trainer import adapter, architecture, costs, dcp, memory, packing, pretrained
 from grpo_gsm8k.trainer.batch import Batch
-from grpo_gsm8k.trainer.compiled import compile_layers
+from grpo_gsm8k.trainer.compiled import compiles
 from grpo_gsm8k.trainer.head import Slope
 from grpo_gsm8k.trainer.kernels import choose_attention
 from grpo_gsm8k.trainer.logprobs import check_head, token_logprobs
@@ -71,10 +71,9 @@ class TorchLearner:
             talk(
                 f"{architecture.name(model)}: its router loss (router_aux_loss_coef {coefficient:g}) is no part of ours"
             )
-        if cfg.compile:
-            compile_layers(self.model)
+        compiled = compiles(self.model, cfg, self.packs, world().size)
         self.optimizer = self._make_optimizer()
-        self.gauge = memory.gauge_of(self.model, cfg, self.optimizer.dtype, world().size)
+        self.gauge = memory.gauge_of(self.model, cfg, self.optimizer.dtype, world().size, compiled)
         self.probed: memory.Probed | None = None
 
     @functools.cached_property
@@ -254,8 +253,9 @@ class TorchLearner:
 
     def _packs(self, model: Any) -> bool:
         wanted = self.cfg.packing
-        if wanted == "off" or (wanted == "auto" and self.device.type != "cpu"):
-            return False
+        blocks = self.device.type != "cpu" and not packing.reads_varlen(model)  # not measured there without a compiler
+        if wanted == "off" or (wanted == "auto" and (blocks or (self.cfg.deterministic and self.device.type != "cpu"))):
+            return False  # the kernel for rows end to end promises no order of its sums
         able = packing.enable(model)
         if wanted == "on" and not able:
             raise ConfigError("--packing on: this model does not read packed rows as it reads others; leave it at auto")

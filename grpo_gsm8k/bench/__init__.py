@@ -29,14 +29,14 @@ from grpo_gsm8k import config
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.trainer import costs
 
-COMMANDS = {"update": "bench_update", "sample": "bench_sample", "step": "bench_step", "gpu": "bench_gpu"}
+COMMANDS = ("update", "sample", "step", "gpu")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, measure, print."""
     args = parser().parse_args(argv)
     check(args)
-    module = importlib.import_module(f"grpo_gsm8k.{COMMANDS[args.command]}")
+    module = importlib.import_module(f"grpo_gsm8k.bench.{args.command}")
     if args.alone and args.threads:
         import torch
 
@@ -52,8 +52,8 @@ def parser() -> argparse.ArgumentParser:
     """The door; `-` and `_` are the same in flags."""
     top = argparse.ArgumentParser(prog="grpo-gsm8k bench", description=(__doc__ or "").split("\n")[0])
     commands = top.add_subparsers(dest="command", required=True)
-    for name, module in COMMANDS.items():
-        imported = importlib.import_module(f"grpo_gsm8k.{module}")
+    for name in COMMANDS:
+        imported = importlib.import_module(f"grpo_gsm8k.bench.{name}")
         one = commands.add_parser(name, help=(imported.__doc__ or "").split("\n")[0])
         flags: dict[str, tuple[Any, str]] = {**SHARED, **imported.FLAGS}
         for flag, (default, text) in flags.items():
@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse numbers and names that cannot be measured. Raises `ConfigError`."""
-    flags = {**SHARED, **importlib.import_module(f"grpo_gsm8k.{COMMANDS[args.command]}").FLAGS}
+    flags = {**SHARED, **importlib.import_module(f"grpo_gsm8k.bench.{args.command}").FLAGS}
     for name, (default, text) in flags.items():
         value = getattr(args, name)
         if isinstance(default, bool) or not isinstance(default, int | float):
@@ -158,7 +158,7 @@ def measuring(device: str) -> Iterator[Measured]:
         found["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
 
 
-def gpu(args: argparse.Namespace) -> costs.Gpu | None:
+def gpu_of(args: argparse.Namespace) -> costs.Gpu | None:
     """The peaks of the GPU that is measured; None on a CPU, in float32, and for one that `costs.GPUS` has not."""
     import torch
 
@@ -216,10 +216,3 @@ def table(found: Mapping[str, Any], indent: str = "") -> Iterator[str]:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except ConfigError as fault:
-        sys.exit(f"error: {fault}")
