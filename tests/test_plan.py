@@ -227,6 +227,17 @@ def test_a_run_says_what_was_predicted_and_what_it_was(probing, capsys):
     assert "predicted" not in capsys.readouterr().err  # said once
 
 
+def test_what_rows_share_is_computed_once_and_counts_once(probing):
+    learner = probing()
+    learner.gauge.flops = 1e12
+    batch = make_batch(rows((range(3, 24), 6), ((*range(3, 9), *range(50, 56)), 6)), 0)
+    found = learner.forward_backward(batch, Objective())
+    assert found["perf/shared_frac"] == pytest.approx(6 / 31)
+    # By hand: 20 tokens and 11, of which 6 are there already; 15 targets and 6; pairs 210 and 66 less 21.
+    work = 6 * (learner.gauge.shape.matrices * 25 + 300 * 96 * 21) + 12 * 3 * 96 * 255
+    assert found["perf/mfu"] == pytest.approx(work / (31 / found["perf/tokens_per_s"]) / 1e12)
+
+
 def test_a_cpu_says_nothing_of_a_gpu(tiny):
     learner = TorchLearner(Qwen2ForCausalLM.from_pretrained(tiny.model), None, train_config())
     batch = make_batch(rows((range(3, 24), 6)), 0)

@@ -150,8 +150,8 @@ def training_flops(shape: Shape, tokens: int, targets: int, pairs: int = 0, lora
     activation checkpointing or inside a fused attention: this is the numerator of an MFU (arXiv 2204.02311 app. B).
 
     Args:
-        tokens: that pass through the layers: each row in full, so that a pass which shares prompts or skips rows counts
-            as if it did not (a nominal MFU).
+        tokens: that pass through the layers. A prompt that several rows share is computed once and counts once for an
+            MFU; who counts each row in full gets a nominal figure, which may exceed 1.
         pairs: of a query and a key that it sees, see `causal_pairs`.
     """
     forward = forward_flops(shape, tokens, targets, pairs)

@@ -102,13 +102,14 @@ class TorchLearner:
             self.gauge.start()
         started = time.perf_counter()
         sums = self._of_the_update(self._passes(batch, rows, objective))
-        loss_total, cells = sums.pop("loss"), sums.pop("cells")
+        loss_total, cells, pairs = (sums.pop(name) for name in ("loss", "cells", "pairs"))
         if not math.isfinite(loss_total):
             self.optimizer.zero_grad()
             raise NonFiniteError(f"the loss is {loss_total}")
         seconds, lengths = time.perf_counter() - started, [batch.lengths[row] for row in rows]
         tokens = sum(lengths)
-        speed = self.gauge.speed(lengths, int(batch.mask[rows].sum()), seconds) if self.gauge else {}
+        targets = int(batch.mask[rows].sum())
+        speed = self.gauge.speed(min(tokens, int(cells)), targets, int(pairs), seconds) if self.gauge else {}
         return {
             "loss": loss_total,
             **policy_metrics(sums),
@@ -123,7 +124,7 @@ class TorchLearner:
         self, batch: Batch, rows: Sequence[int], objective: Objective, retried: bool = False
     ) -> dict[str, float]:
         """All microbatches of an update; where one does not fit, all of them once more in smaller ones."""
-        sums, cells, stuck = [], 0, None
+        sums, cells, pairs, stuck = [], 0, 0, None
         for _, part in self._microbatches(batch, rows):
             if self.gauge:
                 self.gauge.saw(part)
@@ -133,8 +134,10 @@ class TorchLearner:
                 stuck = part  # what the traceback holds of the pass is let go of before anything else is done
                 break
             cells += part.cells
+            pairs += costs.causal_pairs(part.lengths) - costs.causal_pairs(part.shared)
         if stuck is None:
-            return {"cells": float(cells), **({"loss": 0.0} if not sums else {}), **read_sums(sums)}
+            work = {"cells": float(cells), "pairs": float(pairs)}
+            return {**work, **({"loss": 0.0} if not sums else {}), **read_sums(sums)}
         self._halve_budget(stuck, retried)
         self.optimizer.zero_grad()  # the pass may have got as far as some weights
         return self._passes(batch, rows, objective, retried=True)

@@ -9,7 +9,7 @@ fill, and they are our own, so `costs.py` knows them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -121,12 +121,11 @@ class Gauge:
         needed = costs.training_bytes(self.shape, self.setup, cells, targets, attended) + self.beside
         self.predicted = max(self.predicted, needed)
 
-    def speed(self, lengths: Sequence[int], targets: int, seconds: float) -> dict[str, float]:
-        """`perf/mfu` of forward and backward passes over rows of these lengths: nominal, see `costs.training_flops`."""
+    def speed(self, tokens: int, targets: int, pairs: int, seconds: float) -> dict[str, float]:
+        """`perf/mfu` of forward and backward passes, of the tokens that were computed: see `costs.training_flops`."""
         if not self.flops:
             return {}
-        pairs = costs.causal_pairs(lengths)
-        work = costs.training_flops(self.shape, sum(lengths), targets, pairs, self.setup.lora_rank)
+        work = costs.training_flops(self.shape, tokens, targets, pairs, self.setup.lora_rank)
         return {"perf/mfu": work / seconds / self.flops}
 
     def finish(self) -> dict[str, float]:
