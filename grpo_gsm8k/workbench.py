@@ -29,6 +29,7 @@ from grpo_gsm8k.extensions import load as load_object
 from grpo_gsm8k.preflight import Subject, check_ids, embeddings_of
 from grpo_gsm8k.runs.directory import Run, open_run
 from grpo_gsm8k.runs.files import atomic_folder
+from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.tasks import contamination
 from grpo_gsm8k.tasks.base import Task, load_examples
 from grpo_gsm8k.tasks.render import Renderer, check_lengths, date_of, task_of
@@ -171,7 +172,7 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
         if world().size > 1:
             learner = open_until_the_end.enter_context(closing(Lead(learner)))
         bench = Bench(run, learner, NoSampler(), renderer, [], context_length(model), embeddings_of(model))
-        bench.val = bench.prompts(examples[: cfg.eval_examples], eval_path)
+        bench.val = bench.prompts(examples[: cfg.eval_examples or None], eval_path)
         flown = Subject(model, renderer, bench.val, learner, None, run.path, getattr(learner, "packs", False))
         preflight.fly(flown)  # before an engine is started, which takes a minute
         if not (apart and stage == "sft"):
@@ -183,7 +184,11 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
         try:
             yield bench
         except EngineError:
-            loop.rescue(run, learner)
+            if loop.rescue(run, learner):
+                talk(f"{run.stage}: step {run.complete} is saved in {run.path}; continue with --resume")
+            raise
+        except KeyboardInterrupt:
+            loop.rescue_interrupted(run, learner)
             raise
 
 

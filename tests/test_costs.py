@@ -185,7 +185,9 @@ def test_what_stands_beside_the_learner():
     # 32 rows of 120 tokens x 20 numbers of 2 bytes, one of its four tensors once more; logits and softmax 2 + 4 + 4
     cache = 32 * 120 * 20 * 2
     overlaps = replace(cfg, mode="one_step_off")
-    assert costs.beside_bytes(shape, setup, overlaps) == cache + cache // 4 + 32 * 100 * 10
+    assert costs.cache_bytes(shape, 2, setup.cached) == cache  # stays between the turns
+    assert costs.beside_bytes(shape, setup, overlaps) == cache // 4 + 32 * 100 * 10
+    assert costs.beside_bytes(shape, replace(setup, cached=0), overlaps) == cache + cache // 4 + 32 * 100 * 10
     elsewhere = replace(overlaps, engine="vllm", lora_rank=4)
     assert costs.beside_bytes(shape, setup, elsewhere) == 0
     assert not costs.setup_of(elsewhere, 2).copies and not costs.setup_of(elsewhere, 2).reference

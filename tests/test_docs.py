@@ -241,7 +241,7 @@ def all_flags() -> frozenset[str]:
 
     walk(root_command())
     found.update(f"--{field.name}" for field in r1_traces.fields(r1_traces.Settings))
-    for path in [*PACKAGE.glob("bench*.py"), *(ROOT / "scripts").glob("*.py")]:
+    for path in [*PACKAGE.glob("bench/**/*.py"), *(ROOT / "scripts").glob("*.py")]:
         found.update(re.findall(r'"(--[a-z_]+)"', path.read_text()))
         found.update(f"--{name}" for name in re.findall(r'^    "([a-z_]+)": \(', path.read_text(), flags=re.M))
     return frozenset(flag.replace("_", "-") for flag in found) | OTHER_FLAGS

@@ -274,7 +274,7 @@ def test_evaluation_records_carry_the_hash_of_the_weights_of_their_step(bench_of
         ({"dual_clip": 1.1}, "above the clip"),
         ({"dual_clip": 1.25, "clip_eps_high": 0.28}, "above the clip"),
         ({"dual_clip": 3.0, "loss": "cispo"}, "cispo"),
-        ({"kl_coef": -0.1}, "negative"),
+        ({"kl_coef": -0.1}, "at least 0"),
         ({"kl_coef": 0.1, "kl_estimator": "k1", "kl_bias_correction": False}, "nothing"),
         ({"overlong_buffer": 4096.0}, "share"),
     ],

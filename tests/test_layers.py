@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom to the top. A module may import from its own layer (without a circle) and from those below.
 # `name*` stands for every module of the package's top level that begins so.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("__init__", "errors", "datatypes", "config", "extensions"),
+    ("__init__", "interrupts", "errors", "datatypes", "config", "extensions"),
     ("tasks", "runs", "repro", "presets"),
     ("trainer", "engines"),
     ("evals",),

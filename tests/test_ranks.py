@@ -92,7 +92,7 @@ def one_rank(rank, port, folder, dtype, compiles):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     make_machine_code = torch.nn.Module.compile  # tracing is what could go wrong among ranks, and machine code is slow
     torch.nn.Module.compile = lambda self, **how: make_machine_code(self, backend="aot_eager", **how)
-    learner = make_learner(ShardedLearner, dtype, activation_checkpointing=True, compile=compiles)
+    learner = make_learner(ShardedLearner, dtype, activation_checkpointing=True, compile="on" if compiles else "off")
     agree_on_a_budget(learner)
     if rank:
         follow(learner)

@@ -11,6 +11,8 @@ which arrives is the one that was foretold, up to a factor that the whole loss w
 
 Some models scale or soft-cap their logits behind the head: with z = h W^T, x = cap tanh(scale z / cap) / T, and the
 derivative in z is (onehot_t - p) scale (1 - (x T / cap)^2) / T.
+
+What stands here in torch's operations is one kernel on a GPU (`head_triton.py`), which is held against it.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 
 import torch
 
+from grpo_gsm8k.trainer import head_triton
 from grpo_gsm8k.trainer.costs import CHUNK_BYTES
 
 STATISTICS = ("entropy", "top_prob")
@@ -90,6 +93,14 @@ class _TargetLogprobs(torch.autograd.Function):
         logp = torch.empty_like(targets, dtype=softmax.dtype)  # (N,)
         entropies, tops, slopes = torch.zeros_like(logp), torch.zeros_like(logp), torch.empty_like(logp)
         for part in softmax.parts():
+            if softmax.fuses:
+                formed, logp[part], *found = softmax.fused(part, targets[part], gradients is not None)
+                if statistics:
+                    entropies[part], tops[part] = found
+                if slope and gradients:
+                    slopes[part] = slope(logp[part], part)
+                    gradients.add_formed(part, formed, slopes[part] * logit_map.scale / temperature)
+                continue
             logits, probs, chosen, logp[part] = softmax(part, targets[part])
             expected = torch.zeros_like(chosen)  # logit
             if statistics:
@@ -123,8 +134,12 @@ class _TargetLogprobs(torch.autograd.Function):
             softmax = _Softmax(hidden, weight, bias, ctx.temperature, ctx.logit_map)
             gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad, ctx.logit_map)
             for part in softmax.parts():
-                logits, probs, *_ = softmax(part, targets[part])
                 reached = arrived[part] * ctx.logit_map.scale / ctx.temperature
+                if softmax.fuses:
+                    formed, *_ = softmax.fused(part, targets[part], True)
+                    gradients.add_formed(part, formed, reached)
+                    continue
+                logits, probs, *_ = softmax(part, targets[part])
                 gradients.add(part, probs, targets[part], reached, softmax.bend(logits))
         return *gradients.take(), None, None, None, None, None
 
@@ -157,8 +172,14 @@ class _Softmax:
         self.map = logit_map
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
         positions, vocabulary = len(hidden), len(weight)
-        fit = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"]) // (4 * vocabulary)
+        self.fuses = head_triton.serves(hidden)
+        narrow = hidden.element_size()
+        each = 4 if not hidden.is_cuda else narrow if self.fuses else 8 + narrow  # bytes of a logit, in all on a GPU
+        fit = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"]) // (each * vocabulary)
         self.rows = max(1, min(fit, positions))
+        if self.fuses:
+            self.formed = hidden.new_empty(self.rows, vocabulary)
+            return
         self.logits, self.probs = (hidden.new_empty(self.rows, vocabulary, dtype=self.dtype) for _ in range(2))
 
     def parts(self) -> Iterator[slice]:
@@ -194,6 +215,13 @@ class _Softmax:
         elif lost.any():  # the likeliest token has p >= 1 / V, and a logarithm
             logp[lost] = chosen[lost] - logits[lost].amax(-1) + probs[lost].amax(-1).log()
         return logits, probs, chosen, logp
+
+    def fused(self, part: slice, targets: torch.Tensor, gradient: bool) -> tuple[torch.Tensor, ...]:
+        """`(n, V)` for `_Gradients.add_formed`, if wanted; log-probabilities, entropies, top probabilities `(n,)`."""
+        hidden = self.hidden[part]
+        formed = torch.mm(hidden, self.weight.t(), out=self.formed[: len(hidden)])
+        options = (self.bias, self.temperature, self.map.scale, self.map.cap, gradient)
+        return formed, *head_triton.fused_softmax(formed, targets, *options)
 
     def bend(self, logits: torch.Tensor) -> torch.Tensor | None:
         """The soft-cap's derivative at these logits, `(n, V)`, in their place; None without one."""
@@ -239,12 +267,18 @@ class _Gradients:
         Returns:
             `(n, H)`, (probs - onehot) W; where no gradient in hidden states is asked for, nothing of use.
         """
-        hidden, weight, _ = self.inputs
         # Before any rounding to bfloat16: at p = 0.999 what is left is its last bits.
         probs[torch.arange(len(probs), device=probs.device), targets] -= 1
         if bend is not None:
             probs *= bend
-        narrow, scale, turned = probs.to(weight.dtype), -slope.unsqueeze(-1), hidden[:0]
+        return self.add_formed(part, probs.to(self.inputs[1].dtype), slope, probs)
+
+    def add_formed(
+        self, part: slice, narrow: torch.Tensor, slope: torch.Tensor, probs: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`add` where bend x (probs - onehot) is there in the weight's type; `probs`: the same, not yet rounded."""
+        hidden, weight, _ = self.inputs
+        scale, turned = -slope.unsqueeze(-1), hidden[:0]
         if self.hidden is not None:
             turned = narrow @ weight
             self.hidden[part] = scale * turned
@@ -258,7 +292,8 @@ class _Gradients:
             else:
                 self.weight.addmm_(narrow.t().float(), scaled.float(), beta=kept)
         if self.bias is not None:
-            self.bias += probs.t() @ scale.squeeze(-1)
+            wide = narrow if probs is None else probs
+            self.bias += wide.t() @ scale.squeeze(-1).to(wide.dtype)
         return turned
 
     def scale(self, factor: float) -> None:

@@ -20,7 +20,7 @@ from grpo_gsm8k.errors import CheckpointError, ConfigError, NonFiniteError
 from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.trainer import adapter, architecture, costs, dcp, memory, packing, pretrained
 from grpo_gsm8k.trainer.batch import Batch
-from grpo_gsm8k.trainer.compiled import compile_layers
+from grpo_gsm8k.trainer.compiled import compiles
 from grpo_gsm8k.trainer.head import Slope
 from grpo_gsm8k.trainer.kernels import choose_attention
 from grpo_gsm8k.trainer.logprobs import check_head, token_logprobs
@@ -74,10 +74,9 @@ class TorchLearner:
             talk(
                 f"{architecture.name(model)}: its router loss (router_aux_loss_coef {coefficient:g}) is no part of ours"
             )
-        if cfg.compile:
-            compile_layers(self.model)
+        compiled = compiles(self.model, cfg, self.packs, world().size)
         self.optimizer = self._make_optimizer()
-        self.gauge = memory.gauge_of(self.model, cfg, self.optimizer.dtype, world().size)
+        self.gauge = memory.gauge_of(self.model, cfg, self.optimizer.dtype, world().size, compiled)
         self.probed: memory.Probed | None = None
         self._published: WeightsRef | None = None
 
@@ -107,13 +106,14 @@ class TorchLearner:
             self.gauge.start()
         started = time.perf_counter()
         sums = self._of_the_update(self._passes(batch, rows, objective))
-        loss_total, cells = sums.pop("loss"), sums.pop("cells")
+        loss_total, cells, pairs = (sums.pop(name) for name in ("loss", "cells", "pairs"))
         if not math.isfinite(loss_total):
             self.optimizer.zero_grad()
             raise NonFiniteError(f"the loss is {loss_total}")
         seconds, lengths = time.perf_counter() - started, [batch.lengths[row] for row in rows]
         tokens = sum(lengths)
-        speed = self.gauge.speed(lengths, int(batch.mask[rows].sum()), seconds) if self.gauge else {}
+        targets = int(batch.mask[rows].sum())
+        speed = self.gauge.speed(min(tokens, int(cells)), targets, int(pairs), seconds) if self.gauge else {}
         return {
             "loss": loss_total,
             **policy_metrics(sums),
@@ -128,7 +128,7 @@ class TorchLearner:
         self, batch: Batch, rows: Sequence[int], objective: Objective, retried: bool = False
     ) -> dict[str, float]:
         """All microbatches of an update; where one does not fit, all of them once more in smaller ones."""
-        sums, cells, stuck = [], 0, None
+        sums, cells, pairs, stuck = [], 0, 0, None
         for _, part in self._microbatches(batch, rows):
             if self.gauge:
                 self.gauge.saw(part)
@@ -138,8 +138,10 @@ class TorchLearner:
                 stuck = part  # what the traceback holds of the pass is let go of before anything else is done
                 break
             cells += part.cells
+            pairs += costs.causal_pairs(part.lengths) - costs.causal_pairs(part.shared)
         if stuck is None:
-            return {"cells": float(cells), **({"loss": 0.0} if not sums else {}), **read_sums(sums)}
+            work = {"cells": float(cells), "pairs": float(pairs)}
+            return {**work, **({"loss": 0.0} if not sums else {}), **read_sums(sums)}
         self._halve_budget(stuck, retried)
         self.optimizer.zero_grad()  # the pass may have got as far as some weights
         return self._passes(batch, rows, objective, retried=True)
@@ -266,8 +268,9 @@ class TorchLearner:
 
     def _packs(self, model: Any) -> bool:
         wanted = self.cfg.packing
-        if wanted == "off" or (wanted == "auto" and self.device.type != "cpu"):
-            return False
+        blocks = self.device.type != "cpu" and not packing.reads_varlen(model)  # not measured there without a compiler
+        if wanted == "off" or (wanted == "auto" and (blocks or (self.cfg.deterministic and self.device.type != "cpu"))):
+            return False  # the kernel for rows end to end promises no order of its sums
         able = packing.enable(model)
         if wanted == "on" and not able:
             raise ConfigError("--packing on: this model does not read packed rows as it reads others; leave it at auto")

@@ -61,7 +61,8 @@ def check_head(model: Any) -> None:
     if hasattr(architecture.trunk(model), "layers_are_rescaled"):  # RWKV
         raise ModelError(f"{known}: changes its weights in place when it is evaluated; it cannot be trained here")
     device = head.weight.device
-    logits = [model(input_ids=torch.tensor([ids[:-1]], device=device)).logits[0].float() for ids in PROOF]
+    rows_of_ids = (torch.tensor([ids[:-1]], device=device) for ids in PROOF)
+    logits = [model(input_ids=ids, use_cache=False).logits[0].float() for ids in rows_of_ids]
     if logits[0].shape[-1] != len(head.weight):
         raise ModelError(
             f"{known}: {logits[0].shape[-1]} logits from an output head of {len(head.weight)} rows: it does something "

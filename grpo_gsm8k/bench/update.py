@@ -108,7 +108,7 @@ def _measure_update(kind: str, args: argparse.Namespace, rows: Sequence[Datum]) 
     if args.device.startswith("cuda") and kind not in PEERS:
         setup = costs.setup_of(_config(kind, args), next(model.parameters()).element_size())
         found["predicted_gpu_mb"] = costs.training_bytes(shape, setup, args.max_tokens_per_microbatch) / 2**20
-    gpu = bench.gpu(args)
+    gpu = bench.gpu_of(args)
     return found | ({"mfu": operations(shape, rows) / measured["seconds"] / gpu.flops} if gpu else {})
 
 
@@ -251,7 +251,7 @@ WITHOUT: dict[str, Callable[[argparse.Namespace], Any]] = {
 
 WITH: dict[str, dict[str, Any]] = {
     "with:activation_checkpointing": {"activation_checkpointing": True},
-    "with:compile": {"compile": True},
+    "with:compile": {"compile": "on"},
     "with:optimizer_on_cpu": {"optimizer_device": "cpu"},
 }
 """Options of the recipe that are off by default."""
