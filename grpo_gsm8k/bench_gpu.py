@@ -440,14 +440,14 @@ def _gradient(args: argparse.Namespace, device: str, dtype: Any, **flags: Any) -
     from grpo_gsm8k.config import TrainConfig
     from grpo_gsm8k.trainer.batch import make_batch
     from grpo_gsm8k.trainer.learner import TorchLearner
-    from grpo_gsm8k.trainer.objectives import Objective
+    from grpo_gsm8k.trainer.losses import GrpoClip, Objective
 
     at = argparse.Namespace(**{**vars(args), "device": "cpu"})
     model = bench.make_model(shape_args(at, "toy", dtype="float32")).to(dtype).to(device)
     repro.set_deterministic(bool(flags.get("deterministic")))
     cfg = TrainConfig(engine="vllm", **{"max_tokens_per_microbatch": 256, **flags})
     learner = TorchLearner(model, None, cfg)
-    found = learner.forward_backward(make_batch(update_rows(args, "toy", 0), 0, "token"), Objective("grpo_clip"))
+    found = learner.forward_backward(make_batch(update_rows(args, "toy", 0), 0, "token"), Objective(GrpoClip()))
     names = sorted(learner.optimizer.masters)
     sums = getattr(learner.optimizer, "sums", {})
     params, masters = learner.optimizer.params, learner.optimizer.masters
@@ -481,7 +481,7 @@ def head(args: argparse.Namespace) -> Iterator[Row]:
 
         def ours(n: int = n, hidden: Any = hidden, targets: Any = targets, linear: Any = linear) -> Any:
             logp, _ = target_logprobs(
-                hidden[:n], linear, targets[:n], 0.7, True, lambda logp, part: -torch.ones_like(logp)
+                hidden[:n], linear, targets[:n], 0.7, True, lambda logp, part: (-torch.ones_like(logp), None)
             )
             (-logp.sum()).backward()
             return logp
@@ -628,11 +628,11 @@ def measure_update(args: argparse.Namespace, size: str, tokens: int = 0, **flags
     from grpo_gsm8k.config import TrainConfig
     from grpo_gsm8k.trainer.batch import make_batch
     from grpo_gsm8k.trainer.learner import TorchLearner
+    from grpo_gsm8k.trainer.losses import GrpoClip, Objective
     from grpo_gsm8k.trainer.memory import shape_of
-    from grpo_gsm8k.trainer.objectives import Objective
 
     gpu, tokens = args.device.startswith("cuda"), tokens or args.tokens
-    rows, objective = update_rows(args, size, tokens), Objective("grpo_clip")
+    rows, objective = update_rows(args, size, tokens), Objective(GrpoClip())
     learner = TorchLearner(bench.make_model(shape_args(args, size)), None, TrainConfig(engine="vllm", **flags))
     batch, few = make_batch(rows, 0, "token"), make_batch(rows[: max(8, len(rows) // 4)], 0, "token")
     started = time.perf_counter()
@@ -679,20 +679,20 @@ def profile(args: argparse.Namespace) -> Iterator[Row]:
     from grpo_gsm8k.config import TrainConfig
     from grpo_gsm8k.trainer.batch import make_batch
     from grpo_gsm8k.trainer.learner import TorchLearner
-    from grpo_gsm8k.trainer.objectives import Objective
+    from grpo_gsm8k.trainer.losses import GrpoClip, Objective
 
     size = sizes_of(args)[-1]
     rows = update_rows(args, size, min(args.tokens, 24_000))
     batch = make_batch(rows, 0, "token")
     cfg = TrainConfig(engine="vllm", max_tokens_per_microbatch=64 if is_toy(args) else 12288)
     learner = TorchLearner(bench.make_model(shape_args(args, size)), None, cfg)
-    learner.forward_backward(batch, Objective("grpo_clip"))
+    learner.forward_backward(batch, Objective(GrpoClip()))
     learner.step(1e-6)
     wait(args)
     gpu = args.device.startswith("cuda") and ProfilerActivity.CUDA in supported_activities()
     started = time.perf_counter()
     with profiler(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as seen:
-        learner.forward_backward(batch, Objective("grpo_clip"))
+        learner.forward_backward(batch, Objective(GrpoClip()))
         wait(args)
         passed = time.perf_counter() - started
         learner.step(1e-6)

@@ -22,8 +22,8 @@ from grpo_gsm8k.errors import ConfigError, EngineError, NonFiniteError
 from grpo_gsm8k.gsm8k.problems import load_split
 from grpo_gsm8k.gsm8k.rewards import make_reward, score, with_overlong_penalty
 from grpo_gsm8k.trainer import checkpoint, loop
-from grpo_gsm8k.trainer.batch import make_batch, mismatch_metrics, with_old_logprobs
-from grpo_gsm8k.trainer.objectives import Objective, per_token_loss
+from grpo_gsm8k.trainer.batch import ImportanceCorrection, make_batch, mismatch_metrics, with_old_logprobs
+from grpo_gsm8k.trainer.losses import GrpoClip, Gspo, Objective, per_token_loss
 from grpo_gsm8k.workbench import open_bench
 from tests.toys import even_tokens, stage_config
 
@@ -292,12 +292,17 @@ def test_settings_that_cannot_mean_what_they_say_are_refused(flags, word):
 def test_settings_reach_the_objective(bench_of):
     settings = {"clip_eps": 0.1, "clip_eps_high": 0.4, "temperature": 0.7, "dual_clip": 2.0}
     settings |= {"loss": "gspo", "kl_coef": 0.25, "kl_estimator": "k2", "kl_bias_correction": False}
-    settings |= {"importance_correction": "mask", "importance_cap": 3.0}
+    settings |= {"importance_correction": "mask", "importance_cap": 3.0, "importance_cap_low": 0.25}
+    settings |= {"entropy_coef": 0.01}
     cfg, bench, prompts = bench_of(steps=1, old_logprobs="recompute", **settings)
     seen, forward = [], bench.learner.forward_backward
     bench.learner.forward_backward = lambda batch, objective: (seen.append(objective), forward(batch, objective))[1]
     grpo.train(cfg, bench, prompts, even_tokens)
-    assert vars(seen[0]) == settings | {"on_policy": True}
+    clip = {key: settings.pop(key) for key in ("clip_eps", "clip_eps_high", "dual_clip")}
+    del settings["loss"]
+    correction = ImportanceCorrection(settings.pop("importance_correction"), settings.pop("importance_cap"), 0.25)
+    settings.pop("importance_cap_low")
+    assert vars(seen[0]) == settings | {"on_policy": True, "loss": Gspo(**clip), "correction": correction}
 
 
 def test_without_a_baseline_a_group_may_be_of_one():
@@ -494,13 +499,14 @@ def test_importance_correction_by_hand():
     rows = [TokenRow((1, 2, 3, 4, 5), (0, 1, 1, 1, 1), (0.0, -1.0, -2.0, -3.0, -4.0), 1.0)]
     batch = make_batch(rows, 0, "token")
     trainer = batch.old_logprobs + torch.tensor([ratios]).log()
-    weights = {kind: with_old_logprobs(batch, trainer, kind, 2.0).weights[0] for kind in ("none", "truncate", "mask")}
+    kinds = ("none", "truncate", "mask")
+    weights = {kind: with_old_logprobs(batch, trainer, ImportanceCorrection(kind)).weights[0] for kind in kinds}
     assert weights["none"].tolist() == pytest.approx([0.25] * 4)
     assert weights["truncate"].tolist() == pytest.approx([0.1, 0.25, 0.5, 0.5])
     assert weights["mask"].tolist() == pytest.approx([0.0, 0.25, 0.0, 0.0])
-    corrected = with_old_logprobs(batch, trainer, "truncate", 2.0)
+    corrected = with_old_logprobs(batch, trainer, ImportanceCorrection("truncate"))
     assert torch.equal(corrected.old_logprobs, trainer)  # the objective's ratio no longer sees the sampler
-    found = mismatch_metrics([batch], [trainer], 2.0)
+    found = mismatch_metrics([batch], [trainer], ImportanceCorrection("truncate", 2.0))
     assert found["mismatch/ratio_mean"] == pytest.approx(3.6) and found["mismatch/ratio_max"] == pytest.approx(10.0)
     assert found["mismatch/ess"] == pytest.approx(14.4**2 / (0.16 + 1 + 9 + 100) / 4)
     assert found["mismatch/capped_frac"] == 0.75
@@ -523,8 +529,8 @@ def test_the_corrected_gradient_is_the_on_policy_one_in_expectation():
     for y in range(3):
         batch = make_batch([TokenRow((9, y), (0, 1), (0.0, float(sampler[y].log())), advantage[y])], 0, "token")
         logp = torch.log_softmax(table, 0)[y].reshape(1, 1)
-        batch = with_old_logprobs(batch, logp.detach(), "truncate", 100.0)
-        total = total + sampler[y] * (batch.weights * per_token_loss(logp, batch, Objective("grpo_clip"))).sum()
+        batch = with_old_logprobs(batch, logp.detach(), ImportanceCorrection("truncate", 100.0))
+        total = total + sampler[y] * (batch.weights * per_token_loss(logp, batch, Objective(GrpoClip()))).sum()
     (-total).backward()
     assert table.grad is not None and live.grad is not None
     assert table.grad.tolist() == pytest.approx(live.grad.tolist(), abs=1e-6)

@@ -26,12 +26,13 @@ from grpo_gsm8k.datatypes import TokenRow
 from grpo_gsm8k.trainer.batch import Batch, make_batch, with_old_logprobs, with_ref_logprobs
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.logprobs import token_logprobs
-from grpo_gsm8k.trainer.objectives import KL_ESTIMATORS, Objective, per_token_loss
-from tests.test_objectives import POLICY, REFERENCE, STALE, exact_kl, expected_kl_term, numeric_gradient
+from grpo_gsm8k.trainer.losses import KL_ESTIMATORS, Objective, Reinforce, make_loss, per_token_loss
+from tests.test_losses import POLICY, REFERENCE, STALE, exact_kl, expected_kl_term, numeric_gradient
 from tests.toys import gradient, make_data, make_model, train_config
 
 LIMIT = 1e-5
 TEMPERATURE = 0.7
+TERMS = ("kl_bias_correction", "entropy_coef")
 LONGEST = 20  # the constant of Dr.GRPO's mean
 NO_GROUP = "TRL and Liger are not installed: uv run --group parity pytest tests/test_parity.py"
 
@@ -56,8 +57,9 @@ class Case:
 
 def case(name: str, loss: str, aggregation: str, theirs: dict[str, Any], **more: Any) -> Case:
     flags = {key: more.pop(key) for key in ("on_policy", "kl") if key in more}
-    settings = {"clip_eps": 0.2, "clip_eps_high": 0.2, "kl_coef": flags.get("kl", 0.0)} | more
-    return Case(name, Objective(loss, temperature=TEMPERATURE, **settings), aggregation, theirs, **flags)
+    terms = {"kl_coef": flags.get("kl", 0.0)} | {key: more.pop(key) for key in TERMS if key in more}
+    ours = Objective(make_loss(loss, {"clip_eps": 0.2, "clip_eps_high": 0.2} | more), TEMPERATURE, **terms)
+    return Case(name, ours, aggregation, theirs, **flags)
 
 
 SEQUENCE = {"loss_type": "grpo", "importance_sampling_level": "sequence"}
@@ -215,7 +217,7 @@ def against_trl_rloo(folder: Path) -> float:
     own = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width)[0].detach()
     inputs["old_logps"] = (own * inputs["completion_mask"]).sum(1)
     _, theirs = loss_and_gradient(trainer, inputs)
-    learner.forward_backward(batch, Objective("reinforce", temperature=TEMPERATURE))
+    learner.forward_backward(batch, Objective(Reinforce(), temperature=TEMPERATURE))
     return relative(gradient(learner), theirs)
 
 

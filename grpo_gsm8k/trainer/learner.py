@@ -20,18 +20,11 @@ from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.trainer import adapter, architecture, costs, dcp, memory, packing, pretrained
 from grpo_gsm8k.trainer.batch import Batch
 from grpo_gsm8k.trainer.compiled import compile_layers
-from grpo_gsm8k.trainer.head import Slope
+from grpo_gsm8k.trainer.head import FusedGrad
 from grpo_gsm8k.trainer.kernels import choose_attention
-from grpo_gsm8k.trainer.logprobs import check_head, token_logprobs
-from grpo_gsm8k.trainer.objectives import (
-    Objective,
-    policy_metrics,
-    policy_sums,
-    read_sums,
-    rows_to_train,
-    slope,
-    update_loss,
-)
+from grpo_gsm8k.trainer.logprobs import check_head, plain_logprobs, token_logprobs
+from grpo_gsm8k.trainer.losses import Objective, fused_grad, rows_to_train, update_loss
+from grpo_gsm8k.trainer.metrics import policy_metrics, policy_sums, read_sums
 from grpo_gsm8k.trainer.optimizer import MasterAdamW, OffloadedAdamW, State
 from grpo_gsm8k.trainer.policy import context_length, weights_sha256
 from grpo_gsm8k.trainer.ranks import world
@@ -85,11 +78,11 @@ class TorchLearner:
     def forward_backward(self, batch: Batch, objective: Objective) -> dict[str, float]:
         """Accumulate the gradient of one whole update, microbatch by microbatch.
 
-        Rows that cannot have a gradient are skipped (`objectives.rows_to_train`); the weights of the others are set
+        Rows that cannot have a gradient are skipped (`losses.rows_to_train`); the weights of the others are set
         from the whole update, so the gradient is the same.
 
         Returns:
-            the loss, `objectives.policy_metrics`, and `perf/` figures, all of the whole update, over the rows that
+            the loss, `metrics.policy_metrics`, and `perf/` figures, all of the whole update, over the rows that
             were not skipped; `perf/skipped_rows_frac` says how many were. `perf/padding_frac` is the share of cells
             without a token, `perf/shared_frac` that of tokens which another row had brought already.
 
@@ -155,11 +148,18 @@ class TorchLearner:
             torch.cuda.empty_cache()
 
     def _pass(self, part: Batch, objective: Objective) -> dict[str, torch.Tensor]:
-        """Forward and backward pass of one microbatch; what it adds to the update's sums."""
-        part = part.to(self.device)
-        foretold = slope(part, objective)
-        logp, found = self._token_logprobs(self.model, part, objective.temperature, slope=foretold)
-        loss = update_loss(logp, part, objective)
+        """Forward and backward pass of one microbatch; what it adds to the update's sums.
+
+        `--head plain` is the way to read, and to hold the other to: logits, log-softmax, loss, `backward()`. The fused
+        head computes the same numbers and gradient without the logits of all targets at once (`trainer/head.py`).
+        """
+        part, bonus = part.to(self.device), bool(objective.entropy_coef)
+        if self.cfg.head == "plain":
+            logp, found = plain_logprobs(self.model, part, objective.temperature)
+        else:
+            fused = fused_grad(part, objective)
+            logp, found = self._token_logprobs(self.model, part, objective.temperature, True, fused, bonus)
+        loss = update_loss(logp, part, objective, part.everywhere(found["entropy"]) if bonus else None)
         loss.backward()
         return {**policy_sums(logp, found, part, objective), "loss": loss.detach()}
 
@@ -308,9 +308,15 @@ class TorchLearner:
         return cells
 
     def _token_logprobs(
-        self, model: Any, part: Batch, temperature: float, statistics: bool = True, slope: Slope | None = None
+        self,
+        model: Any,
+        part: Batch,
+        temperature: float,
+        statistics: bool = True,
+        fused_grad: FusedGrad | None = None,
+        entropy_grad: bool = False,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return token_logprobs(model, part, temperature, statistics, slope)
+        return token_logprobs(model, part, temperature, statistics, fused_grad, entropy_grad)
 
     def _of_the_update(self, sums: dict[str, float]) -> dict[str, float]:
         return sums

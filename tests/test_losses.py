@@ -1,4 +1,4 @@
-"""Objectives and their signs by hand, the KL term against the exact KL, an update's figures, advantages by hand."""
+"""Losses and their signs by hand, the KL term against the exact KL, an update's figures, advantages by hand."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from grpo_gsm8k.grpo import group_advantages
 from grpo_gsm8k.trainer.batch import make_batch, with_ref_logprobs
 from grpo_gsm8k.trainer.logprobs import token_logprobs
-from grpo_gsm8k.trainer.objectives import LOSSES, Objective, add_sums, per_token_loss, policy_metrics, policy_sums
+from grpo_gsm8k.trainer.losses import Cispo, GrpoClip, Gspo, Objective, Reinforce, per_token_loss
+from grpo_gsm8k.trainer.metrics import add_sums, policy_metrics, policy_sums
 from tests.toys import TableModel, rows
 
-CLIP = Objective("grpo_clip", 0.2, 0.2)
+CLIP = Objective(GrpoClip(0.2, 0.2))
 
 
 def loss_and_gradient(ratio: float, advantage: float, objective: Objective = CLIP) -> tuple[float, float]:
@@ -51,7 +52,7 @@ def test_clip_cases(ratio, advantage, loss, gradient):
 )
 def test_dual_clip_cases(ratio, advantage, loss, gradient):
     """By arXiv 1912.09729 eq. 5: max(min(r A, clip(r) A), 3 A) where A < 0."""
-    found = loss_and_gradient(ratio, advantage, replace(CLIP, dual_clip=3.0))
+    found = loss_and_gradient(ratio, advantage, Objective(GrpoClip(0.2, 0.2, 3.0)))
     assert found == pytest.approx((loss, gradient), abs=1e-6)
 
 
@@ -62,12 +63,12 @@ def test_dual_clip_cases(ratio, advantage, loss, gradient):
 def test_cispo_cases(ratio, advantage, weight):
     """The weight is clipped to [0.5, 5], and no token loses its gradient."""
     logp = math.log(0.5 * ratio)
-    found = loss_and_gradient(ratio, advantage, Objective("cispo", 0.5, 4.0))
+    found = loss_and_gradient(ratio, advantage, Objective(Cispo(0.5, 4.0)))
     assert found == pytest.approx((-weight * advantage * logp, -weight * advantage), abs=1e-5)
 
 
 def test_reinforce_case():
-    assert loss_and_gradient(10.0, 2.0, Objective("reinforce")) == pytest.approx((-2 * math.log(5), -2), abs=1e-6)
+    assert loss_and_gradient(10.0, 2.0, Objective(Reinforce())) == pytest.approx((-2 * math.log(5), -2), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_gspo_case(advantage, loss, gradient):
     """Ratios 2 and 8: the response's is 4, sqrt(2 x 8), and each log-probability moves it by 4 / 2."""
     batch = make_batch(rows(([1, 2, 3, 4], 2), advantage=advantage, logprob=math.log(0.1)), 0, "sequence")
     logp = torch.tensor([[0.0, math.log(0.2), math.log(0.8)]], requires_grad=True)
-    value = (batch.weights * LOSSES["gspo"](logp, batch, CLIP)).sum()
+    value = (batch.weights * Gspo()(logp, batch)).sum()
     value.backward()
     assert float(value.detach()) == pytest.approx(loss, abs=1e-5)
     assert logp.grad[0].tolist() == pytest.approx([0.0, gradient, gradient], abs=1e-5)
@@ -88,12 +89,12 @@ def test_gspo_case(advantage, loss, gradient):
     "objective",
     [
         CLIP,
-        replace(CLIP, dual_clip=1.3),
-        Objective("gspo", 0.02, 0.05),
-        Objective("reinforce"),
-        Objective("grpo_clip", kl_coef=0.5, kl_estimator="k1"),
-        Objective("grpo_clip", kl_coef=0.5, kl_estimator="k3"),
-        Objective("gspo", kl_coef=0.5, kl_estimator="k2", kl_bias_correction=False),
+        Objective(GrpoClip(0.2, 0.2, 1.3)),
+        Objective(Gspo(0.02, 0.05)),
+        Objective(Reinforce()),
+        Objective(GrpoClip(), kl_coef=0.5, kl_estimator="k1"),
+        Objective(GrpoClip(), kl_coef=0.5, kl_estimator="k3"),
+        Objective(Gspo(), kl_coef=0.5, kl_estimator="k2", kl_bias_correction=False),
     ],
     ids=str,
 )
@@ -109,7 +110,7 @@ def test_gradient_is_that_of_the_loss_by_finite_differences(objective):
     )
 
 
-@pytest.mark.parametrize("objective", [CLIP, Objective("gspo"), Objective("cispo"), Objective("reinforce")], ids=str)
+@pytest.mark.parametrize("objective", [CLIP, Objective(Gspo()), Objective(Cispo()), Objective(Reinforce())], ids=str)
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_an_extreme_ratio_stays_finite(objective, estimator):
     for ratio in (1e30, 1e-30):
@@ -141,7 +142,7 @@ def expected_kl_term(sampled: torch.Tensor, estimator: str, correction: bool) ->
     batch = replace(batch, weights=sampled.float().reshape(5, 1))
     model = TableModel(POLICY.float().repeat(5, 1))
     logp, _ = token_logprobs(model, batch)
-    objective = Objective("grpo_clip", kl_coef=1.0, kl_estimator=estimator, kl_bias_correction=correction)
+    objective = Objective(GrpoClip(), kl_coef=1.0, kl_estimator=estimator, kl_bias_correction=correction)
     value = (batch.weights * per_token_loss(logp, batch, objective)).sum()  # the advantage is 0: only the KL is left
     value.backward()
     return float(value.detach()), model.table.grad[0].tolist()
@@ -188,12 +189,12 @@ def test_kl_values_by_hand():
 @pytest.mark.parametrize(
     ("objective", "high", "low"),  # of five tokens with A = 1, then five with A = -1
     [
-        (Objective("grpo_clip", 0.2, 0.5), 2, 2),  # 2 and 8 with A > 0; 1/8 and 1/2 with A < 0
-        (Objective("grpo_clip", 0.2, 0.5, dual_clip=4.0), 3, 2),  # and 8 with A < 0
-        (Objective("cispo", 0.8, 0.5), 4, 2),  # whatever the advantage
-        (Objective("reinforce", 0.2, 0.5), 0, 0),
-        (Objective("gspo", 0.2, 0.5), 0, 0),  # the geometric mean is 1
-        (Objective("gspo", 0.2, -0.1), 5, 0),
+        (Objective(GrpoClip(0.2, 0.5)), 2, 2),  # 2 and 8 with A > 0; 1/8 and 1/2 with A < 0
+        (Objective(GrpoClip(0.2, 0.5, 4.0)), 3, 2),  # and 8 with A < 0
+        (Objective(Cispo(0.8, 0.5)), 4, 2),  # whatever the advantage
+        (Objective(Reinforce()), 0, 0),
+        (Objective(Gspo(0.2, 0.5)), 0, 0),  # the geometric mean is 1
+        (Objective(Gspo(0.2, -0.1)), 5, 0),
     ],
     ids=str,
 )
