@@ -8,6 +8,7 @@ import json
 import math
 import random
 import threading
+import traceback
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -289,6 +290,24 @@ def test_settings_that_cannot_mean_what_they_say_are_refused(flags, word):
         grpo.check(stage_config("grpo", **flags))
 
 
+def test_few_calls_lie_between_a_run_and_its_loss(bench_of, monkeypatch):
+    """The path to read, `--head plain`: from `grpo.run` to the loss at most 10 calls within the package."""
+
+    class Traced(GrpoClip):
+        def __call__(self, logp, batch):
+            frames = [f for f in traceback.extract_stack() if "/grpo_gsm8k/" in f.filename]
+            hops.append([f.name for f in frames[next(i for i, f in enumerate(frames) if f.name == "train") :]])
+            return super().__call__(logp, batch)
+
+    hops: list[list[str]] = []
+    cfg, bench, prompts = bench_of(steps=1, head="plain")
+    monkeypatch.setattr(grpo, "make_loss", lambda spec, settings: Traced())
+    grpo.train(cfg, bench, prompts, even_tokens)
+    path = ["train", "update", "update", "forward_backward", "_passes", "_pass", "update_loss", "per_token_loss"]
+    assert [name for name in hops[0] if not name.startswith("<")] == path  # run calls train, the last one the loss
+    assert 1 + len(hops[0]) + 1 <= 11, hops[0]  # 11 functions, 10 calls
+
+
 def test_settings_reach_the_objective(bench_of):
     settings = {"clip_eps": 0.1, "clip_eps_high": 0.4, "temperature": 0.7, "dual_clip": 2.0}
     settings |= {"loss": "gspo", "kl_coef": 0.25, "kl_estimator": "k2", "kl_bias_correction": False}
@@ -513,6 +532,37 @@ def test_importance_correction_by_hand():
     assert found["mismatch/logp_abs_max"] == pytest.approx(math.log(10.0))
 
 
+@pytest.mark.parametrize(
+    ("kind", "cap", "low", "weights"),  # of a response with p = 0.5, 3 and one with p = 0.5, 0.5; the sampler's p is 1
+    [
+        ("truncate", 2.0, 0.0, [0.5, 2.0, 0.5, 0.5]),
+        ("truncate", 2.0, 0.8, [0.8, 2.0, 0.8, 0.8]),
+        ("mask", 2.0, 0.0, [0.5, 0.0, 0.5, 0.5]),
+        ("mask", 4.0, 0.6, [0.0, 3.0, 0.0, 0.0]),
+        ("sequence_truncate", 1.2, 0.0, [1.2, 1.2, 0.25, 0.25]),
+        ("sequence_truncate", 1.2, 0.4, [1.2, 1.2, 0.4, 0.4]),
+        ("sequence_mask", 2.0, 0.0, [1.5, 1.5, 0.0, 0.0]),
+        ("sequence_mask", 1.2, 0.2, [0.0, 0.0, 0.25, 0.25]),
+        ("geometric_mask", 1.3, 0.0, [1.0, 1.0, 0.0, 0.0]),  # means 1.22 and 0.5
+        ("geometric_mask", 1.2, 0.4, [0.0, 0.0, 1.0, 1.0]),
+    ],
+)
+def test_every_correction_by_hand(kind, cap, low, weights):
+    rows = [
+        TokenRow((1, 2, 3), (0, 1, 1), (0.0, -1.0, -2.0), 1.0),
+        TokenRow((1, 4, 5), (0, 1, 1), (0.0, -3.0, -1.0), -1.0),
+    ]
+    batch = make_batch([*rows, TokenRow((1, 2, 3, 4), (0, 0, 0, 0))], 0, "constant", 1)
+    ratios = torch.tensor([[0.5, 3.0, 1.0], [0.5, 0.5, 1.0], [1.0, 1.0, 1.0]])
+    correction = ImportanceCorrection(kind, cap, low)
+    found = with_old_logprobs(batch, (batch.old_logprobs + ratios.log()) * batch.mask, correction)
+    assert (2 * found.weights)[:2, :2].flatten().tolist() == pytest.approx(weights)
+    assert not found.weights[:, 2].any() and not found.weights[2].any()
+    frac = mismatch_metrics([batch], [found.old_logprobs], correction)["mismatch/capped_frac"]
+    if kind.endswith("mask"):  # what is beyond the bounds is what was left out
+        assert frac == weights.count(0.0) / 4
+
+
 def test_the_corrected_gradient_is_the_on_policy_one_in_expectation():
     """On a vocabulary of 3, drawn from another policy q: sum q w A grad log p = sum p A grad log p.
 
@@ -553,7 +603,9 @@ def test_metrics_of_a_recomputed_pass_are_those_of_the_sampler(bench_of):
 
 
 @pytest.mark.parametrize("loss", ["grpo_clip", "gspo", "cispo"])
-@pytest.mark.parametrize("correction", ["none", "truncate", "mask"])
+@pytest.mark.parametrize(
+    "correction", ["none", "truncate", "mask", "sequence_truncate", "sequence_mask", "geometric_mask"]
+)
 def test_a_single_update_needs_no_frozen_pass(bench_of, loss, correction, monkeypatch):
     """Its own log-probabilities, held fixed, are what the pass would find: same metrics, same weights."""
     flags = {"old_logprobs": "recompute", "loss": loss, "importance_correction": correction, "importance_cap": 1.3}
@@ -570,10 +622,14 @@ def test_a_single_update_needs_no_frozen_pass(bench_of, loss, correction, monkey
         assert frozen.call_count == passes
         found.append((metrics_of(bench), dict(bench.learner.weights())))
     (rows, weights), (expected_rows, expected) = found
+    # A pass that comes first knows which responses will be masked, and their rows are skipped: other means over tokens.
+    alike = (
+        ("mismatch/", "loss") if correction in ("sequence_mask", "geometric_mask") else ("mismatch/", "policy/", "loss")
+    )
     assert all(torch.allclose(weights[name], tensor, atol=1e-6) for name, tensor in expected.items())
     for row, expected_row in zip(rows, expected_rows, strict=True):
         assert 0 < row["mismatch/capped_frac"] < 1
-        for name in [key for key in expected_row if key.startswith(("mismatch/", "policy/", "loss"))]:
+        for name in [key for key in expected_row if key.startswith(alike)]:
             assert row[name] == pytest.approx(expected_row[name], rel=1e-3, abs=1e-5), name
 
 
@@ -581,9 +637,10 @@ def drifting(sample):
     """A sampler whose log-probabilities are too low, right and too high by turns."""
 
     def off(asked, params):
-        def moved(c):
-            return replace(c, logprobs=tuple(x + 0.4 * (i % 3 - 1) for i, x in enumerate(c.logprobs)))
+        def moved(n, c):  # by another amount in each completion, too
+            off = [0.4 * (i % 3 - 1) + 0.3 * (n % 3 - 1) for i in range(len(c.logprobs))]
+            return replace(c, logprobs=tuple(x + o for x, o in zip(c.logprobs, off, strict=True)))
 
-        return [[moved(c) for c in group] for group in sample(asked, params)]
+        return [[moved(n, c) for n, c in enumerate(group)] for group in sample(asked, params)]
 
     return off

@@ -10,18 +10,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_gsm8k.trainer import head as head_module
-from grpo_gsm8k.trainer.batch import make_batch, with_old_logprobs
+from grpo_gsm8k.trainer.batch import ImportanceCorrection, make_batch, with_old_logprobs, with_ref_logprobs
 from grpo_gsm8k.trainer.head import LogitMap, target_logprobs
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.logprobs import token_logprobs
 from grpo_gsm8k.trainer.losses import (
-    Cispo,
-    CrossEntropy,
+    LOSSES,
     GrpoClip,
     Gspo,
     Objective,
-    Reinforce,
     fused_grad,
+    make_loss,
     update_loss,
 )
 from tests.toys import gradient, rows, train_config
@@ -189,11 +188,12 @@ def test_an_update_has_the_gradient_of_the_plain_way_tied_and_untied():
                 weight.mul_(8.0)
         frozen = TorchLearner(model, None, train_config()).logprobs(batch, 0.7)
         batch = with_old_logprobs(batch, frozen + 0.3 * torch.randn(frozen.shape))
-        for loss in (CrossEntropy(), Reinforce(), GrpoClip(), Gspo(), Cispo(0.2, 0.2)):
+        clips = {"clip_eps": 0.2, "clip_eps_high": 0.2}
+        for loss in (make_loss(name, clips) for name in LOSSES):
             objective = Objective(loss, temperature=0.7, kl_coef=0.1)
             learner = TorchLearner(model, None, train_config(max_tokens_per_microbatch=24))
             metrics = learner.forward_backward(batch, objective)
-            assert isinstance(loss, CrossEntropy | Reinforce) or 0 < metrics["policy/clip_frac"] < 1
+            assert not hasattr(loss, "clip_eps") or 0 < metrics["policy/clip_frac"] < 1
             mine = gradient(learner)
             learner.optimizer.zero_grad()
             logits = model(batch.input_ids).logits / 0.7
@@ -203,6 +203,99 @@ def test_an_update_has_the_gradient_of_the_plain_way_tied_and_untied():
             learner.optimizer.zero_grad()
             off = sum(float((mine[k] - theirs[k]).square().sum()) for k in theirs)
             assert (off / sum(float(g.square().sum()) for g in theirs.values())) ** 0.5 < 1e-5, (tied, loss)
+
+
+CLIPS = {"clip_eps": 0.2, "clip_eps_high": 0.2}
+SEQUENCE_MASK = ImportanceCorrection("sequence_mask", 1.2)
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [{"kl_coef": 0.1}, {"entropy_coef": 0.3}, {"on_policy": True, "correction": SEQUENCE_MASK, "entropy_coef": 0.1}],
+    ids=["kl", "entropy", "sequence correction"],
+)
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_fused_head_has_the_loss_gradient_and_figures_of_the_plain_one(name, terms):
+    """`--head plain`: the model's own logits and autograd alone."""
+    data = []
+    for i, (n, prompt) in enumerate([(9, 4), (4, 1), (13, 6), (6, 2), (11, 3)]):
+        data += rows((range(3 + i, 3 + i + n), prompt), advantage=(-1) ** i * 0.3 * i, logprob=-3.6 - 0.1 * i)
+    sizes = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(1)
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, intermediate_size=32, num_key_value_heads=2))
+    batch = make_batch(data, 0, "sequence")
+    frozen = TorchLearner(model, None, train_config()).logprobs(batch, 0.7)
+    batch = with_ref_logprobs(with_old_logprobs(batch, frozen + 0.1 * torch.randn(frozen.shape)), frozen + 0.2)
+    objective, found = Objective(make_loss(name, CLIPS), temperature=0.7, **terms), []
+    for head in ("plain", "fused"):
+        learner = TorchLearner(model, None, train_config(max_tokens_per_microbatch=24, head=head))
+        metrics = learner.forward_backward(batch, objective)
+        found.append((metrics, gradient(learner)))
+        learner.optimizer.zero_grad()
+    (metrics, plain), (fused_metrics, fused) = found
+    for key in (key for key in metrics if not key.startswith("perf/")):
+        assert fused_metrics[key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-6), key
+    off = sum(float((fused[k] - plain[k]).square().sum()) for k in plain)
+    assert (off / sum(float(g.square().sum()) for g in plain.values())) ** 0.5 < 1e-5
+
+
+def bonus_of_squares(logp, part):
+    """With `loss_of_both`: the entropy at a position counts as much as its number, with alternating signs."""
+    return dlogp_of_squares(logp, part)[0], (torch.arange(N, dtype=logp.dtype)[part] - 4) / 3
+
+
+def loss_of_both(logp, entropy):
+    return loss_of_squares(logp) + ((torch.arange(N, dtype=logp.dtype) - 4) / 3 * entropy).sum()
+
+
+@pytest.mark.parametrize("fused", [bonus_of_squares, None], ids=["fused", "recomputed"])
+@pytest.mark.parametrize("logit_map", [LogitMap(), LogitMap(3.0, 1.5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_entropys_gradient_is_that_of_all_logits(dtype, logit_map, fused):
+    hidden, weight, shift, targets = parts(dtype)
+    head = SimpleNamespace(weight=weight, bias=shift)
+    logp, found = target_logprobs(hidden, head, targets, 0.7, True, fused, logit_map, entropy_grad=True)
+    mine = torch.autograd.grad(3 * loss_of_both(logp, found["entropy"]), (hidden, weight, shift))
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight, shift)]
+    logits = torch.nn.functional.linear(*exact) * logit_map.scale
+    if logit_map.cap:
+        logits = logit_map.cap * torch.tanh(logits / logit_map.cap)
+    spread = torch.distributions.Categorical(logits=logits / 0.7)
+    theirs = torch.autograd.grad(3 * loss_of_both(spread.log_prob(targets), spread.entropy()), exact)
+    limit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    for one, true in zip(mine, theirs, strict=True):
+        assert float((one.double() - true).norm() / true.norm()) < limit
+
+
+@pytest.mark.parametrize("fused", [bonus_of_squares, None], ids=["fused", "recomputed"])
+def test_the_entropys_gradient_is_that_of_finite_differences(fused):
+    hidden, weight, shift, targets = parts()
+
+    def loss(hidden, weight, shift):
+        head = SimpleNamespace(weight=weight, bias=shift)
+        logp, found = target_logprobs(hidden, head, targets, 0.7, fused_grad=fused, entropy_grad=True)
+        return loss_of_both(logp, found["entropy"])
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight, shift))
+
+
+def test_an_entropy_bonus_alone_makes_the_policy_flatter_and_skips_no_row():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, intermediate_size=32, num_key_value_heads=2))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(8.0)
+    batch = make_batch(rows((range(3, 12), 4), (range(5, 11), 2)), 0)  # without advantage
+    learner = TorchLearner(model, None, train_config())
+    said = []
+    for _ in range(4):
+        said.append(learner.forward_backward(batch, Objective(GrpoClip(), entropy_coef=0.5)))
+        learner.step(1e-2)
+    assert said[0]["perf/skipped_rows_frac"] == 0 and said[0]["policy/entropy"] > 0
+    assert said[0]["loss"] == pytest.approx(-0.5 * said[0]["policy/entropy"], rel=1e-5)
+    entropies = [metrics["policy/entropy"] for metrics in said]
+    assert entropies == sorted(entropies) and entropies[-1] > entropies[0] + 0.01
 
 
 def test_the_fused_gradient_of_some_targets_is_their_part_of_the_whole():
