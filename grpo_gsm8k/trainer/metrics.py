@@ -15,10 +15,10 @@ from grpo_gsm8k.trainer.losses import Objective, importance_ratio, kl_to_referen
 def policy_sums(
     logp: torch.Tensor, statistics: Mapping[str, torch.Tensor], batch: Batch, objective: Objective
 ) -> dict[str, torch.Tensor]:
-    """Sums (and maxima) over a slice's trained tokens, from which `policy_metrics` makes the update's figures.
+    """Sums (and maxima) over the trained tokens of a microbatch; `policy_metrics` turns an update's into its metrics.
 
-    They stay on the device until `read_sums` fetches those of all slices. `statistics` are those of `token_logprobs`.
-    Figures of an old policy are left out of a supervised update.
+    They stay on the device until `read_sums` fetches those of all microbatches. `statistics` are those of
+    `token_logprobs`. A supervised loss has no old policy, so it logs no ratios.
     """
     mask, sampled = batch.mask, batch
     batch = with_old_policy(batch, logp, objective)
@@ -46,7 +46,7 @@ def policy_sums(
 
 
 def read_sums(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
-    """The sums of an update from those of its slices; the host waits for a GPU once."""
+    """The sums of an update from those of its microbatches, with one wait for the GPU."""
     total: dict[str, float] = {}
     if parts:
         values = torch.stack([torch.stack([value.double() for value in part.values()]) for part in parts]).tolist()
@@ -56,7 +56,7 @@ def read_sums(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
 
 
 def add_sums(total: dict[str, float], part: dict[str, float]) -> None:
-    """Add a slice's `policy_sums` to the update's, in place."""
+    """Add the `policy_sums` of a microbatch to the update's, in place."""
     for name, value in part.items():
         before = total.get(name, 0.0)
         total[name] = max(before, value) if name.startswith("max_") else before + value
