@@ -21,7 +21,7 @@ from grpo_gsm8k.gsm8k.prompts import Renderer
 from grpo_gsm8k.trainer import adapter, pretrained
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner
-from grpo_gsm8k.trainer.objectives import Objective
+from grpo_gsm8k.trainer.losses import CrossEntropy, Objective
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer, pick_device, weights_sha256
 from tests.toys import rows, train_config
 
@@ -321,7 +321,7 @@ def test_every_kind_of_adapter_is_trained_resumed_and_merged_exactly(kind, tiny,
         return TorchLearner(model, Renderer(load_tokenizer(cfg)), cfg)
 
     def train(one):
-        one.forward_backward(make_batch(rows(*SEQUENCES), 0), Objective("cross_entropy"))
+        one.forward_backward(make_batch(rows(*SEQUENCES), 0), Objective(CrossEntropy()))
         one.step(1e-2)
 
     first, second = learner(), learner()

@@ -39,7 +39,7 @@ from grpo_gsm8k.runs.files import read_jsonl
 from grpo_gsm8k.trainer import adapter
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner
-from grpo_gsm8k.trainer.objectives import Objective
+from grpo_gsm8k.trainer.losses import CrossEntropy, Objective
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer, weights_sha256
 from grpo_gsm8k.workbench import open_bench, open_sampler
 from tests.toys import cli, make_data, make_model, stage_config, train_config
@@ -130,7 +130,7 @@ def optimizer_step(learner, trained, renderer, number: int) -> None:
     """One update on worked solutions, large enough to be seen: the embeddings, and with them the tied head, move."""
     problems = load_split(trained.data, "train")[32 * number : 32 * (number + 1)]
     batch = make_batch([renderer.example(problem) for problem in problems], renderer.pad_id)
-    learner.forward_backward(batch, Objective("cross_entropy"))
+    learner.forward_backward(batch, Objective(CrossEntropy()))
     learner.step(1e-3)
 
 

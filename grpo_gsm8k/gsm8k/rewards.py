@@ -12,17 +12,15 @@ calls `grade` says so with `opened=True`.
 from __future__ import annotations
 
 import functools
-import importlib
 import math
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from random import Random
 from typing import Literal
 
 from grpo_gsm8k.datatypes import Completion, Problem, Reward, RewardFn
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.gsm8k.grading import Tags, grade
+from grpo_gsm8k.plugins import load_object
 
 
 def default_reward(
@@ -91,22 +89,8 @@ def make_reward(
             grading=grading,
             tags=tags or Tags(),
         )
-    module_name, colon, name = spec.partition(":")
-    if not colon or not module_name or not name:
-        raise ConfigError(f"reward {spec!r}: must be default, random, or package.module:function")
-    here = str(Path.cwd())
-    if here not in sys.path:  # the user's module lies where the command was typed
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as fault:
-        if fault.name is None or not module_name.startswith(fault.name):
-            raise  # the module is there, and something that it imports is not: that is its own bug
-        raise ConfigError(f"reward {spec!r}: no module {module_name!r} (looked in {here} too)") from None
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ConfigError(f"reward {spec!r}: {module_name} has no function {name!r}")
-    return function  # type: ignore[no-any-return]  # the user's own; its result is checked at each call
+    function: RewardFn = load_object(spec, "reward", ("default", "random"))
+    return function  # the user's own; its result is checked at each call
 
 
 def score(reward: RewardFn, completion: Completion, problem: Problem) -> Reward:
