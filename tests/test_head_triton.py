@@ -25,7 +25,7 @@ inside = pytest.mark.skipif(not INTERPRETED, reason="run by test_the_head_under_
 
 @pytest.mark.skipif(INTERPRETED, reason="it is the one that starts the others")
 def test_the_head_under_tritons_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
         command,
         env={**os.environ, "TRITON_INTERPRET": "1"},
