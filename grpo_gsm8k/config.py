@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from grpo_gsm8k.errors import ConfigError
-from grpo_gsm8k.extensions import is_users
+from grpo_gsm8k.plugins import is_users
 
 T = TypeVar("T")
 C = TypeVar("C")
@@ -206,6 +206,9 @@ class TrainConfig(PolicyConfig):
         "8192), 3072 on a CPU",
         ge=0,
     )
+    head: Literal["fused", "plain"] = opt(
+        "fused", "plain: all logits and autograd, in much more memory; to read, and to debug a loss"
+    )
     packing: Literal["auto", "on", "off"] = opt(
         "auto",
         "no cell of padding, and a prompt read once for all its completions; auto: on a CPU, and on a GPU in bfloat16 "
@@ -264,12 +267,20 @@ class EiConfig(TrainConfig):
 
 _PLAIN: dict[str, Any] = {
     "loss": "grpo_clip",
+    "advantage": "group_relative",
     "baseline": "group",
     "std_norm": True,
     "aggregation": "sequence",
     "clip_eps": 0.2,
     "clip_eps_high": 0.0,
     "dual_clip": 0.0,
+    "sapo_temperature_pos": 1.0,
+    "sapo_temperature_neg": 1.05,
+    "vespo_k_pos": 2.0,
+    "vespo_lambda_pos": 3.0,
+    "vespo_k_neg": 3.0,
+    "vespo_lambda_neg": 2.0,
+    "entropy_coef": 0.0,
     "kl_coef": 0.0,
     "kl_estimator": "k3",
     "kl_bias_correction": True,
@@ -299,6 +310,14 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "reinforce_baseline": {**_PLAIN, **_REINFORCE},
     # arXiv 1912.09729 eq. 5, with group-relative advantages instead of a critic's
     "ppo_dual_clip": {**_PLAIN, "aggregation": "token", "dual_clip": 3.0},
+    # arXiv 2511.20347
+    "sapo": {**_PLAIN, "loss": "sapo"},
+    # arXiv 2602.05261 sec. 5.1
+    "luspo": {**_PLAIN, "loss": "luspo", "clip_eps": 2e-3, "clip_eps_high": 2.5e-3},
+    # arXiv 2602.10693; made for rollouts that are several updates old
+    "vespo": {**_PLAIN, "loss": "vespo", "aggregation": "token"},
+    # arXiv 2602.02710: for rewards of 0 and 1
+    "maxrl": {**_PLAIN, **_REINFORCE, "advantage": "maxrl"},
 }
 """Each paper's own settings, all of them spelled out: none is left over from the recipe below. Step counts, learning
 rates and group sizes stay the recipe's."""
@@ -309,7 +328,9 @@ class GrpoConfig(TrainConfig):
     """Group relative policy optimisation and its kin; the defaults are arXiv 2402.03300 without the KL term."""
 
     algorithm: str = opt("", f"a paper's settings over the recipe, weaker than flags: {', '.join(ALGORITHMS)}")
-    loss: Literal["grpo_clip", "gspo", "cispo", "reinforce"] = opt("grpo_clip", "what is minimised")
+    loss: str = opt(
+        "grpo_clip", "what is minimised: grpo_clip, gspo, luspo, cispo, sapo, vespo, reinforce, or package.module:Class"
+    )
     steps: int = opt(200, "GRPO steps: sample, grade, update", ge=1)
     rollouts_per_step: int = opt(256, "completions per step; a multiple of the group size", ge=1)
     group_size: int = opt(8, "completions per prompt", ge=1)
@@ -317,7 +338,18 @@ class GrpoConfig(TrainConfig):
     minibatches: int = opt(1, "optimizer steps per pass", ge=1)
     clip_eps: float = opt(0.2, "the ratio is clipped to [1 - clip_eps, 1 + clip_eps_high]", ge=0)
     clip_eps_high: float = opt(0.0, "upper clip, if it differs; 0 for the same as clip_eps", ge=0)
-    dual_clip: float = opt(0.0, "most that the ratio counts where the advantage is negative; 0 for no bound", ge=0)
+    dual_clip: float = opt(0.0, "PPO dual-clip bound on the ratio where the advantage is negative; 0 for none", ge=0)
+    sapo_temperature_pos: float = opt(1.0, "SAPO: how fast the gate closes away from a ratio of 1, where A > 0", gt=0)
+    sapo_temperature_neg: float = opt(1.05, "SAPO: the same elsewhere", gt=0)
+    vespo_k_pos: float = opt(2.0, "VESPO: dampens responses that became unlikely, where A >= 0", ge=0)
+    vespo_lambda_pos: float = opt(3.0, "VESPO: dampens responses that became likely, where A >= 0", ge=0)
+    vespo_k_neg: float = opt(3.0, "VESPO: dampens responses that became unlikely, where A < 0", ge=0)
+    vespo_lambda_neg: float = opt(2.0, "VESPO: dampens responses that became likely, where A < 0", ge=0)
+    advantage: str = opt(
+        "group_relative",
+        "group_relative (by baseline and std_norm), maxrl (reward over its group's mean, less 1), or "
+        "package.module:function of a group's grades",
+    )
     baseline: Literal["group", "leave_one_out", "none"] = opt(
         "group", "subtracted from a reward: its group's mean, the mean of the others in its group, or nothing"
     )
@@ -326,6 +358,7 @@ class GrpoConfig(TrainConfig):
     aggregation: Literal["sequence", "token", "constant"] = opt(
         "sequence", "mean over a response then over responses (GRPO); over all tokens; or over max_new_tokens"
     )
+    entropy_coef: float = opt(0.0, "weight of the entropy bonus; 0 for none", ge=-1e6, le=1e6)
     kl_coef: float = opt(0.0, "weight of the KL to the model that the run began with; 0 for none, at no cost", ge=0)
     kl_estimator: Literal["k1", "k2", "k3"] = opt("k3", "estimator of that KL")
     kl_bias_correction: bool = opt(
@@ -339,16 +372,20 @@ class GrpoConfig(TrainConfig):
     mode: Literal["on_policy", "one_step_off"] = opt(
         "on_policy", "one_step_off samples the next step's rollouts while the learner updates: at most one update old"
     )
-    importance_correction: Literal["none", "truncate", "mask"] = opt(
-        "none", "weigh each token by trainer / sampler probability: cut at importance_cap, or left out beyond it"
+    importance_correction: Literal[
+        "none", "truncate", "mask", "sequence_truncate", "sequence_mask", "geometric_mask"
+    ] = opt(
+        "none",
+        "weigh each token by trainer / sampler probability, its own or its whole response's: clipped to "
+        "importance_cap, or left out beyond it; geometric_mask only leaves responses out",
     )
-    importance_cap: float = opt(2.0, "largest weight of the correction; mask leaves out below 1 / cap, too", ge=1)
+    importance_cap: float = opt(2.0, "upper bound of the correction's ratio", ge=1)
+    importance_cap_low: float = opt(0.0, "lower bound; 0: none for truncate, 1 / importance_cap for mask", ge=0, le=1)
     mask_truncated: bool = opt(False, "leave completions cut at max_new_tokens out of the loss")
     resample_zero_variance: int = opt(0, "times that groups with equal rewards are replaced by fresh prompts", ge=0)
     temperature: float = opt(1.0, "sampling temperature", ge=0)
     top_p: float = opt(1.0, "nucleus mass; below 1 it is refused, since ratios would be wrong", gt=0, le=1)
     reward: str = opt("default", "default: the task's; random (the control); or package.module:function")
-    advantage: str = opt("", "package.module:function of a group's grades; empty for baseline and std_norm")
     format_weight: float = opt(0.2, "reward for the format", ge=0)
     answer_weight: float = opt(0.8, "reward for the right answer", ge=0)
     estimate: str = opt(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from grpo_gsm8k import preflight, repro
-from grpo_gsm8k.config import EngineConfig, EvalConfig, GrpoConfig, ModelConfig, TrainConfig
+from grpo_gsm8k.config import ENGINES, EngineConfig, EvalConfig, GrpoConfig, ModelConfig, TrainConfig
 from grpo_gsm8k.datatypes import Evaluator, Example, Learner, Prompt, Sampler, SamplingParams, WeightsRef
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.engines.probe import TOLERANCE, probe
@@ -24,8 +24,7 @@ from grpo_gsm8k.engines.process import Engine, ProcessSampler, placements, train
 from grpo_gsm8k.errors import ConfigError, EngineError, RunDirError
 from grpo_gsm8k.evals.accuracy import CHUNK, Evaluation, evaluate
 from grpo_gsm8k.evals.evaluator import AsyncEvaluator, InlineEvaluator
-from grpo_gsm8k.extensions import is_users, users_code
-from grpo_gsm8k.extensions import load as load_object
+from grpo_gsm8k.plugins import calling, is_users, load_object
 from grpo_gsm8k.preflight import Subject, check_ids, embeddings_of
 from grpo_gsm8k.runs.directory import Run, open_run
 from grpo_gsm8k.runs.files import atomic_folder
@@ -264,8 +263,10 @@ def open_sampler(
     """
     here = world()
     if is_users(cfg.engine):
-        with users_code(f"engine {cfg.engine!r}"):
-            yield load_object(cfg.engine, "--engine")(model, renderer, cfg)
+        make = load_object(cfg.engine, "engine", ENGINES)
+        with calling(f"engine {cfg.engine!r}"):
+            own: Sampler = make(model, renderer, cfg)
+        yield own
         return
     if not cfg.uses_vllm:
         yield HFSampler(model, renderer, cfg.sample_rows, copy_model=here.size == 1)  # ranks train another copy

@@ -25,7 +25,7 @@ inside = pytest.mark.skipif(not INTERPRETED, reason="run by test_the_head_under_
 
 @pytest.mark.skipif(INTERPRETED, reason="it is the one that starts the others")
 def test_the_head_under_tritons_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
         command,
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -66,7 +66,7 @@ def both_ways(monkeypatch, dtype, temperature, logit_map, biased, foretold=True,
         linear = SimpleNamespace(weight=weight.clone().requires_grad_(), bias=None)
         linear.bias = bias.clone().requires_grad_() if biased else None
         states = hidden.clone().requires_grad_()
-        foretell = (lambda logp, part: slopes[part]) if foretold else None
+        foretell = (lambda logp, part: (slopes[part], None)) if foretold else None
         logp, said = target_logprobs(states, linear, targets, temperature, True, foretell, logit_map)
         (logp * slopes).sum().backward()
         gradients = [states.grad, linear.weight.grad, *([linear.bias.grad] if biased else [])]

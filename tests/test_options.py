@@ -15,14 +15,14 @@ from grpo_gsm8k.errors import ConfigError, NonFiniteError
 from grpo_gsm8k.trainer import compiled, packing
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner
-from grpo_gsm8k.trainer.objectives import Objective
+from grpo_gsm8k.trainer.losses import GrpoClip, Objective
 from grpo_gsm8k.trainer.optimizer import MasterAdamW, OffloadedAdamW
 from grpo_gsm8k.trainer.policy import weights_sha256
 from grpo_gsm8k.trainer.sharded import ShardedLearner
 from tests.test_costs import make_model
 from tests.toys import gradient, rows, train_config
 
-POLICY = Objective("grpo_clip", 0.2, 0.2, temperature=0.7)
+POLICY = Objective(GrpoClip(0.2, 0.2), temperature=0.7)
 SEQUENCES = [(range(3, 3 + n), p) for n, p in [(9, 4), (4, 1), (13, 6), (6, 2), (11, 3), (5, 4)]]
 SETTINGS = {"lr": 1e-2, "max_tokens_per_microbatch": 26, "weight_decay": 0.1, "grad_clip": 0.05}
 

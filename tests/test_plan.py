@@ -15,8 +15,8 @@ from grpo_gsm8k.trainer import costs, memory, plan
 from grpo_gsm8k.trainer import learner as learner_module
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner
+from grpo_gsm8k.trainer.losses import Objective
 from grpo_gsm8k.trainer.memory import Gauge, shape_of
-from grpo_gsm8k.trainer.objectives import Objective
 from tests.meter import LiveMemory, ProfiledMemory
 from tests.test_costs import make_model
 from tests.toys import gradient, rows, stage_config, train_config

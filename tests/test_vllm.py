@@ -37,7 +37,7 @@ from grpo_gsm8k.tasks.rewards import Grader
 from grpo_gsm8k.trainer import adapter
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner
-from grpo_gsm8k.trainer.objectives import Objective
+from grpo_gsm8k.trainer.losses import CrossEntropy, Objective
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer, weights_sha256
 from grpo_gsm8k.workbench import open_bench, open_sampler
 from tests.toys import (
@@ -139,7 +139,7 @@ def optimizer_step(learner, trained, renderer, number: int) -> None:
     """One update on worked solutions, large enough to be seen: the embeddings, and with them the tied head, move."""
     problems = load_split(trained.data, "train")[32 * number : 32 * (number + 1)]
     batch = make_batch([renderer.target(problem) for problem in problems], renderer.pad_id)
-    learner.forward_backward(batch, Objective("cross_entropy"))
+    learner.forward_backward(batch, Objective(CrossEntropy()))
     learner.step(1e-3)
 
 

@@ -27,7 +27,7 @@ from grpo_gsm8k.runs.files import disk_errors
 from grpo_gsm8k.runs.progress import progress, talk
 from grpo_gsm8k.trainer import checkpoint
 from grpo_gsm8k.trainer.batch import Batch
-from grpo_gsm8k.trainer.objectives import Objective
+from grpo_gsm8k.trainer.losses import Objective
 from grpo_gsm8k.trainer.policy import weights_sha256
 from grpo_gsm8k.trainer.ranks import world
 

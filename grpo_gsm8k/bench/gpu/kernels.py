@@ -61,7 +61,7 @@ def head(args: argparse.Namespace) -> Iterator[Row]:
 
         def ours(n: int = n, hidden: Any = hidden, targets: Any = targets, linear: Any = linear) -> Any:
             logp, _ = target_logprobs(
-                hidden[:n], linear, targets[:n], 0.7, True, lambda logp, part: -torch.ones_like(logp)
+                hidden[:n], linear, targets[:n], 0.7, True, lambda logp, part: (-torch.ones_like(logp), None)
             )
             (-logp.sum()).backward()
             return logp

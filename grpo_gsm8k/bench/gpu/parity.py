@@ -150,14 +150,14 @@ def _gradient(args: argparse.Namespace, device: str, dtype: Any, **flags: Any) -
     from grpo_gsm8k.config import TrainConfig
     from grpo_gsm8k.trainer.batch import make_batch
     from grpo_gsm8k.trainer.learner import TorchLearner
-    from grpo_gsm8k.trainer.objectives import Objective
+    from grpo_gsm8k.trainer.losses import GrpoClip, Objective
 
     at = argparse.Namespace(**{**vars(args), "device": "cpu"})
     model = bench.make_model(shape_args(at, "toy", dtype="float32")).to(dtype).to(device)
     repro.set_deterministic(bool(flags.get("deterministic")))
     cfg = TrainConfig(engine="vllm", **{"max_tokens_per_microbatch": 256, **flags})
     learner = TorchLearner(model, None, cfg)
-    found = learner.forward_backward(make_batch(update_rows(args, "toy", 0), 0, "token"), Objective("grpo_clip"))
+    found = learner.forward_backward(make_batch(update_rows(args, "toy", 0), 0, "token"), Objective(GrpoClip()))
     names = sorted(learner.optimizer.masters)
     sums = getattr(learner.optimizer, "sums", {})
     params, masters = learner.optimizer.params, learner.optimizer.masters

@@ -45,11 +45,11 @@ def measure_update(args: argparse.Namespace, size: str, tokens: int = 0, **flags
     from grpo_gsm8k.config import TrainConfig
     from grpo_gsm8k.trainer.batch import make_batch
     from grpo_gsm8k.trainer.learner import TorchLearner
+    from grpo_gsm8k.trainer.losses import GrpoClip, Objective
     from grpo_gsm8k.trainer.memory import shape_of
-    from grpo_gsm8k.trainer.objectives import Objective
 
     gpu, tokens = args.device.startswith("cuda"), tokens or args.tokens
-    rows, objective = update_rows(args, size, tokens), Objective("grpo_clip")
+    rows, objective = update_rows(args, size, tokens), Objective(GrpoClip())
     learner = TorchLearner(bench.make_model(shape_args(args, size)), None, TrainConfig(engine="vllm", **flags))
     batch, few = make_batch(rows, 0, "token"), make_batch(rows[: max(8, min(len(rows) // 4, 64))], 0, "token")
     started = time.perf_counter()
@@ -97,20 +97,20 @@ def profile(args: argparse.Namespace) -> Iterator[Row]:
     from grpo_gsm8k.config import TrainConfig
     from grpo_gsm8k.trainer.batch import make_batch
     from grpo_gsm8k.trainer.learner import TorchLearner
-    from grpo_gsm8k.trainer.objectives import Objective
+    from grpo_gsm8k.trainer.losses import GrpoClip, Objective
 
     size = sizes_of(args)[-1]
     rows = update_rows(args, size, min(args.tokens, 24_000))
     batch = make_batch(rows, 0, "token")
     cfg = TrainConfig(engine="vllm", max_tokens_per_microbatch=64 if is_toy(args) else 12288)
     learner = TorchLearner(bench.make_model(shape_args(args, size)), None, cfg)
-    learner.forward_backward(batch, Objective("grpo_clip"))
+    learner.forward_backward(batch, Objective(GrpoClip()))
     learner.step(1e-6)
     wait(args)
     gpu = args.device.startswith("cuda") and ProfilerActivity.CUDA in supported_activities()
     started = time.perf_counter()
     with profiler(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as seen:
-        learner.forward_backward(batch, Objective("grpo_clip"))
+        learner.forward_backward(batch, Objective(GrpoClip()))
         wait(args)
         passed = time.perf_counter() - started
         learner.step(1e-6)
