@@ -358,7 +358,7 @@ class GrpoConfig(TrainConfig):
     aggregation: Literal["sequence", "token", "constant"] = opt(
         "sequence", "mean over a response then over responses (GRPO); over all tokens; or over max_new_tokens"
     )
-    entropy_coef: float = opt(0.0, "weight of the entropy bonus; 0 for none", ge=-1e6, le=1e6)
+    entropy_coef: float = opt(0.0, "weight of the entropy bonus; 0 for none", ge=0)
     kl_coef: float = opt(0.0, "weight of the KL to the model that the run began with; 0 for none, at no cost", ge=0)
     kl_estimator: Literal["k1", "k2", "k3"] = opt("k3", "estimator of that KL")
     kl_bias_correction: bool = opt(

@@ -86,7 +86,12 @@ def guard() -> None:
 
 
 def over() -> None:
-    """The command has ended, well or not: what still comes finds the process on its way out."""
+    """The command has ended, well or not: what still comes finds the process on its way out.
+
+    A program that called a command (a notebook, a test) goes on, and with it whatever it does about signals.
+    """
+    if not _state.guarded:
+        return
     _state.over = True
     _state.deadline = min(_state.deadline, time.monotonic() + EXIT_S)
 

@@ -117,7 +117,6 @@ def test_the_command_prints_a_table_or_one_object(tmp_path, held_out, capsys):
 
     path = write(tmp_path / "train.jsonl", {"prompt": QUESTION})
     for argv in (["--json"], []):
-        with pytest.raises(SystemExit, match="0"):
-            main(["contamination", str(path), "--test", str(held_out), *argv])
+        main(["contamination", str(path), "--test", str(held_out), *argv])
         out = capsys.readouterr().out
         assert json.loads(out)["files"][0]["questions_whole"] == 1 if argv else "t1 (question): ann buys 12" in out
