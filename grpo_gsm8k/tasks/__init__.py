@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from grpo_gsm8k.tasks.base import Task, TaskOptions
 
 TASKS = {
+    "countdown": "grpo_gsm8k.tasks.countdown:Countdown",
     "gsm8k": "grpo_gsm8k.tasks.gsm8k.task:Gsm8k",
+    "sort_words": "grpo_gsm8k.tasks.sort_words:SortWords",
 }
 """Name → class. To add a task, add its file to this folder and its line here."""
 

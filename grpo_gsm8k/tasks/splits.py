@@ -6,10 +6,15 @@ Train, validation and test are then disjoint for all seeds, sizes and levels, an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
+from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.runs.files import write_jsonl
+
 Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 PATIENCE = 5_000  # draws in a row without a new example, after which the level counts as exhausted
 
 
@@ -43,3 +48,18 @@ def collect(split: Split, count: int, draw: Callable[[], tuple[str, dict[str, An
                 f"only {len(found)} of {count} {split} examples found: ask for fewer, or for a harder level"
             )
     return list(found.values())
+
+
+def write(folder: Path, sizes: Mapping[Split, int], draw: Callable[[Split, int], Sequence[Mapping[str, Any]]]) -> Path:
+    """Writes `<split>.jsonl` with the rows that `draw(split, count)` returns, for each split of `sizes`.
+
+    Raises:
+        ConfigError: there are fewer different examples.
+    """
+    for split, count in sizes.items():
+        try:
+            rows = draw(split, count)
+        except ValueError as fault:
+            raise ConfigError(str(fault)) from None
+        write_jsonl(folder / f"{split}.jsonl", rows)
+    return folder
