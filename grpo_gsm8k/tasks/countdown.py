@@ -15,7 +15,6 @@ numbers and its target, so train, validation and test are disjoint for all seeds
 
 from __future__ import annotations
 
-import itertools
 import random
 import re
 from collections import Counter
@@ -74,7 +73,7 @@ class Countdown(Task):
         where = (source.path, source.line) if source else (f"example {example.id}", None)
         numbers = example.meta["numbers"]
         if len(numbers) > MAX_NUMBERS:
-            raise DataError(where[0], f"{len(numbers)} numbers: solutions are found for {MAX_NUMBERS} at most", where[1])
+            raise DataError(where[0], f"{len(numbers)} numbers: the solver takes {MAX_NUMBERS} at most", where[1])
         found = solution(numbers, example.answer)
         if found is None:
             raise DataError(where[0], f"no expression with {numbers} makes {example.answer}", where[1])

@@ -1,8 +1,8 @@
 """Sort words: write a list of words back in alphabetical order, exactly and with nothing else.
 
-The rows are `{"words": ["tun", "bel"]}`; a `"solution"` replaces the sorted list as what a teacher answers. A small task
-that a tiny model learns in minutes. The reward is 0 for a wrong list; for the right one it falls with the
-length beyond what is needed: half of it is left when a response is twice as long as the list.
+The rows are `{"words": ["tun", "bel"]}`; a `"solution"` replaces the sorted list as what a teacher answers. A small
+task that a tiny model learns in minutes. The reward is 0 for a wrong list; for the right one it falls with the length
+beyond what is needed: half of it is left when a response is twice as long as the list.
 
 Words are made of syllables, so there is no list of words to ship; an example's split is a property of its words.
 """
