@@ -39,17 +39,22 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Level:
-    """How many words, of how many syllables; `letters` cuts words short."""
+    """How many words, of how many syllables; `letters` cuts words short. Or words drawn from a `vocabulary`."""
 
     smallest_count: int = 3
     largest_count: int = 6
     syllables: int = 2
     letters: int = 12
+    vocabulary: tuple[str, ...] = ()
 
 
 STANDARD = Level()
 EASY = Level(smallest_count=2, largest_count=3, syllables=1, letters=3)
-TINY = Level(smallest_count=3, largest_count=5, syllables=1, letters=2)
+ANIMALS = (
+    "ant ape bat bee cat cow dog duck elk emu fox frog goat hen ibis jay kiwi lynx mole newt owl pig quail rat seal "
+    "toad viper wolf yak zebra"
+)
+TINY = Level(smallest_count=3, largest_count=5, vocabulary=tuple(ANIMALS.split()))
 
 
 class SortWords(Task):
@@ -188,5 +193,7 @@ def generate(split: Split, count: int, seed: int, level: Level = STANDARD) -> li
 
 
 def _word(level: Level, rng: random.Random) -> str:
+    if level.vocabulary:
+        return rng.choice(level.vocabulary)
     parts = [rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(rng.randint(1, level.syllables))]
     return ("".join(parts) + rng.choice(_ENDS))[: level.letters]

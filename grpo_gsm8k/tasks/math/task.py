@@ -5,13 +5,14 @@ Rows are read as the data sets have them, whatever the case of their columns:
     {"problem", "solution"}                    MATH: the answer is the solution's last \boxed{…}
     {"problem", "answer", "solution"?, …}      MATH-500, AIME: the answer is a text or a number
 
-`question` or `prompt` may stand for `problem`; `id`, `unique_id` or `ID` is the id. A file is JSONL, or one `.json` (a row or an
-array of rows); a folder is all the `.json` files in it, as MATH is shipped.
+`question` or `prompt` may stand for `problem`; `id`, `unique_id` or `ID` is the id. A file is JSONL, or one `.json` (a
+row or an array of rows); a folder is all the `.json` files in it, as MATH is shipped.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +62,7 @@ class Math(Task):
 
     def example(self, row: Mapping[str, Any]) -> Example:
         """One problem; `answer` is the gold as LaTeX, `meta["solution"]` the solution if there is one."""
-        names = {key.lower(): key for key in reversed(row)}
+        names = {key.lower(): key for key in reversed(list(row))}
         asked = next((names[key] for key in ("problem", "question", "prompt") if key in names), None)
         if asked is None:
             raise ValueError(f"no problem, question or prompt; the row has {', '.join(row) or 'no keys'}")
@@ -113,7 +114,7 @@ class Math(Task):
             components=parts,
             correct=right[mode],
             format_ok=format_ok,
-            answer=found[0] if found else None,
+            answer=min(found, key=len, default=None),  # of several readings, the one with the fewest words around it
             details={f"correct_{name}": value for name, value in right.items()},
         )
 
@@ -141,7 +142,7 @@ def gold(row: Mapping[str, Any], names: Mapping[str, str], solution: str | None)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     found = gold_of(str(value))
-    if not found:
+    if not re.sub(r"\\?f?boxed\s*\{\s*\}|[$\s]", "", found):
         raise ValueError(f"{column!r} holds no answer: {str(value)[-80:]!r}")
     return found
 
