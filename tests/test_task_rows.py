@@ -12,7 +12,8 @@ import pytest
 
 from grpo_gsm8k.errors import ConfigError, DataError
 from grpo_gsm8k.tasks import countdown, load_task, sort_words
-from grpo_gsm8k.tasks.base import Task, TaskOptions, load_examples
+from grpo_gsm8k.tasks.base import SPLITS, Task, TaskOptions, load_examples
+from grpo_gsm8k.tasks.dataset import verify
 
 NAMES = ("math", "countdown", "sort_words", "gsm8k_calculator")
 
@@ -103,6 +104,7 @@ def test_two_rows_of_the_same_id_are_refused(tmp_path: Path) -> None:
         ({"problem": "p", "solution": "s", "answer": "\\text{(A)}", "unique_id": "a/1.json"}, "a/1.json", "\\text{(A)}"),
         ({"id": 60, "problem": "p", "solution": "s", "answer": "204", "url": "u", "year": "2024"}, "60", "204"),
         ({"ID": "2024-I-1", "Problem": "p", "Solution": "s", "Answer": 33}, "2024-I-1", "33"),
+        ({"id": "train-1", "ID": 1, "unique_id": "1", "problem": "p", "answer": 33}, "train-1", "33"),
         ({"question": "p", "answer": 70.0}, None, "70"),
         ({"prompt": "p", "answer": -1.5}, None, "-1.5"),
         ({"problem": "p", "answer": None, "solution": "$\\boxed{7}$"}, None, "7"),
@@ -226,11 +228,11 @@ def test_the_search_finds_what_sums_and_differences_reach() -> None:
 def test_generated_data_are_disjoint_by_seed_and_of_mixed_quality(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task, sizes = load_task(name), {"train": 300, "val": 20, "test": 30}
+    task, sizes = load_task(name), {"train": 300, "val": 20, "test": 30, "tiny": True}
     folder = task.generate(tmp_path / "a", 1, sizes)
     assert folder == tmp_path / "a"
-    found = {split: load_examples(task, tmp_path / "a" / f"{split}.jsonl") for split in sizes}
-    assert {split: len(examples) for split, examples in found.items()} == sizes
+    found = {split: load_examples(task, tmp_path / "a" / f"{split}.jsonl") for split in SPLITS}
+    assert {split: len(examples) for split, examples in found.items()} | {"tiny": True} == sizes
     asked = {split: {example.id for example in examples} for split, examples in found.items()}
     assert not (asked["train"] & asked["test"] or asked["train"] & asked["val"] or asked["val"] & asked["test"])
     right = [task.grade(example, task.target(example)).correct for example in found["train"]]
@@ -243,7 +245,17 @@ def test_generated_data_are_disjoint_by_seed_and_of_mixed_quality(
     assert texts["a"] == texts["b"] != texts["c"]
     monkeypatch.setattr("grpo_gsm8k.tasks.splits.PATIENCE", 20)
     with pytest.raises(ConfigError, match="ask for fewer"):
-        task.generate(tmp_path / "d", 1, {"train": 1, "val": 10**5, "test": 1})
+        task.generate(tmp_path / "d", 1, {"train": 1, "val": 10**5, "test": 1, "tiny": True})
+
+
+@pytest.mark.parametrize("name", ["countdown", "sort_words"])
+def test_data_for_language_models_are_harder_and_bring_no_solutions(name: str, tmp_path: Path) -> None:
+    task = load_task(name)
+    task.generate(tmp_path, 1, {"train": 50, "val": 5, "test": 5})
+    examples = load_examples(task, tmp_path / "train.jsonl")
+    assert not any("solution" in example.meta for example in examples)
+    assert all(task.grade(example, task.target(example)).correct for example in examples)
+    assert verify(tmp_path, task).counts == {"train": 50, "val": 5, "test": 5}
 
 
 def test_longer_lists_are_copied_more_often() -> None:

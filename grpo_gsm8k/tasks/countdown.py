@@ -29,10 +29,9 @@ from grpo_gsm8k.errors import DataError
 from grpo_gsm8k.runs.files import json_type
 
 from . import splits
-from .base import Task, id_of, text_of
+from .base import Split, Task, id_of, text_of
 from .rationals import Fault, Value, evaluate
 from .responses import first_sentence, last_lines, marked, own_turn, spoken, without_thoughts
-from .splits import Split
 
 MAX_EXPRESSION = 4_000  # characters of a committed answer that are read
 MAX_NUMBERS = 6  # the solver tries all ways to combine so many in a few seconds at most
@@ -91,13 +90,14 @@ class Countdown(Task):
         return Grade(sum(parts.values()), parts, correct=correct, format_ok=format_ok, answer=answer)
 
     def generate(self, folder: Path, seed: int, sizes: Mapping[str, int]) -> Path:
-        """Examples by seed, from a teacher of mixed quality: see `hasty`."""
+        """Examples by seed; with `tiny`, small ones, from a teacher of mixed quality: see `hasty`."""
+        tiny = bool(sizes.get("tiny"))
 
         def draw(split: Split, count: int) -> list[dict[str, Any]]:
-            rows = generate(split, count, seed, TINY)
-            return [hasty(row, seed) for row in rows] if split == "train" else rows
+            rows = generate(split, count, seed, TINY if tiny else STANDARD)
+            return [hasty(row, seed) for row in rows] if tiny and split == "train" else rows
 
-        return splits.write(folder, {split: sizes[split] for split in splits.SPLITS}, draw)
+        return splits.write(folder, seed, sizes, draw)
 
 
 _FORM = re.compile(r"<answer>([^<>]*)</answer>\s*$")

@@ -20,9 +20,8 @@ from grpo_gsm8k.datatypes import Example, Grade, Message
 from grpo_gsm8k.runs.files import json_type
 
 from . import splits
-from .base import Task, id_of, text_of
+from .base import Split, Task, id_of, text_of
 from .responses import marked, own_turn, without_thoughts
-from .splits import Split
 
 _ONSETS = [*"bcdfghjklmnprstvwz", "br", "cl", "dr", "fl", "gr", "pl", "st", "tr"]
 _VOWELS = "aeiou"
@@ -101,13 +100,14 @@ class SortWords(Task):
         )
 
     def generate(self, folder: Path, seed: int, sizes: Mapping[str, int]) -> Path:
-        """Lists by seed, from a teacher of mixed quality: see `careless`."""
+        """Lists by seed; with `tiny`, small ones, from a teacher of mixed quality: see `careless`."""
+        tiny = bool(sizes.get("tiny"))
 
         def draw(split: Split, count: int) -> list[dict[str, Any]]:
-            rows = generate(split, count, seed, TINY)
-            return [careless(row, seed) for row in rows] if split == "train" else rows
+            rows = generate(split, count, seed, TINY if tiny else STANDARD)
+            return [careless(row, seed) for row in rows] if tiny and split == "train" else rows
 
-        return splits.write(folder, {split: sizes[split] for split in splits.SPLITS}, draw)
+        return splits.write(folder, seed, sizes, draw)
 
 
 def asked(example: Example) -> list[str]:

@@ -6,15 +6,15 @@ Train, validation and test are then disjoint for all seeds, sizes and levels, an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from grpo_gsm8k.errors import ConfigError
-from grpo_gsm8k.runs.files import write_jsonl
 
-Split = Literal["train", "val", "test"]
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
+from .base import SPLITS, Split
+from .dataset import write_splits
+
 PATIENCE = 5_000  # draws in a row without a new example, after which the level counts as exhausted
 
 
@@ -50,16 +50,16 @@ def collect(split: Split, count: int, draw: Callable[[], tuple[str, dict[str, An
     return list(found.values())
 
 
-def write(folder: Path, sizes: Mapping[Split, int], draw: Callable[[Split, int], Sequence[Mapping[str, Any]]]) -> Path:
-    """Writes `<split>.jsonl` with the rows that `draw(split, count)` returns, for each split of `sizes`.
+def write(folder: Path, seed: int, sizes: Mapping[str, int], draw: Callable[[Split, int], list[dict[str, Any]]]) -> Path:
+    """Writes the rows that `draw(split, count)` returns for each split, and their manifest.
 
     Raises:
-        ConfigError: there are fewer different examples.
+        ConfigError: there are fewer different examples than `sizes` asks for.
     """
-    for split, count in sizes.items():
-        try:
-            rows = draw(split, count)
-        except ValueError as fault:
-            raise ConfigError(str(fault)) from None
-        write_jsonl(folder / f"{split}.jsonl", rows)
+    try:
+        rows = {split: draw(split, sizes[split]) for split in SPLITS}
+    except ValueError as fault:
+        raise ConfigError(str(fault)) from None
+    provenance = {"source": "generated", "seed": seed, "tiny": bool(sizes.get("tiny"))}
+    write_splits(folder, rows, provenance)
     return folder

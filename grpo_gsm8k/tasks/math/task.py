@@ -70,7 +70,7 @@ class Math(Task):
         solution = row.get(names.get("solution", ""))
         if solution is not None and not isinstance(solution, str):
             raise ValueError(f"{names['solution']!r} must be text, not {json_type(solution)}")
-        id_column = next((names[key] for key in ("unique_id", "id") if key in names), None)
+        id_column = "id" if "id" in row else next((names[key] for key in ("unique_id", "id") if key in names), None)
         named = {"id": id_text(row[id_column], id_column)} if id_column else {}
         used = (asked, id_column, names.get("answer"), names.get("solution"))
         meta = {key: value for key, value in row.items() if key not in used}
