@@ -18,16 +18,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from grpo_gsm8k import config, data_prep, ei, fast_eval_vllm, grpo, report, sft
+from grpo_gsm8k import config, ei, fast_eval_vllm, grpo, report, sft
 from grpo_gsm8k.config import STAGES, EvalConfig, PipelineConfig, TinyModelConfig, ToyConfig
+from grpo_gsm8k.datatypes import Example
 from grpo_gsm8k.errors import ConfigError, RunDirError
 from grpo_gsm8k.evals.accuracy import read_results
 from grpo_gsm8k.evals.stats import compare
 from grpo_gsm8k.runs.directory import RUNS, new_path
 from grpo_gsm8k.runs.files import read_json, write_json
 from grpo_gsm8k.runs.progress import talk
-from grpo_gsm8k.tasks.gsm8k import toy
-from grpo_gsm8k.tasks.gsm8k.problems import SPLITS, load_split
+from grpo_gsm8k.tasks.base import SPLITS, Task, load_split
+from grpo_gsm8k.tasks.dataset import verify
+from grpo_gsm8k.tasks.render import task_of
 from grpo_gsm8k.trainer.ranks import world
 
 TRAINERS: dict[str, Callable[[Any], dict[str, Any]]] = {"sft": sft.run, "ei": ei.run, "grpo": grpo.run}
@@ -43,18 +45,18 @@ def run(cfg: PipelineConfig, config_file: Path | None = None, sets: Sequence[str
     resolve("grpo", {})  # a mistake in a recipe shows before any work is done
     folder = _open(cfg, sets)
     began = time.monotonic() - _seconds_so_far(folder)
-    given = cfg.data or resolve("sft", {}).data
-    data = Path(given) if given else make_toy_data(folder / "data", resolve("toy", {}), cfg.seed)
+    first = resolve("sft", {"model_id": cfg.model_id} if cfg.model_id else {})
+    task, model, given = task_of(first), first.model_id, cfg.data or first.data
+    data = Path(given) if given else make_data(task, folder / "data", resolve("toy", {}), cfg.seed)
     if (data / "manifest.json").is_file():
-        data_prep.verify(data)
-    for split in SPLITS:
-        load_split(data, split)
-    model = cfg.model_id or resolve("sft", {}).model_id
+        verify(data, task)
+    examples = {split: load_split(task, data, split) for split in SPLITS}
     if not model:
-        model = str(make_tiny(folder / "model", resolve("tiny_model", {}), data, cfg.seed))
+        model = str(make_tiny(folder / "model", resolve("tiny_model", {}), task, examples["train"], cfg.seed))
     result: dict[str, Any] = {
         "run_dir": str(folder),
         "data": str(data),
+        "task": task.spec,
         "preset": cfg.preset,
         "seed": cfg.seed,
     }
@@ -70,31 +72,45 @@ def run(cfg: PipelineConfig, config_file: Path | None = None, sets: Sequence[str
         result["comparisons"] = comparisons(result["stages"])
         result["seconds"] = round(time.monotonic() - began, 1)
         write_json(folder / "pipeline.json", result)
-        low, high = row["ci95"]
-        talk(f"{stage}: {row['accuracy']:.1%} right on {row['n']} test problems (95 % {low:.1%} to {high:.1%})")
+        talk(f"{stage}: {_outcome(row)}")
         if stage == cfg.stop_after:
             break
     result["report"] = str(report.write_report([folder]))
     return result
 
 
-def make_toy_data(folder: Path, cfg: ToyConfig, seed: int) -> Path:
-    """Word problems in GSM8K's format, as three JSONL files and a manifest."""
-    problems = toy.make_problems(seed, {"train": cfg.train, "val": cfg.val, "test": cfg.test}, cfg.terse_share)
-    data_prep.write_splits(folder, problems, {"source": "toy", "seed": seed, "terse_share": cfg.terse_share})
-    return folder
+def make_data(task: Task, folder: Path, cfg: ToyConfig, seed: int) -> Path:
+    """Data by seed, as three JSONL files and a manifest. Raises `ConfigError` for a task that makes none."""
+    made = task.generate(folder, seed, vars(cfg))
+    if made is None:
+        raise ConfigError(f"task {task.spec!r} makes no data of its own: pass --data, a folder with its three splits")
+    return made
 
 
-def make_tiny(folder: Path, cfg: TinyModelConfig, data: Path, seed: int) -> Path:
-    """A tiny model with random weights and a tokenizer trained on the training problems."""
+def make_tiny(folder: Path, cfg: TinyModelConfig, task: Task, examples: Sequence[Example], seed: int) -> Path:
+    """A tiny model with random weights and a tokenizer trained on questions and reference answers."""
     from grpo_gsm8k.trainer.tiny_model import make_tiny_model
 
     if not folder.is_dir():
         unfinished = folder.with_name(".writing_model")
         shutil.rmtree(unfinished, ignore_errors=True)
-        texts = [text for problem in load_split(data, "train") for text in (problem.question, problem.answer)]
+        texts = [text for example in examples for text in texts_of(task, example)]
         make_tiny_model(unfinished, texts, seed, **vars(cfg)).rename(folder)
     return folder
+
+
+def texts_of(task: Task, example: Example) -> list[str]:
+    """What a tokenizer learns from an example: the question, and the solution or what a teacher answers."""
+    solution = example.meta.get("solution")
+    return [example.text, solution if isinstance(solution, str) else task.target(example)]
+
+
+def _outcome(row: Mapping[str, Any]) -> str:
+    """A stage's result in one line."""
+    low, high = row["ci95"]
+    if row["accuracy"] is None:
+        return f"mean reward {row['reward']:.3f} on {row['n']} test examples (95 % {low:.3f} to {high:.3f})"
+    return f"{row['accuracy']:.1%} right on {row['n']} test problems (95 % {low:.1%} to {high:.1%})"
 
 
 def evaluate_stage(
@@ -113,6 +129,7 @@ def evaluate_stage(
         "ci95",
         "n",
         "format_accuracy",
+        "reward",
         "truncated",
         "mean_tokens",
         "weights_sha256",
@@ -147,6 +164,7 @@ def _resolver(
             own = {"seed": cfg.seed, "deterministic": cfg.deterministic} | (
                 {"engine": cfg.engine} if cfg.engine else {}
             )
+            own |= {"task": cfg.task} if cfg.task else {}
         return config.resolve(section, preset=cfg.preset, config_file=config_file, flags={**own, **flags}, sets=scoped)
 
     return resolve

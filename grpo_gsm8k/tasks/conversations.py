@@ -49,7 +49,7 @@ class ChatReport:
 
 
 @dataclass(frozen=True)
-class Example:
+class Conversation:
     """A conversation to learn from: (role, content) pairs, the assistant last; `raw`: without a chat's turns."""
 
     messages: tuple[tuple[str, str], ...]
@@ -77,7 +77,7 @@ def check_chat(path: Path) -> ChatReport:
     return ChatReport(ok=not errors, rows=rows, errors=errors, stats=stats.as_dict())
 
 
-def iter_pairs(path: Path) -> Iterator[Example]:
+def iter_pairs(path: Path) -> Iterator[Conversation]:
     """The conversations of a file of chat rows or prompt/response rows, in its order.
 
     Raises:
@@ -90,12 +90,12 @@ def iter_pairs(path: Path) -> Iterator[Example]:
         yield replace(example, source=Source(str(path), line))
 
 
-def load_pairs(path: Path) -> list[Example]:
+def load_pairs(path: Path) -> list[Conversation]:
     """All of `iter_pairs`."""
     return list(iter_pairs(path))
 
 
-def read_chat(raw: bytes) -> tuple[Example | None, list[str]]:
+def read_chat(raw: bytes) -> tuple[Conversation | None, list[str]]:
     """The conversation in one line of a file, or everything that is wrong with it."""
     try:
         row = parse_line(raw)
@@ -106,8 +106,8 @@ def read_chat(raw: bytes) -> tuple[Example | None, list[str]]:
     if faults:
         return None, faults
     if pair:
-        return Example((("user", row["prompt"]), ("assistant", row["response"])), row.get("raw", False)), []
-    return Example(tuple((message["role"], message["content"]) for message in row["messages"])), []
+        return Conversation((("user", row["prompt"]), ("assistant", row["response"])), row.get("raw", False)), []
+    return Conversation(tuple((message["role"], message["content"]) for message in row["messages"])), []
 
 
 def _pair_faults(row: Mapping[str, Any]) -> list[str]:
@@ -176,7 +176,7 @@ class _Stats:
         self.roles: Counter[str] = Counter()
         self.turns, self.characters = _Spread(), _Spread()
 
-    def add(self, example: Example) -> None:
+    def add(self, example: Conversation) -> None:
         self.roles.update(role for role, _ in example.messages)
         self.turns.add(len(example.messages))
         self.characters.add(sum(len(text) for _, text in example.messages))
