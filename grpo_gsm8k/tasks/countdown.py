@@ -206,7 +206,7 @@ class Level:
 
 STANDARD = Level()
 EASY = Level(smallest_count=2, largest_count=3, largest_number=9, largest_target=60, operators="+-*")
-TINY = Level(smallest_count=3, largest_count=3, largest_number=25, largest_target=75, operators="+-")
+TINY = Level(smallest_count=3, largest_count=3, largest_number=19, largest_target=57, operators="+-")
 
 
 def split_of(numbers: Sequence[int], target: int) -> Split:
