@@ -46,9 +46,7 @@ class PromptConfig:
     model_id: str = opt("Qwen/Qwen2.5-Math-1.5B", "model folder, or a name on the hub")
     revision: str = opt("", "revision of a model on the hub; empty for its default branch")
     cache_dir: str = opt("", "where hub models are kept; empty for the hub's default", runtime=True)
-    task: str = opt(
-        "", "what is asked: gsm8k, or package.module:Class; empty: as the model was trained, else gsm8k"
-    )
+    task: str = opt("", "what is asked: gsm8k, or package.module:Class; empty: as the model was trained, else gsm8k")
     prompt_style: Literal["auto", "qwen_boxed", "r1_zero", "gsm8k"] = opt(
         "auto", "how a problem is asked; auto: as the model was trained here, else qwen_boxed"
     )
@@ -476,7 +474,9 @@ def resolve(
         _known(preset, preset_names(), "unknown preset")
     files = [read_toml(path) for path in ([PRESETS / f"{preset}.toml"] if preset else []) + [config_file] if path]
     typed = dict(flags or {})
-    task = task or typed.get("task") or next((t for file in files[::-1] if (t := _layer(file, section).get("task"))), "")
+    task = (
+        task or typed.get("task") or next((t for file in files[::-1] if (t := _layer(file, section).get("task"))), "")
+    )
     for file in files:
         values |= _over_algorithm(_layer(file, section))
         values |= _over_algorithm(_layer(file.get("task", {}).get(task, {}), section))

@@ -47,7 +47,8 @@ class Script:
 
     def completion(self, turn: str, seed: int) -> Completion:
         ids = tuple(self.tokenizer(turn, add_special_tokens=False)["input_ids"])
-        return Completion(ids, (-0.5,) * len(ids), self.tokenizer.decode(ids, skip_special_tokens=True), "stop", 0, seed)
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return Completion(ids, (-0.5,) * len(ids), text, "stop", 0, seed)
 
     def load(self, *args: Any) -> None:
         raise AssertionError("no weights")

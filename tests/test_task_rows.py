@@ -101,7 +101,7 @@ def test_two_rows_of_the_same_id_are_refused(tmp_path: Path) -> None:
     "row, id_, answer",
     [
         ({"problem": "p", "solution": "$\\boxed{\\frac12}$", "type": "Algebra"}, None, "\\frac12"),
-        ({"problem": "p", "solution": "s", "answer": "\\text{(A)}", "unique_id": "a/1.json"}, "a/1.json", "\\text{(A)}"),
+        ({"problem": "p", "solution": "s", "answer": "$\\pi$", "unique_id": "a/1.json"}, "a/1.json", "$\\pi$"),
         ({"id": 60, "problem": "p", "solution": "s", "answer": "204", "url": "u", "year": "2024"}, "60", "204"),
         ({"ID": "2024-I-1", "Problem": "p", "Solution": "s", "Answer": 33}, "2024-I-1", "33"),
         ({"id": "train-1", "ID": 1, "unique_id": "1", "problem": "p", "answer": 33}, "train-1", "33"),

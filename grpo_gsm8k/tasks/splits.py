@@ -50,7 +50,9 @@ def collect(split: Split, count: int, draw: Callable[[], tuple[str, dict[str, An
     return list(found.values())
 
 
-def write(folder: Path, seed: int, sizes: Mapping[str, int], draw: Callable[[Split, int], list[dict[str, Any]]]) -> Path:
+def write(
+    folder: Path, seed: int, sizes: Mapping[str, int], draw: Callable[[Split, int], list[dict[str, Any]]]
+) -> Path:
     """Writes the rows that `draw(split, count)` returns for each split, and their manifest.
 
     Raises:
