@@ -165,8 +165,9 @@ def _resolver(
                 {"engine": cfg.engine} if cfg.engine else {}
             )
             own |= {"task": cfg.task} if cfg.task else {}
-        layers = {"preset": cfg.preset, "config_file": config_file, "flags": {**own, **flags}, "sets": scoped}
-        return config.resolve(section, **layers, task=cfg.task)
+        return config.resolve(
+            section, preset=cfg.preset, config_file=config_file, flags={**own, **flags}, sets=scoped, task=cfg.task
+        )
 
     return resolve
 

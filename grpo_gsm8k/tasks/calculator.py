@@ -23,7 +23,7 @@ from pathlib import Path
 
 from grpo_gsm8k.datatypes import Example, Message
 
-from .base import Env, TaskOptions
+from .base import Author, Env, TaskOptions
 from .gsm8k.task import Gsm8k
 from .rationals import Fault
 from .rationals import evaluate as _value
@@ -51,7 +51,7 @@ class Gsm8kCalculator(Gsm8k):
         """The text of all turns."""
         return "".join(text for _, text in self.target_turns(example))
 
-    def target_turns(self, example: Example) -> list[tuple[str, str]]:
+    def target_turns(self, example: Example) -> list[tuple[Author, str]]:
         """The reference solution: each annotated calculation is a call, and its value is the environment's."""
         calls: list[tuple[str, str]] = []
 
@@ -67,7 +67,7 @@ class Gsm8kCalculator(Gsm8k):
 
         solution = re.sub(r"<<[^<>\n]*>>", "", _ANNOTATED.sub(called, example.meta["solution"]))
         first, *pieces = self.style.reference(solution, example.answer).split(_HERE)
-        turns = [("model", first)]
+        turns: list[tuple[Author, str]] = [("model", first)]
         for (call, value), piece in zip(calls, pieces, strict=True):
             turns[-1] = ("model", f"{turns[-1][1]}{OPEN}{call}{CLOSE}")
             turns += [("env", value), ("model", piece)]

@@ -59,7 +59,7 @@ def write(
         ConfigError: there are fewer different examples than `sizes` asks for.
     """
     try:
-        rows = {split: draw(split, sizes[split]) for split in SPLITS}
+        rows: dict[str, list[dict[str, Any]]] = {split: draw(split, sizes[split]) for split in SPLITS}
     except ValueError as fault:
         raise ConfigError(str(fault)) from None
     provenance = {"source": "generated", "seed": seed, "tiny": bool(sizes.get("tiny"))}
