@@ -82,6 +82,10 @@ def brevity(completion, example):
     return 1.0 / len(completion.token_ids)
 
 
+def even(completion, example):
+    return sum(i % 2 == 0 for i in completion.token_ids) / len(completion.token_ids)
+
+
 def ranks(completions, example):
     order = sorted(range(len(completions)), key=lambda i: len(completions[i].text))
     return [{"rank": -float(order.index(i))} for i in range(len(completions))]
@@ -159,8 +163,8 @@ def metrics_of(out):
 
 
 def test_a_users_task_reward_advantage_and_sampler_learn(words, tmp_path):
-    """SFT on a few answers, then GRPO on the task's own reward, with a sampler and an advantage of one's own."""
-    flags = {"epochs": 20, "batch_size": 4, "lr": 1e-2, "warmup_steps": 2}
+    """SFT on a few answers, then GRPO with a reward, a sampler and an advantage of one's own."""
+    flags = {"epochs": 4, "batch_size": 4, "lr": 1e-3, "warmup_steps": 2}
     trained = sft.run(config_of("sft", words, tmp_path / "sft", **flags))
     asked = {
         "model_id": trained["model"],
@@ -170,15 +174,15 @@ def test_a_users_task_reward_advantage_and_sampler_learn(words, tmp_path):
         "rollouts_per_step": 48,
         "group_size": 8,
     }
-    asked |= {"engine": "mine_seams:Counting", "advantage": "mine_seams:signs", "eval_every": 10}
+    asked |= {"engine": "mine_seams:Counting", "advantage": "mine_seams:signs", "eval_every": 8, "reward": "mine_seams:even"}
     found = grpo.run(config_of("grpo", words, tmp_path / "grpo", **asked))  # the model remembers its task
     rows = metrics_of(tmp_path / "grpo")
-    print([row["reward/mean"] for row in rows])
-    assert rows[-1]["reward/mean"] > rows[0]["reward/mean"] + 0.1, [row["reward/mean"] for row in rows]
+    rewards = [row["reward/mean"] for row in rows]
+    assert sum(rewards[-2:]) / 2 > rewards[0] + 0.1, rewards
     assert rows[0]["advantage/max"] == 1.0 and rows[0]["advantage/min"] == -1.0
     assert task_of(config_of("grpo", words, "", model_id=found["model"], task="")).spec == "mine_seams:Copy"
     counting = extensions.load("mine_seams:Counting", "--engine")
-    assert counting.calls > 10
+    assert counting.calls >= 8
     result = fast_eval_vllm.run(eval_config(found["model"], words[1] / "test.jsonl", tmp_path))
     assert result["task"] == "mine_seams:Copy" and result["accuracy"] is not None and result["format_accuracy"] is None
 
