@@ -78,7 +78,7 @@ class Bench:
     def sync(self, version: int) -> dict[str, float]:
         """Hand the learner's weights to the sampler; where that is another process, prove that they arrived.
 
-        Nothing is handed over that the sampler holds already: after a validation, the next step finds its weights there.
+        Nothing is handed over that the sampler holds already, such as the weights of a validation in the next step.
         """
         return self._handed_over(version)[1]
 

@@ -17,7 +17,7 @@
 | text crosses the boundary (vllm#27515) | test_sampler.test_a_prompt_keeps_the_ids_it_was_rendered_with |
 | temperature in log-probs (trl#4159) | test_sampler.test_log_probabilities_are_the_trainers |
 | top_p with importance ratios (trl#6789) | test_grpo.test_settings_that_cannot_mean_what_they_say_are_refused |
-| group index by text (Search-R1#88) | test_grpo.test_advantages_follow_the_group_not_the_order_or_the_text |
+| group index by text (Search-R1#88) | test_grpo.test_advantages_follow_the_group_whatever_its_prompt |
 | stale weights (trl#5312) | test_sampler.test_new_weights_reach_the_sampler_and_carry_their_version |
 | low precision (areal#1369) | test_learner.test_tiny_updates_accumulate_in_bfloat16 |
 | clip never active | test_grpo.test_the_clip_bites_only_from_the_second_update_on |

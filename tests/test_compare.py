@@ -160,7 +160,8 @@ def test_shots_come_from_the_named_file_and_never_from_the_evaluated_one(tiny, t
     lines = [*test.read_text().splitlines(), *train.read_text().splitlines()[:2]]
     mixed.write_text("".join(json.dumps({**json.loads(line), "id": f"m{i}"}) + "\n" for i, line in enumerate(lines)))
     evaluated = load_problems(test)
-    drawn = fast_eval_vllm.draw_shots(eval_config(tiny, tmp_path, shots=2, shots_path=str(mixed)), load_task("gsm8k"), evaluated)
+    task, draw_shots = load_task("gsm8k"), fast_eval_vllm.draw_shots
+    drawn = draw_shots(eval_config(tiny, tmp_path, shots=2, shots_path=str(mixed)), task, evaluated)
     assert {shot.id for shot in drawn} == {"m16", "m17"}  # the two that are not evaluated
     for flags, said in (
         ({"shots_path": str(test)}, "has 0 problems that are not evaluated"),
@@ -168,7 +169,7 @@ def test_shots_come_from_the_named_file_and_never_from_the_evaluated_one(tiny, t
         ({}, "--shots needs --shots_path"),
     ):
         with pytest.raises(ConfigError, match=said):
-            fast_eval_vllm.draw_shots(eval_config(tiny, tmp_path, **{"shots": 2, **flags}), load_task("gsm8k"), evaluated)
+            draw_shots(eval_config(tiny, tmp_path, **{"shots": 2, **flags}), task, evaluated)
     result = fast_eval_vllm.run(eval_config(tiny, tmp_path, shots=1, shots_path=str(train)))
     rows = [json.loads(line) for line in Path(result["results_path"]).read_text().splitlines()]
     shown = {row["prompt"].split("<|im_end|>")[0] for row in rows}

@@ -13,14 +13,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config, Qw
 
 from grpo_gsm8k import config, ei, grpo, repro, sft
 from grpo_gsm8k.config import TrainConfig
-from grpo_gsm8k.datatypes import Datum
 from grpo_gsm8k.engines.hf import _cumsum
 from grpo_gsm8k.trainer import kernels
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.objectives import Objective
 from tests.rehearsal import CUDNN, MATH, Pretend
-from tests.toys import make_data, make_model
+from tests.toys import datum, make_data, make_model
 
 V = 211
 CLIP = Objective("grpo_clip", temperature=0.7)
@@ -68,7 +67,7 @@ def update_batch(groups=4):
             n = draw.randrange(1, 12)
             ids = (*prompt, *(draw.randrange(3, V) for _ in range(n)))
             old = (0.0,) * len(prompt) + tuple(draw.gauss(-5, 0.4) for _ in range(n))
-            rows.append(Datum(ids, (0,) * len(prompt) + (1,) * n, old, (1.0 if member else -1.0) if group else 0.0))
+            rows.append(datum(ids, (0,) * len(prompt) + (1,) * n, old, (1.0 if member else -1.0) if group else 0.0))
     return make_batch(rows, 0, "token")
 
 

@@ -167,7 +167,7 @@ def test_an_update_has_the_gradient_of_the_plain_way_tied_and_untied():
     data = []
     for i, (n, prompt) in enumerate([(9, 4), (4, 1), (13, 6), (6, 2), (11, 3)]):
         data += rows((range(3 + i, 3 + i + n), prompt), advantage=(-1) ** i * (0.3 + i), logprob=-3.6 - 0.1 * i)
-    data[1] = data[1].__class__(data[1].token_ids, (0,) * 4, data[1].logprobs, 1.0)
+    data[1] = data[1].__class__(data[1].token_ids, (0,) * 4, data[1].logprobs, (1.0,) * 4)
     batch = make_batch(data, 0, "sequence")
     sizes = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     for tied in (True, False):

@@ -16,7 +16,7 @@ from grpo_gsm8k.trainer.logprobs import token_logprobs
 from grpo_gsm8k.trainer.objectives import Objective, update_loss
 from grpo_gsm8k.trainer.optimizer import MasterAdamW, lr_at
 from grpo_gsm8k.trainer.policy import weights_sha256
-from tests.toys import gradient, rows, train_config
+from tests.toys import gradient, rows, train_config, with_advantage
 
 SEQUENCES = [(range(3, 3 + n), p) for n, p in [(9, 4), (4, 1), (13, 6), (6, 2), (11, 3), (5, 4)]]
 POLICY = Objective("grpo_clip", 0.2, 0.2, temperature=0.7)
@@ -90,7 +90,7 @@ def test_the_reference_stays_the_model_that_it_began_with(make_learner, tmp_path
 
 def test_a_masked_row_changes_neither_numerator_nor_denominator(make_learner):
     data = policy_rows()
-    silent = [r.__class__(r.token_ids, (0,) * len(r.mask), r.logprobs, r.advantage) for r in data[:2]]
+    silent = [r.__class__(r.token_ids, (0,) * len(r.mask), r.logprobs, r.advantages) for r in data[:2]]
     for how in ("sequence", "token", "constant"):
         a, b = make_learner(), make_learner()
         loss_a = a.forward_backward(make_batch(data, 0, how, 20), POLICY)["loss"]
@@ -101,7 +101,7 @@ def test_a_masked_row_changes_neither_numerator_nor_denominator(make_learner):
 
 def test_an_all_masked_update_is_a_finite_zero(make_learner):
     learner = make_learner()
-    silent = [r.__class__(r.token_ids, (0,) * len(r.mask), r.logprobs, r.advantage) for r in policy_rows()]
+    silent = [r.__class__(r.token_ids, (0,) * len(r.mask), r.logprobs, r.advantages) for r in policy_rows()]
     before = weights_sha256(learner.weights())
     metrics = learner.forward_backward(make_batch(silent, 0), POLICY) | learner.step(0.1)
     assert metrics["loss"] == 0.0 and all(math.isfinite(v) for v in metrics.values())
@@ -109,7 +109,7 @@ def test_an_all_masked_update_is_a_finite_zero(make_learner):
 
 
 def test_rows_without_advantage_are_skipped_and_change_nothing(make_learner):
-    data = [replace(row, advantage=0.0) if i in (0, 3, 4) else row for i, row in enumerate(policy_rows())]
+    data = [with_advantage(row, 0.0) if i in (0, 3, 4) else row for i, row in enumerate(policy_rows())]
     batch, learner = with_ref_logprobs(make_batch(data, 0), torch.full((6, 12), -5.5)), make_learner()
     metrics = learner.forward_backward(batch, POLICY)
     assert metrics["perf/skipped_rows_frac"] == 0.5
@@ -129,7 +129,7 @@ def test_an_update_without_any_advantage_steps_as_with_a_gradient_of_zero(make_l
     for one in (learner, other):
         one.forward_backward(make_batch(policy_rows(), 0), POLICY)
         one.step(1e-2)
-    flat = make_batch([replace(row, advantage=0.0) for row in policy_rows()], 0)
+    flat = make_batch([with_advantage(row, 0.0) for row in policy_rows()], 0)
     metrics = learner.forward_backward(flat, POLICY) | learner.step(1e-2)
     assert metrics["loss"] == 0 and metrics["policy/entropy"] > 1 and metrics["policy/grad_norm"] == 0
     assert metrics["perf/skipped_rows_frac"] == pytest.approx(5 / 6)

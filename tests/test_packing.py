@@ -22,7 +22,7 @@ from grpo_gsm8k.trainer import packing
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.objectives import Objective
-from tests.toys import gradient, rows, train_config
+from tests.toys import gradient, rows, train_config, with_advantage
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -84,7 +84,7 @@ def test_packed_rows_give_the_loss_and_gradient_of_each_by_itself(name, checkpoi
 
 
 def test_the_old_policy_temperature_and_masked_rows_are_where_they_were():
-    data = [replace(row, advantage=(-1) ** i * (0.5 + i)) for i, row in enumerate(rows(*SEQUENCES, logprob=-4.2))]
+    data = [with_advantage(row, (-1) ** i * (0.5 + i)) for i, row in enumerate(rows(*SEQUENCES, logprob=-4.2))]
     data[3] = replace(data[3], mask=(0,) * len(data[3].mask))
     batch, objective = make_batch(data, 0), Objective("gspo", 0.02, 0.02, temperature=0.7)
     packed, padded = (learner_of(make_model(CONFIGS["qwen2"]), packing=how) for how in ("on", "off"))

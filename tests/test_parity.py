@@ -28,7 +28,7 @@ from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.logprobs import token_logprobs
 from grpo_gsm8k.trainer.objectives import KL_ESTIMATORS, Objective, per_token_loss
 from tests.test_objectives import POLICY, REFERENCE, STALE, exact_kl, expected_kl_term, numeric_gradient
-from tests.toys import gradient, make_data, make_model, train_config
+from tests.toys import datum, gradient, make_data, make_model, train_config
 
 LIMIT = 1e-5
 TEMPERATURE = 0.7
@@ -104,7 +104,7 @@ def setting(folder: Path) -> Setting:
     rows = []
     for (prompt, n), advantage in zip(sizes, advantages, strict=True):
         ids = tuple(torch.randint(3, 300, (prompt + n,)).tolist())
-        rows.append(Datum(ids, (0,) * prompt + (1,) * n, advantage=advantage))
+        rows.append(datum(ids, (0,) * prompt + (1,) * n, advantage=advantage))
     return Setting(model, rows, [prompt for prompt, _ in sizes])
 
 
@@ -181,7 +181,7 @@ def trl_inputs(at: Setting, batch: Batch) -> dict[str, torch.Tensor]:
         out["ref_per_token_logps"][b, :n] = batch.ref_logprobs[b, prompt - 1 : prompt - 1 + n]
     for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"):
         out[name] = out[name].long()
-    out["advantages"] = torch.tensor([row.advantage for row in at.rows])
+    out["advantages"] = torch.tensor([row.advantages[-1] for row in at.rows])
     out["num_items_in_batch"] = out["completion_mask"].sum()
     return out
 
@@ -278,7 +278,7 @@ def against_liger(one: Case, folder: Path) -> tuple[float, float]:
         model.head.weight,
         batch.targets,
         batch.mask,
-        torch.tensor([row.advantage for row in at.rows]),
+        torch.tensor([row.advantages[-1] for row in at.rows]),
         ref_per_token_logps=batch.ref_logprobs if one.kl else None,
         old_per_token_logps=batch.old_logprobs,
     )

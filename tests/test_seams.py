@@ -174,7 +174,12 @@ def test_a_users_task_reward_advantage_and_sampler_learn(words, tmp_path):
         "rollouts_per_step": 48,
         "group_size": 8,
     }
-    asked |= {"engine": "mine_seams:Counting", "advantage": "mine_seams:signs", "eval_every": 8, "reward": "mine_seams:even"}
+    asked |= {
+        "engine": "mine_seams:Counting",
+        "advantage": "mine_seams:signs",
+        "eval_every": 8,
+        "reward": "mine_seams:even",
+    }
     found = grpo.run(config_of("grpo", words, tmp_path / "grpo", **asked))  # the model remembers its task
     rows = metrics_of(tmp_path / "grpo")
     rewards = [row["reward/mean"] for row in rows]

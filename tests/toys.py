@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -111,6 +112,11 @@ def rows(*sequences: tuple[Iterable[int], int], advantage: float = 0.0, logprob:
         mask = (0,) * prompt + (1,) * (len(ids) - prompt)
         out.append(datum(ids, mask, (logprob * m for m in mask), advantage))
     return out
+
+
+def with_advantage(row: Datum, advantage: float) -> Datum:
+    """The same row with another advantage on every trained token."""
+    return replace(row, advantages=tuple(advantage * m for m in row.mask))
 
 
 class TableModel(nn.Module):

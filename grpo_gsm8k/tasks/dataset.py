@@ -55,7 +55,9 @@ class Manifest:
         return {"format": FORMAT, **self.provenance, **parts}
 
 
-def write_splits(out_dir: Path, splits: Mapping[str, Sequence[Row]], provenance: Mapping[str, Any], task: Task | None = None) -> Path:
+def write_splits(
+    out_dir: Path, splits: Mapping[str, Sequence[Row]], provenance: Mapping[str, Any], task: Task | None = None
+) -> Path:
     """Write `train.jsonl`, `val.jsonl`, `test.jsonl` and, last, `manifest.json`; or verify them, row by row.
 
     Args:
