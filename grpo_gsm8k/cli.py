@@ -7,9 +7,9 @@ traceback. stdout is data, stderr is talk; `--json` prints exactly one JSON obje
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import inspect
-import json
 import os
 import sys
 import typing
@@ -19,12 +19,20 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from grpo_gsm8k import config
-from grpo_gsm8k.errors import GrpoError, Interrupted, UserError
+from grpo_gsm8k import config, interrupts
+from grpo_gsm8k.errors import ConfigError, GrpoError, Interrupted, ModelError, UserError
 from grpo_gsm8k.launch import settings as launch_settings
+from grpo_gsm8k.runs import streams
 from grpo_gsm8k.runs.clean import printable, printable_json
 from grpo_gsm8k.tasks import load_task
 from grpo_gsm8k.tasks.base import load_examples
+
+PATHS = frozenset(
+    {errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EROFS, errno.ELOOP, errno.ENOSPC}
+)
+"""What a path that a person gave can be: none of these is a bug."""
+# typer carries a click of its own, and does not export this
+ClickException: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 app = typer.Typer(
     help="SFT → expert iteration → GRPO on GSM8K, on one node.",
@@ -91,7 +99,7 @@ def register(
 def show(result: Mapping[str, Any], as_json: bool, table: str = "") -> None:
     """A command's result on stdout: one JSON object, or a table of `evals.tables`, or a line per key."""
     if as_json:
-        print(printable_json(json.dumps(result, ensure_ascii=False)))
+        print(printable_json(streams.as_json(result)))
         return
     if table:
         from grpo_gsm8k.evals import tables
@@ -164,11 +172,15 @@ _stage("tokenize", "pretokenize", "Pairs → shards of token ids for one model."
 def data(
     out_dir: Annotated[Path, typer.Option(help="where train.jsonl, val.jsonl, test.jsonl and the manifest go")],
     source: Annotated[str, typer.Option(help="hub, or a folder with train.jsonl and test.jsonl")] = "hub",
-    eval_n: Annotated[int, typer.Option(help="validation problems reserved from train")] = 512,
-    seed: Annotated[int, typer.Option(help="of the reservation")] = 31415,
+    eval_n: Annotated[int, typer.Option(min=1, max=config.MOST, help="validation problems reserved from train")] = 512,
+    seed: Annotated[int, typer.Option(min=0, max=config.MOST, help="of the reservation")] = 31415,
     task: Annotated[str, typer.Option(help="gsm8k, another task's name, or package.module:Class")] = "gsm8k",
-    train_n: Annotated[int, typer.Option(help="training examples of a task that makes its own data")] = 4096,
-    test_n: Annotated[int, typer.Option(help="test examples of a task that makes its own data")] = 512,
+    train_n: Annotated[
+        int, typer.Option(min=1, max=config.MOST, help="training examples of a task that makes its own data")
+    ] = 4096,
+    test_n: Annotated[
+        int, typer.Option(min=1, max=config.MOST, help="test examples of a task that makes its own data")
+    ] = 512,
     revision: Annotated[str | None, typer.Option(help="of the hub's dataset; empty for the pinned one")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="where downloads are kept")] = None,
     snapshot_dir: Annotated[Path | None, typer.Option(help="keep the source files here as fetched")] = None,
@@ -247,11 +259,16 @@ def push(
 def compare(
     results: Annotated[list[Path], typer.Argument(help="results files over the same problems")],
     gain: Annotated[float | None, typer.Option(help="a claimed gain in points; empty for the one seen")] = None,
-    examples: Annotated[int, typer.Option(help="problems shown of those won, and of those lost")] = 3,
+    examples: Annotated[
+        int, typer.Option(min=0, max=config.MOST, help="problems shown of those won, and of those lost")
+    ] = 3,
     as_json: Json = False,
 ) -> None:
     """Results files against the first, paired: how much better is B, and is it noise?"""
     from grpo_gsm8k.evals.compare import compare_files
+
+    if gain is not None and (why := config.out_of_range(gain, {"at least": -100, "at most": 100})):
+        raise ConfigError(f"--gain {gain}: {why} (a claimed gain in points)")
 
     show(compare_files(results, None if gain is None else gain / 100, examples), as_json, "print_comparison")
 
@@ -261,8 +278,8 @@ def contamination(
     files: Annotated[list[Path], typer.Argument(help="training files: any JSONL")],
     test: Annotated[Path, typer.Option(help="the test split")] = Path("artifacts/data/test.jsonl"),
     task: Annotated[str, typer.Option(help="whose test split it is")] = "gsm8k",
-    ngram: Annotated[int, typer.Option(min=1, help="words in common that count")] = 13,
-    examples: Annotated[int, typer.Option(help="overlaps shown of each file")] = 3,
+    ngram: Annotated[int, typer.Option(min=1, max=config.MOST, help="words in common that count")] = 13,
+    examples: Annotated[int, typer.Option(min=0, max=config.MOST, help="overlaps shown of each file")] = 3,
     as_json: Json = False,
 ) -> None:
     """Test problems in training files: word n-grams that both have."""
@@ -290,9 +307,21 @@ def doctor(
     model_id: Annotated[str, typer.Option(help="also try what every stage tries of this model before it starts")] = "",
     device: Annotated[str, typer.Option(help="where the model is tried: auto, cpu or cuda:N")] = "auto",
     prompt_style: Annotated[str, typer.Option(help="how the model is asked, as in the stages")] = "auto",
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="measure the GPU instead, see bench gpu: numbers, speed, memory")
+    ] = False,
+    budget_s: Annotated[float, typer.Option("--budget-s", help="with --gpu: seconds in all")] = 540.0,
+    parts: Annotated[str, typer.Option(help="with --gpu: some of the parts, separated by commas")] = "all",
+    devices: Annotated[int, typer.Option(help="with --gpu: 2 also tries two GPUs together")] = 1,
+    out_dir: Annotated[
+        str, typer.Option("--out-dir", help="with --gpu: folder of gpu.json and gpu.md")
+    ] = "artifacts/gpu",
     as_json: Json = False,
 ) -> None:
     """What this machine can run, and what to do about the rest; of a model, whether it is served exactly."""
+    if gpu:
+        _measure_gpu("cuda" if device == "auto" else device, budget_s, parts, devices, out_dir, as_json)
+        return
     from grpo_gsm8k.doctor import checks, model_checks
 
     of_model = model_checks(model_id, device, prompt_style) if model_id else []
@@ -301,8 +330,25 @@ def doctor(
         show({"checks": [dataclasses.asdict(check) for check in found]}, True)
     else:
         _print_checks(found)
-    if not all(check.ok for check in of_model):
-        raise typer.Exit(2)
+    if failed := next((check for check in of_model if not check.ok), None):
+        raise ModelError(failed.detail)
+
+
+def _measure_gpu(device: str, budget_s: float, parts: str, devices: int, out_dir: str, as_json: bool) -> None:
+    from grpo_gsm8k import bench
+    from grpo_gsm8k.bench import gpu
+
+    given = ["gpu", f"--device={device}", f"--budget_s={budget_s}", f"--parts={parts}", f"--devices={devices}"]
+    toys = ["--sizes=toy"] if device == "cpu" else []
+    args = bench.parser().parse_args([*given, f"--out={out_dir}", *toys])
+    bench.check(args)
+    found = gpu.run(args)
+    if as_json:
+        show(found, True)
+    else:
+        print(gpu.markdown(found))
+    if any(part["status"] == "failed" for part in found["parts"].values()):
+        raise typer.Exit(1)
 
 
 def _print_checks(found: typing.Iterable[Any]) -> None:
@@ -317,7 +363,7 @@ def _print_checks(found: typing.Iterable[Any]) -> None:
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context) -> None:
-    """Benchmarks: update, sample, step. As `python -m grpo_gsm8k.bench` they need torch and transformers only."""
+    """Benchmarks: update, sample, step, gpu. As `python -m grpo_gsm8k.bench` they need torch and transformers only."""
     from grpo_gsm8k.bench import main as run
 
     run(context.args)
@@ -355,7 +401,7 @@ register("up", launch_settings.UpConfig, _up, into=launch_app)
 
 def _sky(
     flags: Mapping[str, Any],
-    nodes: Annotated[int, typer.Option(help="machines")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, max=1024, help="machines")] = 1,
     out: Annotated[Path, typer.Option(help="where the task goes")] = Path("task.yaml"),
     command: Annotated[list[str] | None, typer.Argument(help="the job, behind --")] = None,
 ) -> Mapping[str, Any]:
@@ -419,17 +465,46 @@ def main(argv: list[str] | None = None) -> None:
     # OpenMP's threads spin while they wait. Where processes share cores that is ruinous: two of two threads each,
     # on two cores, were measured at 0.15 steps a second, and at 4.1 with threads that sleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    streams.serve_any_encoding()
     try:
-        app(argv, prog_name="grpo-gsm8k")
+        code = _run(argv)
+    finally:
+        interrupts.over()
+    if interrupts.received():
+        interrupts.leave(code)
+    if code:
+        raise SystemExit(code)
+
+
+def _run(argv: list[str] | None) -> int:
+    """The command's exit code; what a person can mend becomes one line."""
+    try:
+        with streams.stdout_errors():
+            code = app(argv, prog_name="grpo-gsm8k", standalone_mode=False) or 0
+        if code != 130:  # what typer makes of a KeyboardInterrupt
+            return int(code)
+        _say(interrupts.LINE)
     except Interrupted as stop:
         _say(str(stop))
-        raise SystemExit(stop.exit_code) from None
+        return stop.exit_code
     except GrpoError as fault:
         _say(f"{'error' if isinstance(fault, UserError) else 'failed'}: {fault}")
-        raise SystemExit(fault.exit_code) from None
+        return fault.exit_code
+    except OSError as fault:
+        if fault.errno not in PATHS or fault.filename is None:
+            raise
+        _say(f"error: {os.fsdecode(fault.filename)}: {fault.strerror}; give another path")
+        return UserError.exit_code
+    except ClickException as fault:
+        if type(fault).__name__ == "NoArgsIsHelpError":
+            fault.show()
+        else:
+            command = getattr(getattr(fault, "ctx", None), "command_path", "grpo-gsm8k")
+            _say(f"error: {fault.format_message().rstrip('.')}; see `{command} --help`")
+        return int(fault.exit_code)
     except KeyboardInterrupt:
-        _say("interrupted; what was complete is kept, continue with --resume")
-        raise SystemExit(130) from None
+        _say(interrupts.LINE)
+    return interrupts.exit_code()
 
 
 def run_command(name: str) -> None:

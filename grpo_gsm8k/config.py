@@ -15,7 +15,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
+import math
+import operator
+import reprlib
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -24,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from grpo_gsm8k.errors import ConfigError
-from grpo_gsm8k.extensions import is_users
+from grpo_gsm8k.plugins import is_users
 
 T = TypeVar("T")
 C = TypeVar("C")
@@ -32,11 +36,42 @@ C = TypeVar("C")
 PRESETS = Path(__file__).parent / "presets"
 STAGES = ("base", "sft", "ei", "grpo")
 ENGINES = ("hf", "vllm")
+MOST = 2**63 - 1  # of any whole number: what a seed of torch and a tensor's size can be
 
 
-def opt(default: T, help: str, *, runtime: bool = False, also: str = "") -> T:
-    """A field with its help. `runtime` fields may differ between a run and its continuation; `also`: a second flag."""
-    return dataclasses.field(default=default, metadata={"help": help, "runtime": runtime, "also": also})
+def opt(
+    default: T,
+    help: str,
+    *,
+    runtime: bool = False,
+    also: str = "",
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+) -> T:
+    """A field with its help and its range.
+
+    Args:
+        runtime: may differ between a run and its continuation.
+        also: a second flag.
+        ge, gt, le, lt: bounds of a number, from whichever layer it comes.
+    """
+    bounds = {"at least": ge, "above": gt, "at most": le, "below": lt}
+    range_ = {words: bound for words, bound in bounds.items() if bound is not None}
+    return dataclasses.field(
+        default=default, metadata={"help": help, "runtime": runtime, "also": also, "range": range_}
+    )
+
+
+def out_of_range(value: float, range_: Mapping[str, float]) -> str:
+    """ "must be at least 0 and below 1" for a value that is not, "" for one that is. NaN and infinity never are."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be a finite number"
+    holds = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+    if all(holds[words](value, bound) for words, bound in range_.items()):
+        return f"must be at most {MOST}" if value > MOST and isinstance(value, int) else ""
+    return "must be " + " and ".join(f"{words} {bound}" for words, bound in range_.items())
 
 
 @dataclass(frozen=True)
@@ -66,9 +101,9 @@ class ModelConfig(PromptConfig):
     device: str = opt("auto", "cpu, cuda, cuda:0, or auto")
     dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "auto: bfloat16 on a GPU, else float32")
     grading: Literal["strict", "flexible"] = opt("flexible", "strict demands a marked answer")
-    max_new_tokens: int = opt(1024, "longest completion in tokens; the model's context may end it earlier")
-    sample_rows: int = opt(256, "completions decoded side by side; vLLM on a GPU decodes at least 1024")
-    seed: int = opt(0, "decides every random draw")
+    max_new_tokens: int = opt(1024, "longest completion in tokens; the model's context may end it earlier", ge=1)
+    sample_rows: int = opt(256, "completions decoded side by side; vLLM on a GPU decodes at least 1024", ge=1)
+    seed: int = opt(0, "decides every random draw", ge=0)
     deterministic: bool = opt(False, "bitwise repeatable kernels, TF32 off")
     wandb_project: str = opt(
         "grpo-gsm8k", "W&B project; used when WANDB_API_KEY is set or WANDB_MODE=offline", runtime=True
@@ -87,17 +122,23 @@ class EngineConfig(ModelConfig):
         "", "cuda:1 or cpu; empty: a GPU that the trainer is not on, else the trainer's", runtime=True
     )
     vllm_devices: str = opt("", "several, as in cuda:1,cuda:2: an engine on each, sharing the prompts", runtime=True)
-    tp_size: int = opt(1, "GPUs of one vLLM engine (tensor parallel), counted on from its device", runtime=True)
+    tp_size: int = opt(1, "GPUs of one vLLM engine (tensor parallel), counted on from its device", runtime=True, ge=1)
     gpu_mem_util: float = opt(
-        0.0, "share of a GPU's memory that vLLM may take; 0: 0.9, or what a learner on that GPU leaves", runtime=True
+        0.0,
+        "share of a GPU's memory that vLLM may take; 0: 0.9, or what a learner on that GPU leaves",
+        runtime=True,
+        ge=0,
+        le=1,
     )
-    max_model_len: int = opt(0, "longest sequence that vLLM plans for; 0 for the model's context", runtime=True)
+    max_model_len: int = opt(0, "longest sequence that vLLM plans for; 0 for the model's context", runtime=True, ge=0)
     weight_transfer: Literal["file", "nccl", "ipc"] = opt(
         "file",
         "how weights reach vLLM: a file in shared memory; or its own transfer, GPU to GPU (nccl) or on one GPU (ipc)",
         runtime=True,
     )
-    engine_patience_s: float = opt(600.0, "seconds without a sign of progress before an engine is lost", runtime=True)
+    engine_patience_s: float = opt(
+        600.0, "seconds without a sign of progress before an engine is lost", runtime=True, gt=0, le=1e9
+    )
 
     def __post_init__(self) -> None:
         if self.vllm_device or self.vllm_devices:  # so that the config says it, and a resumed run is held to it
@@ -115,8 +156,8 @@ class EngineConfig(ModelConfig):
 class PolicyConfig(EngineConfig):
     """What of the model is trained."""
 
-    lora_rank: int = opt(0, "rank of LoRA adapters, which alone are trained; 0 trains every weight")
-    lora_alpha: int = opt(32, "the adapters' product is scaled by lora_alpha / lora_rank")
+    lora_rank: int = opt(0, "rank of LoRA adapters, which alone are trained; 0 trains every weight", ge=0)
+    lora_alpha: int = opt(32, "the adapters' product is scaled by lora_alpha / lora_rank", ge=1)
     lora_targets: str = opt("all-linear", "which layers have an adapter: all-linear, or names such as q_proj,v_proj")
 
 
@@ -128,12 +169,15 @@ class TrainConfig(PolicyConfig):
     out_dir: str = opt("", "run directory; empty for artifacts/runs/<UTC stamp>_<git sha>", runtime=True)
     resume: bool = opt(False, "continue the run if there is one, start it if there is none", runtime=True)
     max_steps: int = opt(
-        0, "stop after this many steps; 0 for all. The schedule stays that of the whole run", runtime=True
+        0,
+        "stop after this many steps; 0 for all. The schedule stays that of the whole run",
+        runtime=True,
+        ge=0,
     )
-    save_every: int = opt(20, "steps between checkpoints", runtime=True)
-    keep_last: int = opt(2, "checkpoints kept, besides the best one on validation", runtime=True)
-    eval_every: int = opt(20, "steps between evaluations; 0 for none")
-    eval_examples: int = opt(100, "validation problems per evaluation, answered greedily")
+    save_every: int = opt(20, "steps between checkpoints", runtime=True, ge=1)
+    keep_last: int = opt(2, "checkpoints kept, besides the best one on validation", runtime=True, ge=1)
+    eval_every: int = opt(20, "steps between evaluations; 0 for none", ge=0)
+    eval_examples: int = opt(100, "validation problems per evaluation, answered greedily; 0 for all", ge=0)
     eval_set_path: str = opt("", "evaluation set; empty for val.jsonl of --data")
     eval_mode: Literal["auto", "inline", "async"] = opt(
         "auto", "async: in a process of its own while training goes on; auto: so for SFT with vLLM, else inline"
@@ -142,38 +186,51 @@ class TrainConfig(PolicyConfig):
     eval_backlog: Literal["all", "latest"] = opt(
         "all", "when the evaluator falls behind: keep all that wait, or only the latest", runtime=True
     )
-    probe_prompts: int = opt(8, "prompts that prove each hand-over of weights to an engine process; 0 for none")
+    probe_prompts: int = opt(8, "prompts that prove each hand-over of weights to an engine process; 0 for none", ge=0)
     probe_tolerance: float = opt(
-        0.0, "largest mean |logp difference| of a probe; 0 for 1e-3 in float32 and 0.05 in bfloat16", runtime=True
+        0.0,
+        "largest mean |logp difference| of a probe; 0 for 1e-3 in float32 and 0.05 in bfloat16",
+        runtime=True,
+        ge=0,
     )
-    lr: float = opt(1e-5, "peak learning rate")
+    lr: float = opt(1e-5, "peak learning rate", ge=0)
     lr_schedule: Literal["constant", "cosine", "linear"] = opt("constant", "what follows the warm-up")
-    warmup_steps: int = opt(0, "steps of linear warm-up")
-    weight_decay: float = opt(0.0, "AdamW weight decay, on matrices only")
-    beta1: float = opt(0.9, "AdamW beta1")
-    beta2: float = opt(0.95, "AdamW beta2")
-    grad_clip: float = opt(1.0, "largest gradient norm; 0 for no clipping")
+    warmup_steps: int = opt(0, "steps of linear warm-up", ge=0)
+    weight_decay: float = opt(0.0, "AdamW weight decay, on matrices only", ge=0)
+    beta1: float = opt(0.9, "AdamW beta1", ge=0, lt=1)
+    beta2: float = opt(0.95, "AdamW beta2", ge=0, lt=1)
+    grad_clip: float = opt(1.0, "largest gradient norm; 0 for no clipping", ge=0)
     max_tokens_per_microbatch: int = opt(
         0,
         "tokens of one forward pass, where rows are packed, else rows x longest; 0: what fits a GPU (deterministic: "
         "8192), 3072 on a CPU",
+        ge=0,
+    )
+    head: Literal["fused", "plain"] = opt(
+        "fused", "plain: all logits and autograd, in much more memory; to read, and to debug a loss"
     )
     packing: Literal["auto", "on", "off"] = opt(
-        "auto", "no cell of padding, and a prompt read once for all its completions; auto: on a CPU, if the model can"
+        "auto",
+        "no cell of padding, and a prompt read once for all its completions; auto: on a CPU, and on a GPU in bfloat16 "
+        "unless it is deterministic, if the model can",
     )
     activation_checkpointing: bool = opt(
         False, "keep only each layer's input, and compute the rest again in the backward pass", runtime=True
     )
-    compile: bool = opt(False, "compile each layer with torch.compile; needs a C++ compiler (CPU) or triton (GPU)")
+    compile: Literal["auto", "on", "off"] = opt(
+        "auto",
+        "compile each layer with torch.compile; needs a C++ compiler (CPU) or triton (GPU); auto: large models with "
+        "packed rows on one GPU, where it gives the same numbers",
+    )
     optimizer_device: Literal["auto", "cpu"] = opt(
         "auto", "auto: AdamW's state beside the model; cpu: in main memory, where its step is made", runtime=True
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.compile and self.deterministic:
+        if self.compile == "on" and self.deterministic:
             raise ConfigError(
-                "--compile with --deterministic: kernels are made for the shapes that a process meets first, and a "
+                "--compile on with --deterministic: kernels are made for the shapes that a process meets first, and a "
                 "resumed run meets others; leave one of them out"
             )
 
@@ -186,36 +243,44 @@ class SftConfig(TrainConfig):
         "", "JSONL of {prompt, response} or {messages}, or a folder of shards; empty for the solutions in --data"
     )
     train_on: Literal["last", "all"] = opt("last", "which assistant messages of a chat are trained")
-    max_length: int = opt(2048, "longer examples are left out, and counted")
-    epochs: int = opt(3, "passes over the data")
-    batch_size: int = opt(64, "examples per optimizer step")
-    lr: float = opt(1e-5, "peak learning rate")
+    max_length: int = opt(2048, "longer examples are left out, and counted", ge=1)
+    epochs: int = opt(3, "passes over the data", ge=1)
+    batch_size: int = opt(64, "examples per optimizer step", ge=1)
+    lr: float = opt(1e-5, "peak learning rate", ge=0)
     lr_schedule: Literal["constant", "cosine", "linear"] = opt("cosine", "what follows the warm-up")
-    warmup_steps: int = opt(20, "steps of linear warm-up")
+    warmup_steps: int = opt(20, "steps of linear warm-up", ge=0)
 
 
 @dataclass(frozen=True)
 class EiConfig(TrainConfig):
     """Expert iteration: sample, keep what is right, fine-tune on it, again."""
 
-    rounds: int = opt(2, "rounds of sample, keep, fine-tune")
-    prompts_per_round: int = opt(2048, "training problems sampled in a round")
-    samples_per_prompt: int = opt(4, "completions per problem")
-    keep_per_problem: int = opt(2, "right and distinct completions kept per problem")
-    temperature: float = opt(1.0, "sampling temperature")
-    top_p: float = opt(1.0, "nucleus mass")
-    steps_per_round: int = opt(50, "optimizer steps of a round")
-    batch_size: int = opt(64, "examples per optimizer step")
+    rounds: int = opt(2, "rounds of sample, keep, fine-tune", ge=1)
+    prompts_per_round: int = opt(2048, "training problems sampled in a round", ge=1)
+    samples_per_prompt: int = opt(4, "completions per problem", ge=1, le=100_000)
+    keep_per_problem: int = opt(2, "right and distinct completions kept per problem", ge=1)
+    temperature: float = opt(1.0, "sampling temperature", ge=0)
+    top_p: float = opt(1.0, "nucleus mass", gt=0, le=1)
+    steps_per_round: int = opt(50, "optimizer steps of a round", ge=1)
+    batch_size: int = opt(64, "examples per optimizer step", ge=1)
 
 
 _PLAIN: dict[str, Any] = {
     "loss": "grpo_clip",
+    "advantage": "group_relative",
     "baseline": "group",
     "std_norm": True,
     "aggregation": "sequence",
     "clip_eps": 0.2,
     "clip_eps_high": 0.0,
     "dual_clip": 0.0,
+    "sapo_temperature_pos": 1.0,
+    "sapo_temperature_neg": 1.05,
+    "vespo_k_pos": 2.0,
+    "vespo_lambda_pos": 3.0,
+    "vespo_k_neg": 3.0,
+    "vespo_lambda_neg": 2.0,
+    "entropy_coef": 0.0,
     "kl_coef": 0.0,
     "kl_estimator": "k3",
     "kl_bias_correction": True,
@@ -245,6 +310,14 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "reinforce_baseline": {**_PLAIN, **_REINFORCE},
     # arXiv 1912.09729 eq. 5, with group-relative advantages instead of a critic's
     "ppo_dual_clip": {**_PLAIN, "aggregation": "token", "dual_clip": 3.0},
+    # arXiv 2511.20347
+    "sapo": {**_PLAIN, "loss": "sapo"},
+    # arXiv 2602.05261 sec. 5.1
+    "luspo": {**_PLAIN, "loss": "luspo", "clip_eps": 2e-3, "clip_eps_high": 2.5e-3},
+    # arXiv 2602.10693; made for rollouts that are several updates old
+    "vespo": {**_PLAIN, "loss": "vespo", "aggregation": "token"},
+    # arXiv 2602.02710: for rewards of 0 and 1
+    "maxrl": {**_PLAIN, **_REINFORCE, "advantage": "maxrl"},
 }
 """Each paper's own settings, all of them spelled out: none is left over from the recipe below. Step counts, learning
 rates and group sizes stay the recipe's."""
@@ -255,24 +328,38 @@ class GrpoConfig(TrainConfig):
     """Group relative policy optimisation and its kin; the defaults are arXiv 2402.03300 without the KL term."""
 
     algorithm: str = opt("", f"a paper's settings over the recipe, weaker than flags: {', '.join(ALGORITHMS)}")
-    loss: Literal["grpo_clip", "gspo", "cispo", "reinforce"] = opt("grpo_clip", "what is minimised")
-    steps: int = opt(200, "GRPO steps: sample, grade, update")
-    rollouts_per_step: int = opt(256, "completions per step; a multiple of the group size")
-    group_size: int = opt(8, "completions per prompt")
-    epochs: int = opt(1, "passes over a step's rollouts")
-    minibatches: int = opt(1, "optimizer steps per pass")
-    clip_eps: float = opt(0.2, "the ratio is clipped to [1 - clip_eps, 1 + clip_eps_high]")
-    clip_eps_high: float = opt(0.0, "upper clip, if it differs; 0 for the same as clip_eps")
-    dual_clip: float = opt(0.0, "most that the ratio counts where the advantage is negative; 0 for no bound")
+    loss: str = opt(
+        "grpo_clip", "what is minimised: grpo_clip, gspo, luspo, cispo, sapo, vespo, reinforce, or package.module:Class"
+    )
+    steps: int = opt(200, "GRPO steps: sample, grade, update", ge=1)
+    rollouts_per_step: int = opt(256, "completions per step; a multiple of the group size", ge=1)
+    group_size: int = opt(8, "completions per prompt", ge=1)
+    epochs: int = opt(1, "passes over a step's rollouts", ge=1)
+    minibatches: int = opt(1, "optimizer steps per pass", ge=1)
+    clip_eps: float = opt(0.2, "the ratio is clipped to [1 - clip_eps, 1 + clip_eps_high]", ge=0)
+    clip_eps_high: float = opt(0.0, "upper clip, if it differs; 0 for the same as clip_eps", ge=0)
+    dual_clip: float = opt(0.0, "PPO dual-clip bound on the ratio where the advantage is negative; 0 for none", ge=0)
+    sapo_temperature_pos: float = opt(1.0, "SAPO: how fast the gate closes away from a ratio of 1, where A > 0", gt=0)
+    sapo_temperature_neg: float = opt(1.05, "SAPO: the same elsewhere", gt=0)
+    vespo_k_pos: float = opt(2.0, "VESPO: dampens responses that became unlikely, where A >= 0", ge=0)
+    vespo_lambda_pos: float = opt(3.0, "VESPO: dampens responses that became likely, where A >= 0", ge=0)
+    vespo_k_neg: float = opt(3.0, "VESPO: dampens responses that became unlikely, where A < 0", ge=0)
+    vespo_lambda_neg: float = opt(2.0, "VESPO: dampens responses that became likely, where A < 0", ge=0)
+    advantage: str = opt(
+        "group_relative",
+        "group_relative (by baseline and std_norm), maxrl (reward over its group's mean, less 1), or "
+        "package.module:function of a group's grades",
+    )
     baseline: Literal["group", "leave_one_out", "none"] = opt(
         "group", "subtracted from a reward: its group's mean, the mean of the others in its group, or nothing"
     )
     std_norm: bool = opt(True, "divide advantages by the group's standard deviation")
-    advantage_eps: float = opt(1e-6, "added to the group's standard deviation")
+    advantage_eps: float = opt(1e-6, "added to the group's standard deviation", ge=0)
     aggregation: Literal["sequence", "token", "constant"] = opt(
         "sequence", "mean over a response then over responses (GRPO); over all tokens; or over max_new_tokens"
     )
-    kl_coef: float = opt(0.0, "weight of the KL to the model that the run began with; 0 for none, at no cost")
+    entropy_coef: float = opt(0.0, "weight of the entropy bonus; 0 for none", ge=-1e6, le=1e6)
+    kl_coef: float = opt(0.0, "weight of the KL to the model that the run began with; 0 for none, at no cost", ge=0)
     kl_estimator: Literal["k1", "k2", "k3"] = opt("k3", "estimator of that KL")
     kl_bias_correction: bool = opt(
         True, "weigh the estimator by the ratio, so that its gradient is that KL's; without, k3's is another KL's"
@@ -285,23 +372,30 @@ class GrpoConfig(TrainConfig):
     mode: Literal["on_policy", "one_step_off"] = opt(
         "on_policy", "one_step_off samples the next step's rollouts while the learner updates: at most one update old"
     )
-    importance_correction: Literal["none", "truncate", "mask"] = opt(
-        "none", "weigh each token by trainer / sampler probability: cut at importance_cap, or left out beyond it"
+    importance_correction: Literal[
+        "none", "truncate", "mask", "sequence_truncate", "sequence_mask", "geometric_mask"
+    ] = opt(
+        "none",
+        "weigh each token by trainer / sampler probability, its own or its whole response's: clipped to "
+        "importance_cap, or left out beyond it; geometric_mask only leaves responses out",
     )
-    importance_cap: float = opt(2.0, "largest weight of the correction; mask leaves out below 1 / cap, too")
+    importance_cap: float = opt(2.0, "upper bound of the correction's ratio", ge=1)
+    importance_cap_low: float = opt(0.0, "lower bound; 0: none for truncate, 1 / importance_cap for mask", ge=0, le=1)
     mask_truncated: bool = opt(False, "leave completions cut at max_new_tokens out of the loss")
-    resample_zero_variance: int = opt(0, "times that groups with equal rewards are replaced by fresh prompts")
-    temperature: float = opt(1.0, "sampling temperature")
-    top_p: float = opt(1.0, "nucleus mass; below 1 it is refused, since ratios would be wrong")
+    resample_zero_variance: int = opt(0, "times that groups with equal rewards are replaced by fresh prompts", ge=0)
+    temperature: float = opt(1.0, "sampling temperature", ge=0)
+    top_p: float = opt(1.0, "nucleus mass; below 1 it is refused, since ratios would be wrong", gt=0, le=1)
     reward: str = opt("default", "default: the task's; random (the control); or package.module:function")
-    advantage: str = opt("", "package.module:function of a group's grades; empty for baseline and std_norm")
-    format_weight: float = opt(0.2, "reward for the format")
-    answer_weight: float = opt(0.8, "reward for the right answer")
+    format_weight: float = opt(0.2, "reward for the format", ge=0)
+    answer_weight: float = opt(0.8, "reward for the right answer", ge=0)
     estimate: str = opt(
         "", "print the predicted memory and time on this GPU (H200, H100, A100, L40S, 4090, …) and exit", runtime=True
     )
     overlong_buffer: float = opt(
-        0.0, "last share of max_new_tokens, over which a length penalty grows from 0 to -1; 0 for no penalty"
+        0.0,
+        "last share of max_new_tokens, over which a length penalty grows from 0 to -1; 0 for no penalty",
+        ge=0,
+        le=1,
     )
 
     @property
@@ -315,12 +409,12 @@ class EvalConfig(EngineConfig):
     """Accuracy of a model on a file of problems."""
 
     eval_path: str = opt("artifacts/data/test.jsonl", "problems, or the rows that prep-eval writes")
-    limit: int = opt(0, "only the first so many problems; 0 for all")
-    samples: int = opt(1, "completions per problem and seed")
+    limit: int = opt(0, "only the first so many problems; 0 for all", ge=0)
+    samples: int = opt(1, "completions per problem and seed", ge=1, le=100_000)
     seeds: str = opt("", "several sampling seeds, as in 0,1,2; empty for --seed alone")
-    temperature: float = opt(0.0, "0 is greedy")
-    top_p: float = opt(1.0, "nucleus mass")
-    shots: int = opt(0, "worked examples shown before each problem, drawn from --shots_path by --seed")
+    temperature: float = opt(0.0, "0 is greedy", ge=0)
+    top_p: float = opt(1.0, "nucleus mass", gt=0, le=1)
+    shots: int = opt(0, "worked examples shown before each problem, drawn from --shots_path by --seed", ge=0)
     shots_path: str = opt("", "training problems that the examples come from; never the evaluated ones")
     out_dir: str = opt("artifacts/baselines", "where the results file goes")
 
@@ -332,7 +426,7 @@ class PrepEvalConfig(PromptConfig):
     data: str = opt("artifacts/data", "folder with train.jsonl, val.jsonl and test.jsonl")
     split: Literal["train", "val", "test"] = opt("val", "which of them")
     eval_path: str = opt("", "a file of problems instead", also="--infile")
-    limit: int = opt(0, "only the first so many problems; 0 for all")
+    limit: int = opt(0, "only the first so many problems; 0 for all", ge=0)
     out: str = opt("", "where the rows go; empty for artifacts/tokenized/<file>_for_vllm.jsonl", also="--outfile")
 
 
@@ -346,8 +440,8 @@ class PairsConfig(PromptConfig):
         "auto", "what of a trace becomes the response; auto: the reasoning for r1_zero, else the content"
     )
     grading: Literal["strict", "flexible"] = opt("flexible", "strict demands a marked answer of the teacher, too")
-    min_chars: int = opt(20, "shortest response in characters")
-    max_chars: int = opt(8000, "longest response in characters")
+    min_chars: int = opt(20, "shortest response in characters", ge=0)
+    max_chars: int = opt(8000, "longest response in characters", ge=1)
 
 
 @dataclass(frozen=True)
@@ -356,30 +450,32 @@ class TokenizeConfig(PromptConfig):
 
     data_path: str = opt("artifacts/traces/pairs.jsonl", "JSONL of {prompt, response} or {messages}", also="--infile")
     out_dir: str = opt("artifacts/tokenized/pairs", "folder of shards; continued if it was begun")
-    max_total_tokens: int = opt(1024, "columns of a shard; longer examples are left out, and counted")
+    max_total_tokens: int = opt(1024, "columns of a shard; longer examples are left out, and counted", ge=1)
     train_on: Literal["last", "all"] = opt("last", "which assistant messages of a chat are trained")
-    shard_rows: int = opt(1024, "lines of the file that make one shard")
+    shard_rows: int = opt(1024, "lines of the file that make one shard", ge=1)
     format: Literal["safetensors", "pt"] = opt("safetensors", "pt: a dict for torch.load(weights_only=True)")
-    workers: int = opt(1, "processes")
+    workers: int = opt(1, "processes", ge=1, le=1024)
 
 
 @dataclass(frozen=True)
 class TinyModelConfig:
     """The model that a pipeline makes on the spot when none is named."""
 
-    vocab_size: int = opt(1024, "at most so many byte-level BPE tokens")
-    hidden_size: int = opt(128, "width")
-    layers: int = opt(2, "transformer layers")
-    heads: int = opt(4, "attention heads; of 32 each at this width, the smallest that vLLM has kernels for")
+    vocab_size: int = opt(1024, "at most so many byte-level BPE tokens", ge=259, le=1_000_000)
+    hidden_size: int = opt(128, "width", ge=2, le=65_536)
+    layers: int = opt(2, "transformer layers", ge=1, le=1024)
+    heads: int = opt(
+        4, "attention heads; of 32 each at this width, the smallest that vLLM has kernels for", ge=1, le=1024
+    )
 
 
 @dataclass(frozen=True)
 class ToyConfig:
     """The data that a pipeline makes on the spot when none is named: how many examples of each split."""
 
-    train: int = opt(18000, "training examples")
-    val: int = opt(200, "validation examples")
-    test: int = opt(600, "held-out test examples")
+    train: int = opt(18000, "training examples", ge=1, le=10_000_000)
+    val: int = opt(200, "validation examples", ge=1, le=10_000_000)
+    test: int = opt(600, "held-out test examples", ge=1, le=10_000_000)
     tiny: bool = opt(False, "small examples, from a teacher of mixed quality: what the tiny model learns from")
 
 
@@ -394,8 +490,8 @@ class PipelineConfig:
     out_dir: str = opt("", "pipeline directory; empty for artifacts/runs/<UTC stamp>_<git sha>")
     engine: str = opt("", "who samples in every stage, hf or vllm; empty for the preset's")
     stop_after: str = opt("", "last stage to run: base, sft, ei or grpo")
-    max_steps: int = opt(0, "stop every training stage after this many steps; 0 for all")
-    seed: int = opt(0, "decides every random draw")
+    max_steps: int = opt(0, "stop every training stage after this many steps; 0 for all", ge=0)
+    seed: int = opt(0, "decides every random draw", ge=0)
     deterministic: bool = opt(False, "bitwise repeatable kernels, TF32 off")
     resume: bool = opt(False, "continue where an earlier call stopped")
 
@@ -421,10 +517,14 @@ def preset_names() -> list[str]:
 def read_toml(path: Path) -> dict[str, dict[str, Any]]:
     """The tables of a recipe file, every key checked. Raises `ConfigError` naming the file and the key."""
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        if path.is_char_device():
+            raise ConfigError(f"{path}: is a device, not a config file")
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+    except OSError as fault:
+        raise ConfigError(f"{path}: cannot be read: {fault.strerror}") from None
+    except (ValueError, RecursionError) as fault:  # broken TOML, broken UTF-8, a number of 5000 digits, NUL in the path
         raise ConfigError(f"{path}: not a TOML file: {fault}") from None
     of_tasks = tables.get("task", {})
     if not isinstance(of_tasks, dict) or not all(isinstance(own, dict) for own in of_tasks.values()):
@@ -443,8 +543,11 @@ def _check_tables(tables: Mapping[str, Any], path: Path, before: str) -> None:
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: {table!r} must stand in a table such as [{before}grpo] or [{before}common]")
         known = everywhere if table == "common" else _fields(SECTIONS[table])
-        for key in values:
+        for key, value in values.items():
             _known(key, known, f"{path}: [{before}{table}] unknown key")
+            for cls in SECTIONS.values() if table == "common" else [SECTIONS[table]]:
+                if key in _fields(cls):
+                    _coerce(cls, key, value, f"{path}: [{before}{table}] {key} =")
 
 
 def resolve(
@@ -490,22 +593,24 @@ def resolve(
             _known(name, _fields(SECTIONS[table]), f"--set {item}: unknown key")
         else:
             _known(name, _fields(cls), f"--set {item}: unknown key")
+        value = _coerce(SECTIONS[table] if dot else cls, name, text.strip(), f"--set {key.strip()} =")
         if not dot or table == section:
-            typed[name] = text.strip()
+            typed[name] = value
     return build(cls, values | _over_algorithm(typed))
 
 
 def build(cls: type[C], values: Mapping[str, Any]) -> C:
-    """`cls(**values)` with every key known and every value of its field's type."""
-    hints = typing.get_type_hints(cls)
+    """`cls(**values)` with every key known and every value of its field's type and in its range."""
     for key in values:
         _known(key, _fields(cls), "unknown key")
-    return cls(**{key: _coerce(key, hints[key], value) for key, value in values.items()})
+    return cls(**{key: _coerce(cls, key, value, f"--{key}") for key, value in values.items()})
 
 
 def to_toml(config: Any, table: str) -> str:
     """A config as one TOML table, every field spelled out."""
-    lines = [f"{name} = {json.dumps(value)}" for name, value in dataclasses.asdict(config).items()]
+    # JSON's strings are TOML's, but for escaped pairs of surrogates and for DEL as it is.
+    values = {name: json.dumps(value, ensure_ascii=False) for name, value in dataclasses.asdict(config).items()}
+    lines = [f"{name} = {text}".replace("\x7f", "\\u007f") for name, text in values.items()]
     return f"[{table}]\n" + "\n".join(lines) + "\n"
 
 
@@ -542,24 +647,52 @@ def _known(name: str, names: typing.Iterable[str], message: str) -> None:
         raise ConfigError(f"{message} {name!r}{hint}")
 
 
-def _coerce(key: str, hint: Any, value: Any) -> Any:
-    """`value` as the field's type; text (from `--set`) is parsed, nothing else is converted silently."""
-    wrong = ConfigError(f"{key} = {value!r}: must be {getattr(hint, '__name__', str(hint).split('.')[-1])}")
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _coerce(cls: type, key: str, value: Any, said: str) -> Any:
+    """`value` as the field's type and in its range; text (from `--set`) is parsed, nothing else is converted silently.
+
+    Args:
+        said: how the value was given, for the message: `--lr`, or `recipe.toml: [sft] lr =`.
+    """
+    hint, field = _hints(cls)[key], cls.__dataclass_fields__[key]  # type: ignore[attr-defined]
+
+    def refuse(why: str) -> ConfigError:
+        return ConfigError(f"{said} {_SHORT.repr(value)}: {why}")
+
+    wrong = refuse(f"must be {getattr(hint, '__name__', str(hint).split('.')[-1])}")
+    if isinstance(value, str) and ("\0" in value or not _is_text(value)):
+        raise refuse("must be UTF-8 text without NUL")
     if typing.get_origin(hint) is Literal:
         if value not in typing.get_args(hint):
-            raise ConfigError(f"{key} = {value!r}: must be one of {', '.join(typing.get_args(hint))}")
+            raise refuse(f"must be one of {', '.join(typing.get_args(hint))}")
         return value
     if hint is bool and isinstance(value, str):
         if value.lower() not in ("true", "false"):
             raise wrong
         return value.lower() == "true"
+    number = value
     if hint in (int, float) and isinstance(value, str):
         try:
-            return hint(value)
+            number = hint(value)
         except ValueError:
             raise wrong from None
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not hint:
+    elif hint is float and isinstance(value, int) and not isinstance(value, bool):
+        number = float(value) if abs(value) <= MOST else math.inf
+    if type(number) is not hint:
         raise wrong
-    return value
+    if isinstance(number, int | float) and (why := out_of_range(number, field.metadata.get("range", {}))):
+        raise refuse(f"{why} ({field.metadata['help']})")
+    return number
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written: argv may hold bytes that are not UTF-8, as lone surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in value)

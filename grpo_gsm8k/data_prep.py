@@ -38,6 +38,7 @@ from grpo_gsm8k.runs.files import (
     atomic_path,
     read_json,
     read_jsonl,
+    real_path,
     sha256_file,
     write_json,
 )
@@ -98,7 +99,7 @@ def prepare(
         raise ConfigError(f"eval_n must be at least 1, not {eval_n}")
     kept_apart = {"--source": None if source == "hub" else source, "--snapshot_dir": snapshot_dir}
     for flag, folder in kept_apart.items():
-        if folder is not None and Path(folder).resolve() == out_dir.resolve():
+        if folder is not None and real_path(folder) == real_path(out_dir):
             raise ConfigError(f"--out_dir and {flag} are both {out_dir}; choose another --out_dir")
 
     origin = _hub(revision, cache_dir) if source == "hub" else _folder(Path(source))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from grpo_gsm8k.evals.accuracy import Evaluation
     from grpo_gsm8k.trainer.batch import Batch
-    from grpo_gsm8k.trainer.objectives import Objective
+    from grpo_gsm8k.trainer.losses import Objective
 
 FinishReason = Literal["stop", "length", "turns"]
 Message = tuple[str, str]  # (role, content)

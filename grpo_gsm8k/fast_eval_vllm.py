@@ -12,17 +12,21 @@ samples go to W&B, too, where it is on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import secrets
+import tempfile
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from grpo_gsm8k.config import EvalConfig
 from grpo_gsm8k.datatypes import Example, SamplingParams
-from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.errors import ConfigError, DiskError
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.runs import wandb_sink
-from grpo_gsm8k.runs.files import write_json, write_jsonl
+from grpo_gsm8k.runs.files import check_writable, write_json, write_jsonl
+from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.tasks.base import Task, load_examples
 from grpo_gsm8k.tasks.contamination import words
 from grpo_gsm8k.tasks.render import task_of
@@ -44,26 +48,50 @@ def run(cfg: EvalConfig, results_path: Path | None = None, title: str = "eval") 
         raise ConfigError(
             "several --samples or --seeds need --temperature above 0: greedy completions are all the same"
         )
-    if cfg.samples < 1 or cfg.shots < 0:
-        raise ConfigError("--samples must be at least 1, and --shots must not be negative")
     task = task_of(cfg)
     examples = load_examples(task, cfg.eval_path)
-    how: dict[str, Any] = {"samples": cfg.samples, "seeds": seeds, "shots": draw_shots(cfg, task, examples)}
-    params = SamplingParams(cfg.max_new_tokens, cfg.temperature, cfg.top_p)
-    result = evaluate_model(cfg, task, examples[: cfg.limit or None], params, cfg.eval_path, title, **how)
+    shots = draw_shots(cfg, task, examples)
     if results_path is None:
         name = cfg.run_name or f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}_{Path(cfg.model_id).name}"
-        results_path = Path(cfg.out_dir) / f"{Path(name).name}.jsonl"
-    write_jsonl(results_path, result.rows)
+        results_path = Path(cfg.out_dir) / f"{Path(name).name or 'eval'}.jsonl"
+    check_writable(results_path)  # before an hour of sampling, not behind it
+    params = SamplingParams(cfg.max_new_tokens, cfg.temperature, cfg.top_p)
+    how: dict[str, Any] = {"samples": cfg.samples, "seeds": seeds, "shots": shots}
+    result = evaluate_model(cfg, task, examples[: cfg.limit or None], params, cfg.eval_path, title, **how)
     asked = {key: getattr(cfg, key) for key in ("model_id", "eval_path", "grading", "samples", "temperature", "shots")}
     summary = {**result.summary(), "results_path": str(results_path), **asked, "task": task.spec}
-    write_json(results_path.with_suffix(".json"), summary)
+    try:
+        write_jsonl(results_path, result.rows)
+        write_json(results_path.with_suffix(".json"), summary)
+    except DiskError as fault:
+        raise DiskError(f"{fault}; {keep_elsewhere(result.rows, summary)}") from fault
     if wandb_sink.wanted():
         page = wandb_sink.WandbSink(cfg.wandb_project, results_path.stem, results_path.with_suffix(".wandb"), vars(cfg))
         page.log(0, result.metrics())
         page.table(0, "val/samples", result.rows)
         page.close()
     return summary
+
+
+def keep_elsewhere(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str:
+    """Save an evaluation whose folder has filled up: its rows to the temporary folder, or else its figures to stderr.
+
+    Returns:
+        where they are, for the message.
+    """
+    place = Path(tempfile.gettempdir()) / f"eval_{secrets.token_hex(4)}.jsonl"
+    try:
+        write_jsonl(place, rows)
+    except DiskError:
+        figures = {key: value for key, value in summary.items() if key != "results_path"}
+        talk(json.dumps(figures))
+        return f"{_figure(summary)} is all that is left"
+    return f"the rows are in {place}, {_figure(summary)}"
+
+
+def _figure(summary: Mapping[str, Any]) -> str:
+    name = "reward" if summary["accuracy"] is None else "accuracy"
+    return f"{name} {summary[name]:.4f} on {summary['n']} problems"
 
 
 def sampling_seeds(cfg: EvalConfig) -> list[int]:

@@ -18,20 +18,19 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from grpo_gsm8k import extensions
+from grpo_gsm8k import plugins
 from grpo_gsm8k.config import GrpoConfig
 from grpo_gsm8k.datatypes import Datum, Grade, Prompt, Rollout
 from grpo_gsm8k.engines.probe import sampled_datum
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.evals.diversity import diversity
-from grpo_gsm8k.extensions import users_code
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.rollout import RolloutSource, SourceState, StepTimer, rollout_metrics, sample_row
 from grpo_gsm8k.runs import diagnosis
@@ -39,16 +38,23 @@ from grpo_gsm8k.tasks.base import load_split
 from grpo_gsm8k.tasks.render import task_of
 from grpo_gsm8k.tasks.rewards import Grader, make_reward
 from grpo_gsm8k.trainer import loop
-from grpo_gsm8k.trainer.batch import Batch, make_batch, mismatch_metrics, with_old_logprobs, with_ref_logprobs
-from grpo_gsm8k.trainer.objectives import Objective
+from grpo_gsm8k.trainer.batch import (
+    Batch,
+    ImportanceCorrection,
+    make_batch,
+    mismatch_metrics,
+    with_old_logprobs,
+    with_ref_logprobs,
+)
+from grpo_gsm8k.trainer.losses import Objective, make_loss, unread_settings
 from grpo_gsm8k.trainer.optimizer import lr_at
 from grpo_gsm8k.trainer.plan import estimate
 from grpo_gsm8k.workbench import Bench, open_bench
 
+ADVANTAGES = ("group_relative", "maxrl")
 
-def train(
-    cfg: GrpoConfig, bench: Bench, prompts: Sequence[Prompt], grader: Grader, advantage: Advantage | None = None
-) -> None:
+
+def train(cfg: GrpoConfig, bench: Bench, prompts: Sequence[Prompt], grader: Grader) -> None:
     """The algorithm. Everything that it needs is handed in, so a test can hand it toys."""
     check(cfg)
     with closing(RolloutSource(cfg, bench, prompts, grader)) as source:
@@ -57,7 +63,7 @@ def train(
             timer = StepTimer(bench.sampler)
             sampled, metrics = source.take(step)
             timer.restart()  # the source has timed itself
-            groups = with_advantages(cfg, sampled, advantage)
+            groups = with_advantages(cfg, sampled)
             rows = [row for group in groups for rollout in group if (row := datum(cfg, rollout))]
             timer.lap("build_data")
             metrics |= rollout_metrics(groups) | update(cfg, bench, rows, step)
@@ -97,9 +103,14 @@ def check(cfg: GrpoConfig) -> None:
         raise ConfigError(
             f"rollouts_per_step = {cfg.rollouts_per_step} must be a multiple of group_size = {cfg.group_size}"
         )
-    if cfg.group_size < 2 and cfg.baseline != "none":
+    relative = cfg.advantage == "group_relative"
+    if cfg.advantage not in ADVANTAGES:
+        plugins.load_object(cfg.advantage, "advantage", ADVANTAGES)
+    if cfg.group_size < 2 and ((relative and cfg.baseline != "none") or cfg.advantage == "maxrl"):
         raise ConfigError("group_size must be at least 2: a group of one has no relative advantage")
-    if cfg.baseline == "none" and cfg.std_norm:
+    if cfg.advantage == "maxrl" and cfg.overlong_buffer:
+        raise ConfigError("advantage maxrl needs rewards that are not negative: leave overlong_buffer at 0")
+    if relative and cfg.baseline == "none" and cfg.std_norm:
         raise ConfigError("baseline none with std_norm divides plain rewards by a deviation near 0; pass --no-std-norm")
     if cfg.top_p < 1:
         raise ConfigError("top_p < 1 truncates what is sampled, so ratios would be wrong; use top_p = 1")
@@ -107,50 +118,53 @@ def check(cfg: GrpoConfig) -> None:
         raise ConfigError("temperature must be above 0: greedy groups have no variance")
     if cfg.importance_correction != "none" and cfg.old_logprobs != "recompute":
         raise ConfigError("importance_correction needs the trainer's own log-probabilities: old_logprobs = recompute")
-    if cfg.importance_cap < 1:
-        raise ConfigError(f"importance_cap = {cfg.importance_cap} must be at least 1")
-    if cfg.dual_clip and cfg.loss not in ("grpo_clip", "gspo"):
-        raise ConfigError(f"dual_clip bounds the clipped surrogate; {cfg.loss} is none: use dual_clip = 0")
-    if cfg.dual_clip and cfg.dual_clip <= 1 + (cfg.clip_eps_high or cfg.clip_eps):
-        raise ConfigError(f"dual_clip = {cfg.dual_clip} must lie above the clip, 1 + clip_eps_high")
-    if cfg.kl_coef < 0:
-        raise ConfigError(f"kl_coef = {cfg.kl_coef} must not be negative")
+    if objective_of(cfg).loss.supervised:
+        raise ConfigError(f"loss {cfg.loss!r} knows no advantages: it is for fine-tuning, and GRPO would learn nothing")
+    if unread := unread_settings(cfg.loss, vars(cfg), vars(GrpoConfig())):
+        raise ConfigError(f"{unread[0]} = {getattr(cfg, unread[0])}: --loss {cfg.loss} does not read it; leave it out")
     if cfg.kl_coef and cfg.kl_estimator == "k1" and not cfg.kl_bias_correction:
         raise ConfigError("k1 without kl_bias_correction has a gradient of mean 0: it would hold the policy to nothing")
-    if not 0 <= cfg.overlong_buffer <= 1:
-        raise ConfigError(f"overlong_buffer = {cfg.overlong_buffer} is a share of max_new_tokens: from 0 to 1")
 
 
 # ------------------------------------------------------------------------------------ advantages, rows, update
 
 
-Advantage = Callable[[Sequence[Grade]], Sequence[float]]
-"""Of the grades of one group."""
-
-
-def with_advantages(
-    cfg: GrpoConfig, groups: Sequence[Sequence[Rollout]], advantage: Advantage | None = None
-) -> list[list[Rollout]]:
-    """Each rollout's reward relative to its own group's, or what a user's `advantage` makes of the group's grades."""
+def with_advantages(cfg: GrpoConfig, groups: Sequence[Sequence[Rollout]]) -> list[list[Rollout]]:
+    """Each rollout's reward relative to its own group's."""
     found = []
     for group in groups:
-        grades_G = [rollout.grade for rollout in group]
-        if advantage:
-            values = users_advantages(advantage, grades_G)
-        else:
-            rewards_G = [grade.reward for grade in grades_G]
-            values = group_advantages(rewards_G, cfg.std_norm, cfg.advantage_eps, cfg.baseline)
+        values = advantages_of(cfg, [rollout.grade for rollout in group])
         found.append([replace(rollout, advantage=value) for rollout, value in zip(group, values, strict=True)])
     return found
 
 
-def users_advantages(advantage: Advantage, grades_G: Sequence[Grade]) -> list[float]:
-    """What a user's function returns for a group. Raises `ConfigError` unless it is a finite number for each grade."""
-    with users_code("the --advantage function"):
-        values = [float(value) for value in advantage(grades_G)]
-    if len(values) != len(grades_G) or not all(map(math.isfinite, values)):
-        raise ConfigError(f"the --advantage function returned {values} for {len(grades_G)} grades: one number each")
-    return values
+def advantages_of(cfg: GrpoConfig, grades_G: Sequence[Grade]) -> list[float]:
+    """What each completion of a group is credited with, as `--advantage` says.
+
+    Raises:
+        ConfigError: the user's own function fails, or returns something other than a finite number for each.
+    """
+    rewards_G = [grade.reward for grade in grades_G]
+    if cfg.advantage == "group_relative":
+        return group_advantages(rewards_G, cfg.std_norm, cfg.advantage_eps, cfg.baseline)
+    if cfg.advantage == "maxrl":
+        return maxrl_advantages(rewards_G)
+    own, what = plugins.load_object(cfg.advantage, "advantage", ADVANTAGES), f"advantage {cfg.advantage!r}"
+    with plugins.calling(what):
+        found = [float(value) for value in own(grades_G)]
+    if len(found) != len(grades_G) or not all(map(math.isfinite, found)):
+        raise ConfigError(
+            f"{what}: returned {str(found)[:80]} for rewards {str(rewards_G)[:80]}; must be as many numbers"
+        )
+    return found
+
+
+def maxrl_advantages(rewards_G: Sequence[float]) -> list[float]:
+    """r / mean - 1 (MaxRL, arXiv 2602.02710): the rarer a right answer, the more it counts, as in log-likelihood."""
+    mean = statistics.fmean(rewards_G)
+    if min(rewards_G) < 0:
+        raise ConfigError(f"advantage maxrl divides by a group's mean: rewards must not be negative ({min(rewards_G)})")
+    return [reward / mean - 1 if len(set(rewards_G)) > 1 else 0.0 for reward in rewards_G]
 
 
 def group_advantages(
@@ -186,27 +200,28 @@ def update(cfg: GrpoConfig, bench: Bench, rows: Sequence[Datum], step: int) -> d
     `mismatch/` is of the first update, where the weights are still those that sampled: whatever differs there
     differs between sampler and trainer.
     """
-    objective = Objective(
-        cfg.loss,
-        cfg.clip_eps,
-        cfg.clip_eps_high or cfg.clip_eps,
-        cfg.temperature,
-        cfg.dual_clip,
-        cfg.kl_coef,
-        cfg.kl_estimator,
-        cfg.kl_bias_correction,
-        cfg.old_logprobs == "recompute" and not cfg.frozen_pass,
-        cfg.importance_correction,
-        cfg.importance_cap,
-    )
-    lr = lr_at(step, cfg.steps, cfg)
     if not rows:  # every completion was cut, and cut ones are masked
         return {}
+    objective, lr = objective_of(cfg), lr_at(step, cfg.steps, cfg)
     batch, mismatch = whole_batch(cfg, bench, rows, step)
     updates = minibatches(cfg, batch, step)
     history = [loop.update(bench.run, bench.learner, part, objective, lr, step) for part in updates]
     mean = {key: statistics.fmean(metrics[key] for metrics in history) for key in history[0]}
     return mean | {key: value for key, value in history[0].items() if key.startswith("mismatch/")} | mismatch
+
+
+def objective_of(cfg: GrpoConfig) -> Objective:
+    """The loss and its terms. Raises `ConfigError` where the loss is not there, or refuses its settings."""
+    return Objective(
+        loss=make_loss(cfg.loss, vars(cfg) | {"clip_eps_high": cfg.clip_eps_high or cfg.clip_eps}),
+        temperature=cfg.temperature,
+        kl_coef=cfg.kl_coef,
+        kl_estimator=cfg.kl_estimator,
+        kl_bias_correction=cfg.kl_bias_correction,
+        on_policy=cfg.old_logprobs == "recompute" and not cfg.frozen_pass,
+        correction=ImportanceCorrection(cfg.importance_correction, cfg.importance_cap, cfg.importance_cap_low),
+        entropy_coef=cfg.entropy_coef,
+    )
 
 
 def whole_batch(cfg: GrpoConfig, bench: Bench, rows: Sequence[Datum], step: int) -> tuple[Batch, dict[str, float]]:
@@ -225,8 +240,9 @@ def whole_batch(cfg: GrpoConfig, bench: Bench, rows: Sequence[Datum], step: int)
     mismatch: dict[str, float] = {}
     if cfg.frozen_pass:  # before the first update moves the weights
         frozen = bench.learner.logprobs(batch, cfg.temperature)
-        mismatch = mismatch_metrics([batch], [frozen], cfg.importance_cap)
-        batch = with_old_logprobs(batch, frozen, cfg.importance_correction, cfg.importance_cap)
+        correction = objective_of(cfg).correction
+        mismatch = mismatch_metrics([batch], [frozen], correction)
+        batch = with_old_logprobs(batch, frozen, correction)
     if cfg.kl_coef:
         batch = with_ref_logprobs(batch, bench.learner.reference_logprobs(batch, cfg.temperature))
     return batch, mismatch
@@ -259,11 +275,10 @@ def run(cfg: GrpoConfig) -> dict[str, Any]:
         return estimate(cfg, cfg.estimate)
     source, task = Path(cfg.data) / "train.jsonl", task_of(cfg)
     examples, reward = load_split(task, cfg.data, "train"), make_reward(cfg.reward)
-    advantage = extensions.load(cfg.advantage, "--advantage") if cfg.advantage else None
     buffer = round(cfg.overlong_buffer * cfg.max_new_tokens)
     with open_bench(cfg, "grpo", {"train": source}, overlaps=cfg.mode == "one_step_off") as bench:
         grader = Grader(bench.renderer.task, reward, (cfg.max_new_tokens, buffer) if buffer else None)
-        train(cfg, bench, bench.prompts(examples, source), grader, advantage)
+        train(cfg, bench, bench.prompts(examples, source), grader)
         return bench.finish()
 
 

@@ -42,9 +42,12 @@ def run(cfg: PipelineConfig, config_file: Path | None = None, sets: Sequence[str
     if world().size > 1:
         raise ConfigError("torchrun starts one stage at a time: sft, ei or grpo; the pipeline runs in one process")
     resolve = _resolver(cfg, config_file, sets)
-    resolve("grpo", {})  # a mistake in a recipe shows before any work is done
+    for section in (*TRAINERS, "eval", "toy", "tiny_model"):
+        resolve(section, {})  # a mistake in a recipe shows before any work is done
+    grpo.check(resolve("grpo", {}))
     folder = _open(cfg, sets)
-    began = time.monotonic() - _seconds_so_far(folder)
+    before = _stored(folder)
+    began = time.monotonic() - before.get("seconds", 0.0)
     first = resolve("sft", {"model_id": cfg.model_id} if cfg.model_id else {})
     task, model, given = task_of(first), first.model_id, cfg.data or first.data
     data = Path(given) if given else make_data(task, folder / "data", resolve("toy", {}), cfg.seed)
@@ -61,6 +64,7 @@ def run(cfg: PipelineConfig, config_file: Path | None = None, sets: Sequence[str
         "seed": cfg.seed,
     }
     result |= {"model_id": model, "seconds": 0.0, "stages": [], "comparisons": []}
+    finished = before.get("stages", [])
     for stage in STAGES:
         started = time.monotonic()
         if stage in TRAINERS:
@@ -68,10 +72,11 @@ def run(cfg: PipelineConfig, config_file: Path | None = None, sets: Sequence[str
             trained = TRAINERS[stage](resolve(stage, flags | {"max_steps": cfg.max_steps}))
             model = trained["model"]
         row = evaluate_stage(stage, model, data, folder, resolve)
-        result["stages"].append(row | {"seconds": _stage_seconds(folder, stage, started)})
+        result["stages"].append(row | {"seconds": _stage_seconds(before, row, started)})
         result["comparisons"] = comparisons(result["stages"])
         result["seconds"] = round(time.monotonic() - began, 1)
-        write_json(folder / "pipeline.json", result)
+        if len(result["stages"]) > len(finished) or result["stages"] != finished[: len(result["stages"])]:
+            write_json(folder / "pipeline.json", result)  # never shorter than it was: a kill must not lose a stage
         talk(f"{stage}: {_outcome(row)}")
         if stage == cfg.stop_after:
             break
@@ -204,13 +209,18 @@ def _unfinished(mine: Mapping[str, Any]) -> Path:
     return new_path()
 
 
-def _seconds_so_far(folder: Path) -> float:
+def _stored(folder: Path) -> dict[str, Any]:
+    """What an earlier call wrote to pipeline.json; nothing if there was none."""
     path = folder / "pipeline.json"
-    return float(read_json(path)["seconds"]) if path.is_file() else 0.0
+    return read_json(path) if path.is_file() else {}
 
 
-def _stage_seconds(folder: Path, stage: str, started: float) -> float:
+def _stage_seconds(before: Mapping[str, Any], row: Mapping[str, Any], started: float) -> float:
     """This stage's time; a stage that was complete before keeps the time it took then."""
-    path = folder / "pipeline.json"
-    before = {row["name"]: row["seconds"] for row in read_json(path)["stages"]} if path.is_file() else {}
-    return max(float(before.get(stage, 0.0)), round(time.monotonic() - started, 1))
+    seconds = {old["name"]: old["seconds"] for old in before.get("stages", []) if _same(old, row)}
+    return float(seconds.get(row["name"], round(time.monotonic() - started, 1)))
+
+
+def _same(old: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Whether both are of the same stage and of the same weights."""
+    return all(old.get(key) == row[key] for key in ("name", "model", "weights_sha256"))

@@ -187,7 +187,8 @@ def _plain(model: Any, batch: Batch) -> torch.Tensor:
     model.eval()
     try:
         for row, length in enumerate(batch.lengths):
-            logits = model(input_ids=batch.input_ids[row : row + 1, :length].to(model.device)).logits[0]
+            ids = batch.input_ids[row : row + 1, :length].to(model.device)
+            logits = model(input_ids=ids, use_cache=False).logits[0]
             logp = logits.float().log_softmax(-1).cpu()
             out[row, :length] = logp.gather(-1, batch.targets[row, :length].unsqueeze(-1)).squeeze(-1)
     finally:

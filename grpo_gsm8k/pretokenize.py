@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 from grpo_gsm8k.config import PrepEvalConfig, TokenizeConfig
 from grpo_gsm8k.datatypes import Example, Source
 from grpo_gsm8k.errors import ConfigError, DataError, GrpoError
-from grpo_gsm8k.runs.files import read_json, read_lines, sha256_file, write_json, write_jsonl
+from grpo_gsm8k.runs.files import read_json, read_lines, real_path, sha256_file, write_json, write_jsonl
 from grpo_gsm8k.runs.progress import progress
 from grpo_gsm8k.tasks.base import load_examples, load_split
 from grpo_gsm8k.tasks.conversations import read_chat
@@ -208,7 +208,7 @@ def run(cfg: PrepEvalConfig) -> dict[str, Any]:
     """
     source = Path(cfg.eval_path or Path(cfg.data) / f"{cfg.split}.jsonl")
     out = Path(cfg.out or TOKENIZED / f"{source.stem}_for_vllm.jsonl")
-    if out.resolve() == source.resolve():
+    if real_path(out) == real_path(source):
         raise ConfigError(f"--out is {out}, which holds the problems themselves; choose another file")
     task = task_of(cfg)
     examples = load_examples(task, source) if cfg.eval_path else load_split(task, cfg.data, cfg.split)

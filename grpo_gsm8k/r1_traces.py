@@ -267,6 +267,8 @@ def retry_after(value: str | None, now: datetime) -> float:
 def read_prompts(path: Path) -> list[dict[str, str]]:
     """id, question and (where there is one) answer of each problem; a row without an id gets its question's hash."""
     found: dict[str, dict[str, str]] = {}
+    if path.is_char_device():  # /dev/zero never ends
+        raise MistakeError(f"{path}: is a device, not a file")
     with path.open("rb") as handle:
         for number, line in enumerate(handle, 1):
             try:
@@ -479,18 +481,18 @@ class Collector:
 
     def _claim(self) -> None:
         """Begin an outfile, or make sure that this one was begun with the same question."""
-        if self.manifest.is_file():
+        if self.manifest.is_file() and self.outfile.stat().st_size:
             before = json.loads(self.manifest.read_text(encoding="utf-8"))["asked"]
             changed = [f"{k}: {before.get(k)!r} then, {v!r} now" for k, v in self.asked.items() if before.get(k) != v]
-            if changed and not self.outfile.stat().st_size:  # nothing was answered, as after a wrong key or address
-                write_json(self.manifest, {"asked": self.asked})
-            elif changed:
+            if changed:
                 raise MistakeError(
                     f"{self.outfile}: was begun otherwise ({'; '.join(changed)}); pick another --outfile"
                 )
         elif self.outfile.stat().st_size:
             raise MistakeError(f"{self.outfile}: holds rows that are not from here; pick another --outfile")
-        else:
+        else:  # nothing is recorded yet, so that another endpoint may be asked than the one that refused
+            if self.manifest.is_file() and json.loads(self.manifest.read_text("utf-8")).get("asked") != self.asked:
+                os.truncate(self.failures, 0)
             write_json(self.manifest, {"asked": self.asked})
 
     def _count(self, row: Mapping[str, Any]) -> Key:

@@ -16,7 +16,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from os.path import commonpath
+from os.path import commonpath, realpath
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from grpo_gsm8k.report_read import (
     pair,
     percent,
     points,
+    public,
     read_config,
     read_lines,
     read_run,
@@ -331,7 +332,7 @@ def training_samples(run: Run, notes: list[str]) -> Html:
         for path in dict.fromkeys([*files[:1], *files[-1:]]):
             blocks = [
                 tag("article", _question(row), tag("div", _answer(str(row.get("id", "")), row)))
-                for row in read_lines(path, notes, f"{kind}/samples/")[:4]
+                for row in read_lines(path, notes, run.path, f"{kind}/samples/")[:4]
             ]
             step = path.stem.removeprefix("step_").lstrip("0") or "0"
             folds.append(fold(f"{LONG_NAMES[kind]}, step {step}", *blocks))
@@ -348,11 +349,11 @@ def provenance(run: Run) -> Html:
         names = ["command.txt", "config.toml", "pipeline_config.json", "data.json", "code.diff"]
         found = [folder / name for name in names] + sorted((folder / "sys").glob("*"))
         for path in found:  # the environment may name people and machines: it stays behind
-            text = "" if path.stem.startswith("env") or path.suffix not in TEXTS else read_text(path)
+            text = "" if path.stem.startswith("env") or path.suffix not in TEXTS else read_text(path, run.path)
             if text.strip():
-                folds.append(fold(path.relative_to(run.path).as_posix(), preformatted(text)))
+                folds.append(fold(path.relative_to(run.path).as_posix(), preformatted(public(text))))
     if run.summary:
-        folds.append(fold("pipeline.json", preformatted(json.dumps(run.summary, indent=2, ensure_ascii=False))))
+        folds.append(fold("pipeline.json", preformatted(public(json.dumps(run.summary, indent=2, ensure_ascii=False)))))
     return section("provenance", "Configuration and provenance", *folds)
 
 
@@ -366,16 +367,16 @@ def facts(run: Run) -> list[tuple[str, object]]:
     found: dict[str, object] = {}
     for name, key in (("model", "model_id"), ("data", "data"), ("preset", "preset"), ("seed", "seed")):
         value = run.summary[key] if key in run.summary else config.get(key, "")
-        found[name] = str(value).replace(inside, "")
+        found[name] = public(str(value).replace(inside, ""))
     found["time"] = duration(run.summary["seconds"]) if number(run.summary.get("seconds")) else ""
     for kind, curves in run.parts.items():
         found[f"{STAGES[kind]} steps"] = f"{len(curves.rows):,}" if curves.rows else ""
     folders = (run.path, *run.folders.values())
-    begins = [read_text(folder / "code.diff")[:200] for folder in folders]  # "# commit 0123abcd…"
+    begins = [read_text(folder / "code.diff", run.path)[:200] for folder in folders]  # "# commit 0123abcd…"
     commits = [re.search(r"^# .*?commit ([0-9a-f]{7,8})", text) for text in begins]
     commits.append(re.search(r"_([0-9a-f]{7,8})(?:-dirty)?$", run.path.name))
     found["commit"] = next((tag("code", match[1]) for match in commits if match), "")
-    commands = [read_text(folder / "command.txt").strip() for folder in folders]
+    commands = [public(read_text(folder / "command.txt", run.path)).strip() for folder in folders]
     found["command"] = next((tag("code", text[:400]) for text in commands if text), "")
     return [(name, value) for name, value in found.items() if value != ""]
 
@@ -391,7 +392,7 @@ def _flat_config(run: Run) -> dict[str, object]:
             flat[prefix] = value
 
     for folder in dict.fromkeys([run.path, *run.folders.values()]):
-        walk("" if folder == run.path else folder.name, read_config(folder, run.notes))
+        walk("" if folder == run.path else folder.name, read_config(folder, run.notes, run.path))
     return flat
 
 
@@ -415,7 +416,7 @@ def comparison_page(runs: Mapping[str, Run]) -> Html:
     configs = {title: _flat_config(run) for title, run in runs.items()}
     keys = sorted(set().union(*configs.values()))
     differing = [
-        (tag("code", key), *(str(c.get(key, "–"))[:80] for c in configs.values()))
+        (tag("code", key), *(public(str(c.get(key, "–")))[:80] for c in configs.values()))
         for key in keys
         if len({repr(c.get(key)) for c in configs.values()}) > 1
     ]
@@ -517,7 +518,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     Raises:
         RunDirError: a directory does not exist, or no run wrote it.
     """
-    paths = list(dict.fromkeys(Path(run).resolve() for run in runs))
+    paths = list(dict.fromkeys(Path(realpath(run)) for run in runs))  # Path.resolve raises at a circle of links
     if not paths:
         raise RunDirError("no run directory given; try: grpo-gsm8k report artifacts/runs/NAME")
     found = dict(zip(labels(paths), (read_run(path) for path in paths), strict=True))

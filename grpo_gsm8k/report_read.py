@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import platform
+import re
 import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from grpo_gsm8k.runs import diagnosis
 from grpo_gsm8k.runs.diagnosis import RISING, Finding, trend
 
 STAGES = {"base": "Base", "sft": "SFT", "ei": "EI", "grpo": "GRPO"}
+LARGEST = 1e100
 TRAINING = ("sft", "ei", "grpo")
 
 
@@ -79,16 +82,21 @@ def read_run(path: Path) -> Run:
     if not path.is_dir():
         raise RunDirError(f"{path}: no such directory; give the directory that a run wrote")
     notes: list[str] = []
-    summary = _read_json(path / "pipeline.json", notes)
-    folders = {name: path / name for name in TRAINING if _is_run(path / name)}
-    evals = {f.stem: read_lines(f, notes) for f in sorted(path.glob("evals/*.jsonl")) if f.stem in STAGES}
+    summary = _read_json(path / "pipeline.json", path, notes)
+    notes += [
+        f"{entry.relative_to(path).as_posix()} is a link out of the run directory and is not followed."
+        for entry in sorted(path.rglob("*"))
+        if entry.is_symlink() and "wandb" not in entry.parts and not is_inside(entry, path)
+    ]
+    folders = {name: path / name for name in TRAINING if _is_run(path / name) and is_inside(path / name, path)}
+    evals = {f.stem: read_lines(f, notes, path) for f in sorted(path.glob("evals/*.jsonl")) if f.stem in STAGES}
     if not (folders or evals or (path / "pipeline.json").exists()):
         if not _is_run(path):
             raise RunDirError(f"{path}: not a run directory: neither pipeline.json nor metrics.jsonl is in it")
-        curves = _read_curves(path, notes)
+        curves = _read_curves(path, notes, path)
         kind = _kind(curves)
         return Run(path, {}, {kind: curves}, {kind: path}, {}, notes)
-    parts = {name: _read_curves(folder, notes, f"{name}/") for name, folder in folders.items()}
+    parts = {name: _read_curves(folder, notes, path, f"{name}/") for name, folder in folders.items()}
     run = Run(path, summary, parts, folders, evals, notes)
     stages = run.stages
     absent = [label for name, label in STAGES.items() if name not in {s["name"] for s in stages}]
@@ -114,24 +122,52 @@ def _kind(curves: Curves) -> str:
     return "ei" if any(n.startswith(("ei/", "progress/ei")) for n in names) else "sft"
 
 
-def read_text(path: Path) -> str:
-    return path.read_text("utf-8", errors="replace") if path.is_file() else ""
+def read_text(path: Path, root: Path) -> str:
+    """A file's text, "" without one, and for a link out of the run directory `root`: its target is not ours to show."""
+    return path.read_text("utf-8", errors="replace") if path.is_file() and is_inside(path, root) else ""
 
 
-def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
+def is_inside(path: Path, root: Path) -> bool:
+    """Whether a path ends below `root`, whatever links it goes through."""
     try:
-        value = json.loads(read_text(path) or "{}")
-    except ValueError as error:
+        return path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):  # a circle of links
+        return False
+
+
+_PATH = re.compile(r"(?<![\w./~])(?:/[\w.+@%-]+){2,}/?")
+_ADDRESS = re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)*")
+
+
+def public(text: str) -> str:
+    """A text of the run's provenance without what names people and machines: the page may be published.
+
+    Of an absolute path the last part stays; addresses and this machine's name go.
+    """
+
+    def last(match: re.Match[str]) -> str:
+        parts = match[0].strip("/").split("/")
+        return f"…/{parts[-1]}" if len(parts) > 2 else "…"  # /home/NAME is a name
+
+    text = _ADDRESS.sub("[address]", _PATH.sub(last, text.replace("file://", "")))
+    host = platform.node()
+    return re.sub(rf"\b{re.escape(host)}\b", "[host]", text) if len(host) > 3 and host != "localhost" else text
+
+
+def _read_json(path: Path, root: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        value = json.loads(read_text(path, root) or "{}")
+    except (ValueError, RecursionError) as error:
         notes.append(f"{path.name} cannot be read ({error}); shown without it.")
         return {}
     return value if isinstance(value, dict) else {}
 
 
-def read_config(folder: Path, notes: list[str]) -> dict[str, Any]:
+def read_config(folder: Path, notes: list[str], root: Path) -> dict[str, Any]:
     """The tables of a run's config.toml; none where it is absent or broken."""
     try:
-        return tomllib.loads(read_text(folder / "config.toml"))
-    except tomllib.TOMLDecodeError:
+        return tomllib.loads(read_text(folder / "config.toml", root))
+    except (ValueError, RecursionError):
         notes.append(f"{folder.name}/config.toml cannot be read.")
         return {}
 
@@ -142,16 +178,16 @@ def findings(run: Run) -> list[Finding]:
     if not curves.rows:
         return []
     folder = run.folders["grpo"]
-    config = read_config(folder, run.notes).get("grpo", {})
+    config = read_config(folder, run.notes, run.path).get("grpo", {})
     kept = sorted(folder.glob("samples/step_*.jsonl"))
-    samples = read_lines(kept[-1], run.notes, "grpo/samples/") if kept else []
+    samples = read_lines(kept[-1], run.notes, run.path, "grpo/samples/") if kept else []
     return diagnosis.diagnose(curves.rows, config, samples)
 
 
-def read_lines(path: Path, notes: list[str], where: str = "") -> list[dict[str, Any]]:
+def read_lines(path: Path, notes: list[str], root: Path, where: str = "") -> list[dict[str, Any]]:
     """The objects in a JSONL file; lines that are none are counted in `notes`."""
     rows, broken = [], 0
-    for line in read_text(path).splitlines():
+    for line in read_text(path, root).splitlines():
         try:
             row = json.loads(line or "null")
         except (ValueError, RecursionError):
@@ -165,18 +201,23 @@ def read_lines(path: Path, notes: list[str], where: str = "") -> list[dict[str, 
     return rows
 
 
-def _read_curves(folder: Path, notes: list[str], where: str = "") -> Curves:
+def _read_curves(folder: Path, notes: list[str], root: Path, where: str = "") -> Curves:
     steps: dict[float, dict[str, float]] = {}
-    for row in read_lines(folder / "metrics.jsonl", notes, where):
-        numbers = {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
-        if math.isfinite(numbers.get("step", math.nan)):
+    for row in read_lines(folder / "metrics.jsonl", notes, root, where):
+        numbers = {k: _drawable(v) for k, v in row.items() if isinstance(v, int | float)}
+        if 0 <= numbers.get("step", math.nan) < 1e15:
             steps.setdefault(numbers["step"], {}).update(numbers)  # a resumed step, or a late evaluation
     bad = sum(not math.isfinite(v) for row in steps.values() for v in row.values())
     if bad:
-        notes.append(f"{where}metrics.jsonl: {bad} values are NaN or infinite and not drawn.")
+        notes.append(f"{where}metrics.jsonl: {bad} values are NaN, infinite or beyond 1e100, and not drawn.")
     if not steps:
         notes.append(f"{where}metrics.jsonl has no steps yet.")
     return Curves(tuple(_derive(steps[step]) for step in sorted(steps)))
+
+
+def _drawable(value: float) -> float:
+    """A number as it is; NaN for one so large that sums of it, or a figure's axis, would overflow."""
+    return float(value) if -LARGEST < value < LARGEST else math.nan
 
 
 def _derive(row: dict[str, float]) -> dict[str, float]:
@@ -199,7 +240,7 @@ def last_evaluation(run: Run) -> tuple[str, dict[str, list[dict[str, Any]]]]:
         if not kept:
             return "", {}
         title = f"validation, step {int(kept[-1].stem.removeprefix('step_')):,}"
-        rows = read_lines(kept[-1], run.notes, "evals/")
+        rows = read_lines(kept[-1], run.notes, run.path, "evals/")
     return title, grouped([r for r in rows if isinstance(r.get("id"), str) and isinstance(r.get("correct"), bool)])
 
 
@@ -208,7 +249,7 @@ def last_evaluation(run: Run) -> tuple[str, dict[str, list[dict[str, Any]]]]:
 
 def number(value: object, form: str = "{:.4g}") -> str:
     """A finite number as text, else ''."""
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST
     return form.format(value).replace("e-0", "e-").replace("-", "−") if ok else ""
 
 
@@ -219,7 +260,7 @@ def percent(share: object) -> str:
 
 def duration(seconds: object) -> str:
     """3700 -> '1 h 2 min', 95 -> '1 min 35 s'."""
-    if not isinstance(seconds, int | float) or not math.isfinite(seconds):
+    if not isinstance(seconds, int | float) or not number(seconds):
         return "–"
     if seconds < 60:
         return f"{seconds:.{0 if seconds >= 10 else 1}f}\u00a0s"

@@ -10,9 +10,10 @@ What was sampled ahead is part of a checkpoint, so a resumed run trains on the s
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,6 +25,8 @@ from grpo_gsm8k.evals.accuracy import record
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.tasks.rewards import Grader
 from grpo_gsm8k.workbench import Bench
+
+WAKE_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ class RolloutSource:
     def __init__(self, cfg: GrpoConfig, bench: Bench, prompts: Sequence[Prompt], grader: Grader) -> None:
         self.cfg, self.bench, self.prompts, self.grader = cfg, bench, prompts, grader
         self.cursor = 0
+        self._taking = self._before = 0  # the step under way, and the cursor that it began with
+        self._taken: Future[Collected] | None = None  # what was sampled ahead for it
         self._ahead: Future[Collected] | None = None
         self._pool = ThreadPoolExecutor(1)
 
@@ -89,14 +94,20 @@ class RolloutSource:
             EngineError: the sampler failed, or sampled with weights that are too old.
         """
         metrics, began = dict[str, float](), time.perf_counter()
+        self._taking, self._before, self._taken = step, self.cursor, None
         if self._ahead is None:
             metrics |= self.bench.sync(step - 1)
             self._begin(step)
         assert self._ahead is not None
         synced = time.perf_counter()
+        while not wait([self._ahead], timeout=WAKE_S).done:
+            pass  # a Ctrl-C that comes while a thread is falling asleep is seen only when it wakes
         ready = self._ahead.result()
         waited = time.perf_counter() - synced
-        self._ahead, self.cursor = None, ready.cursor
+        ahead, self._ahead = self._ahead, None
+        if self.cfg.mode == "one_step_off":
+            self._taken = ahead
+        self.cursor = ready.cursor
         if self.cfg.mode == "one_step_off" and step < self.cfg.steps:
             metrics |= self.bench.sync(step - 1)
             self._begin(step + 1)
@@ -105,11 +116,19 @@ class RolloutSource:
         return ready.groups, metrics
 
     def state(self) -> SourceState:
-        """What a checkpoint must hold. Waits for what is being sampled ahead."""
+        """What a checkpoint must hold. Waits for what is being sampled ahead.
+
+        In the middle of a step (the last complete one is being rescued) that is what the step began with.
+        """
+        halfway = self._taking > self.bench.run.complete
+        cursor = self._before if halfway else self.cursor
+        future = (self._taken or self._ahead) if halfway else self._ahead
+        if halfway and not (self.cfg.mode == "one_step_off" and future and future.done()):
+            future = None  # nobody waits for samples while a run is being ended; they are drawn anew
         try:
-            return SourceState(self.cursor, self._ahead.result() if self._ahead else None)
+            return SourceState(cursor, future.result() if future else None)
         except EngineError:  # the checkpoint is being written because of it; the step will be sampled anew
-            return SourceState(self.cursor)
+            return SourceState(cursor)
 
     def restore(self, state: SourceState) -> None:
         """Go on from a checkpoint."""
@@ -124,8 +143,8 @@ class RolloutSource:
             self._ahead.result()
 
     def close(self) -> None:
-        """Let what is being sampled end."""
-        self._pool.shutdown()
+        """Let what is being sampled end, but not after Ctrl-C."""
+        self._pool.shutdown(wait=not isinstance(sys.exc_info()[1], KeyboardInterrupt), cancel_futures=True)
 
     def _begin(self, step: int) -> None:
         self._ahead = self._pool.submit(collect, self.cfg, self.bench, self.prompts, self.grader, step, self.cursor)

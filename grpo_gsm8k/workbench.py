@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from grpo_gsm8k import preflight, repro
-from grpo_gsm8k.config import EngineConfig, EvalConfig, GrpoConfig, ModelConfig, TrainConfig
+from grpo_gsm8k.config import ENGINES, EngineConfig, EvalConfig, GrpoConfig, ModelConfig, TrainConfig
 from grpo_gsm8k.datatypes import Evaluator, Example, Learner, Prompt, Sampler, SamplingParams, WeightsRef
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.engines.probe import TOLERANCE, probe
@@ -24,11 +24,11 @@ from grpo_gsm8k.engines.process import Engine, ProcessSampler, placements, train
 from grpo_gsm8k.errors import ConfigError, EngineError, RunDirError
 from grpo_gsm8k.evals.accuracy import CHUNK, Evaluation, evaluate
 from grpo_gsm8k.evals.evaluator import AsyncEvaluator, InlineEvaluator
-from grpo_gsm8k.extensions import is_users, users_code
-from grpo_gsm8k.extensions import load as load_object
+from grpo_gsm8k.plugins import calling, is_users, load_object
 from grpo_gsm8k.preflight import Subject, check_ids, embeddings_of
 from grpo_gsm8k.runs.directory import Run, open_run
 from grpo_gsm8k.runs.files import atomic_folder
+from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.tasks import contamination
 from grpo_gsm8k.tasks.base import Task, load_examples
 from grpo_gsm8k.tasks.render import Renderer, check_lengths, date_of, task_of
@@ -171,7 +171,7 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
         if world().size > 1:
             learner = open_until_the_end.enter_context(closing(Lead(learner)))
         bench = Bench(run, learner, NoSampler(), renderer, [], context_length(model), embeddings_of(model))
-        bench.val = bench.prompts(examples[: cfg.eval_examples], eval_path)
+        bench.val = bench.prompts(examples[: cfg.eval_examples or None], eval_path)
         flown = Subject(model, renderer, bench.val, learner, None, run.path, getattr(learner, "packs", False))
         preflight.fly(flown)  # before an engine is started, which takes a minute
         if not (apart and stage == "sft"):
@@ -183,7 +183,11 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
         try:
             yield bench
         except EngineError:
-            loop.rescue(run, learner)
+            if loop.rescue(run, learner):
+                talk(f"{run.stage}: step {run.complete} is saved in {run.path}; continue with --resume")
+            raise
+        except KeyboardInterrupt:
+            loop.rescue_interrupted(run, learner)
             raise
 
 
@@ -259,8 +263,10 @@ def open_sampler(
     """
     here = world()
     if is_users(cfg.engine):
-        with users_code(f"engine {cfg.engine!r}"):
-            yield load_object(cfg.engine, "--engine")(model, renderer, cfg)
+        make = load_object(cfg.engine, "engine", ENGINES)
+        with calling(f"engine {cfg.engine!r}"):
+            own: Sampler = make(model, renderer, cfg)
+        yield own
         return
     if not cfg.uses_vllm:
         yield HFSampler(model, renderer, cfg.sample_rows, copy_model=here.size == 1)  # ranks train another copy

@@ -429,7 +429,7 @@ def config_of(name: str) -> Any:
     return getattr(transformers, kind)(**copy.deepcopy(fields))
 
 
-SCALES = {"zamba": 0.8}  # of the weights; here float32 loses more digits than elsewhere
+SCALES = {"zamba": 0.8, "qwen3-next": 1.0}  # of the weights; here float32 loses more digits than elsewhere
 
 
 def make(name: str, seed: int = 0) -> Any:

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,8 @@ class FakeRunpod:
         faults: route → what befalls its next requests, in order; "" for nothing. Routes: catalog, create, list, get,
             delete, logs, action. Faults: a status, drop, drop_after, 500_after, late, malformed, hang, redirect, bomb.
         lives: how the pods made behave, in order; then "ok".
-        on_command: number of the ssh command in a pod → what befalls it; the first one starts the job.
+        on_command: number of the ssh command in a pod → what befalls it; the first one starts the job. Or a text →
+            what befalls every command that holds it.
         run_args: really run the container's command (the watchdog).
         tools: programs of the pods, by name: a shell script each, before those of this machine.
     """
@@ -94,7 +95,7 @@ class FakeRunpod:
         key: str,
         faults: dict[str, list[str]] | None = None,
         lives: tuple[str, ...] = (),
-        on_command: dict[int, str] | None = None,
+        on_command: Mapping[int | str, str] | None = None,
         run_args: bool = False,
         host_key_in_log: str = "own",
         tools: dict[str, str] | None = None,
@@ -339,7 +340,10 @@ class FakeRunpod:
     async def _run(self, pod: Pod, process: Any) -> None:
         pod.commands += 1
         self.watch(f"command_{pod.commands}")
-        fault = self.on_command.pop(pod.commands, "")
+        told = await process.stdin.read() if process.command == "sh -s" else b""
+        fault = self.on_command.pop(pod.commands, "") or next(
+            (fault for text, fault in self.on_command.items() if isinstance(text, str) and text.encode() in told), ""
+        )
         self.met[f"command:{fault}"] += 1
         if fault in ("drop", "move", "die", "vanish", "exit", "hide"):
             if fault in ("die", "vanish", "exit"):
@@ -357,7 +361,6 @@ class FakeRunpod:
             subprocess.run(["rm", "-rf", str(pod.home / "grpo-job")], check=True)
         path = f"{self.tools}:{PATH}"
         env = {"HOME": str(pod.home), "PATH": path, "LANG": "C.UTF-8", **self.pod_env(pod)}
-        told = await process.stdin.read() if process.command == "sh -s" else b""
         command = ["sh", "-c", process.command or "sh"]
         ran = await asyncio.to_thread(subprocess.run, command, cwd=pod.home, env=env, input=told, capture_output=True)
         process.stdout.write(ran.stdout)

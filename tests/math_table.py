@@ -196,11 +196,16 @@ ANSWERS: list[tuple[str, list[str], list[str]]] = [
         r"P(A)=\frac12", r"\text{Probability} = \frac{1}{2}", r"\mathbf{\frac{1}{2}}", r"\boldsymbol{\frac12}",
         r"\text{The answer is } \frac12", r"\sin\theta=\frac12", r"\frac{1}{2}\approx 0.5", r"\frac{\sqrt{4}}{4}",
         r"\frac{5^0}{2}", "2^{-1}", r"\sqrt{\frac14}", r"\sqrt{0.25}", r"\left|-\frac12\right|",
-        r"\frac{1}{2} \quad"
+        r"\frac{1}{2} \quad", r"\frac{{1}}{{2}}", r"{{1}\over{2}}", r"\left.\frac{1}{2}\right.",
+        r"\frac{1}{2}\hspace{1cm}", r"\frac{1}{2}\,\text{.}", "\\frac{1}{2}\\\\", r"\hphantom{0}\frac12",
+        r"\mbox{$\frac{1}{2}$}", r"\frac{1}{2} \text{ }", r"\dfrac{\;1\;}{\;2\;}", r"\text{$\frac{1}{2}$}",
+        r"\frac{1}{2}\text{,}", r"\bf{\frac12}", r"\frac{\text{1}}{\text{2}}", r"\frac{\mathrm{1}}{2}",
+        r"\frac{1}{2}~", r"&\frac12", r"\bold{\frac12}", r"\frac { 1 } { 2 }", r"\frac{1}{2}", "\\frac{1}{2}\n",
+        r"\frac12{}"
     ], [
         r"\cos 30^\circ", r"\sin 60^\circ", r"\frac{1}{2}=0.6", r"\frac{1}{2}x", r"\frac{1}{2},\frac13",
         r"\frac{1}{2}\text{ or }\frac13", r"\frac{1}{20}", r"\approx 0.49", r"-\frac{-1}{-2}", r"0.49\overline{8}",
-        r"\frac{1}{2}+\epsilon"
+        r"\frac{1}{2}+\epsilon", r"\frac{1}{\frac{1}{2}}", r"\frac{2}{1}"
     ]),
     ("3", [
         r"\log_2 8", r"\log_{2}(8)", r"\lfloor \pi \rfloor", "|-3|", r"\binom{3}{1}", "3!/2", r"\lceil 2.1\rceil",
@@ -503,9 +508,11 @@ ANSWERS: list[tuple[str, list[str], list[str]]] = [
         r"-\infty", "0", r"\text{DNE}", "10^{100}"
     ]),
     ("7", [
-        r"\text{seven}", "seven"
+        r"\text{seven}", "seven", "7", r"\text{7}", r"\textbf{7}", r"\mathbf 7", r"7\text{ ways}", "x=7", r"\{7\}",
+        "7.00", r"\frac{21}{3}", "7^{1}"
     ], [
-        r"\text{eight}", r"\text{seventy}"
+        r"\text{eight}", r"\text{seventy}", "7, 8", "77", r"7\text{ or }8", "7^2", r"\frac{1}{7}", "7-", r"7\pm1",
+        "7<8", "6.9999"
     ]),
     ("3:30", [
         "3:30", r"3:30\text{ PM}", r"\text{3:30 p.m.}"
@@ -1546,7 +1553,7 @@ ANSWERS: list[tuple[str, list[str], list[str]]] = [
         r"1.\overline{9}", r"\log 100", r"\log_{10}100", "|-2|", r"\sqrt4", r"\min(2,3)", r"\max\{1,2\}",
         r"\gcd(4,6)", "2.", "+2", r"e^{\ln2}", "2"
     ], [
-        "-2", r"\min(1,2)", r"\log 10"
+        "-2", r"\min(1,2)", r"\log 10", "2+2^{-100000}", r"2\cos(10^{-2000})"
     ]),
     (r"2\frac{1}{3}", [
         r"2\ \frac13", r"2 \frac{1}{3}", "2 1/3", r"\frac73", r"2\,\frac{1}{3}", r"2\tfrac13", r"2.\overline3"
@@ -1644,7 +1651,8 @@ ANSWERS: list[tuple[str, list[str], list[str]]] = [
     (r"\frac{\pi}{2}", [
         r"\arcsin 1", r"90^\circ", r"\arccos 0"
     ], [
-        r"\arctan(10^{400})", r"\arctan(10^{50})", "1.5707963267948966"
+        r"\arctan(10^{400})", r"\arctan(10^{50})", "1.5707963267948966", r"\arctan(10^{4000})",
+        r"\frac{\pi}{2}+10^{-5000}"
     ]),
     ("9007199254740993", [
         "9007199254740993", "2^{53}+1"
@@ -1754,12 +1762,456 @@ ANSWERS: list[tuple[str, list[str], list[str]]] = [
     ], [
         "8th"
     ]),
-]
-
-ANSWERS += [
-    ("10^{10^{10}}", ["10^{10^{10}}"], ["10^{10^{10}}+1", "10^{10^{9}}", "10^{10^{11}}", "10"]),
-    (r"\frac{\pi}{2}", [], [r"\arctan(10^{4000})", r"\frac{\pi}{2}+10^{-5000}"]),
-    ("2", [], [r"2+2^{-100000}", r"2\cos(10^{-2000})"]),
+    ("10^{10^{10}}", [
+        "10^{10^{10}}"
+    ], [
+        "10^{10^{10}}+1", "10^{10^{9}}", "10^{10^{11}}", "10"
+    ]),
+    (r"\frac{5}{8}", [
+        "0.625", "5/8", r"62.5\%", r"\frac{10}{16}"
+    ], [
+        "0.62", r"\frac58x", "8/5", "58"
+    ]),
+    ("1.5", [
+        r"\frac32", "1.50", r"1\frac{1}{2}", r"150\%"
+    ], [
+        "15", r"1\frac15", "1,5"
+    ]),
+    (r"3.\overline{6}", [
+        r"\frac{11}{3}", r"3\frac23", "3.666..."
+    ], [
+        "3.67", "3.6"
+    ]),
+    ("1{,}234{,}567", [
+        "1234567", "1,234,567"
+    ], [
+        "1,234,568"
+    ]),
+    (r"\text{7:45 AM}", [
+        "7:45", r"7:45\text{ a.m.}", "7:45 am"
+    ], [
+        "7:45 PM", "7:54 AM"
+    ]),
+    (r"\text{thirty-five}", [
+        "35", r"\text{thirty-five}", "thirty five"
+    ], [
+        "53", "30"
+    ]),
+    (r"2^{3} \cdot 3^{2}", [
+        "72", r"2^3\cdot3^2", r"3^2\times 2^3"
+    ], [
+        "36", r"2^2\cdot3^3"
+    ]),
+    ("$12.50", [
+        "12.5", r"\$12.50", "12.50 dollars"
+    ], [
+        "12.05", "125"
+    ]),
+    (r"-\sqrt{2}", [
+        r"-\sqrt2", "-2^{1/2}", r"\frac{-2}{\sqrt2}"
+    ], [
+        r"\sqrt2", r"\sqrt{-2}", "-1.414"
+    ]),
+    (r"36+9\pi", [
+        r"9\pi+36", r"9(\pi+4)", r"9(4+\pi)\text{ cm}^2"
+    ], [
+        r"45\pi", r"36-9\pi", "64.27", r"9+36\pi"
+    ]),
+    (r"\angle ABC", [
+        r"\angle ABC"
+    ], [
+        r"\angle BAC"
+    ]),
+    (r"16\sqrt{3}\text{ square units}", [
+        r"16\sqrt3", r"16 \sqrt{3}\text{ units}^2"
+    ], [
+        r"16\sqrt3\text{ units}", r"16\sqrt2"
+    ]),
+    (r"120^\circ", [
+        r"\frac{2\pi}{3}", "120"
+    ], [
+        r"60^\circ", r"\frac{\pi}{3}"
+    ]),
+    (r"\text{30-60-90}", [
+        r"\text{30-60-90}", "30-60-90"
+    ], [
+        "45-45-90"
+    ]),
+    ("1,1,2,3,5", [
+        "1, 1, 2, 3, 5"
+    ], [
+        "1,2,3,5,8", "1,1,2,3"
+    ]),
+    (r"\begin{pmatrix} 3 & -1 \\ 0 & 2 \end{pmatrix}", [
+        r"\begin{pmatrix} 3 & -1 \\ 0 & 2 \end{pmatrix}", r"\begin{bmatrix} 3 & -1 \\ 0 & 2 \end{bmatrix}"
+    ], [
+        r"\begin{pmatrix} -1 & 3 \\ 0 & 2 \end{pmatrix}", r"\begin{pmatrix} 3 & 0 \\ -1 & 2 \end{pmatrix}",
+        r"\begin{pmatrix} 3 & -1 \\ 0 & 2 \\ 0 & 0\end{pmatrix}"
+    ]),
+    (r"r=2\cos\theta", [
+        r"2\cos\theta", r"r = 2 \cos \theta"
+    ], [
+        r"r=2\sin\theta", r"r=\cos\theta"
+    ]),
+    (r"\left(2,\frac{5\pi}{3}\right)", [
+        r"(2,5\pi/3)", r"\left( 2, \frac{5\pi}{3} \right)", r"(r,\theta)=(2,\frac{5\pi}{3})"
+    ], [
+        r"(2,\frac{\pi}{3})", r"(-2,\frac{5\pi}{3})"
+    ]),
+    (r"\frac{\sqrt{6}+\sqrt{2}}{4}", [
+        r"\sin 75^\circ", r"\frac{\sqrt2(\sqrt3+1)}{4}"
+    ], [
+        r"\frac{\sqrt6-\sqrt2}{4}"
+    ]),
+    ("[-1,1]", [
+        r"-1\le x\le 1", "[-1, 1]", r"|x|\le1", r"y\in[-1,1]"
+    ], [
+        "(-1,1)", r"\{-1,1\}"
+    ]),
+    (r"x = \frac{\pi}{4} + \pi k", [
+        r"\frac{\pi}{4}+k\pi", r"x=\frac{\pi}{4}+\pi k, k\in\mathbb{Z}", r"\frac{\pi(1+4k)}{4}"
+    ], [
+        r"\frac\pi4+2\pi k", r"\frac{\pi}{4}"
+    ]),
+    ("1,2,4,8", [
+        "8,4,2,1", r"\{1,2,4,8\}", "1, 2, 4, and 8"
+    ], [
+        "1,2,4", "2,4,8"
+    ]),
+    ("ABC_{16}", [
+        "ABC_{16}", "2748"
+    ], [
+        "ABC_{15}", "ABD_{16}"
+    ]),
+    ("1010_2", [
+        r"1010_{\text{two}}", "10", "(1010)_{2}", "1010_2"
+    ], [
+        "1010_3", "1011_2"
+    ]),
+    ("10", [
+        "1010_2", "10", "10_{10}"
+    ], [
+        "10_2", "1010"
+    ]),
+    ("x^4+x^3-x-1", [
+        "(x-1)(x+1)(x^2+x+1)", "(x^3-1)(x+1)"
+    ], [
+        "(x^3+1)(x-1)", "x^4-x^3+x-1"
+    ]),
+    (r"\frac{x^2+1}{x^2-1}", [
+        r"1+\frac{2}{x^2-1}", r"\frac{x^2+1}{(x-1)(x+1)}", r"\frac{-1-x^2}{1-x^2}"
+    ], [
+        r"\frac{x^2-1}{x^2+1}", r"\frac{x^2+1}{1-x^2}"
+    ]),
+    (r"(-\infty,-2)\cup(-2,2)\cup(2,\infty)", [
+        r"x\neq\pm2", r"\{x\mid x\ne\pm2\}", r"x\ne-2,2", r"\mathbb{R}\setminus\{-2,2\}",
+        r"x \neq 2 \text{ and } x \neq -2"
+    ], [
+        r"x\neq2", r"(-\infty,-2)\cup(2,\infty)"
+    ]),
+    ("k>4", [
+        r"(4,\infty)", r"k\in(4,\infty)", "4<k"
+    ], [
+        r"k\ge4", "k<4", "4"
+    ]),
+    (r"a\ne 0", [
+        r"a\neq0", r"(-\infty,0)\cup(0,\infty)"
+    ], [
+        "a=0", "a>0"
+    ]),
+    (r"3\le x\le 5", [
+        "[3,5]", r"x\in[3,5]", r"3\leqslant x\leqslant5", "3<=x<=5", r"x\geq 3, x\leq 5"
+    ], [
+        "(3,5)", "3<x<5", r"3\le x<5"
+    ]),
+    (r"\frac{2\pm\sqrt{10}}{3}", [
+        r"\frac{2+\sqrt{10}}{3},\frac{2-\sqrt{10}}{3}", r"\frac23\pm\frac{\sqrt{10}}{3}",
+        r"x=\frac{2\pm\sqrt{10}}{3}", r"\frac{4\pm\sqrt{40}}{6}",
+        r"\frac{2 + \sqrt{10}}{3}\text{ and }\frac{2-\sqrt{10}}{3}"
+    ], [
+        r"\frac{2+\sqrt{10}}{3}", r"\frac{2\pm\sqrt{5}}{3}", r"\frac{-2\pm\sqrt{10}}{3}"
+    ]),
+    (r"\{(1,2),(3,4)\}", [
+        "(1,2),(3,4)", r"\{(3,4),(1,2)\}"
+    ], [
+        r"\{(2,1),(3,4)\}", r"\{1,2,3,4\}"
+    ]),
+    (r"\left(-\frac{1}{2},\frac{3}{2}\right)", [
+        "(-0.5,1.5)", r"-\frac12<x<\frac32", r"\left(-\tfrac12,\tfrac32\right)"
+    ], [
+        r"[-\frac12,\frac32]", r"(\frac32,-\frac12)"
+    ]),
+    ("-5", [
+        r"\left(-5\right)", r"-\left(5\right)", "{-5}", r"\text{-}5", "$-5$", "−5", "-{5}", "-5", "0-5",
+        "negative 5", r"\text{negative }5", "minus 5"
+    ], [
+        "5-", "5", "positive 5"
+    ]),
+    ("x^{2}+3x", [
+        "x(x+3)", r"x^2 + 3\cdot x", "x*(x+3)", "x^2+3*x", "x**2+3*x", "3x + x²"
+    ], [
+        "x^2+3", "x(x-3)"
+    ]),
+    (r"\sqrt{10}", [
+        r"\sqrt{10}", "sqrt(10)", "√10", r"\sqrt 10", "10^{1/2}", r"\sqrt{2}\sqrt{5}", "√(10)"
+    ], [
+        r"\sqrt{1}0", "10", "3.16"
+    ]),
+    (r"\text{A and B}", [
+        "A,B", r"\text{A, B}", "B and A"
+    ], [
+        "A", "B", "A or C"
+    ]),
+    (r"\text{A}", [
+        "A", r"\text{A. } 5"
+    ], [
+        "B", r"\text{B. } A"
+    ]),
+    (r"\text{II and III}", [
+        r"\text{II and III}", "II and III"
+    ], [
+        "II", "I and III"
+    ]),
+    (r"\text{Circle}", [
+        r"\text{a circle}", r"\text{The graph is a circle.}"
+    ], [
+        r"\text{ellipse}"
+    ]),
+    (r"\text{decreasing}", [
+        r"\text{The function is decreasing}", "decreasing"
+    ], [
+        r"\text{increasing}", r"\text{not decreasing}"
+    ]),
+    (r"\text{Not enough information}", [
+        r"\text{not enough information}", r"\text{cannot be determined}"
+    ], [
+        "0"
+    ]),
+    (r"\text{impossible}", [
+        r"\text{Impossible}", r"\text{not possible}"
+    ], [
+        "possible"
+    ]),
+    ("2000000", [
+        r"2\text{ million}", "2 million", r"2\times10^6", "2,000,000"
+    ], [
+        "2", "20000000", r"2\text{ thousand}"
+    ]),
+    ("24", [
+        r"2\text{ dozen}", "24", r"x=24\text{ miles}"
+    ], [
+        "2"
+    ]),
+    (r"\frac{1}{x+1}", [
+        "(x+1)^{-1}", r"\frac{1}{1+x}", "1/(x+1)", r"\frac{x}{x^2+x}"
+    ], [
+        r"\frac1x+1", "x+1", r"\frac{1}{x-1}", "1/x+1"
+    ]),
+    ("x^2y+xy^2", [
+        "xy(x+y)", "yx^2+y^2x"
+    ], [
+        "x^2y^2", "xy(x-y)", "2x^2y"
+    ]),
+    ("(a+b)^2", [
+        "a^2+2ab+b^2", "(b+a)^2"
+    ], [
+        "a^2+b^2", "(a-b)^2", "a^2+ab+b^2"
+    ]),
+    (r"\frac{a^2-b^2}{a-b}", [
+        "a+b"
+    ], [
+        "a-b"
+    ]),
+    (r"\sqrt[4]{16}", [
+        "2"
+    ], [
+        "4", r"\pm2"
+    ]),
+    ("27^{2/3}", [
+        "9", r"(\sqrt[3]{27})^2"
+    ], [
+        "18", "3"
+    ]),
+    ("16^{-1/2}", [
+        r"\frac14", "0.25"
+    ], [
+        "-4", "4"
+    ]),
+    (r"\log_2\frac18", [
+        "-3"
+    ], [
+        "3"
+    ]),
+    ("0.125", [
+        r"\frac18", "2^{-3}", r"12.5\%"
+    ], [
+        "0.12", "8"
+    ]),
+    (r"5\frac{3}{8}\text{ inches}", [
+        r"\frac{43}{8}", "5.375", r"5\frac38", r"5.375\text{ in}"
+    ], [
+        r"5\frac{3}{8}\text{ feet}", "5.38"
+    ]),
+    (r"(2,\infty)", [
+        "x>2", r"(2,+\infty)", r"x\in(2,\infty)", r"\{x\in\mathbb{R}\mid x>2\}", r"2<x<\infty"
+    ], [
+        r"[2,\infty)", r"(-\infty,2)", r"x\ge2", "2"
+    ]),
+    (r"[2,\infty)", [
+        r"x\geq2", r"\{x\mid x\geq2\}"
+    ], [
+        "x>2"
+    ]),
+    (r"(-4,-1)\cup(1,4)", [
+        "1<|x|<4", r"-4<x<-1\text{ or }1<x<4", r"(1,4)\cup(-4,-1)"
+    ], [
+        "(-4,4)", r"[-4,-1]\cup[1,4]"
+    ]),
+    (r"x<-1\text{ or }x>1", [
+        "|x|>1", r"(-\infty,-1)\cup(1,\infty)", "x^2>1", r"x>1 \text{ or } x<-1"
+    ], [
+        "-1<x<1", "x>1", r"|x|\ge1"
+    ]),
+    (r"\{2,4,6,8\}", [
+        "2,4,6,8", r"\{8,6,4,2\}", r"\left\{ 2, 4, 6, 8 \right\}"
+    ], [
+        r"\{2,4,6\}", "(2,4,6,8)"
+    ]),
+    ("3,3", [
+        "3", "3,3"
+    ], [
+        "3,4"
+    ]),
+    (r"(5,\,-2)", [
+        "(5,-2)", r"\left(5,\,-2\right)"
+    ], [
+        "(-2,5)"
+    ]),
+    (r"\left(\sqrt{2},\frac{\pi}{4}\right)", [
+        r"(\sqrt2,\pi/4)", r"\left(\sqrt2,\frac\pi4\right)"
+    ], [
+        r"(\frac\pi4,\sqrt2)", r"(2,\frac\pi4)"
+    ]),
+    ("(0,-3)", [
+        "(0,-3)", "x=0, y=-3"
+    ], [
+        "(-3,0)", "(0,3)"
+    ]),
+    (r"2\vec{i}+3\vec{j}", [
+        r"3\vec{j}+2\vec{i}"
+    ], [
+        r"3\vec{i}+2\vec{j}"
+    ]),
+    (r"\frac{1}{2}\ln 3", [
+        r"\ln\sqrt3", r"\frac{\ln 3}{2}", r"\ln 3^{1/2}"
+    ], [
+        r"\ln\frac32", r"2\ln3"
+    ]),
+    (r"\sec x", [
+        r"\frac{1}{\cos x}"
+    ], [
+        r"\frac{1}{\sin x}", r"\cos^{-1}x"
+    ]),
+    (r"4\cos^3\theta-3\cos\theta", [
+        r"\cos 3\theta", r"\cos(3\theta)"
+    ], [
+        r"3\cos\theta-4\cos^3\theta", r"\sin3\theta"
+    ]),
+    (r"1-\frac{1}{2^n}", [
+        r"\frac{2^n-1}{2^n}", "1-2^{-n}", r"1-\left(\frac12\right)^n"
+    ], [
+        r"\frac{1}{2^n}", "1-2^n"
+    ]),
+    (r"\frac{n(n+1)(2n+1)}{6}", [
+        r"\frac{2n^3+3n^2+n}{6}", r"\frac{n^3}{3}+\frac{n^2}{2}+\frac n6"
+    ], [
+        r"\frac{n(n+1)}{6}", r"\frac{n(n-1)(2n-1)}{6}"
+    ]),
+    ("3^{n}", [
+        r"3\cdot3^{n-1}", r"e^{n\ln3}"
+    ], [
+        "3n", "n^3", "3^{n-1}"
+    ]),
+    (r"a_n=3\cdot2^{n-1}", [
+        r"3\cdot 2^{n-1}", r"\frac{3\cdot2^n}{2}"
+    ], [
+        r"3\cdot2^n", "6^{n-1}"
+    ]),
+    ("180", [
+        r"180^\circ", r"180\text{ degrees}", "180"
+    ], [
+        "18", "90"
+    ]),
+    (r"\frac{3}{5}", [
+        r"\frac{3}{5}", "0.6", r"\sin\theta=\frac35", r"60\%", r"\cos(\arcsin\frac45)"
+    ], [
+        r"\frac{5}{3}", "0.35", r"\frac{4}{5}"
+    ]),
+    (r"\text{(E)}", [
+        "E", "(E)", r"\textbf{(E) } 9", r"\text{E}", "(E) 9", r"E)\ 9"
+    ], [
+        "(D)", "e^1", "9"
+    ]),
+    ("C", [
+        r"\text{C}", "(C)", r"\mathbf{C}", "C"
+    ], [
+        "D", "(B)", "BC"
+    ]),
+    (r"\text{yes}", [
+        "Yes"
+    ], [
+        "no"
+    ]),
+    ("f(x)=x^2", [
+        "f(x)=x^{2}", "x^2", "y=x^2"
+    ], [
+        "f(x)=x", "f(x)=2x", "g(y)=y^3"
+    ]),
+    ("y=3", [
+        "3", "y=3.0", "y-3=0"
+    ], [
+        "x=3", "y=-3", "y=3x"
+    ]),
+    ("(x,y)=(2,-1)", [
+        "(2,-1)", "x=2,y=-1", r"x=2\text{ and }y=-1", "(2, -1)"
+    ], [
+        "(-1,2)", "x=-1,y=2"
+    ]),
+    (r"\frac{11}{4}", [
+        "2.75", r"2\frac34", "11/4", r"\frac{-11}{-4}"
+    ], [
+        "2.8", r"2\frac43", "114"
+    ]),
+    ("0.2", [
+        r"\frac15", ".2", r"20\%", "0.20"
+    ], [
+        "0.02", "2", "0.19999"
+    ]),
+    ("5.0", [
+        "5", "5.00"
+    ], [
+        "50"
+    ]),
+    ("89", [
+        r"89^\circ", "89", r"\text{Answer: }89", r"\text{answer}=89"
+    ], [
+        "98", "8.9"
+    ]),
+    (r"\frac{2}{\sqrt{3}}", [
+        r"\frac{2\sqrt3}{3}", r"\sqrt{\frac43}", r"\sec 30^\circ"
+    ], [
+        r"\frac{\sqrt3}{2}", r"\frac{2}{3}", "1.1547"
+    ]),
+    (r"1+\sqrt[3]{2}+\sqrt[3]{4}", [
+        r"\frac{1}{\sqrt[3]{2}-1}", r"\sqrt[3]4+\sqrt[3]2+1"
+    ], [
+        r"\frac{1}{\sqrt[3]{2}+1}", "3.847", r"1+\sqrt[3]{6}"
+    ]),
+    (r"\sqrt{7+4\sqrt3}", [
+        r"2+\sqrt3"
+    ], [
+        r"2-\sqrt3", r"\sqrt7+2\sqrt[4]3"
+    ]),
 ]
 
 RESPONSES: list[tuple[str, str, bool, bool]] = [
@@ -2043,4 +2495,63 @@ RESPONSES: list[tuple[str, str, bool, bool]] = [
     ("5", r"$x = \mathbf{5}$.", True, False),
     ("5", r"The answer is $\boldsymbol{5}$", True, False),
     ("5", "Answer: $x=5$", True, False),
+    ("5", "Let $x$ be the number. Then $2x=10$, so $x=5$. Therefore the number is $5$.", True, False),
+    ("5", r"$2x=10 \implies x=5$", True, False),
+    ("5", r"$2x = 10 \Rightarrow x = 5$.", True, False),
+    ("5", "2x = 10 => x = 5", True, False),
+    (r"\sqrt{2}", "Thus the length is √2.", True, False),
+    (r"\sqrt{2}", r"Thus AB = \sqrt{2}", True, False),
+    ("15", "The sum is 15.", True, False),
+    ("15", "1+2+3+4+5 = 15", True, False),
+    ("15", r"$1+2+\cdots+5=15$", True, False),
+    ("15", r"\boxed{1+2+\cdots+5=15}", True, True),
+    (r"x \le 3", r"Therefore $x \le 3$.", True, False),
+    (r"\frac{2}{3}", r"The probability of this is $\frac{4}{6} = \frac{2}{3}$.", True, False),
+    ("(A)", "The answer is A.", True, False),
+    ("(A)", "**A**", True, False),
+    ("(A)", "Option (A) is correct.", True, False),
+    ("(A)", "(A)", True, False),
+    ("60", r"x = 60^\circ", True, False),
+    ("60", "The angle measures 60 degrees.", True, False),
+    ("3:2", "The ratio is 3:2.", True, False),
+    ("1,000,000", "There are 1,000,000 of them.", True, False),
+    ("0.25", "The answer is .25", True, False),
+    ("7", r"The answer is $\boxed{7}$, because $3+4=7$ and $2+5=7$.", True, True),
+    ("7", r"My answer: \fbox{7}", True, True),
+    ("7", r"Final Answer: \(\boxed{7}\)", True, True),
+    ("7", r"\boxed{\text{The answer is 7}}", True, True),
+    ("7", r"\boxed{\text{Answer: }7}", True, True),
+    ("7", r"\boxed{\text{7 apples}}", True, True),
+    ("7", "<answer>\nThe final answer is $\\boxed{7}$.\n</answer>", True, True),
+    ("7", "<answer>7.</answer>", True, True),
+    ("7", "<answer>**7**</answer>", True, True),
+    ("7", "<answer>7 apples</answer>", True, True),
+    ("7", "Q: what is 3+4?\nA: 7", True, False),
+    ("7", "3+4\n=7", True, False),
+    ("2000000", "The answer is 2 million.", True, False),
+    ("2", "The answer is 2 million.", False, False),
+    ("5", "The answer is about 5.", False, False),
+    ("5", "There are at least 5 of them.", False, False),
+    ("5", "The answer is 5 units.", True, False),
+    ("5", "the answer is 5\n", True, False),
+    ("5", "So, x equals 5.", True, False),
+    ("5", "We conclude that x is 5.", True, False),
+    ("5", "There will be 5 left.", True, False),
+    ("5", "We conclude that $x$ is not 5.", False, False),
+    ("5", "x ≠ 5", False, False),
+    ("5", "x > 5", False, False),
+    ("5", "The answer is x > 5.", False, False),
+    (r"(5,\infty)", "The answer is x > 5.", True, False),
+    (r"\frac{1}{2}", r"one half is $\frac12$.", True, False),
+    ("10", "The answer is 10%.", True, False),
+    ("10", "The answer is -10.", False, False),
+    ("6", "<think>It's 5</think>It's 6", True, False),
+    ("6", "Thought: 5\nFinal Answer: 6", True, False),
+    ("5", "Thought: 5\nFinal Answer: 6", False, False),
+    ("a", "The answer is $a$.", True, False),
+    (r"\text{Alice}", "Alice is the tallest, so the answer is Alice.", True, False),
+    ("5", "\\boxed{5}\\\\", True, True),
+    ("5", "\\boxed{5}\\]\n\nI hope this helps! Let me know if you have 3 more questions.", True, True),
+    ("5", r"$$x = \boxed{\;5\;}$$ units", True, True),
+    (r"\frac{5}{6}", r"\[ P = 1-\frac16 = \boxed{\frac56}. \]", True, True),
 ]

@@ -30,6 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from transformers import PreTrainedModel
 
+from grpo_gsm8k.engines import static_cache
+from grpo_gsm8k.trainer import head_triton, packing
+
 CUDA = torch.device("cuda:0")
 aten = torch.ops.aten
 MATH, CUDNN = "math: T x T scores", "cudnn: a plan for each shape"
@@ -170,6 +173,7 @@ class Pretend(TorchDispatchMode):
         self.where = collections.Counter()
         self.uploads = collections.Counter()
         self.attention = collections.Counter()
+        self.graphs = 0  # captured, as far as one can without a GPU: replayed by running the function again
         self.live = self.top = 0
         self.paused = False
         self._known = set()
@@ -216,12 +220,26 @@ class Pretend(TorchDispatchMode):
         )
         yield mock.patch.object(PreTrainedModel, "save_pretrained", _saved(PreTrainedModel.save_pretrained))
         yield mock.patch.object(torch, "tensor", _tensor)
+        yield mock.patch.object(head_triton, "serves", lambda hidden: False)
+        yield mock.patch.object(packing, "varlen", self.varlen)
+        yield mock.patch.object(static_cache, "capture", self.capture)
         yield mock.patch.object(torch.profiler, "supported_activities", lambda: {torch.profiler.ProfilerActivity.CPU})
         yield mock.patch.object(DeviceContext, "__torch_function__", _no_default_device)
         yield mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", self.sdpa)
         yield mock.patch.object(torch.Tensor, "to", _tensor_to, create=True)
         yield mock.patch.object(torch.Tensor, "cuda", lambda self, *a, **k: self.to("cuda"), create=True)
         yield mock.patch.object(torch.nn.Module, "to", functools.partialmethod(_module_to, torch.nn.Module.to))
+
+    def capture(self, step, decoder):
+        """What a graph would replay: a function that must not wait for the device."""
+        self.graphs += 1
+
+        def replay():
+            before = sum(self.syncs.values())
+            step()
+            assert sum(self.syncs.values()) == before, ("a captured step waits", self.where.most_common())
+
+        return replay
 
     def onto(self, model):
         """The model's parameters and buffers there; tied ones stay tied."""
@@ -423,6 +441,11 @@ class Pretend(TorchDispatchMode):
 
     # ------------------------------------------------------------------ attention
 
+    def varlen(self, query, key, value, starts, longest, scaling):
+        assert query.dtype == torch.bfloat16 and starts[0].dtype == starts[1].dtype == torch.int32
+        self.attention["varlen", (len(query), len(key))] += 1
+        return varlen_by_hand(query, key, value, starts, longest, scaling)
+
     def sdpa(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         gpu = isinstance(query, OnGpu)
         if gpu:
@@ -438,6 +461,20 @@ class Pretend(TorchDispatchMode):
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -1e30) if attn_mask.dtype == torch.bool else scores + attn_mask
         return (scores.softmax(-1) @ value.float()).to(query.dtype)
+
+
+def varlen_by_hand(query, key, value, starts, longest, scaling):
+    """torch's `varlen_attn` with grouped heads, row by row."""
+    starts, outs = [x.inner if isinstance(x, OnGpu) else x for x in starts], []
+    for q0, q1, k0, k1 in zip(starts[0][:-1], starts[0][1:], starts[1][:-1], starts[1][1:], strict=True):
+        groups = query.shape[1] // key.shape[1]
+        q, k, v = query[q0:q1], *(x[k0:k1].repeat_interleave(groups, 1) for x in (key, value))
+        assert len(q) <= longest[0] and len(k) <= longest[1]
+        scores = torch.einsum("qhd,khd->hqk", q, k).float() * (scaling or q.shape[-1] ** -0.5)
+        seen = torch.ones(len(q), len(k)).tril(len(k) - len(q)).bool()
+        probs = scores.masked_fill(~seen.to(scores.device), float("-inf")).softmax(-1)
+        outs.append(torch.einsum("hqk,khd->qhd", probs.to(v.dtype), v))
+    return torch.cat(outs)
 
 
 def _kernel(query, key, mask, causal, gqa):
@@ -464,7 +501,8 @@ def _no_default_device(context, func, types, args=(), kwargs=None):
 def _module_to(module, original, *args, **kwargs):
     wanted = kwargs.get("device") or next((a for a in args if isinstance(a, (str, torch.device))), None)
     if wanted is not None and torch.device(wanted).type == "cuda":
-        return Pretend.here.onto(module)
+        dtype = kwargs.get("dtype") or next((a for a in args if isinstance(a, torch.dtype)), None)
+        return Pretend.here.onto(original(module, dtype) if dtype else module)
     return original(module, *args, **kwargs)
 
 

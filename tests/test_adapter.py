@@ -18,7 +18,7 @@ from grpo_gsm8k.errors import CheckpointError, ConfigError, RunDirError
 from grpo_gsm8k.trainer import adapter
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner
-from grpo_gsm8k.trainer.objectives import Objective
+from grpo_gsm8k.trainer.losses import Objective
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer, weights_sha256
 from tests.test_resume import config_of, story
 from tests.toys import draw, gradient, load_split, renderer_for, rows, train_config

@@ -23,7 +23,7 @@ from grpo_gsm8k.trainer.architecture import context_length
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.logprobs import check_head
-from grpo_gsm8k.trainer.objectives import Objective
+from grpo_gsm8k.trainer.losses import Objective
 from tests.architectures import CONFIGS, VOCAB, config_of, make
 from tests.toys import gradient, rows, train_config, word_problem
 

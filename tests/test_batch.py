@@ -7,7 +7,7 @@ import torch
 
 from grpo_gsm8k.trainer.batch import loss_weights, make_batch
 from grpo_gsm8k.trainer.logprobs import token_logprobs
-from grpo_gsm8k.trainer.objectives import LOSSES, Objective
+from grpo_gsm8k.trainer.losses import CrossEntropy
 from tests.toys import TableModel, rows
 
 PAD = END = 9  # padding shares its id with the end of turn, as in many tokenizers
@@ -20,7 +20,7 @@ def trained_cells(sequences):
     batch = make_batch(rows(*sequences, advantage=1.0), PAD)
     logp, _ = token_logprobs(model, batch)
     logp.retain_grad()
-    (batch.weights * LOSSES["cross_entropy"](logp, batch, Objective())).sum().backward()
+    (batch.weights * CrossEntropy()(logp, batch)).sum().backward()
     cells = logp.grad.nonzero().tolist()
     return [(b, int(batch.targets[b, t])) for b, t in cells]
 

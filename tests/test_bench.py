@@ -13,7 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from grpo_gsm8k import bench, bench_gpu, bench_sample, bench_update
+from grpo_gsm8k import bench
+from grpo_gsm8k.bench import gpu as bench_gpu
+from grpo_gsm8k.bench import sample as bench_sample
+from grpo_gsm8k.bench import update as bench_update
 from grpo_gsm8k.datatypes import Datum
 from grpo_gsm8k.trainer import costs
 from tests.rehearsal import Pretend
@@ -75,7 +78,7 @@ def test_shares_of_a_peak_by_hand(args):
     assert bench_update.operations(shape, rows) == 6 * (2304 * 4 + 11200 * 3) + 12 * 16 * 7
     # Two completions of 3 and 1 tokens after prompts of 5 and 6: two steps, of 6 and 7 tokens' keys and values.
     assert bench_sample.bytes_read(shape, 2, [(5, 3), (6, 1)]) == 2 * (2 * (2304 + 11200) + 2 * 8 * (6 + 7))
-    assert bench.gpu(args) is None  # so that on a CPU there is no such figure
+    assert bench.gpu_of(args) is None  # so that on a CPU there is no such figure
     assert costs.gpu_called("NVIDIA H100 80GB HBM3") is costs.GPUS["H100"]
     assert costs.gpu_called("NVIDIA H100 PCIe") is costs.GPUS["H100-PCIe"] and costs.gpu_called("NVIDIA T4") is None
 
@@ -144,7 +147,7 @@ def test_the_first_hour_ends_with_its_budget(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_the_first_hour_runs_through_on_a_cpu_and_on_a_pretended_gpu(tmp_path, tiny):
     AutoModelForCausalLM.from_pretrained(tiny.model)
-    may_skip = {"attention", "vllm", "offload", "compiled"}
+    may_skip = {"attention", "vllm", "offload", "devices"}
     for where, device in ((contextlib.nullcontext(), "cpu"), (Pretend(), "cuda")):
         with where:
             parts = first_hour(tmp_path / device, f"--device={device}", "--dtype=bfloat16", "--budget_s=3000")

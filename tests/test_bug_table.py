@@ -6,8 +6,8 @@
 | per-microbatch token mean (trl#3021) | test_learner.test_gradient_is_the_same_for_any_split_and_order |
 | denominator ignores the truncation mask (trl#6369) | test_learner.test_a_masked_row_changes_neither_numerator_nor_denominator |
 | fully masked rows (TRL) | test_learner.test_an_all_masked_update_is_a_finite_zero |
-| std near 0 amplified (nemo#4158, verl#6348) | test_objectives.test_constant_rewards_give_advantage_exactly_zero |
-| std convention | test_objectives.test_advantages_by_hand |
+| std near 0 amplified (nemo#4158, verl#6348) | test_losses.test_constant_rewards_give_advantage_exactly_zero |
+| std convention | test_losses.test_advantages_by_hand |
 | mask off by one | test_batch.test_first_response_token_and_end_of_turn_are_trained_prompt_and_padding_are_not |
 | forced EOS on truncation | test_batch.test_a_truncated_row_has_no_gradient_on_a_token_that_was_not_sampled |
 | PAD == EOS (trl#7039) | test_batch.test_mask_does_not_come_from_the_padding_id |
@@ -21,9 +21,9 @@
 | stale weights (trl#5312) | test_sampler.test_new_weights_reach_the_sampler_and_carry_their_version |
 | low precision (areal#1369) | test_learner.test_tiny_updates_accumulate_in_bfloat16 |
 | clip never active | test_grpo.test_the_clip_bites_only_from_the_second_update_on |
-| sign of the clip | test_objectives.test_clip_cases |
-| gradient of the KL term (trl#4967, #6503) | test_objectives.test_kl_gradient_is_that_of_the_exact_kl |
-| ratio explosion (OpenRLHF#931) | test_objectives.test_an_extreme_ratio_stays_finite |
+| sign of the clip | test_losses.test_clip_cases |
+| gradient of the KL term (trl#4967, #6503) | test_losses.test_kl_gradient_is_that_of_the_exact_kl |
+| ratio explosion (OpenRLHF#931) | test_losses.test_an_extreme_ratio_stays_finite |
 | resume (verl#3457, trl#3247) | test_resume.test_kill_9_and_resume_is_bitwise_the_uninterrupted_run |
 | evaluation under the wrong step | test_grpo.test_evaluation_records_carry_the_hash_of_the_weights_of_their_step |
 | unparsable gold counted right (open-r1) | test_problems.test_every_fault_names_file_and_line |

@@ -16,8 +16,8 @@ from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.compiled import compile_layers
 from grpo_gsm8k.trainer.costs import Setup, Shape
 from grpo_gsm8k.trainer.learner import TorchLearner
+from grpo_gsm8k.trainer.losses import GrpoClip, Objective
 from grpo_gsm8k.trainer.memory import shape_of
-from grpo_gsm8k.trainer.objectives import Objective
 from tests.meter import ProfiledMemory
 from tests.toys import REPOSITORY, rows, stage_config, train_config
 
@@ -25,7 +25,7 @@ GROUPED = {"hidden_size": 96, "intermediate_size": 560, "num_attention_heads": 1
 SQUARE = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2}
 ODD = {"hidden_size": 56, "intermediate_size": 128, "num_attention_heads": 7, "num_key_value_heads": 1}
 WIDTH = {torch.float32: 4, torch.bfloat16: 2}
-POLICY = Objective("grpo_clip", 0.2, 0.2)
+POLICY = Objective(GrpoClip(0.2, 0.2))
 
 
 def make_model(sizes=GROUPED, dtype=torch.float32, layers=3, vocabulary=64, lora_rank=0, **more):
@@ -185,7 +185,9 @@ def test_what_stands_beside_the_learner():
     # 32 rows of 120 tokens x 20 numbers of 2 bytes, one of its four tensors once more; logits and softmax 2 + 4 + 4
     cache = 32 * 120 * 20 * 2
     overlaps = replace(cfg, mode="one_step_off")
-    assert costs.beside_bytes(shape, setup, overlaps) == cache + cache // 4 + 32 * 100 * 10
+    assert costs.cache_bytes(shape, 2, setup.cached) == cache  # stays between the turns
+    assert costs.beside_bytes(shape, setup, overlaps) == cache // 4 + 32 * 100 * 10
+    assert costs.beside_bytes(shape, replace(setup, cached=0), overlaps) == cache + cache // 4 + 32 * 100 * 10
     elsewhere = replace(overlaps, engine="vllm", lora_rank=4)
     assert costs.beside_bytes(shape, setup, elsewhere) == 0
     assert not costs.setup_of(elsewhere, 2).copies and not costs.setup_of(elsewhere, 2).reference

@@ -17,12 +17,12 @@ from grpo_gsm8k.engines.hf import _cumsum
 from grpo_gsm8k.trainer import kernels
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner
-from grpo_gsm8k.trainer.objectives import Objective
+from grpo_gsm8k.trainer.losses import LOSSES, GrpoClip, Objective
 from tests.rehearsal import CUDNN, MATH, Pretend
 from tests.toys import datum, make_data, make_model
 
 V = 211
-CLIP = Objective("grpo_clip", temperature=0.7)
+CLIP = Objective(GrpoClip(), temperature=0.7)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,7 +107,7 @@ NARROW = [
 
 
 def check_update(dtype, loss, flags):
-    objective, flags = Objective(loss, temperature=0.7), {"max_tokens_per_microbatch": 48, **flags}
+    objective, flags = Objective(LOSSES[loss](), temperature=0.7), {"max_tokens_per_microbatch": 48, **flags}
     packing = flags.get("packing", "off")
     if flags.get("deterministic"):
         repro.set_deterministic(True)

@@ -21,15 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 import yaml
 
 from grpo_gsm8k import bench, cli, config, r1_traces
-from grpo_gsm8k.datatypes import Completion, Prompt, Trajectory
+from grpo_gsm8k.datatypes import Completion, Grade, Prompt, Trajectory
+from grpo_gsm8k.grpo import advantages_of
 from grpo_gsm8k.runs import diagnosis
 from grpo_gsm8k.tasks import load_task
 from grpo_gsm8k.tasks.rewards import Grader, make_reward
-from tests.toys import word_problem
+from grpo_gsm8k.trainer.batch import make_batch
+from grpo_gsm8k.trainer.losses import make_loss
+from tests.toys import rows, stage_config, word_problem
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "grpo_gsm8k"
@@ -241,7 +245,7 @@ def all_flags() -> frozenset[str]:
 
     walk(root_command())
     found.update(f"--{field.name}" for field in r1_traces.fields(r1_traces.Settings))
-    for path in [*PACKAGE.glob("bench*.py"), *(ROOT / "scripts").glob("*.py")]:
+    for path in [*PACKAGE.glob("bench/**/*.py"), *(ROOT / "scripts").glob("*.py")]:
         found.update(re.findall(r'"(--[a-z_]+)"', path.read_text()))
         found.update(f"--{name}" for name in re.findall(r'^    "([a-z_]+)": \(', path.read_text(), flags=re.M))
     return frozenset(flag.replace("_", "-") for flag in found) | OTHER_FLAGS
@@ -390,11 +394,17 @@ def test_other_blocks_can_be_read(page, tmp_path, monkeypatch):
             if "Task" in text:
                 graded = load_task("mine:Shout").grade(word_problem("a", "hi", "", "HI"), "HI ")
                 assert graded.correct and graded.reward == 1.0
-                continue
-            said = Completion((5, 6), (0.0, 0.0), "It is 72.", "stop")
-            group = [Trajectory.of(Prompt(word_problem("a", "", "", "72"), (1,)), said)]
-            ((found,),) = Grader(load_task("gsm8k"), make_reward("mine:short_and_right")).grade([group])
-            assert found.reward == pytest.approx(1.05)
+            elif "short_and_right" in text:
+                said = Completion((5, 6), (0.0, 0.0), "It is 72.", "stop")
+                group = [Trajectory.of(Prompt(word_problem("a", "", "", "72"), (1,)), said)]
+                ((found,),) = Grader(load_task("gsm8k"), make_reward("mine:short_and_right")).grade([group])
+                assert found.reward == pytest.approx(1.05)
+            else:
+                batch = make_batch(rows(([1, 2], 1), advantage=2.0, logprob=-1.0), 0)
+                loss = make_loss("mine:Clipped", {"clip_eps": 0.5})(torch.tensor([[0.0]]), batch)
+                assert float(loss) == pytest.approx(-3.0)
+                best = advantages_of(stage_config("grpo", advantage="mine:best_only"), [Grade(1.0), Grade(0.2)])
+                assert best == [1.0, 0.0]
         else:
             assert language in ("bash", ""), language
 
@@ -404,7 +414,7 @@ def test_the_trees_name_what_is_there():
     shown = {name.rstrip("/") for name in re.findall(r"\w+\.py|(?<!\S)\w+/(?=\s)", tree)} - {"grpo_gsm8k"}
     there = {path.name for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
     assert shown <= there
-    left_out = {"__init__.py", "__pycache__", "doctor.py", "repro.py"}
+    left_out = {"__init__.py", "__pycache__", "doctor.py", "repro.py", "plugins.py"}
     assert {n for n in there - shown if not n.startswith(("bench", "report"))} <= left_out
 
 

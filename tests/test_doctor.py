@@ -241,3 +241,26 @@ def test_no_secret_is_told(monkeypatch: pytest.MonkeyPatch, reach: list[str], tm
     assert SECRET not in check.detail
     logins.write_text(f"nonsense {SECRET}\n")
     assert SECRET not in doctor._wandb().detail
+
+
+def test_doctor_measures_a_gpu(tmp_path, capsys, monkeypatch):
+    """The door to `bench gpu`; on a CPU with toys. A part that fails is an exit code of 1."""
+    from typer.testing import CliRunner
+
+    from grpo_gsm8k import cli
+    from grpo_gsm8k.bench import gpu
+
+    command = ["doctor", "--gpu", "--device", "cpu", "--parts", "peaks,devices", "--out-dir", str(tmp_path)]
+    done = CliRunner().invoke(cli.app, command)
+    assert done.exit_code == 0 and "### peaks: ok" in done.stdout and "asked for by --devices 2" in done.stdout
+    assert (tmp_path / "gpu.json").is_file()
+
+    def broken(args):
+        yield "first", {"ms": 1.0}
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setitem(gpu.PARTS, "head", broken)
+    done = CliRunner().invoke(
+        cli.app, ["doctor", "--gpu", "--device", "cpu", "--parts", "head", "--out-dir", str(tmp_path)]
+    )
+    assert done.exit_code == 1 and "no kernel image" in done.stdout

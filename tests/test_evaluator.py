@@ -170,7 +170,7 @@ def test_a_resumed_run_evaluates_what_it_owed_and_nothing_twice(tiny, tmp_path, 
         def fit_step(cfg, bench, rows, step, lr, **more):
             if step == killed_at:
                 until(lambda: len(list((run / "evals/pending").glob("*.json"))) == 2)
-                raise KeyboardInterrupt
+                raise SystemExit("killed")
             return fit(cfg, bench, rows, step, lr, **more)
 
         monkeypatch.setattr(sft, "fit_step", fit_step)
@@ -182,7 +182,7 @@ def test_a_resumed_run_evaluates_what_it_owed_and_nothing_twice(tiny, tmp_path, 
             sft.train(cfg, bench, rows)
             bench.finish()
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         train("closed", killed_at=5)
     (tmp_path / "gate").touch()
     train("gate", killed_at=0)

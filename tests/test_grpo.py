@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import threading
+import traceback
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -23,8 +24,8 @@ from grpo_gsm8k.rollout import rollout_metrics
 from grpo_gsm8k.tasks import load_task
 from grpo_gsm8k.tasks.rewards import Grader, make_reward, overlong_penalty
 from grpo_gsm8k.trainer import checkpoint, loop
-from grpo_gsm8k.trainer.batch import make_batch, mismatch_metrics, with_old_logprobs
-from grpo_gsm8k.trainer.objectives import Objective, per_token_loss
+from grpo_gsm8k.trainer.batch import ImportanceCorrection, make_batch, mismatch_metrics, with_old_logprobs
+from grpo_gsm8k.trainer.losses import GrpoClip, Gspo, Objective, per_token_loss
 from grpo_gsm8k.workbench import open_bench
 from tests.toys import datum, draw, even_tokens, graded, load_split, stage_config, word_problem
 
@@ -274,7 +275,7 @@ def test_evaluation_records_carry_the_hash_of_the_weights_of_their_step(bench_of
         ({"dual_clip": 1.1}, "above the clip"),
         ({"dual_clip": 1.25, "clip_eps_high": 0.28}, "above the clip"),
         ({"dual_clip": 3.0, "loss": "cispo"}, "cispo"),
-        ({"kl_coef": -0.1}, "negative"),
+        ({"kl_coef": -0.1}, "at least 0"),
         ({"kl_coef": 0.1, "kl_estimator": "k1", "kl_bias_correction": False}, "nothing"),
         ({"overlong_buffer": 4096.0}, "share"),
     ],
@@ -284,22 +285,49 @@ def test_settings_that_cannot_mean_what_they_say_are_refused(flags, word):
         grpo.check(stage_config("grpo", **flags))
 
 
+def test_few_calls_lie_between_a_run_and_its_loss(bench_of, monkeypatch):
+    """The path to read, `--head plain`: from `grpo.run` to the loss at most 10 calls within the package."""
+
+    class Traced(GrpoClip):
+        def __call__(self, logp, batch):
+            frames = [f for f in traceback.extract_stack() if "/grpo_gsm8k/" in f.filename]
+            hops.append([f.name for f in frames[next(i for i, f in enumerate(frames) if f.name == "train") :]])
+            return super().__call__(logp, batch)
+
+    hops: list[list[str]] = []
+    cfg, bench, prompts = bench_of(steps=1, head="plain")
+    monkeypatch.setattr(grpo, "make_loss", lambda spec, settings: Traced())
+    grpo.train(cfg, bench, prompts, even_tokens)
+    path = ["train", "update", "update", "forward_backward", "_passes", "_pass", "update_loss", "per_token_loss"]
+    assert [name for name in hops[0] if not name.startswith("<")] == path  # run calls train, the last one the loss
+    assert 1 + len(hops[0]) + 1 <= 11, hops[0]  # 11 functions, 10 calls
+
+
 def test_settings_reach_the_objective(bench_of):
     settings = {"clip_eps": 0.1, "clip_eps_high": 0.4, "temperature": 0.7, "dual_clip": 2.0}
     settings |= {"loss": "gspo", "kl_coef": 0.25, "kl_estimator": "k2", "kl_bias_correction": False}
-    settings |= {"importance_correction": "mask", "importance_cap": 3.0}
+    settings |= {"importance_correction": "mask", "importance_cap": 3.0, "importance_cap_low": 0.25}
+    settings |= {"entropy_coef": 0.01}
     cfg, bench, prompts = bench_of(steps=1, old_logprobs="recompute", **settings)
     seen, forward = [], bench.learner.forward_backward
     bench.learner.forward_backward = lambda batch, objective: (seen.append(objective), forward(batch, objective))[1]
     grpo.train(cfg, bench, prompts, graded(bench, even_tokens))
-    assert vars(seen[0]) == settings | {"on_policy": True}
+    clip = {key: settings.pop(key) for key in ("clip_eps", "clip_eps_high", "dual_clip")}
+    del settings["loss"]
+    correction = ImportanceCorrection(settings.pop("importance_correction"), settings.pop("importance_cap"), 0.25)
+    settings.pop("importance_cap_low")
+    assert vars(seen[0]) == settings | {"on_policy": True, "loss": Gspo(**clip), "correction": correction}
 
 
 def test_without_a_baseline_a_group_may_be_of_one():
     grpo.check(stage_config("grpo", rollouts_per_step=4, group_size=1, baseline="none", std_norm=False))
 
 
-@pytest.mark.parametrize("algorithm", config.ALGORITHMS)
+ALIKE = ("luspo", "sapo")  # whose parts the others have, too
+LEARNING = [pytest.param(a, marks=pytest.mark.slow) if a in ALIKE else a for a in config.ALGORITHMS]
+
+
+@pytest.mark.parametrize("algorithm", LEARNING)
 def test_every_algorithm_learns(bench_of, algorithm):
     """Several updates a step, so that ratios are not 1; the KL, where there is one, counts."""
     sizes = {"steps": 6, "rollouts_per_step": 64, "group_size": 8, "max_new_tokens": 6, "minibatches": 2}
@@ -499,17 +527,49 @@ def test_importance_correction_by_hand():
     rows = [datum((1, 2, 3, 4, 5), (0, 1, 1, 1, 1), (0.0, -1.0, -2.0, -3.0, -4.0), 1.0)]
     batch = make_batch(rows, 0, "token")
     trainer = batch.old_logprobs + torch.tensor([ratios]).log()
-    weights = {kind: with_old_logprobs(batch, trainer, kind, 2.0).weights[0] for kind in ("none", "truncate", "mask")}
+    kinds = ("none", "truncate", "mask")
+    weights = {kind: with_old_logprobs(batch, trainer, ImportanceCorrection(kind)).weights[0] for kind in kinds}
     assert weights["none"].tolist() == pytest.approx([0.25] * 4)
     assert weights["truncate"].tolist() == pytest.approx([0.1, 0.25, 0.5, 0.5])
     assert weights["mask"].tolist() == pytest.approx([0.0, 0.25, 0.0, 0.0])
-    corrected = with_old_logprobs(batch, trainer, "truncate", 2.0)
+    corrected = with_old_logprobs(batch, trainer, ImportanceCorrection("truncate"))
     assert torch.equal(corrected.old_logprobs, trainer)  # the objective's ratio no longer sees the sampler
-    found = mismatch_metrics([batch], [trainer], 2.0)
+    found = mismatch_metrics([batch], [trainer], ImportanceCorrection("truncate", 2.0))
     assert found["mismatch/ratio_mean"] == pytest.approx(3.6) and found["mismatch/ratio_max"] == pytest.approx(10.0)
     assert found["mismatch/ess"] == pytest.approx(14.4**2 / (0.16 + 1 + 9 + 100) / 4)
     assert found["mismatch/capped_frac"] == 0.75
     assert found["mismatch/logp_abs_max"] == pytest.approx(math.log(10.0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "cap", "low", "weights"),  # of a response with p = 0.5, 3 and one with p = 0.5, 0.5; the sampler's p is 1
+    [
+        ("truncate", 2.0, 0.0, [0.5, 2.0, 0.5, 0.5]),
+        ("truncate", 2.0, 0.8, [0.8, 2.0, 0.8, 0.8]),
+        ("mask", 2.0, 0.0, [0.5, 0.0, 0.5, 0.5]),
+        ("mask", 4.0, 0.6, [0.0, 3.0, 0.0, 0.0]),
+        ("sequence_truncate", 1.2, 0.0, [1.2, 1.2, 0.25, 0.25]),
+        ("sequence_truncate", 1.2, 0.4, [1.2, 1.2, 0.4, 0.4]),
+        ("sequence_mask", 2.0, 0.0, [1.5, 1.5, 0.0, 0.0]),
+        ("sequence_mask", 1.2, 0.2, [0.0, 0.0, 0.25, 0.25]),
+        ("geometric_mask", 1.3, 0.0, [1.0, 1.0, 0.0, 0.0]),  # means 1.22 and 0.5
+        ("geometric_mask", 1.2, 0.4, [0.0, 0.0, 1.0, 1.0]),
+    ],
+)
+def test_every_correction_by_hand(kind, cap, low, weights):
+    rows = [
+        datum((1, 2, 3), (0, 1, 1), (0.0, -1.0, -2.0), 1.0),
+        datum((1, 4, 5), (0, 1, 1), (0.0, -3.0, -1.0), -1.0),
+    ]
+    batch = make_batch([*rows, datum((1, 2, 3, 4), (0, 0, 0, 0))], 0, "constant", 1)
+    ratios = torch.tensor([[0.5, 3.0, 1.0], [0.5, 0.5, 1.0], [1.0, 1.0, 1.0]])
+    correction = ImportanceCorrection(kind, cap, low)
+    found = with_old_logprobs(batch, (batch.old_logprobs + ratios.log()) * batch.mask, correction)
+    assert (2 * found.weights)[:2, :2].flatten().tolist() == pytest.approx(weights)
+    assert not found.weights[:, 2].any() and not found.weights[2].any()
+    frac = mismatch_metrics([batch], [found.old_logprobs], correction)["mismatch/capped_frac"]
+    if kind.endswith("mask"):  # what is beyond the bounds is what was left out
+        assert frac == weights.count(0.0) / 4
 
 
 def test_the_corrected_gradient_is_the_on_policy_one_in_expectation():
@@ -528,8 +588,8 @@ def test_the_corrected_gradient_is_the_on_policy_one_in_expectation():
     for y in range(3):
         batch = make_batch([datum((9, y), (0, 1), (0.0, float(sampler[y].log())), advantage[y])], 0, "token")
         logp = torch.log_softmax(table, 0)[y].reshape(1, 1)
-        batch = with_old_logprobs(batch, logp.detach(), "truncate", 100.0)
-        total = total + sampler[y] * (batch.weights * per_token_loss(logp, batch, Objective("grpo_clip"))).sum()
+        batch = with_old_logprobs(batch, logp.detach(), ImportanceCorrection("truncate", 100.0))
+        total = total + sampler[y] * (batch.weights * per_token_loss(logp, batch, Objective(GrpoClip()))).sum()
     (-total).backward()
     assert table.grad is not None and live.grad is not None
     assert table.grad.tolist() == pytest.approx(live.grad.tolist(), abs=1e-6)
@@ -551,8 +611,11 @@ def test_metrics_of_a_recomputed_pass_are_those_of_the_sampler(bench_of):
     assert row["mismatch/ess"] == pytest.approx(1.0, abs=1e-4) and row["mismatch/capped_frac"] == 0
 
 
-@pytest.mark.parametrize("loss", ["grpo_clip", "gspo", "cispo"])
-@pytest.mark.parametrize("correction", ["none", "truncate", "mask"])
+CORRECTED = [*itertools.product(["grpo_clip", "gspo", "cispo"], ["none", "truncate", "mask"])]
+CORRECTED += itertools.product(["grpo_clip"], ["sequence_truncate", "sequence_mask", "geometric_mask"])
+
+
+@pytest.mark.parametrize(("loss", "correction"), CORRECTED)
 def test_a_single_update_needs_no_frozen_pass(bench_of, loss, correction, monkeypatch):
     """Its own log-probabilities, held fixed, are what the pass would find: same metrics, same weights."""
     flags = {"old_logprobs": "recompute", "loss": loss, "importance_correction": correction, "importance_cap": 1.3}
@@ -569,10 +632,14 @@ def test_a_single_update_needs_no_frozen_pass(bench_of, loss, correction, monkey
         assert frozen.call_count == passes
         found.append((metrics_of(bench), dict(bench.learner.weights())))
     (rows, weights), (expected_rows, expected) = found
+    # A pass that comes first knows which responses will be masked, and their rows are skipped: other means over tokens.
+    alike = (
+        ("mismatch/", "loss") if correction in ("sequence_mask", "geometric_mask") else ("mismatch/", "policy/", "loss")
+    )
     assert all(torch.allclose(weights[name], tensor, atol=1e-6) for name, tensor in expected.items())
     for row, expected_row in zip(rows, expected_rows, strict=True):
         assert 0 < row["mismatch/capped_frac"] < 1
-        for name in [key for key in expected_row if key.startswith(("mismatch/", "policy/", "loss"))]:
+        for name in [key for key in expected_row if key.startswith(alike)]:
             assert row[name] == pytest.approx(expected_row[name], rel=1e-3, abs=1e-5), name
 
 
@@ -580,9 +647,10 @@ def drifting(sample):
     """A sampler whose log-probabilities are too low, right and too high by turns."""
 
     def off(asked, params):
-        def moved(c):
-            return replace(c, logprobs=tuple(x + 0.4 * (i % 3 - 1) for i, x in enumerate(c.logprobs)))
+        def moved(n, c):  # by another amount in each completion, too
+            off = [0.4 * (i % 3 - 1) + 0.3 * (n % 3 - 1) for i in range(len(c.logprobs))]
+            return replace(c, logprobs=tuple(x + o for x, o in zip(c.logprobs, off, strict=True)))
 
-        return [[moved(c) for c in group] for group in sample(asked, params)]
+        return [[moved(n, c) for n, c in enumerate(group)] for group in sample(asked, params)]
 
     return off

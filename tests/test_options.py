@@ -12,16 +12,17 @@ from torch import nn
 from grpo_gsm8k import config, repro
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.errors import ConfigError, NonFiniteError
+from grpo_gsm8k.trainer import compiled, packing
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner
-from grpo_gsm8k.trainer.objectives import Objective
+from grpo_gsm8k.trainer.losses import GrpoClip, Objective
 from grpo_gsm8k.trainer.optimizer import MasterAdamW, OffloadedAdamW
 from grpo_gsm8k.trainer.policy import weights_sha256
 from grpo_gsm8k.trainer.sharded import ShardedLearner
 from tests.test_costs import make_model
 from tests.toys import gradient, rows, train_config
 
-POLICY = Objective("grpo_clip", 0.2, 0.2, temperature=0.7)
+POLICY = Objective(GrpoClip(0.2, 0.2), temperature=0.7)
 SEQUENCES = [(range(3, 3 + n), p) for n, p in [(9, 4), (4, 1), (13, 6), (6, 2), (11, 3), (5, 4)]]
 SETTINGS = {"lr": 1e-2, "max_tokens_per_microbatch": 26, "weight_decay": 0.1, "grad_clip": 0.05}
 
@@ -107,7 +108,7 @@ def quickly(monkeypatch):
 
 def same_as_eager(tmp_path, **flags):
     """A compiled learner beside one that is not, with names, weights, copies and checkpoints."""
-    plain, compiled = make(**flags), make(compile=True, **flags)
+    plain, compiled = make(**flags), make(compile="on", **flags)
     assert list(compiled.model.state_dict()) == list(plain.model.state_dict())
     assert weights_sha256(compiled.weights()) == weights_sha256(plain.weights())
     assert all(layer._compiled_call_impl for layer in compiled.model.base_model.layers)
@@ -123,7 +124,7 @@ def same_as_eager(tmp_path, **flags):
         for learner in (plain, compiled):
             learner.step(1e-3)
     plain.save(tmp_path)
-    resumed, again = make(compile=True, **flags), make(**flags)
+    resumed, again = make(compile="on", **flags), make(**flags)
     for learner in (resumed, again):
         learner.load(tmp_path)
     assert weights_sha256(resumed.weights()) == weights_sha256(plain.weights())
@@ -142,16 +143,63 @@ def test_layers_compiled_to_machine_code_compute_the_same(flags, tmp_path):
 
 
 def test_what_cannot_be_compiled_is_refused(monkeypatch):
-    with pytest.raises(ConfigError, match="--compile with --deterministic"):
-        config.resolve("grpo", flags={"compile": True, "deterministic": True})
+    with pytest.raises(ConfigError, match="--compile on with --deterministic"):
+        config.resolve("grpo", flags={"compile": "on", "deterministic": True})
     monkeypatch.setattr(repro.shutil, "which", lambda tool: None)
     with pytest.raises(ConfigError, match=r"--compile needs a C\+\+ compiler"):
-        make(compile=True)
+        make(compile="on")
     assert repro.missing_for_compile(gpu=True) in ("triton", "a C compiler (gcc)")
 
 
 def test_the_sampler_of_a_compiled_model_is_not_compiled(quickly):
-    learner = make(compile=True)
+    learner = make(compile="on")
     renderer = SimpleNamespace(stop_ids=frozenset())
     sampler = HFSampler(learner.model, renderer)
     assert not any(layer._compiled_call_impl for layer in sampler.model.base_model.layers)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch, quickly):
+    """Rows end to end by a stand-in whose numbers mean nothing, and no model too small."""
+    monkeypatch.setattr(packing, "reads_varlen", lambda model: True)
+    monkeypatch.setattr(
+        packing,
+        "varlen",
+        lambda q, k, v, starts, longest, scaling: q + (k.mean() + v.mean() + starts[0][-1]) / longest[1],
+    )
+    monkeypatch.setattr(packing, "enable", lambda model: model.set_attn_implementation(packing.ATTENTION) or True)
+    monkeypatch.setattr(compiled, "LEAST_PARAMETERS", 0)
+    monkeypatch.setattr(repro, "missing_for_compile", lambda gpu: "")
+
+
+def is_compiled(learner):
+    return all(layer._compiled_call_impl for layer in learner.model.base_model.layers)
+
+
+@pytest.mark.slow
+def test_on_a_gpu_layers_are_compiled_by_default_once_for_all_shapes(as_on_a_gpu):
+    torch._dynamo.utils.counters.clear()
+    learner = make(packing="on")
+    assert is_compiled(learner)
+    for step in (1, 2, 3):
+        learner.forward_backward(update(step), POLICY)
+        learner.step(1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for flags in ({"compile": "off"}, {"deterministic": True}):
+        assert not is_compiled(make(packing="on", **flags))
+    assert not is_compiled(make(packing="off"))
+
+
+@pytest.mark.parametrize("fails", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_layers_whose_compiled_numbers_differ_stay_as_they_are(fails, as_on_a_gpu, monkeypatch, capsys):
+    calls = []
+
+    def looked_at(model, own=compiled._hidden_and_gradient):
+        calls.append(own(model))
+        if fails and len(calls) == 2:
+            raise RuntimeError("no such kernel")
+        return [x * len(calls) for x in calls[-1]]
+
+    monkeypatch.setattr(compiled, "_hidden_and_gradient", looked_at)
+    assert not is_compiled(make(packing="on"))
+    assert ("no such kernel" if fails else "numbers differ by 1") in capsys.readouterr().err

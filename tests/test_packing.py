@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -21,7 +22,8 @@ from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.trainer import packing
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner
-from grpo_gsm8k.trainer.objectives import Objective
+from grpo_gsm8k.trainer.losses import Gspo, Objective
+from tests.rehearsal import varlen_by_hand
 from tests.toys import gradient, rows, train_config, with_advantage
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -86,7 +88,7 @@ def test_packed_rows_give_the_loss_and_gradient_of_each_by_itself(name, checkpoi
 def test_the_old_policy_temperature_and_masked_rows_are_where_they_were():
     data = [with_advantage(row, (-1) ** i * (0.5 + i)) for i, row in enumerate(rows(*SEQUENCES, logprob=-4.2))]
     data[3] = replace(data[3], mask=(0,) * len(data[3].mask))
-    batch, objective = make_batch(data, 0), Objective("gspo", 0.02, 0.02, temperature=0.7)
+    batch, objective = make_batch(data, 0), Objective(Gspo(0.02, 0.02), temperature=0.7)
     packed, padded = (learner_of(make_model(CONFIGS["qwen2"]), packing=how) for how in ("on", "off"))
     for one, other in zip(packed.logprobs(batch, 0.7), padded.logprobs(batch, 0.7), strict=True):
         assert torch.allclose(one, other, atol=1e-5)
@@ -182,3 +184,39 @@ def test_a_packing_model_samples_and_is_saved_like_any_other(tmp_path):
     )
     model.save_pretrained(tmp_path)
     assert packing.ATTENTION not in (tmp_path / "config.json").read_text()
+
+
+# ----------------------------------------------------------------------------- rows end to end, as a GPU takes them
+
+
+@pytest.fixture
+def end_to_end(monkeypatch):
+    monkeypatch.setattr(packing, "reads_varlen", lambda model: True)
+    monkeypatch.setattr(packing, "varlen", varlen_by_hand)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gpt2"])
+def test_rows_end_to_end_give_the_loss_and_gradient_of_each_by_itself(name, end_to_end):
+    loss, expected = alone(CONFIGS[name], SEQUENCES)
+    tokens = sum(len(ids) - prompt for ids, prompt in SEQUENCES)
+    for budget in (6, 13, 1000):
+        learner = learner_of(make_model(CONFIGS[name]), packing="on", max_tokens_per_microbatch=budget)
+        metrics = learner.forward_backward(make_batch(rows(*SEQUENCES), 0, "token"), Objective())
+        assert metrics["loss"] * tokens == pytest.approx(loss, rel=1e-5)
+        for weight, found in gradient(learner).items():
+            assert torch.allclose(found * tokens, expected[weight], atol=2e-5), weight
+
+
+def test_torchs_own_varlen_takes_what_we_give_it():
+    """Names and order of the arguments; the kernel itself is a GPU's."""
+    if packing.VARLEN is None:
+        pytest.skip("this torch has no varlen_attn")
+    assert list(inspect.signature(packing.VARLEN).parameters)[:7] == [
+        "query",
+        "key",
+        "value",
+        "cu_seq_q",
+        "cu_seq_k",
+        "max_q",
+        "max_k",
+    ]

@@ -16,22 +16,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_gsm8k.datatypes import Datum
-from grpo_gsm8k.trainer.batch import Batch, make_batch, with_old_logprobs, with_ref_logprobs
+from grpo_gsm8k.trainer.batch import Batch, ImportanceCorrection, make_batch, with_old_logprobs, with_ref_logprobs
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.logprobs import token_logprobs
-from grpo_gsm8k.trainer.objectives import KL_ESTIMATORS, Objective, per_token_loss
-from tests.test_objectives import POLICY, REFERENCE, STALE, exact_kl, expected_kl_term, numeric_gradient
+from grpo_gsm8k.trainer.losses import KL_ESTIMATORS, GrpoClip, Objective, Reinforce, make_loss, per_token_loss
+from tests.test_losses import POLICY, REFERENCE, STALE, exact_kl, expected_kl_term, numeric_gradient
 from tests.toys import datum, gradient, make_data, make_model, train_config
 
 LIMIT = 1e-5
 TEMPERATURE = 0.7
+TERMS = ("kl_bias_correction", "entropy_coef")
 LONGEST = 20  # the constant of Dr.GRPO's mean
 NO_GROUP = "TRL and Liger are not installed: uv run --group parity pytest tests/test_parity.py"
 
@@ -44,6 +45,7 @@ class Case:
         theirs: settings that TRL and Liger have in common, by TRL's names.
         on_policy: the old log-probabilities are those of the policy itself.
         kl: weight of the KL term.
+        liger: Liger has it, and not otherwise than its paper.
     """
 
     name: str
@@ -52,12 +54,14 @@ class Case:
     theirs: dict[str, Any]
     on_policy: bool = False
     kl: float = 0.0
+    liger: bool = True
 
 
 def case(name: str, loss: str, aggregation: str, theirs: dict[str, Any], **more: Any) -> Case:
-    flags = {key: more.pop(key) for key in ("on_policy", "kl") if key in more}
-    settings = {"clip_eps": 0.2, "clip_eps_high": 0.2, "kl_coef": flags.get("kl", 0.0)} | more
-    return Case(name, Objective(loss, temperature=TEMPERATURE, **settings), aggregation, theirs, **flags)
+    flags = {key: more.pop(key) for key in ("on_policy", "kl", "liger") if key in more}
+    terms = {"kl_coef": flags.get("kl", 0.0)} | {key: more.pop(key) for key in TERMS if key in more}
+    ours = Objective(make_loss(loss, {"clip_eps": 0.2, "clip_eps_high": 0.2} | more), TEMPERATURE, **terms)
+    return Case(name, ours, aggregation, theirs, **flags)
 
 
 SEQUENCE = {"loss_type": "grpo", "importance_sampling_level": "sequence"}
@@ -75,6 +79,12 @@ CASES = [
         "CISPO", "cispo", "token", {"loss_type": "cispo", "epsilon_high": 1.5}, clip_eps=1.0, clip_eps_high=0.5
     ),  # theirs is the bound itself
     case("PPO dual clip", "grpo_clip", "token", {"loss_type": "dapo", "delta": 1.6}, dual_clip=1.6),
+    case("SAPO", "sapo", "sequence", {"loss_type": "sapo"}),
+    case("LUSPO", "luspo", "sequence", {**SEQUENCE, "loss_type": "luspo"}, liger=False),
+    case("VESPO", "vespo", "token", {"loss_type": "vespo"}),
+    case(
+        "entropy bonus", "grpo_clip", "token", {"loss_type": "dapo", "entropy_coef": 0.5}, entropy_coef=0.5, liger=False
+    ),
     # CISPO's weight is 1 on-policy, which leaves REINFORCE.
     case("REINFORCE", "reinforce", "token", {"loss_type": "cispo", "epsilon_high": 5.0}, on_policy=True),
 ]
@@ -201,7 +211,33 @@ def against_trl(one: Case, folder: Path) -> tuple[float, float]:
         trl_trainer(at, folder / "trl", "GRPO", **settings), trl_inputs(at, batch)
     )
     metrics = learner.forward_backward(batch, one.ours)
-    assert one.on_policy or 0 < metrics["policy/clip_frac"] < 1  # the clip is in play
+    soft = one.on_policy or not hasattr(one.ours.loss, "clip_eps")
+    assert soft or 0 < metrics["policy/clip_frac"] < 1  # the clip is in play
+    return abs(metrics["loss"] - theirs) / abs(theirs), relative(gradient(learner), their_gradient)
+
+
+CORRECTIONS = {"truncate": "token_truncate", "mask": "token_mask"} | {
+    kind: kind for kind in ("sequence_truncate", "sequence_mask")
+}
+
+
+def against_trl_corrected(kind: str, folder: Path) -> tuple[float, float]:
+    """GRPO with an importance correction of the sampler: the ratio by TRL's formula, the rest by TRL."""
+    at = setting(folder)
+    sampled = batch_of(at, "token", on_policy=False)  # its old policy stands in for the sampler
+    noise = 0.3 * torch.randn(sampled.mask.shape, generator=torch.Generator().manual_seed(5))
+    frozen = (sampled.old_logprobs + noise) * sampled.mask
+    correction = ImportanceCorrection(cast(Any, kind), 1.5, 0.6)
+    ours, learner = with_old_logprobs(sampled, frozen, correction), learner_of(at)
+    trainer = trl_trainer(at, folder / "trl", "GRPO", beta=0.0, loss_type="dapo", use_bias_correction_kl=False)
+    trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
+    inputs, sampler = trl_inputs(at, ours), trl_inputs(at, sampled)["old_per_token_logps"]
+    log_ratio = (inputs["old_per_token_logps"] - sampler) * inputs["completion_mask"]
+    ratio = (log_ratio.sum(-1, keepdim=True) if kind.startswith("sequence") else log_ratio).exp()
+    kept = ratio.masked_fill((ratio < 0.6) | (ratio > 1.5), 0.0)
+    inputs["importance_sampling_ratio"] = ratio.clamp(0.6, 1.5) if kind.endswith("truncate") else kept
+    theirs, their_gradient = loss_and_gradient(trainer, inputs)
+    metrics = learner.forward_backward(ours, Objective(GrpoClip(), TEMPERATURE))
     return abs(metrics["loss"] - theirs) / abs(theirs), relative(gradient(learner), their_gradient)
 
 
@@ -215,7 +251,7 @@ def against_trl_rloo(folder: Path) -> float:
     own = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width)[0].detach()
     inputs["old_logps"] = (own * inputs["completion_mask"]).sum(1)
     _, theirs = loss_and_gradient(trainer, inputs)
-    learner.forward_backward(batch, Objective("reinforce", temperature=TEMPERATURE))
+    learner.forward_backward(batch, Objective(Reinforce(), temperature=TEMPERATURE))
     return relative(gradient(learner), theirs)
 
 
@@ -298,8 +334,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("against", [against_trl, against_liger])
 @pytest.mark.parametrize("one", CASES, ids=lambda one: one.name)
 def test_loss_and_gradient(one: Case, against: Callable[[Case, Path], tuple[float, float]], folder: Path) -> None:
+    if against is against_liger and not one.liger:
+        pytest.skip("Liger has it not, or otherwise")
     loss, gradient_ = against(one, folder)
     assert loss <= LIMIT and gradient_ <= LIMIT
+
+
+@pytest.mark.parametrize("kind", CORRECTIONS)
+def test_a_corrected_update_is_trls(kind, folder):
+    assert max(against_trl_corrected(kind, folder)) <= LIMIT
 
 
 def test_rloo_has_the_gradient_of_trls(folder):
@@ -314,8 +357,11 @@ def table(folder: Path) -> Iterator[str]:
     """What docs/algorithms.md quotes: objective, against what, largest relative errors of loss and gradient."""
     yield "| objective | against | loss | gradient |\n|---|---|---|---|"
     for one in CASES:
-        both = zip(against_trl(one, folder), against_liger(one, folder), strict=True)
-        yield "| {} | TRL, Liger | {:.1e} | {:.1e} |".format(one.name, *map(max, both))
+        found = [against(one, folder) for against in (against_trl, against_liger)[: 1 + one.liger]]
+        whom = "TRL, Liger" if one.liger else "TRL"
+        yield "| {} | {} | {:.1e} | {:.1e} |".format(one.name, whom, *map(max, zip(*found, strict=True)))
+    for kind in CORRECTIONS:
+        yield "| {} | TRL | {:.1e} | {:.1e} |".format(kind, *against_trl_corrected(kind, folder))
     yield f"| RLOO | TRL | | {against_trl_rloo(folder):.1e} |"
     yield "| cross-entropy | transformers | {:.1e} | {:.1e} |".format(*against_transformers(folder))
     exact = torch.tensor(numeric_gradient(lambda p: exact_kl(p, REFERENCE)))

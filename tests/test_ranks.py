@@ -31,8 +31,8 @@ from grpo_gsm8k.errors import ConfigError, DiskError, NonFiniteError
 from grpo_gsm8k.trainer.batch import make_batch, with_old_logprobs, with_ref_logprobs
 from grpo_gsm8k.trainer.costs import LEAST_CELLS, Setup
 from grpo_gsm8k.trainer.learner import TorchLearner
+from grpo_gsm8k.trainer.losses import GrpoClip, Objective
 from grpo_gsm8k.trainer.memory import Gauge, shape_of
-from grpo_gsm8k.trainer.objectives import Objective
 from grpo_gsm8k.trainer.policy import pick_device
 from grpo_gsm8k.trainer.ranks import Lead, World, follow, world
 from grpo_gsm8k.trainer.sharded import ShardedLearner, share
@@ -42,7 +42,7 @@ from tests.toys import REPOSITORY, cli, rows, train_config
 RANKS = 3
 SAMPLED = {"policy/bf16_changed_frac": 0.3, "policy/update_to_weight": 0.05}
 """Each rank looks at a sample of its own shards, so these may differ by so much."""
-POLICY = Objective("grpo_clip", 0.2, 0.2, temperature=0.7, kl_coef=0.3)
+POLICY = Objective(GrpoClip(0.2, 0.2), temperature=0.7, kl_coef=0.3)
 SEQUENCES = [(range(3, 3 + n), p) for n, p in [(9, 4), (4, 1), (13, 6), (6, 2), (11, 3)]]
 
 
@@ -92,7 +92,7 @@ def one_rank(rank, port, folder, dtype, compiles):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     make_machine_code = torch.nn.Module.compile  # tracing is what could go wrong among ranks, and machine code is slow
     torch.nn.Module.compile = lambda self, **how: make_machine_code(self, backend="aot_eager", **how)
-    learner = make_learner(ShardedLearner, dtype, activation_checkpointing=True, compile=compiles)
+    learner = make_learner(ShardedLearner, dtype, activation_checkpointing=True, compile="on" if compiles else "off")
     agree_on_a_budget(learner)
     if rank:
         follow(learner)

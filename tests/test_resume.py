@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -227,14 +228,27 @@ def test_an_interrupt_finishes_the_step_and_writes_its_checkpoint(tiny, tmp_path
     assert again["weights_sha256"] == whole["weights_sha256"] and story(run) == story(tmp_path / "whole")
 
 
-def interrupted_at(step, cfg):
+def test_pressed_twice_the_last_complete_step_is_kept_and_goes_on_bitwise(tiny, tmp_path):
+    whole = grpo.run(config_of("grpo", tiny, tmp_path / "whole"))
+    run = tmp_path / "run"
+    with pytest.raises(Interrupted) as caught:
+        interrupted_at(3, config_of("grpo", tiny, run, save_every=100), times=2)
+    assert caught.value.exit_code == 130 and "step 2 is saved" in str(caught.value)
+    assert checkpoint.steps_present(run / "checkpoints") == [2]
+    again = grpo.run(config_of("grpo", tiny, run, save_every=100))
+    assert again["weights_sha256"] == whole["weights_sha256"] and story(run) == story(tmp_path / "whole")
+
+
+def interrupted_at(step, cfg, times=1):
     """Run GRPO, with Ctrl-C pressed in the middle of a step."""
     with open_bench(cfg, "grpo", {"train": Path(cfg.data) / "train.jsonl"}) as bench:
         sample = bench.sampler.sample
 
         def pressing(prompts, params):
             if bench.sampler.version == step - 1 and len(prompts[0].seeds) > 1:
-                signal.raise_signal(signal.SIGINT)
+                for _ in range(times):
+                    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # sampling has its own thread
+                    time.sleep(0.3)
             return sample(prompts, params)
 
         bench.sampler.sample = pressing

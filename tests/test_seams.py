@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 
-from grpo_gsm8k import ei, extensions, fast_eval_vllm, grpo, rollout, sft
+from grpo_gsm8k import ei, fast_eval_vllm, grpo, plugins, rollout, sft
 from grpo_gsm8k.datatypes import Completion, Example, Grade, Prompt, SamplingParams, Trajectory
 from grpo_gsm8k.engines.trajectories import sample_trajectories
 from grpo_gsm8k.errors import ConfigError, DataError, UserError
@@ -186,7 +186,7 @@ def test_a_users_task_reward_advantage_and_sampler_learn(words, tmp_path):
     assert sum(rewards[-2:]) / 2 > rewards[0] + 0.1, rewards
     assert rows[0]["advantage/max"] == 1.0 and rows[0]["advantage/min"] == -1.0
     assert task_of(config_of("grpo", words, "", model_id=found["model"], task="")).spec == "mine_seams:Copy"
-    counting = extensions.load("mine_seams:Counting", "--engine")
+    counting = plugins.load_object("mine_seams:Counting", "engine")
     assert counting.calls >= 8
     result = fast_eval_vllm.run(eval_config(found["model"], words[1] / "test.jsonl", tmp_path))
     assert result["task"] == "mine_seams:Copy" and result["accuracy"] is not None and result["format_accuracy"] is None
@@ -225,16 +225,16 @@ def test_without_right_answers_the_mean_reward_chooses(words, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"task": "mine_seams:Raises"}, r"task 'mine_seams:Raises' raised ZeroDivisionError: .*mine_seams\.py:\d+"),
+        ({"task": "mine_seams:Raises"}, r"task 'mine_seams:Raises': .*mine_seams\.py:\d+: ZeroDivisionError"),
         ({"task": "mine_seams:Nonsense"}, "'good', not a Grade"),
         ({"task": "mine_seams:brevity"}, "no subclass"),
         ({"task": "mine_seams:Nobody"}, "has no 'Nobody'"),
         ({"task": "gsm9k"}, "did you mean 'gsm8k'"),
-        ({"reward": "mine_seams:raises"}, r"reward mine_seams:raises raised AttributeError: .*mine_seams\.py:\d+"),
+        ({"reward": "mine_seams:raises"}, r"reward mine_seams:raises: .*mine_seams\.py:\d+: AttributeError"),
         ({"reward": "mine_seams:nonsense"}, "'good' for example"),
         ({"reward": "mine_seams:too_few"}, "for the 4 completions of example"),
-        ({"advantage": "mine_seams:one"}, "for 4 grades"),
-        ({"advantage": "mine_seams:raises"}, "--advantage function raised TypeError"),
+        ({"advantage": "mine_seams:one"}, "must be as many numbers"),
+        ({"advantage": "mine_seams:raises"}, "advantage 'mine_seams:raises': TypeError"),
         ({"engine": "hff"}, "engine = 'hff'"),
     ],
 )

@@ -135,7 +135,7 @@ def test_other_settings_other_inputs_and_other_files_are_refused(tiny, pairs, tm
         ({"max_total_tokens": 65}, "another max_total_tokens;"),
         ({"data_path": str(other)}, "another input;"),
         ({"prompt_style": "qwen_boxed"}, "another made_with;"),
-        ({"shard_rows": 0}, "--shard_rows must be at least 1"),
+        ({"shard_rows": 0}, "--shard_rows 0: must be at least 1"),
     ):
         with pytest.raises(ConfigError, match=words):
             tokenize(tiny, pairs, folder, **flags)

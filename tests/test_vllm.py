@@ -27,7 +27,7 @@ from grpo_gsm8k import config, fast_eval_vllm, grpo, pipeline, sft
 from grpo_gsm8k.config import EngineConfig
 from grpo_gsm8k.datatypes import SamplingParams
 from grpo_gsm8k.engines.hf import HFSampler
-from grpo_gsm8k.engines.probe import TOLERANCE, probe, sampled_row
+from grpo_gsm8k.engines.probe import TOLERANCE, completed, probe
 from grpo_gsm8k.engines.process import Engine, ProcessSampler
 from grpo_gsm8k.errors import EngineError
 from grpo_gsm8k.evals.accuracy import read_results
@@ -37,7 +37,7 @@ from grpo_gsm8k.tasks.rewards import Grader
 from grpo_gsm8k.trainer import adapter
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner
-from grpo_gsm8k.trainer.objectives import Objective
+from grpo_gsm8k.trainer.losses import CrossEntropy, Objective
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer, weights_sha256
 from grpo_gsm8k.workbench import open_bench, open_sampler
 from tests.toys import (
@@ -125,7 +125,7 @@ def learner(trained, renderer):
 def gap(learner, prompts, drawn, temperature=1.0) -> float:
     """Mean |logp difference| between what was sampled and what the trainer makes of the same ids."""
     pairs = [(prompt, c) for prompt, group in zip(prompts, drawn, strict=True) for c in group]
-    batch = make_batch([sampled_row(prompt, c) for prompt, c in pairs], 0)
+    batch = make_batch([completed(prompt, c) for prompt, c in pairs], 0)
     delta = (learner.logprobs(batch, temperature) - batch.old_logprobs)[batch.mask.bool()]
     return float(delta.abs().mean())
 
@@ -139,7 +139,7 @@ def optimizer_step(learner, trained, renderer, number: int) -> None:
     """One update on worked solutions, large enough to be seen: the embeddings, and with them the tied head, move."""
     problems = load_split(trained.data, "train")[32 * number : 32 * (number + 1)]
     batch = make_batch([renderer.target(problem) for problem in problems], renderer.pad_id)
-    learner.forward_backward(batch, Objective("cross_entropy"))
+    learner.forward_backward(batch, Objective(CrossEntropy()))
     learner.step(1e-3)
 
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 from grpo_gsm8k.datatypes import Completion, FinishReason, Prompt, Request, Sampler, SamplingParams, Trajectory
 from grpo_gsm8k.errors import ConfigError
-from grpo_gsm8k.extensions import users_code
 from grpo_gsm8k.repro import derive_seed, requests
 from grpo_gsm8k.tasks.render import Renderer
 
@@ -52,7 +51,7 @@ class _Conversation:
     def __init__(self, renderer: Renderer, prompt: Prompt, first: Completion, budget: int, context: int) -> None:
         self.renderer, self.task, self.prompt = renderer, renderer.task, prompt
         self.budget, self.context = budget, context
-        with users_code(self.task.blame):
+        with self.task.guarded():
             self.env = self.task.env(prompt.example)
         self.turns: list[Completion] = []
         self.ids: tuple[int, ...] = ()
@@ -76,7 +75,7 @@ class _Conversation:
         """Whether the environment answers the last turn, and the model may have another one; its answer is appended."""
         if self.env is None or self.finish_reason != "stop":
             return False
-        with users_code(self.task.blame):
+        with self.task.guarded():
             said = self.env.reply(self.turns[-1].text)
         if said is None:
             return False

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from grpo_gsm8k.runs.files import real_path
+
 WIDTH = 130  # where stdout is no terminal
 Result = Mapping[str, Any]
 
@@ -124,7 +126,7 @@ def _flips(examples: Iterable[Result]) -> Table:
 
 def _names(paths: Sequence[str]) -> list[str]:
     """Paths below the folder that they have in common."""
-    parents = [Path(path).resolve().parent for path in paths]
+    parents = [real_path(path).parent for path in paths]
     common = commonpath(parents)
     return [
         escape((parent / Path(path).name).relative_to(common).as_posix())

@@ -22,7 +22,7 @@ from grpo_gsm8k.launch.archive import path_fault
 from grpo_gsm8k.launch.keep import SECRET
 from grpo_gsm8k.launch.records import Blot, secrets_of
 from grpo_gsm8k.runs.clean import one_line, publishable, without_whole_paths
-from grpo_gsm8k.runs.files import read_json, read_jsonl, sha256_file
+from grpo_gsm8k.runs.files import read_json, read_jsonl, real_path, sha256_file
 from grpo_gsm8k.trainer.checkpoint import MANIFEST, verify
 
 NOT_UPLOADED = ["optimizer*", "state.json", "manifest.json", ".*", "*/.*", "README.md", *SECRET]
@@ -115,13 +115,13 @@ def push(checkpoint: Path, repo_id: str, public: bool = False) -> dict[str, Any]
 
 def model_card(checkpoint: Path, step: int) -> str:
     """The README of a checkpoint, from its run directory. Raises `DataError` where there is none."""
-    run = checkpoint.resolve().parent.parent
+    run = real_path(checkpoint).parent.parent
     if not (run / "config.toml").is_file():
         raise DataError(checkpoint, "lies in no run directory (RUN/checkpoints/step_…), whose records the card needs")
     ((stage, settings),) = tomllib.loads((run / "config.toml").read_text(encoding="utf-8")).items()
     base = str(settings["model_id"])
     on_hub = base.count("/") == 1 and not Path(base).exists()
-    source = base if on_hub else publishable(str(Path(base).resolve()))
+    source = base if on_hub else publishable(str(real_path(base)))
     about = ModelCardData(library_name="transformers", base_model=base if on_hub else None, tags=["gsm8k", stage])
     data = read_json(run / "data.json")
     inputs = [f"| {publishable(name)} | `{entry['sha256']}` |" for name, entry in data.items()]
@@ -150,7 +150,7 @@ def _evaluation(run: Path, checkpoint: Path, step: int) -> list[str]:
             rows.append(_row("validation", row["val/accuracy"], row["val/ci_low"], row["val/ci_high"], row["val/n"]))
     if (run.parent / "pipeline.json").is_file():
         stages = read_json(run.parent / "pipeline.json")["stages"]
-        mine = [row for row in stages if Path(row["model"]).resolve() == checkpoint.resolve()]
+        mine = [row for row in stages if real_path(row["model"]) == real_path(checkpoint)]
         rows += [_row("test", row["accuracy"], row["ci95"][0], row["ci95"][1], row["n"]) for row in mine]
     return rows if len(rows) > 2 else ["None of this step is on record."]
 

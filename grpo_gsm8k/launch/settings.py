@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 from grpo_gsm8k.config import opt
@@ -11,7 +11,6 @@ from grpo_gsm8k.errors import ConfigError
 
 API = "https://api.runpod.io/v2"
 PREFERENCE = ("NVIDIA L40S", "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA H200")
-LONGEST_HOURS = 24.0 * 365
 COUNTS = (1, 2, 4, 6, 8)
 
 
@@ -21,16 +20,16 @@ class PlanConfig:
 
     model_id: str = opt("Qwen/Qwen2.5-Math-1.5B", "model on the hub")
     method: Literal["sft", "lora", "grpo", "grpo-lora"] = opt("grpo", "what is trained, and whether it samples too")
-    lora_rank: int = opt(32, "rank of the adapters (lora, grpo-lora)")
-    microbatch_tokens: int = opt(8192, "tokens of one forward pass, as max_tokens_per_microbatch")
+    lora_rank: int = opt(32, "rank of the adapters (lora, grpo-lora)", ge=1)
+    microbatch_tokens: int = opt(8192, "tokens of one forward pass, as max_tokens_per_microbatch", ge=1)
     activation_checkpointing: bool = opt(True, "as in training; on here, where the least that suffices is asked for")
     optimizer_device: Literal["auto", "cpu"] = opt("auto", "cpu: AdamW's state in main memory, as in training")
-    sampled_tokens: int = opt(65536, "tokens in the sampler's cache: sequences x length")
+    sampled_tokens: int = opt(65536, "tokens in the sampler's cache: sequences x length", ge=0)
     kl: bool = opt(False, "with a KL term: a reference model beside the trained one")
     sleep: bool = opt(True, "the sampler sleeps while the trainer trains")
-    total_tokens: float = opt(1e8, "tokens trained in all, for the estimate of time")
+    total_tokens: float = opt(1e8, "tokens trained in all, for the estimate of time", gt=0)
     gpu: str = opt("", "GPU ids in order, comma separated; empty for L40S, A100 SXM, H100 SXM, H200")
-    count: int = opt(0, "GPUs of a pod: 1, 2, 4, 6 or 8; 0 for the fewest that suffice (`up`: 1)")
+    count: int = opt(0, "GPUs of a pod: 1, 2, 4, 6 or 8; 0 for the fewest that suffice (`up`: 1)", ge=0, le=8)
     cloud: Literal["SECURE", "COMMUNITY"] = opt("SECURE", "whose machines")
     repo_id: str = opt("", "hub repository that checkpoints are pushed to; push rights are checked first")
 
@@ -40,25 +39,25 @@ class UpConfig:
     """One job on one pod."""
 
     image: str = opt("", "container image, by digest: ghcr.io/owner/name@sha256:…")
-    budget: float = opt(0.0, "dollars that the run may cost in all; must be given")
-    hours: float = opt(0.0, "hours that it may take in all; 0 for what the budget pays, at most 24")
+    budget: float = opt(0.0, "dollars that the run may cost in all; must be given", ge=0, le=1e6)
+    hours: float = opt(0.0, "hours that it may take in all; 0 for what the budget pays, at most 24", ge=0, le=720)
     gpu: str = opt("", "GPU ids in order, comma separated; empty for L40S, A100 SXM, H100 SXM, H200")
-    count: int = opt(1, "GPUs of the pod: 1, 2, 4, 6 or 8")
-    min_memory: float = opt(0.0, "GiB that a GPU must have at least; `launch plan` says how much")
+    count: int = opt(1, "GPUs of the pod: 1, 2, 4, 6 or 8", ge=0, le=8)
+    min_memory: float = opt(0.0, "GiB that a GPU must have at least; `launch plan` says how much", ge=0)
     cloud: Literal["SECURE", "COMMUNITY"] = opt("SECURE", "whose machines")
     min_cuda: str = opt("13.0", "oldest CUDA version of the driver; empty for any")
-    disk: int = opt(120, "GB of the container's disk")
+    disk: int = opt(120, "GB of the container's disk", ge=1, le=100_000)
     volume: str = opt("", "id of a network volume, mounted at /workspace")
     registry: str = opt("", "id of the provider's stored login for a private image")
     name: str = opt("run", "short name of the run: letters and digits")
     fetch: str = opt("artifacts", "what to bring home, relative to the job's folder; empty for nothing but the log")
-    fetch_gb: float = opt(256.0, "GB of results that may come home in all")
-    fetch_file_gb: float = opt(128.0, "GB of a single file of them")
-    fetch_files: int = opt(200_000, "number of them")
+    fetch_gb: float = opt(256.0, "GB of results that may come home in all", gt=0, le=1e6)
+    fetch_file_gb: float = opt(128.0, "GB of a single file of them", gt=0, le=1e6)
+    fetch_files: int = opt(200_000, "number of them", ge=1, le=10_000_000)
     repo_id: str = opt("", "hub repository that checkpoints are pushed to, and continued from after a dead host")
     public: bool = opt(False, "--repo_id may be a public repository: all that is pushed is published")
-    push_every_s: float = opt(600.0, "seconds between pushes")
-    restarts: int = opt(2, "new pods after a dead host; only with --repo_id")
+    push_every_s: float = opt(600.0, "seconds between pushes", gt=0, le=1e7)
+    restarts: int = opt(2, "new pods after a dead host; only with --repo_id", ge=0, le=1000)
     pass_env: str = opt("HF_TOKEN,WANDB_API_KEY", "environment variables that the job gets, over ssh")
     think_open: str = opt("", "opens the reasoning; tags are appended to the command, and come in pairs")
     think_close: str = opt("", "closes the reasoning")
@@ -68,25 +67,21 @@ class UpConfig:
     webhook: str = opt("", "URL for progress events; better in GRPO_GSM8K_WEBHOOK, which no process list shows")
     webhook_form: Literal["plain", "discord", "slack"] = opt("plain", "shape of the events")
     state_dir: str = opt("artifacts/launch", "where runs are recorded on this machine")
-    rounds: int = opt(3, "times that the list of GPUs is walked when none is free")
-    round_s: float = opt(30.0, "seconds before the second round; then twice as long each time")
-    place_s: float = opt(300.0, "deadline for a machine")
-    pull_s: float = opt(1500.0, "deadline for the image")
-    ssh_s: float = opt(180.0, "deadline for ssh, also when it comes back")
-    fetch_s: float = opt(1800.0, "deadline for the results")
-    delete_s: float = opt(300.0, "how long a failing delete is tried again")
-    poll_s: float = opt(5.0, "seconds between questions")
-    backoff_s: float = opt(1.0, "first wait after a failed request; then twice as long each time")
-    grace_s: float = opt(900.0, "how long a pod whose job has ended waits for the launcher before it ends itself")
-    stale_s: float = opt(3600.0, "silence of a job after which the pod ends itself")
+    rounds: int = opt(3, "times that the list of GPUs is walked when none is free", ge=0, le=1000)
+    round_s: float = opt(30.0, "seconds before the second round; then twice as long each time", ge=0, le=1e7)
+    place_s: float = opt(300.0, "deadline for a machine", gt=0, le=1e7)
+    pull_s: float = opt(1500.0, "deadline for the image", gt=0, le=1e7)
+    ssh_s: float = opt(180.0, "deadline for ssh, also when it comes back", gt=0, le=1e7)
+    fetch_s: float = opt(1800.0, "deadline for the results", gt=0, le=1e7)
+    delete_s: float = opt(300.0, "how long a failing delete is tried again", gt=0, le=1e7)
+    poll_s: float = opt(5.0, "seconds between questions", gt=0, le=1e7)
+    backoff_s: float = opt(1.0, "first wait after a failed request; then twice as long each time", ge=0, le=1e7)
+    grace_s: float = opt(
+        900.0, "how long a pod whose job has ended waits for the launcher before it ends itself", ge=0, le=1e7
+    )
+    stale_s: float = opt(3600.0, "silence of a job after which the pod ends itself", gt=0, le=1e7)
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, int | float) and not 0 <= value < float("inf"):
-                raise ConfigError(f"--{item.name} {value}: must be a number from 0 on")
-        if self.hours > LONGEST_HOURS:
-            raise ConfigError(f"--hours {self.hours:g}: must be at most {LONGEST_HOURS:g}")
         if self.count not in COUNTS:
             raise ConfigError(f"--count {self.count}: must be one of {', '.join(map(str, COUNTS))}")
         if not self.name.isascii() or not self.name.isalnum() or not self.name.islower() or len(self.name) > 20:

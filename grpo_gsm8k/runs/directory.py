@@ -9,6 +9,7 @@ data.json      sha256 of every input        result.json                 written 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import shutil
@@ -28,6 +29,7 @@ from grpo_gsm8k.runs import wandb_sink
 from grpo_gsm8k.runs.files import (
     append_jsonl,
     disk_errors,
+    make_folder,
     read_json,
     read_jsonl,
     sha256_file,
@@ -137,12 +139,13 @@ def open_run(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path]) -> Iterat
     """
     path = Path(cfg.out_dir) if cfg.out_dir else _default_path(cfg, stage)
     hashes = {name: {"path": str(file), "sha256": _hash(file)} for name, file in inputs.items()}
-    if path.exists() and not path.is_dir():
-        raise RunDirError(f"{path}: is a file, not a run directory")
-    if path.is_dir() and any(path.iterdir()) and not cfg.resume:
-        raise RunDirError(f"{path}: exists already; pass --resume to continue it, or another --out_dir")
-    with disk_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
+    with disk_errors(path):  # a name that is too long, a circle of links
+        made = not path.exists()
+        if not made and not path.is_dir():
+            raise RunDirError(f"{path}: is a file, not a run directory")
+        if not made and any(path.iterdir()) and not cfg.resume:
+            raise RunDirError(f"{path}: exists already; pass --resume to continue it, or another --out_dir")
+    make_folder(path)
     with _lock(path):
         if (path / "config.toml").is_file():
             _same_run(path, stage, cfg, hashes)
@@ -152,11 +155,28 @@ def open_run(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path]) -> Iterat
         try:
             yield run
         except BaseException:
-            if {p.name for p in path.iterdir()} <= OWN:  # it never took a step: leave no trace to stumble over
-                shutil.rmtree(path)
+            _leave_no_trace(path, made)
             raise
         finally:
             run.close()
+
+
+def _leave_no_trace(path: Path, made: bool) -> None:
+    """Empty the folder of a run that never took a step. A folder that was there before (a mount, a link) stays.
+
+    The error on its way out is the one to be seen, so that none is raised here.
+    """
+    with contextlib.suppress(OSError):
+        found = list(path.iterdir())
+        if not {entry.name for entry in found} <= OWN:
+            return
+        for entry in found:
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink()
+        if made:
+            path.rmdir()
 
 
 def _begin(path: Path, stage: str, cfg: TrainConfig, hashes: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ temporary sibling, is synced, and is then renamed. A full or read-only disk rais
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -35,6 +36,8 @@ _DISK_ERRNOS = frozenset(
         errno.ENOTDIR,  # a parent is a file
         errno.EEXIST,  # as above, where the parent itself was to be made
         errno.EISDIR,  # the target is a folder
+        errno.ENAMETOOLONG,
+        errno.ELOOP,
     }
 )
 BOM = b"\xef\xbb\xbf"  # what some editors put before UTF-8
@@ -56,6 +59,29 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it. Raises `DiskError` where there can be none, as in /proc."""
+    with disk_errors(path):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:
+            raise DiskError(f"{path}: cannot be made: {error.strerror}; pick another place") from error
+
+
+def check_writable(path: Path) -> None:
+    """Raise `DiskError` now where `path` could not be written later. Leaves nothing behind, no new folder either."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    if path.exists() and not path.is_file():
+        raise DiskError(f"{path}: cannot be written: is not a regular file")
+    try:
+        write_atomic(path.with_name(f".tmp-{os.getpid()}-probe"), b"x")
+        path.with_name(f".tmp-{os.getpid()}-probe").unlink()
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary name beside `path`; on success sync it and rename it to `path`, else remove it.
@@ -65,8 +91,10 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    if path.exists() and not path.is_file():  # renamed over /dev/null, a file would take the device's place
+        raise DiskError(f"{path}: cannot be written: is not a regular file")
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             yield temporary
             _sync(temporary)
@@ -142,6 +170,8 @@ def read_lines(path: Path | str) -> Iterator[tuple[int, bytes]]:
     path = Path(path)
     number = 0
     try:
+        if path.is_char_device():  # /dev/zero never ends
+            raise DataError(path, "is a device, not a file")
         with path.open("rb") as handle:
             for number, raw in enumerate(handle, 1):
                 yield number, raw
@@ -151,6 +181,11 @@ def read_lines(path: Path | str) -> Iterator[tuple[int, bytes]]:
         raise DataError(path, f"cannot be read: {error.strerror}") from error
     if number == 0:
         raise DataError(path, "is empty")
+
+
+def real_path(path: Path | str) -> Path:
+    """The absolute path without links. Before Python 3.13 `Path.resolve` raises for a loop of links; this does not."""
+    return Path(os.path.realpath(path))
 
 
 def read_jsonl(path: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -13,8 +14,9 @@ LINE_EVERY_S = 30.0
 
 
 def talk(message: str) -> None:
-    """One line on stderr, without what a terminal would obey; stdout is for data."""
-    print(printable(message), file=sys.stderr, flush=True)
+    """Print one line on stderr, without control codes; stdout is for data. A run goes on when nobody can read it."""
+    with contextlib.suppress(OSError, ValueError):
+        print(printable(message), file=sys.stderr, flush=True)
 
 
 class Progress:

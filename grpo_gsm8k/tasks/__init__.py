@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from grpo_gsm8k import extensions
+from grpo_gsm8k import plugins
 from grpo_gsm8k.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,15 +37,15 @@ def load_task(spec: str, options: TaskOptions | None = None) -> Task:
     if spec in TASKS:
         module, _, name = TASKS[spec].partition(":")
         found = getattr(importlib.import_module(module), name)
-    elif extensions.is_users(spec):
-        found = extensions.load(spec, "--task")
+    elif plugins.is_users(spec):
+        found = plugins.load_object(spec, "task", TASKS)
     else:
         near = difflib.get_close_matches(spec, TASKS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}"
         raise ConfigError(f"unknown task {spec!r}; {hint}. A task of your own is package.module:Class")
     if not (isinstance(found, type) and issubclass(found, Task)):
-        raise ConfigError(f"--task {spec!r}: is no subclass of grpo_gsm8k.tasks.base.Task")
-    with extensions.users_code(f"task {spec!r}" if extensions.is_users(spec) else ""):
+        raise ConfigError(f"task {spec!r}: is no subclass of grpo_gsm8k.tasks.base.Task")
+    with plugins.calling(f"task {spec!r}") if plugins.is_users(spec) else nullcontext():
         task = found(options)
     task.spec = spec
     return task

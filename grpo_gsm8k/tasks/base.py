@@ -21,13 +21,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from grpo_gsm8k.datatypes import Example, Grade, Message, Rendered, Source
 from grpo_gsm8k.errors import ConfigError, DataError
-from grpo_gsm8k.extensions import is_users, users_code
+from grpo_gsm8k.plugins import calling, is_users
 from grpo_gsm8k.runs.files import json_type, read_jsonl
 
 if TYPE_CHECKING:
@@ -200,10 +201,9 @@ class Task:
         """What an answer counts as in a majority vote, however it is written."""
         return answer
 
-    @property
-    def blame(self) -> str:
-        """For `users_code`: who is to blame for what the task raises; empty for tasks of this package."""
-        return f"task {self.spec!r}" if is_users(self.spec) else ""
+    def guarded(self) -> AbstractContextManager[None]:
+        """Around calls of the task: what a user's own raises is told in one line; our own keep their tracebacks."""
+        return calling(f"task {self.spec!r}") if is_users(self.spec) else nullcontext()
 
 
 def summed(components: Mapping[str, float], **more: Any) -> Grade:
@@ -217,7 +217,7 @@ def summed(components: Mapping[str, float], **more: Any) -> Grade:
 
 def load_examples(task: Task, path: Path | str) -> list[Example]:
     """`task.examples`, with what a user's own task raises told in one line."""
-    with users_code(task.blame):
+    with task.guarded():
         found = task.examples(Path(path))
     if not isinstance(found, list) or not all(isinstance(example, Example) for example in found):
         raise ConfigError(f"task {task.spec!r}: examples({path}) must return a list of Example")

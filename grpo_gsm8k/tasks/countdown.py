@@ -162,7 +162,7 @@ def _readings(content: str) -> list[str]:
         found.append(spans[-1][0] or spans[-1][1])
     lead = _LEAD.match(content)
     found += [_TAIL.sub("", text) for text in (content, content[lead.end() :] if lead else "") if text]
-    stripped = [re.sub(r"\\text\{[^{}]*\}|\$", "", text).strip().rstrip(".,;!") for text in found]
+    stripped = [re.sub(r"\\text\{[^{}]*\}|\$", "", text).strip().rstrip(".,;!").strip("`* ") for text in found]
     return [text for text in dict.fromkeys(stripped) if text]
 
 
@@ -170,9 +170,9 @@ def _sides(expression: str) -> list[str]:
     return [part.strip() for part in expression.replace("＝", "=").split("=")][:20]
 
 
-def _value(text: str) -> Value | None:
+def _value(text: str, decimals: bool = False) -> Value | None:
     try:
-        return evaluate(text)
+        return evaluate(text, decimals=decimals)
     except Fault:
         return None
 
@@ -182,10 +182,11 @@ def _reaches(expression: str, numbers: Sequence[int], target: int) -> bool:
     sides = _sides(expression)
     if len(sides) > 1 and re.fullmatch(r"[A-Za-z]\w{0,9}", sides[0]):
         sides = sides[1:]  # `x = …` names the result
-    values = [_value(side) for side in sides]
-    if any(value is None or value.value != target for value in values):
+    results = [_value(side, decimals=True) for side in sides]
+    if any(result is None or result.value != target for result in results):
         return False
     wanted = Counter(Fraction(number) for number in numbers)
+    values = (_value(side) for side in sides)
     return any(value is not None and Counter(value.numbers) == wanted for value in values)
 
 

@@ -42,7 +42,7 @@ _LATEX: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\(?:left|right|[bB]ig[glr]?)(?=\s?[()\\{}|])"), ""),
     (re.compile(r"\\[,;:! ]|\\(?:quad|qquad|displaystyle)(?![A-Za-z])|~"), " "),
     (re.compile(r"\\[dtc]frac"), r"\\frac"),
-    (re.compile(r"\\%"), "%"),
+    (re.compile(r"\\([%*+/-])"), r"\1"),
     (re.compile(r"\\[{}]"), lambda match: "(" if match[0][1] == "{" else ")"),
     (re.compile(r"(?<=[\d)\s])\s?[xX]\s?(?=[\s(\d-])"), "*"),
 ]

@@ -23,7 +23,6 @@ from typing import Any
 from grpo_gsm8k.config import PromptConfig
 from grpo_gsm8k.datatypes import Datum, Example, Message, Prompt, Rendered, Source
 from grpo_gsm8k.errors import ConfigError, DataError, ModelError
-from grpo_gsm8k.extensions import users_code
 from grpo_gsm8k.runs.files import read_json, write_json
 from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.tasks import load_task
@@ -304,7 +303,7 @@ class Renderer:
         return f"the prompt {why}; run `grpo-gsm8k prep-eval` again"
 
     def _prompt_of(self, example: Example) -> list[Message] | str:
-        with users_code(self.task.blame):
+        with self.task.guarded():
             asked = self.task.prompt(example)
         if isinstance(asked, str) or (all(isinstance(m, tuple) and len(m) == 2 for m in asked) and asked):
             return asked
@@ -316,7 +315,7 @@ class Renderer:
         return "".join(text for _, text in self._turns(example))
 
     def _turns(self, example: Example) -> list[tuple[Author, str]]:
-        with users_code(self.task.blame):
+        with self.task.guarded():
             turns = self.task.target_turns(example)
         for _, text in turns:
             if not isinstance(text, str):

@@ -21,10 +21,9 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
-from grpo_gsm8k import extensions
+from grpo_gsm8k import plugins
 from grpo_gsm8k.datatypes import Example, Grade, RewardFn, Trajectory
 from grpo_gsm8k.errors import ConfigError
-from grpo_gsm8k.extensions import users_code
 from grpo_gsm8k.tasks.base import Task, summed
 
 PENDING = 64  # async rewards awaited at once
@@ -45,12 +44,7 @@ def make_reward(spec: str) -> RewardFn | None:
         return None
     if spec == "random":
         return random_reward
-    if not extensions.is_users(spec):
-        raise ConfigError(f"reward {spec!r}: must be default, random, or package.module:function")
-    function = extensions.load(spec, "reward")
-    if not callable(function):
-        raise ConfigError(f"reward {spec!r}: is no function")
-    return function  # type: ignore[no-any-return]  # the user's own; its result is checked at each call
+    return plugins.load_object(spec, "reward", ["default", "random"])  # type: ignore[no-any-return]  # the user's own; its result is checked at each call
 
 
 @dataclass(frozen=True)
@@ -93,11 +87,11 @@ class Grader:
 
     async def _grade_group(self, call: Callable[..., Awaitable[Any]], group: Sequence[Trajectory]) -> list[Grade]:
         example = group[0].prompt.example
-        with users_code(self.task.blame):
+        with self.task.guarded():
             grades = await call(self.task.grade_group, example, group)
         grades = [_checked(grade, self.task.spec, example) for grade in _one_each(grades, group, "task", example)]
         if self.reward is not None:
-            with users_code(f"the reward {_name(self.reward)}"):
+            with plugins.calling(f"reward {_name(self.reward)}"):
                 if _wants_group(self.reward):
                     values = await call(self.reward, group, example)
                 else:

@@ -1,1 +1,1 @@
-"""Who learns: batches, log-probabilities, objectives, the optimizer, checkpoints, the step loop."""
+"""Who learns: batches, log-probabilities, losses, the optimizer, checkpoints, the step loop."""

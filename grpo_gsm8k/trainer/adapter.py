@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from grpo_gsm8k.config import ModelConfig, PolicyConfig
 from grpo_gsm8k.errors import ConfigError, ModelError
+from grpo_gsm8k.runs.files import real_path
 from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.trainer import pretrained
 from grpo_gsm8k.trainer.policy import load_model, pick_dtype
@@ -73,7 +74,7 @@ def attach(model: Any, cfg: PolicyConfig) -> None:
             )
     elif cfg.lora_rank:
         if Path(cfg.model_id).is_dir():  # the adapter names its base, from wherever it will be loaded
-            model.name_or_path = str(Path(cfg.model_id).resolve())
+            model.name_or_path = str(real_path(cfg.model_id))
         asked = settings(cfg)
         asked.revision = cfg.revision or None
         try:

@@ -23,7 +23,7 @@ from grpo_gsm8k.datatypes import Datum
 MAX_LOG_RATIO = 20.0  # e^20 = 5e8: beyond it a ratio is an accident, and must not become inf
 
 Aggregation = Literal["sequence", "token", "constant"]
-Correction = Literal["none", "truncate", "mask"]
+Correction = Literal["none", "truncate", "mask", "sequence_truncate", "sequence_mask", "geometric_mask"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,10 @@ class Batch:
     def at_trained(self, x: torch.Tensor) -> torch.Tensor:
         """`(N,)`, what a `(B, T)` tensor holds at the trained targets."""
         return x.flatten().index_select(0, self.trained)
+
+    def everywhere(self, x: torch.Tensor) -> torch.Tensor:
+        """`(B, T)`, what an `(N,)` tensor holds of the trained targets, at their places; 0 elsewhere."""
+        return torch.zeros_like(self.mask, dtype=x.dtype).flatten().index_copy(0, self.trained, x).view_as(self.mask)
 
     def trained_targets(self) -> Batch:
         """The N trained targets alone, `(1, N)`, in their order, row by row. Rows and lengths are no more."""
@@ -164,52 +168,87 @@ def loss_weights(mask: torch.Tensor, aggregation: Aggregation, max_tokens: int =
     return mask / tokens.sum().clamp(min=1)
 
 
-def with_old_logprobs(
-    batch: Batch,
-    logprobs: torch.Tensor,
-    correction: Correction = "none",
-    cap: float = 2.0,
-) -> Batch:
-    """The same batch with other log-probabilities, `(B, T)` and without a gradient, as its old ones.
+@dataclass(frozen=True)
+class ImportanceCorrection:
+    """Weighs each token's loss by p = pi_old / pi_sampler, held fixed.
 
-    The tokens were drawn by the sampler, whose kernels (and, one step off, whose weights) are others. A correction
-    weighs each token's loss by p = pi_old / pi_sampler, held fixed: "truncate" by min(p, cap), "mask" by p where
-    1 / cap <= p <= cap and 0 elsewhere. The objective's ratio is then pi / pi_old alone (the decoupled objective of
-    arXiv 2110.00641 and arXiv 2505.24298).
+    The sampler drew the tokens, and its kernels (and, one step off, its weights) are others than the trainer's. The
+    ratio of the loss is then pi / pi_old alone (the decoupled objective of arXiv 2110.00641 and arXiv 2505.24298).
+
+        kind                 ratio                            weight
+        truncate             p of the token                   p clipped to [cap_low, cap] (TIS)
+        mask                 p of the token                   p, 0 outside of the bounds (MIS)
+        sequence_truncate    product of p over the response   the product, clipped
+        sequence_mask        product of p over the response   the product, 0 outside
+        geometric_mask       geometric mean of p              1, 0 outside (verl's geometric rejection sampling)
+
+    Attributes:
+        cap, cap_low: the bounds. Without a `cap_low` a mask's lower bound is 1 / cap, and truncation has none.
     """
+
+    kind: Correction = "none"
+    cap: float = 2.0
+    cap_low: float = 0.0
+
+    @property
+    def separable(self) -> bool:
+        """Whether a token's weight depends on its own ratio alone."""
+        return self.kind in ("none", "truncate", "mask")
+
+    def ratio(self, batch: Batch, logprobs: torch.Tensor) -> torch.Tensor:
+        """What is held to the bounds, `(B, T)`; 1 where masked out."""
+        log_p = (logprobs - batch.old_logprobs) * batch.mask
+        if not self.separable:
+            log_p = log_p.sum(1, keepdim=True) * batch.mask
+        if self.kind == "geometric_mask":
+            log_p = log_p / batch.mask.sum(1, keepdim=True).clamp(min=1)
+        return log_p.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+    def outside(self, ratio: torch.Tensor) -> torch.Tensor:
+        """Where the ratio is beyond the bounds."""
+        return (ratio > self.cap) | (ratio < (self.cap_low or 1 / self.cap))
+
+    def weights(self, ratio: torch.Tensor) -> torch.Tensor:
+        """What the ratio makes of a token's weight."""
+        if self.kind.endswith("truncate"):
+            return ratio.clamp(self.cap_low, self.cap)
+        kept = torch.ones_like(ratio) if self.kind == "geometric_mask" else ratio
+        return kept * ~self.outside(ratio)
+
+
+NO_CORRECTION = ImportanceCorrection()
+
+
+def with_old_logprobs(batch: Batch, logprobs: torch.Tensor, correction: ImportanceCorrection = NO_CORRECTION) -> Batch:
+    """The same batch with other log-probabilities, `(B, T)` and without a gradient, as its old ones."""
     weights = batch.weights
-    if correction != "none":
-        p = _sampler_ratio(batch, logprobs)
-        kept = p.clamp(max=cap) if correction == "truncate" else p * (p <= cap) * (p >= 1 / cap)
-        weights = weights * kept
+    if correction.kind != "none":
+        weights = weights * correction.weights(correction.ratio(batch, logprobs))
     return replace(batch, old_logprobs=logprobs * batch.mask, weights=weights)
 
 
-def mismatch_metrics(batches: Sequence[Batch], logprobs: Sequence[torch.Tensor], cap: float) -> dict[str, float]:
+def mismatch_metrics(
+    batches: Sequence[Batch], logprobs: Sequence[torch.Tensor], correction: ImportanceCorrection = NO_CORRECTION
+) -> dict[str, float]:
     """How far the sampler's log-probabilities are from a frozen pass of the trainer, over one pass of updates.
 
     Args:
         batches: with the sampler's log-probabilities as their old ones.
         logprobs: the trainer's, `(B, T)` each.
-        cap: of the importance correction.
     """
     chosen = [batch.mask.bool() for batch in batches]
     pairs = list(zip(batches, logprobs, chosen, strict=True))
     delta = torch.cat([(logp - batch.old_logprobs)[mask].abs() for batch, logp, mask in pairs])
-    p = torch.cat([_sampler_ratio(batch, logp)[mask] for batch, logp, mask in pairs])
+    p = torch.cat([NO_CORRECTION.ratio(batch, logp)[mask] for batch, logp, mask in pairs])
+    outside = [correction.outside(correction.ratio(batch, logp))[mask] for batch, logp, mask in pairs]
     return {
         "mismatch/logp_abs_mean": float(delta.mean()),
         "mismatch/logp_abs_max": float(delta.max()),
         "mismatch/ratio_mean": float(p.mean()),
         "mismatch/ratio_max": float(p.max()),
         "mismatch/ess": float(p.sum() ** 2 / p.square().sum() / len(p)),
-        "mismatch/capped_frac": float(((p > cap) | (p < 1 / cap)).float().mean()),
+        "mismatch/capped_frac": float(torch.cat(outside).float().mean()),
     }
-
-
-def _sampler_ratio(batch: Batch, logprobs: torch.Tensor) -> torch.Tensor:
-    """pi_old / pi_sampler of each target, `(B, T)`; 1 where masked out."""
-    return ((logprobs - batch.old_logprobs) * batch.mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def with_ref_logprobs(batch: Batch, logprobs: torch.Tensor) -> Batch:

@@ -12,12 +12,12 @@ included) and applies the head to some, a GPU holds `training_bytes`: the sum of
     kept        T L layer (T L b H with activation checkpointing) and the last norm, where autograd keeps in each layer
                 layer = H (8 + 4 b) + b d (2 heads + 2 kv) + 4 b I + 4 heads + 8
     and the largest of
-      head      two chunks of logits in float32 (one more in bfloat16), hidden states, 4 V H for its gradient
+      head      a chunk of logits (on a CPU two in float32, one more in bfloat16), hidden states, 4 V H for its gradient
       backward  gradients on their way through a layer: b I + 16 H a cell (24 H if b = 2, norms being float32), the
                 largest matrix's; with checkpointing the layer, too
 
 `layer` is, to the byte, what autograd keeps of Qwen2 on a CPU, also where torch.compile has fused it; the whole is
-within 10 % of the allocator's peak there (tests/test_costs.py). Nothing has been held against a GPU. After
+within 10 % of the allocator's peak there (tests/test_costs.py), and on an H200 within 0.3 % with padded rows. After
 arXiv 2205.05198 sec. 4, with SDPA attention, which keeps no T x T scores.
 """
 
@@ -31,7 +31,8 @@ from grpo_gsm8k.config import GrpoConfig, SftConfig, TrainConfig
 
 GIB = 2**30
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
-"""Size of one chunk of the head's logits in float32 (`trainer/head.py`). Measured on the CPU, guessed for GPUs."""
+"""Size of one chunk of the head's logits (`trainer/head.py`), on a CPU in float32. Measured on both: an H200
+gains 9 % from 512 MiB to 1 GiB, and 2 % to 2 GiB."""
 
 CONTEXT = 2 * GIB  # CUDA, its libraries and NCCL; the allocator's figures do not show it
 FRAGMENTS = 1.08  # of an allocator's pages, lost between tensors: a guess
@@ -39,7 +40,8 @@ PROMPT = 100  # tokens, about GSM8K's
 ENGINE_LEAST = 4 * GIB  # vLLM's context, graphs and activations, and a cache worth the name: a guess
 ENGINE_MOST = 0.9  # of a GPU that vLLM has for itself: its own default
 SPARE = 0.85  # the share of what is free that a plan takes
-LEAST_CELLS, MOST_CELLS = 256, 65_536  # a short row; beyond it a forward pass gains nothing
+LEAST_CELLS = 256  # a short row
+MOST_CELLS = 16_384  # measured on an H200: passes of 33k to 65k cells were slower, at 1.6 to 3 times the memory
 
 
 @dataclass(frozen=True)
@@ -148,8 +150,8 @@ def training_flops(shape: Shape, tokens: int, targets: int, pairs: int = 0, lora
     activation checkpointing or inside a fused attention: this is the numerator of an MFU (arXiv 2204.02311 app. B).
 
     Args:
-        tokens: that pass through the layers: each row in full, so that a pass which shares prompts or skips rows counts
-            as if it did not (a nominal MFU).
+        tokens: that pass through the layers. A prompt that several rows share is computed once and counts once for an
+            MFU; who counts each row in full gets a nominal figure, which may exceed 1.
         pairs: of a query and a key that it sees, see `causal_pairs`.
     """
     forward = forward_flops(shape, tokens, targets, pairs)
@@ -182,6 +184,7 @@ class Setup:
         copies: whole further copies of the weights on this GPU.
         reference: a frozen copy for the KL term; of several ranks each holds its shards.
         device: cuda or cpu, which differ in how large a chunk of logits is, and how its gradient is formed.
+        cached: tokens of which the embedded sampler on this GPU keeps keys and values, also while the learner works.
     """
 
     width: int = 2
@@ -193,6 +196,7 @@ class Setup:
     copies: int = 0
     reference: bool = False
     device: str = "cuda"
+    cached: int = 0
 
 
 def setup_of(cfg: TrainConfig, width: int, ranks: int = 1, device: str = "cuda") -> Setup:
@@ -202,13 +206,24 @@ def setup_of(cfg: TrainConfig, width: int, ranks: int = 1, device: str = "cuda")
         width=width,
         lora_rank=cfg.lora_rank,
         checkpointing=cfg.activation_checkpointing,
-        compiled=cfg.compile,
+        compiled=cfg.compile == "on" or (cfg.compile == "auto" and _compiles(cfg, width, ranks, device)),
         offload=cfg.optimizer_device == "cpu",
         ranks=ranks,
         copies=int(sampler or ranks > 1),
         reference=isinstance(cfg, GrpoConfig) and cfg.kl_coef > 0 and not cfg.lora_rank,
         device=device,
+        cached=_sampled_rows(cfg) * (PROMPT + cfg.max_new_tokens) if sampler and device == "cuda" else 0,
     )
+
+
+def _compiles(cfg: TrainConfig, width: int, ranks: int, device: str) -> bool:
+    """What `compiled.compiles` comes to for a large model, if the machine has a compiler."""
+    return device == "cuda" and width == 2 and ranks == 1 and cfg.packing != "off" and not cfg.deterministic
+
+
+def _sampled_rows(cfg: TrainConfig) -> int:
+    """Completions that the embedded sampler decodes side by side."""
+    return min(cfg.sample_rows, cfg.rollouts_per_step) if isinstance(cfg, GrpoConfig) else cfg.sample_rows
 
 
 def state_bytes(shape: Shape, setup: Setup, gradients: bool = True) -> int:
@@ -218,6 +233,7 @@ def state_bytes(shape: Shape, setup: Setup, gradients: bool = True) -> int:
     master = 4 if b == 2 or setup.ranks > 1 else 0
     each = (0 if setup.offload else 8 + master) + 4 * gradients
     copies = b * n * setup.copies + (b * n * setup.reference if setup.ranks == 1 else 0)
+    copies += cache_bytes(shape, b, setup.cached)
     if setup.ranks == 1:
         return b * n + (b * trained if setup.lora_rank else 0) + each * trained + copies
     # The root's weights stay gathered; of the layers this one and the next, one whole gradient and its float32 sum.
@@ -229,14 +245,19 @@ def state_bytes(shape: Shape, setup: Setup, gradients: bool = True) -> int:
 def layer_bytes(shape: Shape, setup: Setup) -> int:
     """What autograd keeps of one cell in one layer that is run in full."""
     b, h, i = setup.width, shape.hidden, shape.mlp
-    # A GPU's kernel takes no groups of heads in float32: keys and values are repeated (`packing.attention`).
-    kv_heads = shape.heads if b == 4 and setup.device == "cuda" else shape.kv_heads
-    attended = 2 * b * shape.head_dim * (shape.heads + kv_heads) + 4 * shape.heads  # q, out, k, v; log-sum-exp
+    attended = (
+        2 * b * shape.head_dim * (shape.heads + _kept_kv_heads(shape, setup)) + 4 * shape.heads
+    )  # q, out, k, v; log-sum-exp
     if setup.compiled:  # input, two normed inputs, attention's output twice, the MLP's three
         return b * (3 * h + shape.heads * shape.head_dim + 3 * i) + attended + 8 + 7 * b * setup.lora_rank
     if setup.lora_rank:  # frozen norms keep no normed input; every adapter keeps what stands between its matrices
         return (8 + 2 * b) * h + attended + 4 * b * i + 8 + 7 * b * setup.lora_rank
     return (8 + 4 * b) * h + attended + 4 * b * i + 8
+
+
+def _kept_kv_heads(shape: Shape, setup: Setup) -> int:
+    """A GPU's kernel takes no groups of heads in float32: keys and values are repeated (`packing.attention`)."""
+    return shape.heads if setup.width == 4 and setup.device == "cuda" else shape.kv_heads
 
 
 def cell_bytes(shape: Shape, setup: Setup) -> int:
@@ -247,16 +268,29 @@ def cell_bytes(shape: Shape, setup: Setup) -> int:
 
 def head_bytes(shape: Shape, setup: Setup, targets: int) -> int:
     """The head's buffers, hidden states and gradient while it works on so many targets."""
-    rows = max(1, min(CHUNK_BYTES[setup.device] // (4 * shape.vocab), targets))
     trained = not setup.lora_rank
+    if setup.device == "cuda":  # one buffer of logits, and their derivative in its place
+        buffers = max(1, min(CHUNK_BYTES["cuda"] // (setup.width * shape.vocab), targets)) * shape.vocab * setup.width
+        return buffers + 2 * setup.width * shape.hidden * targets + (4 * shape.head if trained else 0)
+    rows = max(1, min(CHUNK_BYTES[setup.device] // (4 * shape.vocab), targets))
     narrow = 0 if setup.width == 4 else 2
     widened = 4 if narrow and trained and setup.device == "cpu" else 0  # for the product that is the weight's gradient
     buffers = rows * shape.vocab * (8 + narrow + widened)
     return buffers + 2 * setup.width * shape.hidden * targets + (4 * shape.head if trained else 0)
 
 
-def training_bytes(shape: Shape, setup: Setup, cells: int, targets: int | None = None) -> int:
-    """The most that is allocated while an update is made in passes of so many cells; `targets`: all, unless given."""
+def training_bytes(
+    shape: Shape, setup: Setup, cells: int, targets: int | None = None, attended: tuple[int, int] | None = None
+) -> int:
+    """The most that is allocated while an update is made in passes of so many cells.
+
+    Args:
+        targets: all cells, unless given.
+        attended: cells of which attention keeps queries, and keys and values, where rows are packed; else all.
+    """
+    queries, keys = (n - cells for n in attended) if attended else (0, 0)
+    width = 2 * setup.width * shape.head_dim * (shape.layers if not setup.checkpointing else 1)
+    apart = width * (shape.heads * queries + _kept_kv_heads(shape, setup) * keys)
     b, h, trained_head = setup.width, shape.hidden, not setup.lora_rank
     sums = b + (4 if b == 2 else 0)  # a gradient in the model's type, and as it goes to its float32 master
     at_head = b * h * cells + head_bytes(shape, setup, cells if targets is None else targets)
@@ -267,7 +301,7 @@ def training_bytes(shape: Shape, setup: Setup, cells: int, targets: int | None =
     norms = 4 * b * h if again or b == 4 else 24 * h
     backward = waiting + matrix + cells * (again + b * shape.mlp + norms)
     ending = (b + sums) * shape.head if trained_head else 0  # what the layers kept is gone by then
-    kept = cells * cell_bytes(shape, setup)
+    kept = cells * cell_bytes(shape, setup) + apart
     return state_bytes(shape, setup) + max(kept + max(at_head, turning, backward), ending)
 
 
@@ -281,9 +315,10 @@ def sampler_bytes(shape: Shape, setup: Setup, cfg: TrainConfig) -> int:
 
     Of prompts of `PROMPT` tokens and completions of the greatest length.
     """
-    rows = min(cfg.sample_rows, cfg.rollouts_per_step) if isinstance(cfg, GrpoConfig) else cfg.sample_rows
+    rows = _sampled_rows(cfg)
     cache = cache_bytes(shape, setup.width, rows * (PROMPT + cfg.max_new_tokens))
-    return cache + cache // (2 * shape.layers) + rows * shape.vocab * (setup.width + 8)
+    held = cache if setup.cached else 0  # counted with the state
+    return cache - held + cache // (2 * shape.layers) + rows * shape.vocab * (setup.width + 8)
 
 
 def beside_bytes(shape: Shape, setup: Setup, cfg: TrainConfig) -> int:

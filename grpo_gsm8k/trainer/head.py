@@ -5,12 +5,17 @@ rows at a time: N positions cost O(chunk x V) of memory, forward and backward, p
 
 With x = h W^T / T and p = softmax(x), the derivative of log p_t is (onehot_t - p) in x. What it is multiplied with,
 d loss / d log p_t, is known in the backward; then p has to be computed a second time, and each of the four products of
-size N x V x H is needed. A loss that adds up token by token knows it as soon as log p_t is there. So who passes `slope`
-gets the gradient formed in the forward, with three products and one softmax; the backward checks that the gradient
-which arrives is the one that was foretold, up to a factor that the whole loss was scaled with.
+size N x V x H is needed. A separable loss, a sum over tokens, has it as soon as log p_t is there. So with `fused_grad`
+the gradient is formed in the forward pass, with three products and one softmax; the backward pass checks that autograd
+arrives at the same d loss / d log p_t, up to a factor that the whole loss was scaled with.
 
 Some models scale or soft-cap their logits behind the head: with z = h W^T, x = cap tanh(scale z / cap) / T, and the
 derivative in z is (onehot_t - p) scale (1 - (x T / cap)^2) / T.
+
+The entropy H = log Z - E[x] has a gradient where a loss asks for it: dH / dx = -p (x - E[x]), with E[x] the mean of x
+under p.
+
+What stands here in torch's operations is one kernel on a GPU (`head_triton.py`), which is held against it.
 """
 
 from __future__ import annotations
@@ -21,15 +26,17 @@ from typing import Any
 
 import torch
 
+from grpo_gsm8k.trainer import head_triton
 from grpo_gsm8k.trainer.costs import CHUNK_BYTES
 
 STATISTICS = ("entropy", "top_prob")
-"""What is said of each distribution: its entropy in nats, and the probability of its likeliest token."""
+"""Of each distribution: its entropy in nats, and the probability of its likeliest token."""
 
 LOST = -70.0  # below e^-70 a float32 probability runs out of digits, and then is 0
 
-Slope = Callable[[torch.Tensor, slice], torch.Tensor]
-"""From the log-probabilities `(n,)` of some of the targets, and which they are, to d loss / d logp `(n,)`."""
+FusedGrad = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor | None]]
+"""From the log-probabilities `(n,)` of some of the targets, and which they are, to d loss / d logp `(n,)` and, if the
+loss has an entropy term, d loss / d entropy `(n,)`."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,9 @@ def target_logprobs(
     targets: torch.Tensor,
     temperature: float = 1.0,
     statistics: bool = True,
-    slope: Slope | None = None,
+    fused_grad: FusedGrad | None = None,
     logit_map: LogitMap = PLAIN,
+    entropy_grad: bool = False,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Log-probability of each target under softmax(logits / temperature), and what the distribution is like.
 
@@ -59,8 +67,9 @@ def target_logprobs(
         head: a linear layer: `weight` `(V, H)`, and maybe a `bias` `(V,)`.
         targets: `(N,)` int64.
         statistics: skip their cost with False (zeros are returned).
-        slope: the derivative of the loss that the log-probabilities will go into; they must go into no other.
+        fused_grad: the derivative of the loss that the log-probabilities go into; they must go into no other.
         logit_map: from head(hidden) to the logits.
+        entropy_grad: the entropies have a gradient, too.
 
     Returns:
         `(N,)` log-probabilities with gradient and, without, `(N,)` of each of `STATISTICS`; all of them float32
@@ -68,7 +77,9 @@ def target_logprobs(
     """
     bias = getattr(head, "bias", None)
     apply: Callable[..., tuple[torch.Tensor, ...]] = _TargetLogprobs.apply
-    logp, *found = apply(hidden, head.weight, bias, targets, temperature, statistics, slope, logit_map)
+    logp, *found = apply(
+        hidden, head.weight, bias, targets, temperature, statistics, fused_grad, logit_map, entropy_grad
+    )
     return logp, dict(zip(STATISTICS, found, strict=True))
 
 
@@ -82,62 +93,92 @@ class _TargetLogprobs(torch.autograd.Function):
         targets: torch.Tensor,
         temperature: float,
         statistics: bool,
-        slope: Slope | None,
+        fused_grad: FusedGrad | None,
         logit_map: LogitMap,
+        entropy_grad: bool,
     ) -> tuple[torch.Tensor, ...]:
-        softmax = _Softmax(hidden, weight, bias, temperature, logit_map)
-        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad, logit_map) if slope else None
+        softmax = _Softmax(hidden, weight, bias, temperature, logit_map, entropy_grad)
+        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad, logit_map) if fused_grad else None
         logp = torch.empty_like(targets, dtype=softmax.dtype)  # (N,)
-        entropies, tops, slopes = torch.zeros_like(logp), torch.zeros_like(logp), torch.empty_like(logp)
+        entropies, tops, dlogp = torch.zeros_like(logp), torch.zeros_like(logp), torch.empty_like(logp)
+        dentropy = torch.zeros_like(logp) if entropy_grad else logp.new_empty(0)
         for part in softmax.parts():
+            if softmax.fuses:
+                formed, logp[part], *found = softmax.fused(part, targets[part], gradients is not None)
+                if statistics:
+                    entropies[part], tops[part] = found
+                if fused_grad and gradients:
+                    dlogp[part], _ = fused_grad(logp[part], part)
+                    gradients.add_formed(part, formed, dlogp[part] * logit_map.scale / temperature)
+                continue
             logits, probs, chosen, logp[part] = softmax(part, targets[part])
             expected = torch.zeros_like(chosen)  # logit
             if statistics:
                 tops[part] = probs.amax(-1)
-            if statistics and not (gradients and gradients.average):
+            if entropy_grad:
+                expected = torch.linalg.vecdot(probs, logits)
+            elif statistics and not (gradients and gradients.average):
                 scratch = logits if not logit_map.cap else None  # the cap's derivative is formed from them
                 expected = torch.mul(probs, logits, out=scratch).sum(-1)
-            if slope and gradients:
-                slopes[part] = slope(logp[part], part)
-                reached = slopes[part] * logit_map.scale / temperature
-                turned = gradients.add(part, probs, targets[part], reached, softmax.bend(logits))
-                if statistics and gradients.average:  # what the mean row of the head would say: a pass over V less
+            if fused_grad and gradients:
+                dlogp[part], of_entropy = fused_grad(logp[part], part)
+                pull = None
+                if of_entropy is not None:
+                    dentropy[part] = of_entropy
+                    pull = softmax.entropy_pull(logits, probs, expected, of_entropy * logit_map.scale / temperature)
+                reached = dlogp[part] * logit_map.scale / temperature
+                turned = gradients.add(part, probs, targets[part], reached, softmax.bend(logits), pull)
+                if statistics and gradients.average and not entropy_grad:
+                    # Of the mean row of the head: a pass over V less.
                     expected = ((turned + weight[targets[part]]) * hidden[part]).sum(-1) * logit_map.scale / temperature
             if statistics:
                 entropies[part] = chosen - logp[part] - expected  # log Z - expected
-        ctx.mark_non_differentiable(entropies, tops)
-        ctx.save_for_backward(hidden, weight, bias, targets, slopes)
+        ctx.mark_non_differentiable(*(() if entropy_grad else (entropies,)), tops)
+        ctx.save_for_backward(hidden, weight, bias, targets, dlogp, dentropy)
         ctx.temperature, ctx.gradients, ctx.logit_map = temperature, gradients, logit_map
+        ctx.entropy_grad = entropy_grad
         return logp, entropies, tops
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
-        arrived = grad_outputs[0]
-        hidden, weight, bias, targets, slopes = ctx.saved_tensors
+        arrived, of_entropy = grad_outputs[:2]
+        hidden, weight, bias, targets, dlogp, dentropy = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None  # the only reference, so that autograd need not copy
-        if gradients and len(slopes):
-            finite, agrees, factor = _compare(arrived, slopes)
-            assert agrees or not finite, "the loss has not the derivative it foretold"  # the learner refuses the latter
+        if gradients and len(dlogp):
+            if ctx.entropy_grad:
+                arrived, dlogp = torch.cat([arrived, of_entropy]), torch.cat([dlogp, dentropy])
+            finite, agrees, factor = _compare(arrived, dlogp)
+            if finite and not agrees:  # what is not finite, the learner refuses
+                raise AssertionError("fused gradient disagrees with autograd: is this loss separable per token?")
             gradients.scale(factor if finite else 1.0)
         elif not gradients:
-            softmax = _Softmax(hidden, weight, bias, ctx.temperature, ctx.logit_map)
+            softmax = _Softmax(hidden, weight, bias, ctx.temperature, ctx.logit_map, ctx.entropy_grad)
             gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad, ctx.logit_map)
             for part in softmax.parts():
-                logits, probs, *_ = softmax(part, targets[part])
                 reached = arrived[part] * ctx.logit_map.scale / ctx.temperature
-                gradients.add(part, probs, targets[part], reached, softmax.bend(logits))
-        return *gradients.take(), None, None, None, None, None
+                if softmax.fuses:
+                    formed, *_ = softmax.fused(part, targets[part], True)
+                    gradients.add_formed(part, formed, reached)
+                    continue
+                logits, probs, *_ = softmax(part, targets[part])
+                pull = None
+                if ctx.entropy_grad:
+                    expected = torch.linalg.vecdot(probs, logits)
+                    outer = of_entropy[part] * ctx.logit_map.scale / ctx.temperature
+                    pull = softmax.entropy_pull(logits, probs, expected, outer)
+                gradients.add(part, probs, targets[part], reached, softmax.bend(logits), pull)
+        return *gradients.take(), None, None, None, None, None, None
 
 
-def _compare(arrived: torch.Tensor, foretold: torch.Tensor) -> tuple[bool, bool, float]:
-    """Whether the derivative that arrived is finite, whether it is a multiple of the foretold one, and which.
+def _compare(arrived: torch.Tensor, fused: torch.Tensor) -> tuple[bool, bool, float]:
+    """Whether the derivative that arrived is finite, whether it is a multiple of the fused one, and which.
 
     The host waits for a GPU once.
     """
-    steepest = foretold.abs().argmax(0, keepdim=True)
-    mine, theirs = foretold.index_select(0, steepest), arrived.index_select(0, steepest)
+    steepest = fused.abs().argmax(0, keepdim=True)
+    mine, theirs = fused.index_select(0, steepest), arrived.index_select(0, steepest)
     factor = torch.where(mine == 0, 1.0, theirs / mine)
-    agrees = torch.isclose(arrived, factor * foretold, rtol=1e-4).all()
+    agrees = torch.isclose(arrived, factor * fused, rtol=1e-4).all()
     finite, alike, times = torch.stack([arrived.isfinite().all(), agrees, factor[0]]).tolist()
     return bool(finite), bool(alike), times
 
@@ -152,13 +193,20 @@ class _Softmax:
         bias: torch.Tensor | None,
         temperature: float,
         logit_map: LogitMap,
+        entropy_grad: bool = False,
     ) -> None:
         self.hidden, self.weight, self.bias, self.temperature = hidden, weight, bias, temperature
         self.map = logit_map
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
         positions, vocabulary = len(hidden), len(weight)
-        fit = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"]) // (4 * vocabulary)
+        self.fuses = head_triton.serves(hidden) and not entropy_grad  # the kernel forms no gradient of the entropy
+        narrow = hidden.element_size()
+        each = 4 if not hidden.is_cuda else narrow if self.fuses else 8 + narrow  # bytes of a logit, in all on a GPU
+        fit = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"]) // (each * vocabulary)
         self.rows = max(1, min(fit, positions))
+        if self.fuses:
+            self.formed = hidden.new_empty(self.rows, vocabulary)
+            return
         self.logits, self.probs = (hidden.new_empty(self.rows, vocabulary, dtype=self.dtype) for _ in range(2))
 
     def parts(self) -> Iterator[slice]:
@@ -195,6 +243,20 @@ class _Softmax:
             logp[lost] = chosen[lost] - logits[lost].amax(-1) + probs[lost].amax(-1).log()
         return logits, probs, chosen, logp
 
+    def fused(self, part: slice, targets: torch.Tensor, gradient: bool) -> tuple[torch.Tensor, ...]:
+        """`(n, V)` for `_Gradients.add_formed`, if wanted; log-probabilities, entropies, top probabilities `(n,)`."""
+        hidden = self.hidden[part]
+        formed = torch.mm(hidden, self.weight.t(), out=self.formed[: len(hidden)])
+        options = (self.bias, self.temperature, self.map.scale, self.map.cap, gradient)
+        return formed, *head_triton.fused_softmax(formed, targets, *options)
+
+    def entropy_pull(
+        self, logits: torch.Tensor, probs: torch.Tensor, expected: torch.Tensor, dentropy: torch.Tensor
+    ) -> torch.Tensor:
+        """-d loss of the entropies at these logits, `(n, V)`; in the logits' place where no cap needs them again."""
+        spread = logits - expected.unsqueeze(-1) if self.map.cap else logits.sub_(expected.unsqueeze(-1))
+        return spread.mul_(probs).mul_(dentropy.unsqueeze(-1))
+
     def bend(self, logits: torch.Tensor) -> torch.Tensor | None:
         """The soft-cap's derivative at these logits, `(n, V)`, in their place; None without one."""
         if not self.map.cap:
@@ -229,22 +291,32 @@ class _Gradients:
         part: slice,
         probs: torch.Tensor,
         targets: torch.Tensor,
-        slope: torch.Tensor,
+        dlogp: torch.Tensor,
         bend: torch.Tensor | None = None,
+        pull: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Add d loss of a chunk, whose derivative in the raw logits is slope x bend x (onehot - probs).
+        """Add d loss of a chunk, whose derivative in the raw logits is bend x (dlogp x (onehot - probs) - pull).
 
         Consumes `probs`.
 
         Returns:
             `(n, H)`, (probs - onehot) W; where no gradient in hidden states is asked for, nothing of use.
         """
-        hidden, weight, _ = self.inputs
         # Before any rounding to bfloat16: at p = 0.999 what is left is its last bits.
         probs[torch.arange(len(probs), device=probs.device), targets] -= 1
+        if pull is not None:
+            probs.mul_(dlogp.unsqueeze(-1)).add_(pull)
+            dlogp = torch.ones_like(dlogp)
         if bend is not None:
             probs *= bend
-        narrow, scale, turned = probs.to(weight.dtype), -slope.unsqueeze(-1), hidden[:0]
+        return self.add_formed(part, probs.to(self.inputs[1].dtype), dlogp, probs)
+
+    def add_formed(
+        self, part: slice, narrow: torch.Tensor, dlogp: torch.Tensor, probs: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`add` where bend x (probs - onehot) is there in the weight's type; `probs`: the same, not yet rounded."""
+        hidden, weight, _ = self.inputs
+        scale, turned = -dlogp.unsqueeze(-1), hidden[:0]
         if self.hidden is not None:
             turned = narrow @ weight
             self.hidden[part] = scale * turned
@@ -258,7 +330,8 @@ class _Gradients:
             else:
                 self.weight.addmm_(narrow.t().float(), scaled.float(), beta=kept)
         if self.bias is not None:
-            self.bias += probs.t() @ scale.squeeze(-1)
+            wide = narrow if probs is None else probs
+            self.bias += wide.t() @ scale.squeeze(-1).to(wide.dtype)
         return turned
 
     def scale(self, factor: float) -> None:

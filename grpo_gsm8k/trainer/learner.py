@@ -20,19 +20,12 @@ from grpo_gsm8k.errors import CheckpointError, ConfigError, NonFiniteError
 from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.trainer import adapter, architecture, costs, dcp, memory, packing, pretrained
 from grpo_gsm8k.trainer.batch import Batch
-from grpo_gsm8k.trainer.compiled import compile_layers
-from grpo_gsm8k.trainer.head import Slope
+from grpo_gsm8k.trainer.compiled import compiles
+from grpo_gsm8k.trainer.head import FusedGrad
 from grpo_gsm8k.trainer.kernels import choose_attention
-from grpo_gsm8k.trainer.logprobs import check_head, token_logprobs
-from grpo_gsm8k.trainer.objectives import (
-    Objective,
-    policy_metrics,
-    policy_sums,
-    read_sums,
-    rows_to_train,
-    slope,
-    update_loss,
-)
+from grpo_gsm8k.trainer.logprobs import check_head, plain_logprobs, token_logprobs
+from grpo_gsm8k.trainer.losses import Objective, fused_grad, rows_to_train, update_loss
+from grpo_gsm8k.trainer.metrics import policy_metrics, policy_sums, read_sums
 from grpo_gsm8k.trainer.optimizer import MasterAdamW, OffloadedAdamW, State
 from grpo_gsm8k.trainer.policy import context_length, weights_sha256
 from grpo_gsm8k.trainer.ranks import world
@@ -74,10 +67,9 @@ class TorchLearner:
             talk(
                 f"{architecture.name(model)}: its router loss (router_aux_loss_coef {coefficient:g}) is no part of ours"
             )
-        if cfg.compile:
-            compile_layers(self.model)
+        compiled = compiles(self.model, cfg, self.packs, world().size)
         self.optimizer = self._make_optimizer()
-        self.gauge = memory.gauge_of(self.model, cfg, self.optimizer.dtype, world().size)
+        self.gauge = memory.gauge_of(self.model, cfg, self.optimizer.dtype, world().size, compiled)
         self.probed: memory.Probed | None = None
         self._published: WeightsRef | None = None
 
@@ -89,13 +81,13 @@ class TorchLearner:
     def forward_backward(self, batch: Batch, objective: Objective) -> dict[str, float]:
         """Accumulate the gradient of one whole update, microbatch by microbatch.
 
-        Rows that cannot have a gradient are skipped (`objectives.rows_to_train`); the weights of the others are set
-        from the whole update, so the gradient is the same.
+        It skips rows that cannot have a gradient (`losses.rows_to_train`); the weights of the others are set from the
+        whole update, so the gradient is the same.
 
         Returns:
-            the loss, `objectives.policy_metrics`, and `perf/` figures, all of the whole update, over the rows that
-            were not skipped; `perf/skipped_rows_frac` says how many were. `perf/padding_frac` is the share of cells
-            without a token, `perf/shared_frac` that of tokens which another row had brought already.
+            the loss, `metrics.policy_metrics`, and `perf/` figures, all of the whole update, over the rows that
+            were not skipped. `perf/skipped_rows_frac` is the share of the others, `perf/padding_frac` that of cells
+            without a token, `perf/shared_frac` that of tokens which were computed for another row already.
 
         Raises:
             NonFiniteError: when the loss is NaN or infinite. No gradient is kept.
@@ -107,13 +99,14 @@ class TorchLearner:
             self.gauge.start()
         started = time.perf_counter()
         sums = self._of_the_update(self._passes(batch, rows, objective))
-        loss_total, cells = sums.pop("loss"), sums.pop("cells")
+        loss_total, cells, pairs = (sums.pop(name) for name in ("loss", "cells", "pairs"))
         if not math.isfinite(loss_total):
             self.optimizer.zero_grad()
             raise NonFiniteError(f"the loss is {loss_total}")
         seconds, lengths = time.perf_counter() - started, [batch.lengths[row] for row in rows]
         tokens = sum(lengths)
-        speed = self.gauge.speed(lengths, int(batch.mask[rows].sum()), seconds) if self.gauge else {}
+        targets = int(batch.mask[rows].sum())
+        speed = self.gauge.speed(min(tokens, int(cells)), targets, int(pairs), seconds) if self.gauge else {}
         return {
             "loss": loss_total,
             **policy_metrics(sums),
@@ -127,28 +120,30 @@ class TorchLearner:
     def _passes(
         self, batch: Batch, rows: Sequence[int], objective: Objective, retried: bool = False
     ) -> dict[str, float]:
-        """All microbatches of an update; where one does not fit, all of them once more in smaller ones."""
-        sums, cells, stuck = [], 0, None
+        """Run all microbatches of an update; if one does not fit into memory, run all again in smaller ones."""
+        sums, cells, pairs, stuck = [], 0, 0, None
         for _, part in self._microbatches(batch, rows):
             if self.gauge:
                 self.gauge.saw(part)
             try:
                 sums.append(self._pass(part, objective))
             except torch.OutOfMemoryError:
-                stuck = part  # what the traceback holds of the pass is let go of before anything else is done
+                stuck = part  # leave the handler first: its traceback holds the tensors of the pass
                 break
             cells += part.cells
+            pairs += costs.causal_pairs(part.lengths) - costs.causal_pairs(part.shared)
         if stuck is None:
-            return {"cells": float(cells), **({"loss": 0.0} if not sums else {}), **read_sums(sums)}
+            work = {"cells": float(cells), "pairs": float(pairs)}
+            return {**work, **({"loss": 0.0} if not sums else {}), **read_sums(sums)}
         self._halve_budget(stuck, retried)
         self.optimizer.zero_grad()  # the pass may have got as far as some weights
         return self._passes(batch, rows, objective, retried=True)
 
     def _halve_budget(self, part: Batch, retried: bool) -> None:
-        """Out of memory at `part`: take half as many cells a pass from here on.
+        """Out of memory at `part`: use half as many cells per pass from here on.
 
         Raises:
-            ConfigError: that has been tried in this update, or cannot help; says what to lower.
+            ConfigError: this update has tried that, or it cannot help; names the setting to lower.
         """
         each, longest = self.probed.each if self.probed else 0.0, max(part.lengths)
         if retried or len(part) == 1 or world().size > 1:  # ranks that cut an update differently wait for each other
@@ -159,11 +154,18 @@ class TorchLearner:
             torch.cuda.empty_cache()
 
     def _pass(self, part: Batch, objective: Objective) -> dict[str, torch.Tensor]:
-        """Forward and backward pass of one microbatch; what it adds to the update's sums."""
-        part = part.to(self.device)
-        foretold = slope(part, objective)
-        logp, found = self._token_logprobs(self.model, part, objective.temperature, slope=foretold)
-        loss = update_loss(logp, part, objective)
+        """Forward and backward pass of one microbatch; what it adds to the update's sums.
+
+        `--head plain` is the way to read, and to hold the other to: logits, log-softmax, loss, `backward()`. The fused
+        head computes the same numbers and gradient without the logits of all targets at once (`trainer/head.py`).
+        """
+        part, bonus = part.to(self.device), bool(objective.entropy_coef)
+        if self.cfg.head == "plain":
+            logp, found = plain_logprobs(self.model, part, objective.temperature)
+        else:
+            fused = fused_grad(part, objective)
+            logp, found = self._token_logprobs(self.model, part, objective.temperature, True, fused, bonus)
+        loss = update_loss(logp, part, objective, part.everywhere(found["entropy"]) if bonus else None)
         loss.backward()
         return {**policy_sums(logp, found, part, objective), "loss": loss.detach()}
 
@@ -180,7 +182,7 @@ class TorchLearner:
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
-        """The same of the model that the run began with, whatever has been trained or loaded since."""
+        """The same under the reference model, the one that the run started from."""
         if self.first_adapter is not None:
             with adapter.swapped(self.model, self.first_adapter):
                 return self._frozen_pass(self.model, batch, temperature)
@@ -266,8 +268,9 @@ class TorchLearner:
 
     def _packs(self, model: Any) -> bool:
         wanted = self.cfg.packing
-        if wanted == "off" or (wanted == "auto" and self.device.type != "cpu"):
-            return False
+        blocks = self.device.type != "cpu" and not packing.reads_varlen(model)  # not measured there without a compiler
+        if wanted == "off" or (wanted == "auto" and (blocks or (self.cfg.deterministic and self.device.type != "cpu"))):
+            return False  # the kernel for rows end to end promises no order of its sums
         able = packing.enable(model)
         if wanted == "on" and not able:
             raise ConfigError("--packing on: this model does not read packed rows as it reads others; leave it at auto")
@@ -303,15 +306,15 @@ class TorchLearner:
             room = costs.SPARE * (meter.free() + meter.held()) - gauge.beside
             return costs.cells_that_fit(gauge.shape, gauge.setup, room)
 
-        def run(made_up: Batch) -> None:  # as an update's microbatch is read
-            ((_, part),) = packing.microbatches(made_up, made_up.cells, range(len(made_up)), self.packs)
+        def run(dummy: Batch) -> None:  # as an update's microbatch is read
+            ((_, part),) = packing.microbatches(dummy, dummy.cells, range(len(dummy)), self.packs)
             self._pass(part, Objective())
 
         try:
             self.probed = memory.probe(run, self.model, gauge, context)
         except torch.OutOfMemoryError:
             raise memory.out_of_memory(1, memory.PROBE_TOKENS, 0) from None
-        room = costs.SPARE * (meter.free() - self.optimizer.coming_bytes())
+        room = costs.SPARE * (meter.free() - self.optimizer.pending_state_bytes())
         self.optimizer.zero_grad()
         torch.cuda.empty_cache() if self.device.type == "cuda" else None  # an engine on this GPU wants it next
         cells = costs.most_cells(self.probed.taken, room)
@@ -320,9 +323,15 @@ class TorchLearner:
         return cells
 
     def _token_logprobs(
-        self, model: Any, part: Batch, temperature: float, statistics: bool = True, slope: Slope | None = None
+        self,
+        model: Any,
+        part: Batch,
+        temperature: float,
+        statistics: bool = True,
+        fused_grad: FusedGrad | None = None,
+        entropy_grad: bool = False,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return token_logprobs(model, part, temperature, statistics, slope)
+        return token_logprobs(model, part, temperature, statistics, fused_grad, entropy_grad)
 
     def _of_the_update(self, sums: dict[str, float]) -> dict[str, float]:
         return sums
@@ -335,5 +344,5 @@ class TorchLearner:
 
 
 def _missing(part: float, whole: float) -> float:
-    """The share of `whole` that `part` leaves out; 0 where it is more, or nothing is there."""
+    """1 - part / whole, at least 0; 0 if `whole` is 0."""
     return max(0.0, 1 - part / whole) if whole else 0.0

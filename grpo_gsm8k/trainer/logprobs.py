@@ -11,14 +11,28 @@ from grpo_gsm8k.datatypes import Datum
 from grpo_gsm8k.errors import ModelError
 from grpo_gsm8k.trainer import architecture
 from grpo_gsm8k.trainer.batch import Batch, make_batch
-from grpo_gsm8k.trainer.head import Slope, target_logprobs
+from grpo_gsm8k.trainer.head import FusedGrad, target_logprobs
 from grpo_gsm8k.trainer.packing import PROOF, last_hidden_states
 
 WIDE = (torch.float32, torch.float64)
 
 
+def plain_logprobs(model: Any, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What `token_logprobs` returns, by the model's own logits and autograd alone: N x V of memory, any loss."""
+    logits = model(input_ids=batch.input_ids, use_cache=False).logits  # (B, T, V)
+    spread = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
+    logp = spread.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1) * batch.mask  # (B, T)
+    entropy = -(spread.exp() * spread).sum(-1)
+    return logp, {"entropy": batch.at_trained(entropy), "top_prob": batch.at_trained(spread.amax(-1).exp())}
+
+
 def token_logprobs(
-    model: Any, batch: Batch, temperature: float = 1.0, statistics: bool = True, slope: Slope | None = None
+    model: Any,
+    batch: Batch,
+    temperature: float = 1.0,
+    statistics: bool = True,
+    fused_grad: FusedGrad | None = None,
+    entropy_grad: bool = False,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Log-probability of each trained target, and what the distribution that it is from is like.
 
@@ -29,7 +43,8 @@ def token_logprobs(
         model: a transformers causal language model.
         batch: on the model's device.
         statistics: skip their cost with False (zeros are returned).
-        slope: see `objectives.slope`; of the trained targets in their order, row by row.
+        fused_grad: see `losses.fused_grad`; of the trained targets in their order, row by row.
+        entropy_grad: the entropies have a gradient, too.
 
     Returns:
         `(B, T)` float32 log-probabilities with gradient, zero where the mask is zero; and of the N trained targets
@@ -38,9 +53,8 @@ def token_logprobs(
     # The head is applied to the N trained positions alone: at V = 152k it is most of the memory.
     head, targets = model.get_output_embeddings(), batch.at_trained(batch.targets)
     hidden, logit_map = last_hidden_states(model, batch), architecture.logit_map(model)
-    picked, found = target_logprobs(hidden, head, targets, temperature, statistics, slope, logit_map)
-    everywhere = torch.zeros_like(batch.mask, dtype=picked.dtype).flatten()
-    return everywhere.index_copy(0, batch.trained, picked).view_as(batch.mask), found
+    picked, found = target_logprobs(hidden, head, targets, temperature, statistics, fused_grad, logit_map, entropy_grad)
+    return batch.everywhere(picked), found
 
 
 @torch.no_grad()
@@ -61,7 +75,8 @@ def check_head(model: Any) -> None:
     if hasattr(architecture.trunk(model), "layers_are_rescaled"):  # RWKV
         raise ModelError(f"{known}: changes its weights in place when it is evaluated; it cannot be trained here")
     device = head.weight.device
-    logits = [model(input_ids=torch.tensor([ids[:-1]], device=device)).logits[0].float() for ids in PROOF]
+    rows_of_ids = (torch.tensor([ids[:-1]], device=device) for ids in PROOF)
+    logits = [model(input_ids=ids, use_cache=False).logits[0].float() for ids in rows_of_ids]
     if logits[0].shape[-1] != len(head.weight):
         raise ModelError(
             f"{known}: {logits[0].shape[-1]} logits from an output head of {len(head.weight)} rows: it does something "

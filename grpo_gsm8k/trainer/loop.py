@@ -11,16 +11,15 @@ that is killed anywhere continues from a step's end and says and draws the same 
 from __future__ import annotations
 
 import signal
-import threading
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from grpo_gsm8k import interrupts
 from grpo_gsm8k.datatypes import Learner
 from grpo_gsm8k.errors import Interrupted, NonFiniteError
 from grpo_gsm8k.runs.directory import Run
@@ -28,8 +27,11 @@ from grpo_gsm8k.runs.files import disk_errors
 from grpo_gsm8k.runs.progress import progress, talk
 from grpo_gsm8k.trainer import checkpoint
 from grpo_gsm8k.trainer.batch import Batch
-from grpo_gsm8k.trainer.objectives import Objective
+from grpo_gsm8k.trainer.losses import Objective
 from grpo_gsm8k.trainer.policy import weights_sha256
+from grpo_gsm8k.trainer.ranks import world
+
+TORCHRUN_S = 2.0  # torchrun passes on the Ctrl-C that the terminal has sent to its ranks already
 
 
 class Progress:
@@ -60,7 +62,7 @@ def steps(run: Run, learner: Learner, total: int, state: Progress) -> Iterator[i
     first = resume(run, learner, state)
     if first == 0 and last == 0:
         save(run, learner, 0, state.as_json())
-    with _signals() as received, progress(run.stage, last, first) as bar:
+    with interrupts.deferred(_Presses(run)) as received, progress(run.stage, last, first) as bar:
         for step in range(first + 1, last + 1):
             yield step
             run.complete = step
@@ -69,8 +71,7 @@ def steps(run: Run, learner: Learner, total: int, state: Progress) -> Iterator[i
                 save(run, learner, step, state.as_json())
             if received:
                 name = signal.Signals(received[0]).name
-                message = f"{name}: step {step} of {last} is saved in {run.path}; continue with --resume"
-                raise Interrupted(message, 128 + received[0])
+                raise Interrupted(_saved(name, step, run), 128 + received[0])
 
 
 def resume(run: Run, learner: Learner, state: Progress) -> int:
@@ -100,11 +101,56 @@ def save(run: Run, learner: Learner, step: int, state: Mapping[str, Any]) -> Pat
     return folder
 
 
-def rescue(run: Run, learner: Learner) -> None:
-    """Keep the last complete step when an engine has failed for good, unless the weights have moved beyond it."""
-    if run.complete and run.updated <= run.complete and run.complete not in checkpoint.steps_present(run.checkpoints):
-        save(run, learner, run.complete, run.progress())
-        talk(f"{run.stage}: step {run.complete} is saved in {run.path}; continue with --resume")
+def rescue(run: Run, learner: Learner) -> bool:
+    """Keep the last complete step when a step ends halfway, unless the weights have moved beyond it."""
+    if not _within_reach(run):
+        return False
+    save(run, learner, run.complete, run.progress())
+    return True
+
+
+def rescue_interrupted(run: Run, learner: Learner) -> None:
+    """The same after a Ctrl-C in the middle of a step. Raises `Interrupted` if there is a step to go on from."""
+    name = signal.Signals(interrupts.received() or signal.SIGINT).name
+    if world().size == 1:  # other ranks may stand in the middle of a step, and would not hear of a save
+        with interrupts.unhurried():
+            rescue(run, learner)
+    if present := checkpoint.steps_present(run.checkpoints):
+        raise Interrupted(_saved(name, present[-1], run), interrupts.exit_code())
+
+
+def _within_reach(run: Run) -> bool:
+    """Whether the weights are those of the last complete step, which no checkpoint holds yet."""
+    if not run.complete or run.updated > run.complete:
+        return False
+    return run.complete not in checkpoint.steps_present(run.checkpoints)
+
+
+def _saved(name: str, step: int, run: Run) -> str:
+    return f"{name}: step {step} is saved in {run.path}; continue with --resume"
+
+
+class _Presses:
+    """What Ctrl-C does while steps are made: the first lets the step end, the second ends it here if nothing is lost,
+    and the third in any case."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.first = run, 0.0
+
+    def __call__(self, count: int) -> bool:
+        now, self.first = time.monotonic(), self.first or time.monotonic()
+        if count == 1:
+            talk("finishing this step, then writing a checkpoint; once more to stop at once")
+            return False
+        if world().size > 1 and now - self.first < TORCHRUN_S:
+            return False
+        run = self.run
+        kept = not run.complete or run.complete in checkpoint.steps_present(run.checkpoints) or _within_reach(run)
+        if count == 2 and not kept:
+            talk(f"step {run.complete} can only be kept with the one under way, which is being finished; "
+                 "once more to lose both")  # fmt: skip
+            return False
+        return True
 
 
 def finish(run: Run, learner: Learner) -> dict[str, Any]:
@@ -132,25 +178,3 @@ def update(run: Run, learner: Learner, batch: Batch, objective: Objective, lr: f
             f"step {step}: {fault}; stopped before the optimizer stepped, the batch is in {kept}, earlier "
             "checkpoints are good; try a lower --lr or --dtype float32"
         ) from None
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying; the second one dies."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        talk("finishing this step, then writing a checkpoint; once more to stop at once")
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

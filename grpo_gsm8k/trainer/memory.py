@@ -9,8 +9,8 @@ fill, and they are our own, so `costs.py` knows them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from grpo_gsm8k.config import TrainConfig
 from grpo_gsm8k.datatypes import Datum
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.runs.progress import talk
-from grpo_gsm8k.trainer import costs
+from grpo_gsm8k.trainer import costs, packing
 from grpo_gsm8k.trainer.batch import Batch, make_batch
 from grpo_gsm8k.trainer.costs import GIB, Setup, Shape
 from grpo_gsm8k.trainer.ranks import world
@@ -89,13 +89,23 @@ def shape_of(model: Any) -> Shape:
 class Gauge:
     """What a learner on a GPU says of its own speed and memory: `perf/mfu`, and the peak as predicted and measured."""
 
-    def __init__(self, shape: Shape, setup: Setup, meter: Meter, flops: float = 0.0, beside: int = 0) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        setup: Setup,
+        meter: Meter,
+        flops: float = 0.0,
+        beside: int = 0,
+        end_to_end: bool = False,
+    ) -> None:
         """Of one learner.
 
         Args:
             flops: peak operations a second of all ranks' GPUs; 0 where it is not known, and no MFU is given.
             beside: bytes that a sampler on the same GPU takes while the learner learns.
+            end_to_end: packed rows are read by `packing.varlen`.
         """
+        self.end_to_end = end_to_end
         self.shape, self.setup, self.meter, self.flops, self.beside = shape, setup, meter, flops, beside
         self.predicted, self.said = 0, world().rank > 0
 
@@ -107,15 +117,15 @@ class Gauge:
     def saw(self, part: Batch) -> None:
         """One of its microbatches, still on the CPU."""
         cells, targets = part.cells, int(part.mask.sum())
-        needed = costs.training_bytes(self.shape, self.setup, cells, targets) + self.beside
+        attended = packing.attended_cells(part, self.end_to_end)
+        needed = costs.training_bytes(self.shape, self.setup, cells, targets, attended) + self.beside
         self.predicted = max(self.predicted, needed)
 
-    def speed(self, lengths: Sequence[int], targets: int, seconds: float) -> dict[str, float]:
-        """`perf/mfu` of forward and backward passes over rows of these lengths: nominal, see `costs.training_flops`."""
+    def speed(self, tokens: int, targets: int, pairs: int, seconds: float) -> dict[str, float]:
+        """`perf/mfu` of forward and backward passes, of the tokens that were computed: see `costs.training_flops`."""
         if not self.flops:
             return {}
-        pairs = costs.causal_pairs(lengths)
-        work = costs.training_flops(self.shape, sum(lengths), targets, pairs, self.setup.lora_rank)
+        work = costs.training_flops(self.shape, tokens, targets, pairs, self.setup.lora_rank)
         return {"perf/mfu": work / seconds / self.flops}
 
     def finish(self) -> dict[str, float]:
@@ -127,7 +137,7 @@ class Gauge:
         return {"perf/peak_memory_gb": peak / 1e9, "perf/predicted_peak_gb": self.predicted / 1e9}
 
 
-def gauge_of(model: Any, cfg: TrainConfig, dtype: torch.dtype, ranks: int) -> Gauge | None:
+def gauge_of(model: Any, cfg: TrainConfig, dtype: torch.dtype, ranks: int, compiled: bool) -> Gauge | None:
     """The gauge of a model on a GPU; None on a CPU, where no allocator tells its peak, and for a shape unknown here."""
     device: torch.device = next(model.parameters()).device
     if device.type != "cuda":
@@ -139,8 +149,9 @@ def gauge_of(model: Any, cfg: TrainConfig, dtype: torch.dtype, ranks: int) -> Ga
         return None
     gpu = costs.gpu_called(torch.cuda.get_device_name(device))
     flops = gpu.flops * ranks if gpu and dtype == torch.bfloat16 else 0.0
-    setup = costs.setup_of(cfg, dtype.itemsize, ranks)
-    return Gauge(shape, setup, CudaMeter(device), flops, costs.beside_bytes(shape, setup, cfg))
+    setup = replace(costs.setup_of(cfg, dtype.itemsize, ranks), compiled=compiled)
+    beside = costs.beside_bytes(shape, setup, cfg)
+    return Gauge(shape, setup, CudaMeter(device), flops, beside, packing.reads_varlen(model))
 
 
 def engine_share(cfg: TrainConfig, model: Any, overlaps: bool) -> float:

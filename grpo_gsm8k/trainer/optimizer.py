@@ -73,7 +73,7 @@ class MasterAdamW:
             "policy/grad_norm": float(norm),
             "policy/lr": lr,
             "policy/update_to_weight": float(moved / weight.clamp(min=1e-12)),
-            **self._shown(before, after),
+            **self._bf16_changed_frac(before, after),
         }
 
     def _norm(self, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -90,8 +90,8 @@ class MasterAdamW:
             if param is not self.masters[name]:
                 param.copy_(self.masters[name], non_blocking=True)
 
-    def _shown(self, before: list[torch.Tensor], after: list[torch.Tensor]) -> dict[str, float]:
-        """In which of the sampled weights a step shows after rounding; of a float32 model there is nothing to say."""
+    def _bf16_changed_frac(self, before: list[torch.Tensor], after: list[torch.Tensor]) -> dict[str, float]:
+        """The share of the sampled weights that a step still changes after rounding; nothing for a float32 model."""
         if self.dtype == torch.float32:
             return {}
         changed = torch.cat([b.to(self.dtype) != a.to(self.dtype) for b, a in zip(before, after, strict=True)])
@@ -105,8 +105,8 @@ class MasterAdamW:
         """Forget what has been accumulated."""
         self.inner.zero_grad(set_to_none=True)
 
-    def coming_bytes(self) -> int:
-        """What its first step will still take beside the model: its moments."""
+    def pending_state_bytes(self) -> int:
+        """Bytes of AdamW's moments that the first step has yet to allocate beside the model."""
         return sum(8 * master.numel() for master in self.masters.values() if master not in self.inner.state)
 
     def state(self) -> State:
@@ -178,8 +178,8 @@ class OffloadedAdamW(MasterAdamW):
         for param in self.params.values():
             param.grad = None
 
-    def coming_bytes(self) -> int:
-        """Nothing: the moments are elsewhere."""
+    def pending_state_bytes(self) -> int:
+        """0: the moments are in main memory."""
         return 0
 
     def load_state(self, flat: State) -> None:

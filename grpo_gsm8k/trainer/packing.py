@@ -6,15 +6,18 @@ completions of one prompt do, takes those cells over, and the gradients of all o
     rows (B, T)   p0 p1 p2 a0 a1     packed (1, S)   p0 p1 p2 a0 a1 b0 b1 b2
                   p0 p1 p2 b0 b1 b2  positions        0  1  2  3  4  3  4  5
 
-Embedding, norms, projections and MLPs work token by token, on the S tokens. Attention alone needs rows: queries, keys
-and values are copied into rows for it, in two blocks of like lengths, where the kernel of plain causal rows serves, and
-its output back. It is the same function of the same tokens, so the gradient is the same, too.
+Embedding, norms, projections and MLPs work token by token, on the S tokens. Attention alone needs rows. On a GPU in
+half precision torch's `varlen_attn` takes them end to end: the new tokens of each row are its queries as they stand,
+and keys and values are gathered so that each row's whole ones are together. Elsewhere all three are copied into padded
+rows, in two blocks of like lengths, where the kernel of plain causal rows serves, and its output back. It is the same
+function of the same tokens, so the gradient is the same, too.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +86,9 @@ class Packed:
         cells: `(B, T)` int64, where each position of the batch stands among the S; 0 where there is none.
         blocks: for attention, the rows of `cells` again, those of like length together, cut to the longest of them.
         home: `(S,)` int64, the position among those of all blocks that each token is read from.
+        keys: `(K,)` int64, the cells of all rows end to end, whole, K in all.
+        starts: `(B + 1,)` int32 each, where each row's new tokens begin among the S, and its cells among the K.
+        longest: new tokens and cells of the longest row, each or somewhat more.
     """
 
     input_ids: torch.Tensor
@@ -90,6 +96,9 @@ class Packed:
     cells: torch.Tensor
     blocks: tuple[torch.Tensor, ...]
     home: torch.Tensor
+    keys: torch.Tensor
+    starts: tuple[torch.Tensor, torch.Tensor]
+    longest: tuple[int, int]
 
     @classmethod
     def of(cls, batch: Batch) -> Packed:
@@ -106,18 +115,45 @@ class Packed:
         columns = torch.arange(ids.shape[1]).expand(ids.shape)  # (B, T); the others are (B, 1)
         there, new = columns < length, columns >= shared
         first = there & new  # in this row for the first time
-        starts = (length - shared).cumsum(0) - length  # where a row's position 0 would stand, had it cells of its own
+        begins = (length - shared).cumsum(0) - length  # where a row's position 0 would stand, had it cells of its own
         number = torch.arange(len(batch)).unsqueeze(1)
         owner = (number * new).cummax(0).values  # the last row before that did not take the cell over
-        cells = (starts.squeeze(-1)[owner] + columns) * there
+        cells = (begins.squeeze(-1)[owner] + columns) * there
         cut = tuple(cells[rows, : batch.lengths[rows[0]]] for rows in blocks)
+        fresh = (length - shared).squeeze(-1)
+        starts = [torch.cat([n.new_zeros(1), n.cumsum(0)]).int() for n in (fresh, length.squeeze(-1))]
+        longest = _rounded(int(fresh.max())), _rounded(max(batch.lengths))
 
         def upload(x: torch.Tensor) -> torch.Tensor:
             return x.to(device, non_blocking=True)
 
         tokens = ids.flatten().index_select(0, upload(first.flatten().nonzero().squeeze(-1)))
         positions, home = upload(columns[first]), upload((place + columns)[first])
-        return cls(tokens.unsqueeze(0), positions.unsqueeze(0), upload(cells), tuple(map(upload, cut)), home)
+        return cls(
+            tokens.unsqueeze(0),
+            positions.unsqueeze(0),
+            upload(cells),
+            tuple(map(upload, cut)),
+            home,
+            upload(cells[there]),
+            (upload(starts[0]), upload(starts[1])),
+            longest,
+        )
+
+
+def attended_cells(batch: Batch, end_to_end: bool) -> tuple[int, int]:
+    """Of how many cells attention keeps queries, and keys and values: for the prediction of memory."""
+    if not batch.shared:
+        return batch.cells, batch.cells
+    if end_to_end:
+        return batch.cells, sum(batch.lengths)
+    padded = sum(len(rows) * batch.lengths[rows[0]] for rows in _alike(batch.lengths))
+    return padded + batch.cells // 2, padded  # half of a query's two is what comes out: kept in rows, and put together
+
+
+def _rounded(longest: int) -> int:
+    """The next power of two: compiled layers are compiled anew for another number."""
+    return max(128, 1 << (longest - 1).bit_length())
 
 
 def _alike(lengths: Sequence[int]) -> list[list[int]]:
@@ -139,6 +175,9 @@ def attention(
     attention_mask: torch.Tensor | None,
     packed_blocks: Sequence[torch.Tensor] = (),
     packed_home: torch.Tensor | None = None,
+    packed_keys: torch.Tensor | None = None,
+    packed_starts: tuple[torch.Tensor, ...] = (),
+    packed_longest: tuple[int, ...] = (),
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' SDPA attention, `(1, heads, S, width)` of a `Packed` sequence, each row by itself.
@@ -146,6 +185,12 @@ def attention(
     Returns:
         `(1, S, heads, width)`. Whatever comes without a `Packed` is answered as by "sdpa".
     """
+    if packed_keys is not None:
+        tokens = (x[0].transpose(0, 1) for x in (query, key, value))  # (S, heads, width)
+        q, k, v = (x if number == 0 else x.index_select(0, packed_keys) for number, x in enumerate(tokens))
+        return varlen(q, k, v, packed_starts, packed_longest, kwargs.get("scaling")).unsqueeze(0), None
+    if packed_home is None and _is_token_step(query, key, attention_mask):
+        return _attend_to_cache(query, key, value, attention_mask, kwargs.get("scaling"))
     if query.is_cuda and query.dtype == torch.float32:  # no kernel but that of T x T scores takes groups of heads
         groups = query.shape[1] // key.shape[1]
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
@@ -166,6 +211,62 @@ def attention(
     return torch.cat(outs).index_select(0, packed_home).unsqueeze(0), None
 
 
+def _find_varlen() -> Callable[..., torch.Tensor] | None:
+    """torch's attention over rows end to end; None where this torch has none that serves."""
+    try:
+        found: Callable[..., torch.Tensor] = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except ImportError:
+        return None
+    return found if {"scale", "window_size"} <= inspect.signature(found).parameters.keys() else None  # from 2.11
+
+
+VARLEN = _find_varlen()
+TELLS_GQA = {"enable_gqa": True} if VARLEN and "enable_gqa" in inspect.signature(VARLEN).parameters else {}
+"""torch 2.11 takes grouped heads unasked, 2.13 wants to be told."""
+
+
+def varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: Sequence[torch.Tensor],
+    longest: Sequence[int],
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attention of rows end to end, `(S, heads, width)`, keys and values `(K, kv_heads, width)`: the last query of a
+    row sees all of its keys, the one before it one fewer.
+
+    Measured on an H200: equal to the padded kernel, also for the last tokens of a row alone.
+    """
+    assert VARLEN, "whoever packs so has asked `reads_varlen`"
+    return VARLEN(query, key, value, *starts, *longest, scale=scaling, window_size=(-1, 0), **TELLS_GQA)
+
+
+def reads_varlen(model: Any) -> bool:
+    """Whether packed rows of this model go through `varlen`: its kernel is a GPU's, in half precision."""
+    weight = next(model.parameters())
+    return weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) and VARLEN is not None
+
+
+def _is_token_step(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    grouped = query.shape[2] == 1 and query.shape[1] > key.shape[1]
+    return grouped and mask is not None and mask.ndim == 4 and mask.shape[1] == 1
+
+
+def _attend_to_cache(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
+) -> tuple[torch.Tensor, None]:
+    """Attention of one new token a row: the heads of a group stand as queries of the one head that they share.
+
+    Keys and values are read as they are. With a mask, torch's fused kernels take no groups, and would read them
+    repeated for every head.
+    """
+    rows, heads, _, width = query.shape
+    shared = query.view(rows, key.shape[1], heads // key.shape[1], width)
+    out = torch.nn.functional.scaled_dot_product_attention(shared, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(rows, 1, heads, value.shape[3]), None
+
+
 AttentionInterface.register(ATTENTION, attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
@@ -174,18 +275,31 @@ def last_hidden_states(model: Any, batch: Batch) -> torch.Tensor:
     """The model's last hidden state at each trained position, `(N, H)`, row by row."""
     if batch.shared:
         packed = Packed.of(batch)
-        inputs = {
+        inputs: dict[str, Any] = {
             "input_ids": packed.input_ids,
             "position_ids": packed.position_ids,
             "attention_mask": packed.cells.bool()[None, None],  # never looked at; of four dimensions, so none is made
-            "packed_blocks": packed.blocks,
-            "packed_home": packed.home,
         }
+        if reads_varlen(model):
+            inputs |= {
+                "packed_keys": packed.keys,
+                "packed_starts": packed.starts,
+                "packed_longest": packed.longest,
+            }
+        else:
+            inputs |= {"packed_blocks": packed.blocks, "packed_home": packed.home}
         at = batch.at_trained(packed.cells)
     else:
         inputs, at = {"input_ids": batch.input_ids}, batch.trained
     hidden: torch.Tensor = trunk(model)(**inputs, use_cache=False).last_hidden_state
     return hidden.flatten(0, 1).index_select(0, at)
+
+
+def packed_batch(sequences: Sequence[Sequence[int]]) -> Batch:
+    """Rows of these ids, every token a target, packed."""
+    rows = [Datum(tuple(ids), (1,) * len(ids)) for ids in sequences]
+    padded = make_batch(rows, 0)
+    return replace(padded, shared=tuple(_in_common(padded, range(len(rows)))))
 
 
 def enable(model: Any) -> bool:
@@ -202,14 +316,15 @@ def enable(model: Any) -> bool:
     takes = inspect.signature(trunk(model).forward).parameters
     if "position_ids" not in takes or "kwargs" not in takes or not model._can_set_attn_implementation():
         return False
-    rows = [Datum(ids, (1,) * len(ids)) for ids in PROOF]
-    padded = make_batch(rows, 0)
+    packed = packed_batch(PROOF)
+    padded = replace(packed, shared=())
     with torch.no_grad():
         expected = last_hidden_states(model, padded.to(next(model.parameters()).device))
+    before = config._attn_implementation
     model.set_attn_implementation(ATTENTION)
-    if all(_reads_alike(model, padded, shared, expected) for shared in (_in_common(padded, range(len(rows))), [])):
+    if all(_reads_alike(model, padded, shared, expected) for shared in (packed.shared, ())):
         return True
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(before)
     return False
 
 

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from grpo_gsm8k.datatypes import WeightsRef
 from grpo_gsm8k.errors import CheckpointError, DiskError, NonFiniteError
 from grpo_gsm8k.trainer.batch import Batch
-from grpo_gsm8k.trainer.objectives import Objective
+from grpo_gsm8k.trainer.losses import Objective
 
 PATIENCE = timedelta(days=30)  # between commands; a rank that dies is noticed at once all the same
 SHARED = (NonFiniteError, CheckpointError, DiskError)

@@ -29,10 +29,10 @@ from grpo_gsm8k.config import TrainConfig
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.trainer import adapter, architecture, dcp, ranks
 from grpo_gsm8k.trainer.batch import Batch
-from grpo_gsm8k.trainer.head import Slope
+from grpo_gsm8k.trainer.head import FusedGrad
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.logprobs import token_logprobs
-from grpo_gsm8k.trainer.objectives import add_sums
+from grpo_gsm8k.trainer.metrics import add_sums
 from grpo_gsm8k.trainer.optimizer import MasterAdamW, State
 from grpo_gsm8k.trainer.packing import microbatches
 
@@ -103,9 +103,17 @@ class ShardedLearner(TorchLearner):
         return int(least)
 
     def _token_logprobs(
-        self, model: Any, part: Batch, temperature: float, statistics: bool = True, slope: Slope | None = None
+        self,
+        model: Any,
+        part: Batch,
+        temperature: float,
+        statistics: bool = True,
+        fused_grad: FusedGrad | None = None,
+        entropy_grad: bool = False,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        found: tuple[torch.Tensor, dict[str, torch.Tensor]] = model.token_logprobs(part, temperature, statistics, slope)
+        found: tuple[torch.Tensor, dict[str, torch.Tensor]] = model.token_logprobs(
+            part, temperature, statistics, fused_grad, entropy_grad
+        )
         return found
 
     def _of_the_update(self, sums: dict[str, float]) -> dict[str, float]:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from grpo_gsm8k.config import PairsConfig
 from grpo_gsm8k.errors import ConfigError, DataError
-from grpo_gsm8k.runs.files import read_jsonl, write_json, write_jsonl
+from grpo_gsm8k.runs.files import read_jsonl, real_path, write_json, write_jsonl
 from grpo_gsm8k.tasks.base import Tags
 from grpo_gsm8k.tasks.gsm8k.grading import extract, grade, parse_number
 from grpo_gsm8k.tasks.gsm8k.problems import example_from_row
@@ -66,7 +66,7 @@ def run(cfg: PairsConfig) -> dict[str, Any]:
         DataError: a fault in the traces, with its line; or not one of them could be kept.
     """
     source, out = Path(cfg.traces), Path(cfg.out)
-    if out.resolve() == source.resolve():
+    if real_path(out) == real_path(source):
         raise ConfigError(f"--out is {out}, which holds the traces themselves; choose another file")
     report = Report()
     task = task_of(cfg)

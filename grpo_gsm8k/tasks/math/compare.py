@@ -79,7 +79,7 @@ def _bare(text: str) -> str:
     """The answer without what surrounds it: dollars, bold type, quotes, a full stop."""
     for _ in range(4):
         before = text
-        text = text.strip(" \t\n\r\x00\u200b\u00a0")  # a form feed may be what is left of \\frac
+        text = text.lstrip("&").strip(" \t\n\r\x00\u200b\u00a0")  # a form feed may be what is left of \\frac
         if len(text) > 1 and text[-1] in ".,;:。" and not text.endswith(("...", "\\,", "\\;", "\\:")):
             text = text[:-1]
         if wrapped := _ENVIRONMENT.fullmatch(text):
@@ -152,6 +152,9 @@ _REMARK = re.compile(
 )
 
 
+_DOTS = re.compile(r"[^=]*(?:\\[lc]?dots[cb]?|\.\.\.|[…⋯])[^=]*=([^=]+)", re.DOTALL)  # `1 + 2 + \\cdots + 5 = 15`
+
+
 def _without_remark(text: str) -> str:
     """The answer without a condition or a reason behind it: `5 \\text{ (since } x > 0)`, `2k, k \\in \\mathbb{Z}`."""
     match = _REMARK.search(text[:MAX_TEXT])
@@ -189,6 +192,8 @@ def _read(text: str, grouped: bool) -> Node:
         base = written if written.isdigit() else words.number_word(written)
         if base and 2 <= int(base) <= 16 and (numeral[1].isdigit() or int(base) > 10):
             return Node("base", name=f"{numeral[1]}_{base}")
+    if shortened := _DOTS.fullmatch(text):
+        text = shortened[1]
     return parse(text, grouped)
 
 

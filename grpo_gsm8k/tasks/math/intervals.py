@@ -215,6 +215,9 @@ def _relation(node: Node) -> Described:
                 raise Unreadable("a formula in a set")
             pieces = _real_set(right).pieces
             found = intersection(found, pieces if sign == "in" else complement(merged(pieces)))
+        elif sign == "!=" and right.head in ("pm", "mp") and left.head == "sym":
+            both = (Node("+", right.args), Node("+", (right.args[0], Node("neg", (right.args[1],)))))
+            found = intersection(found, complement(merged(tuple(point(node) for node in both))))
         elif sign in _FLIPPED:
             found = intersection(found, _solved(left, sign, right, name))
         else:

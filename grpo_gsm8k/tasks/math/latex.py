@@ -70,7 +70,7 @@ _DECORATION = re.compile(
     r"|\\(?:large|Large|LARGE|huge|Huge|small|normalsize|tiny)(?![A-Za-z])"
 )
 _SIZES = re.compile(
-    r"\\(?:left|right|middle)\s?\.|\\(?:left|right|middle|[bB]ig[glr]?[lrm]?)(?=\s{0,2}[(\[|.)\]/\\{}<>])"
+    r"\\(?:left|right|middle)\s?(?:\.|$)|\\(?:left|right|middle|[bB]ig[glr]?[lrm]?)(?=\s{0,2}[(\[|.)\]/\\{}<>])"
 )
 _SAME = {
     "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "sfrac": "frac", "nicefrac": "frac", "xfrac": "frac",
@@ -103,7 +103,8 @@ _WORD_COMMANDS = {
     "or": "or", "and": "and", "union": "cup", "cup": "cup", "Or": "or", "And": "and", "OR": "or", "AND": "and",
     "asin": "arcsin", "acos": "arccos", "atan": "arctan", "ceiling": "ceil", "choose": "choose", "mod": "bmod",
     "degrees": "deg", "degree": "deg", "deg": "deg", "times": "*", "percent": "%", "omega": "omega", "intersect": "cap",
-    "plus": "+", "minus": "-", "pm": "pm", "emptyset": "emptyset", "frac": "frac", "implies": "Rightarrow",
+    "plus": "+", "minus": "-", "negative": "-", "pm": "pm", "emptyset": "emptyset", "frac": "frac",
+    "implies": "Rightarrow",
 }  # fmt: skip
 
 
@@ -300,8 +301,22 @@ def _text(content: str, name: str, spaced: bool, out: list[Token]) -> None:
         if content.strip():
             out.append(Token(",", ",", spaced))
         return
-    if word in ("or", "and", "union", "infinity", "pi", "degrees", "degree", "percent", "mod"):
-        out.append(Token("cmd", _WORD_COMMANDS[word], spaced))
+    if word in (
+        "or",
+        "and",
+        "union",
+        "infinity",
+        "pi",
+        "degrees",
+        "degree",
+        "percent",
+        "mod",
+        "negative",
+        "minus",
+        "plus",
+    ):
+        name = _WORD_COMMANDS[word]
+        out.append(Token(name if len(name) == 1 else "cmd", name, spaced))
     elif word == "in" and content.startswith(" ") and content.endswith(" "):
         out.append(Token("cmd", "in", spaced))
     elif word == "to" and out and out[-1].kind == "num":

@@ -102,7 +102,10 @@ _ANSWER_LABEL = re.compile(
 def _labelled(content: str) -> str:
     """Drops "Answer:" at the start of a marked answer."""
     match = _ANSWER_LABEL.match(content)
-    return content[match.end() :] if match and says_anything(content[match.end() :]) else content
+    if not match or not says_anything(content[match.end() :]):
+        return content
+    rest = content[match.end() :]
+    return rest.rstrip("}") if rest.count("}") > rest.count("{") else rest
 
 
 def _tag_content(content: str) -> list[str]:
@@ -194,16 +197,24 @@ def _sentence_answers(sentence: str) -> list[str]:
         bold = re.findall(r"\*\*([^*]{1,200})\*\*", sentence)
         if bold:
             found.append(_cleaned(bold[-1]))
+    if len(steps := _IMPLIES.split(found[-1])) > 1:
+        found.append(_cleaned(steps[-1]))
     if not spans:
         trimmed = _cleaned(_REMARK.split(sentence, maxsplit=1)[0])
         if trimmed and trimmed != sentence:
             found += _sentence_answers(trimmed)
         quantities = _QUANTITY.findall(sentence)
-        if len(quantities) == 1 and not re.search(r"[=<>^\\(\[]|\b(?:not|or)\b", sentence):
+        if len(quantities) == 1 and not _INEXACT.search(sentence):
             found.append(quantities[0])
     return list(dict.fromkeys(found))
 
 
+_INEXACT = re.compile(
+    r"[=<>≠≤≥≈^\\(\[]|\b(?:dozen|hundred|thousand|million|billion|trillion|not|or|about|around|approx\w*|roughly|almost"
+    r"|nearly|over|under|least|most|than|up to)\b",
+    re.I,
+)
+_IMPLIES = re.compile(r"\\(?:implies|Rightarrow|Longrightarrow|therefore|iff)(?![A-Za-z])|=>|⇒|⟹|∴")
 _REMARK = re.compile(r",?\s+(?:which|since|because|as|where|when|so|with|for|after)\b|,?\s\((?=[A-Za-z])")
 _QUANTITY = re.compile(r"(?<![\w.,])-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?![\w^])")
 
@@ -218,7 +229,7 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _DANGLING = re.compile(
-    r"(?:[-+/^=×÷≈,:(\[{<&…−–]|\s\*|\\(?:times|cdot|div|frac)|\.\.\.|\b(?:the|an?|of|to|and|or|is|are|with|by|then|so"
+    r"(?:[-+/^=×÷≈,:(\[{<&…−–]|\s\*|\\(?:times|cdot|div|frac)|\.\.\.|\b(?:the|(?-i:an?)|of|to|and|or|is|are|with|by|then|so"
     r"|we|let|first|next|now))[\s$*\\(\[]*$",
     re.IGNORECASE,
 )

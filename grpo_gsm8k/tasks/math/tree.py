@@ -214,6 +214,8 @@ class _Parser:
         return self.unit(node)
 
     def unit(self, node: Node) -> Node:
+        while self.peek().kind in ("word", "text") and self.peek().text.lower() in _MULTIPLES:
+            node = Node("*", (node, num(_MULTIPLES[self.next().text.lower()])))
         if self.is_cmd(*_CURRENCIES):
             return Node("unit", (node,), name=_CURRENCIES[self.next().text])
         if self.peek().kind not in ("text", "word"):
@@ -298,6 +300,8 @@ class _Parser:
             elif kind == "/":
                 self.at += 1
                 node = Node("/", (node, self.signed_power()))
+            elif kind == "{" and self.peek(1).kind == "}":  # an empty group
+                self.at += 2
             elif self.starts_operand():
                 if kind in ("num", "repeating") and node.head in ("num", "base"):
                     raise Unreadable("two numbers side by side")
@@ -336,7 +340,10 @@ class _Parser:
     def exponent(self) -> Node:
         if self.peek().kind == "{":
             return self.argument()
-        return _signed(self.sign(), self.power())
+        sign = self.sign()
+        if self.peek().kind == "num" and self.is_cmd("frac", ahead=1):  # x^2 \frac12 has no mixed number
+            return _signed(sign, num(_decimal(self.next().text)))
+        return _signed(sign, self.power())
 
     def postfix(self, node: Node) -> Node:
         while True:
@@ -619,8 +626,11 @@ class _Parser:
         power: Node | None = None
         while self.peek().kind in ("_", "^"):
             kind = self.next().kind
-            if kind == "^":
-                power = self.exponent() if self.peek().kind != "num" else self.argument()
+            if self.peek().kind == "num" and not (kind == "_" and self.one_number_is_left()):
+                plain = num(_decimal(self.next().text))
+                base, power = (plain, power) if kind == "_" else (base, plain)
+            elif kind == "^":
+                power = self.exponent()
             else:
                 base = self.argument(short=self.peek().kind == "num" and self.one_number_is_left())
         if self.peek().kind == "{":
@@ -669,9 +679,10 @@ class _Parser:
         return Node("sym", name=f"{name} {''.join(parts)}")
 
 
+_MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 1_000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _OPERAND_COMMANDS = {"frac", "sqrt", "pi", "binom", "lfloor", "lceil", "infty", "begin", "langle", "overline", "bar",
                      "vec", "hat", "angle", "mathbb", "tilde", "{", *_GREEK_OR_NAME}  # fmt: skip
-_LEADING = {"approximately", "about", "exactly", "approx", "x"}
+_LEADING = {"exactly", "precisely"}
 
 
 def _signed(sign: str, node: Node) -> Node:

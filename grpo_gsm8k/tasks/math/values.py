@@ -27,10 +27,10 @@ from .latex import Unreadable
 from .tree import Node, key
 
 MAX_BITS = 60_000  # of an exact number
-MAX_PRECISION = 24_000  # bits to which an algebraic number is compared
+MAX_PRECISION = 16_000  # bits to which an algebraic number is compared
 BASE_PRECISION = 1_024
-MAX_SPAN = 12_000  # bits lost on the way that are made up for
-MAX_GAMMA_PRECISION = 6_000
+MAX_SPAN = 5_000  # bits lost on the way that are made up for
+MAX_GAMMA_PRECISION = 2_000
 MAX_NODES = 600
 POINTS = 4
 
@@ -376,8 +376,11 @@ class _Numeric:
             raise TooLarge
         if name in ("tanh", "cosh", "sinh"):  # they hide an exponential
             self.spans(abs(first) * 3)
-        if name in ("factorial", "binom") and mp.prec > MAX_GAMMA_PRECISION:
-            raise TooLarge
+        if name in ("factorial", "binom"):
+            # Between the integers only where a variable stands for any number; elsewhere nobody writes it.
+            costly = mp.prec > MAX_GAMMA_PRECISION or any(mp.im(arg) != 0 for arg in args)
+            if costly or not variables(node):
+                raise TooLarge
         if name == "factorial":
             if mp.mag(first) > 22:
                 raise TooLarge
@@ -477,7 +480,7 @@ def _equal_numbers(left: Node, right: Node, values: Values, log: bool) -> bool:
     ):
         return False
     if values:  # a formula at a point: chance decides, not rounding
-        precision = 192 + 8 * _digits(left, right) + span
+        precision = 192 + 8 * _digits(left, right) + 2 * span
     else:
         bound = _separation_bound(left, right)
         if bound is None:

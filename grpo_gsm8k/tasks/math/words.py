@@ -219,7 +219,7 @@ def phrase(text: str) -> str:
 _ASSERTION = re.compile(r"^(?:.{0,80}\b(?:is|are|was|on|be|in|by|must be|called|answer|to)|[\w ]{1,30}[:=])\s")
 _NEGATION = re.compile(r"\b(?:not|never|neither|nor|no|isn t|aren t)\b")
 _GENERIC_NOUNS = {"function", "number", "numbers", "shape", "curve", "graph", "triangle", "it", "he", "she", "month",
-                  "person", "this", "solution", "solutions", "one", "option", "case", "equation", "quadrant"}  # fmt: skip
+                  "person", "this", "solution", "solutions", "one", "option", "case", "quadrant"}  # fmt: skip
 _MONTHS = {name[:3]: name for name in ("january", "february", "march", "april", "may", "june", "july", "august",
                                        "september", "october", "november", "december")}  # fmt: skip
 _DAYS = {name[:3]: name for name in ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")}
@@ -263,7 +263,7 @@ def _dates(text: str) -> str:
 
 
 _CHOICE = re.compile(
-    r"\s*(?:(?:option|choice|answer)s?\s*:?\s*)?[(\[]?\s*([A-Ja-j])\s*(?:[)\].:]\s*(?P<rest>.*)|(?P<rest2>))",
+    r"\s*(?:(?:option|choice|answer)s?\s*:?\s*)?[(\[]?\s*((?-i:[A-Ja-dfgh]))\s*(?:[)\].:]\s*(?P<rest>.*)|(?P<rest2>))",
     re.DOTALL | re.I,
 )
 
@@ -279,4 +279,5 @@ def choice(text: str) -> tuple[str, str] | None:
     match = _CHOICE.fullmatch(text.strip().rstrip("."))
     if not match:
         return None
-    return match[1].upper(), (match["rest"] or "").strip()
+    rest = (match["rest"] or "").strip()
+    return None if rest[:1] in set("^+-*/=_!<>") else (match[1].upper(), rest)

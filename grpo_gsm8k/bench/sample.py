@@ -88,7 +88,7 @@ def _speed(model: Any, args: argparse.Namespace, sizes: Sequence[tuple[int, int]
     """Figures of completions whose prompts' and own lengths are `sizes`."""
     from grpo_gsm8k.trainer.memory import shape_of
 
-    tokens, gpu = sum(n for _, n in sizes), bench.gpu(args)
+    tokens, gpu = sum(n for _, n in sizes), bench.gpu_of(args)
     found = {"tokens_per_s": tokens / seconds, "tokens": tokens}
     if gpu:
         read = bytes_read(shape_of(model), next(model.parameters()).element_size(), sizes)

@@ -25,16 +25,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from grpo_gsm8k import config
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.trainer import costs
 
-COMMANDS = {"update": "bench_update", "sample": "bench_sample", "step": "bench_step", "gpu": "bench_gpu"}
+COMMANDS = ("update", "sample", "step", "gpu")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, measure, print."""
     args = parser().parse_args(argv)
-    module = importlib.import_module(f"grpo_gsm8k.{COMMANDS[args.command]}")
+    check(args)
+    module = importlib.import_module(f"grpo_gsm8k.bench.{args.command}")
     if args.alone and args.threads:
         import torch
 
@@ -50,8 +52,8 @@ def parser() -> argparse.ArgumentParser:
     """The door; `-` and `_` are the same in flags."""
     top = argparse.ArgumentParser(prog="grpo-gsm8k bench", description=(__doc__ or "").split("\n")[0])
     commands = top.add_subparsers(dest="command", required=True)
-    for name, module in COMMANDS.items():
-        imported = importlib.import_module(f"grpo_gsm8k.{module}")
+    for name in COMMANDS:
+        imported = importlib.import_module(f"grpo_gsm8k.bench.{name}")
         one = commands.add_parser(name, help=(imported.__doc__ or "").split("\n")[0])
         flags: dict[str, tuple[Any, str]] = {**SHARED, **imported.FLAGS}
         for flag, (default, text) in flags.items():
@@ -62,6 +64,31 @@ def parser() -> argparse.ArgumentParser:
                 one.add_argument(*spelled, default=default, type=type(default), help=f"{text} ({default})")
     return top
 
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse numbers and names that cannot be measured. Raises `ConfigError`."""
+    flags = {**SHARED, **importlib.import_module(f"grpo_gsm8k.bench.{args.command}").FLAGS}
+    for name, (default, text) in flags.items():
+        value = getattr(args, name)
+        if isinstance(default, bool) or not isinstance(default, int | float):
+            continue
+        bounds = {"at least": 0 if name in MAY_BE_0 else 1, "at most": SHARES.get(name, 10**9)}
+        if why := config.out_of_range(value, bounds):
+            raise ConfigError(f"bench {args.command} --{name} {value}: {why} ({text})")
+    for name, known in CHOICES.items():
+        value = getattr(args, name, "")
+        if value and value not in known and not (name == "device" and value.startswith("cuda:")):
+            raise ConfigError(f"bench {args.command} --{name} {value}: must be one of {', '.join(known)}")
+    for size in getattr(args, "completions", "1").split(","):
+        if not (size.isascii() and size.isdigit() and 0 < len(size) < 10 and int(size)):
+            raise ConfigError(f"--completions {args.completions}: must be whole numbers above 0, as in 32,128")
+    if args.hidden % (2 * args.heads) or args.heads % args.kv_heads:
+        raise ConfigError("--hidden must be a multiple of 2 * heads, and --heads one of kv_heads")
+
+
+MAY_BE_0 = frozenset({"threads", "flat", "temperature"})
+SHARES = {"flat": 1}
+CHOICES = {"device": ("cpu", "cuda"), "dtype": ("float32", "bfloat16"), "vs": ("trl",)}
 
 SHARED: dict[str, tuple[Any, str]] = {
     "json": (False, "print one JSON object"),
@@ -131,7 +158,7 @@ def measuring(device: str) -> Iterator[Measured]:
         found["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
 
 
-def gpu(args: argparse.Namespace) -> costs.Gpu | None:
+def gpu_of(args: argparse.Namespace) -> costs.Gpu | None:
     """The peaks of the GPU that is measured; None on a CPU, in float32, and for one that `costs.GPUS` has not."""
     import torch
 
@@ -189,7 +216,3 @@ def table(found: Mapping[str, Any], indent: str = "") -> Iterator[str]:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-if __name__ == "__main__":
-    main()

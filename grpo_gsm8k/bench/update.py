@@ -108,7 +108,7 @@ def _measure_update(kind: str, args: argparse.Namespace, rows: Sequence[Datum]) 
     if args.device.startswith("cuda") and kind not in PEERS:
         setup = costs.setup_of(_config(kind, args), next(model.parameters()).element_size())
         found["predicted_gpu_mb"] = costs.training_bytes(shape, setup, args.max_tokens_per_microbatch) / 2**20
-    gpu = bench.gpu(args)
+    gpu = bench.gpu_of(args)
     return found | ({"mfu": operations(shape, rows) / measured["seconds"] / gpu.flops} if gpu else {})
 
 
@@ -169,12 +169,12 @@ def _config(kind: str, args: argparse.Namespace) -> TrainConfig:
 def _ours(model: Any, args: argparse.Namespace, kind: str) -> Update:
     from grpo_gsm8k.trainer.batch import make_batch
     from grpo_gsm8k.trainer.learner import TorchLearner
-    from grpo_gsm8k.trainer.objectives import Objective
+    from grpo_gsm8k.trainer.losses import GrpoClip, Objective
 
     learner = TorchLearner(model, None, _config(kind, args))
 
     def update(rows: Sequence[Datum], temperature: float, then: str) -> None:
-        objective = Objective("grpo_clip", CLIP, CLIP, temperature)
+        objective = Objective(GrpoClip(CLIP, CLIP), temperature)
         learner.forward_backward(make_batch(rows, 0, "token"), objective)
         if then == "step":
             learner.step(1e-6)
@@ -202,7 +202,7 @@ def _with_token_logprobs(cells: Callable[[Any], Any]) -> Any:
 
     from grpo_gsm8k.trainer.packing import last_hidden_states
 
-    def token_logprobs(model: Any, batch: Any, temperature: float, _: bool = True, slope: Any = None) -> Any:
+    def token_logprobs(model: Any, batch: Any, temperature: float, *_: Any) -> Any:
         chosen = cells(batch)
         hidden = last_hidden_states(model, replace(batch, mask=chosen.float()))
         logp = (model.get_output_embeddings()(hidden).float() / temperature).log_softmax(-1)
@@ -217,7 +217,7 @@ def _with_token_logprobs(cells: Callable[[Any], Any]) -> Any:
 
 def _recomputed(args: argparse.Namespace) -> Any:
     """The head's gradient by a second softmax in the backward."""
-    return mock.patch("grpo_gsm8k.trainer.learner.slope", lambda batch, objective: None)
+    return mock.patch("grpo_gsm8k.trainer.learner.fused_grad", lambda batch, objective: None)
 
 
 def _padded(args: argparse.Namespace) -> Any:
@@ -251,7 +251,7 @@ WITHOUT: dict[str, Callable[[argparse.Namespace], Any]] = {
 
 WITH: dict[str, dict[str, Any]] = {
     "with:activation_checkpointing": {"activation_checkpointing": True},
-    "with:compile": {"compile": True},
+    "with:compile": {"compile": "on"},
     "with:optimizer_on_cpu": {"optimizer_device": "cpu"},
 }
 """Options of the recipe that are off by default."""

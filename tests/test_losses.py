@@ -1,20 +1,37 @@
-"""Objectives and their signs by hand, the KL term against the exact KL, an update's figures, advantages by hand."""
+"""Losses and their signs by hand, the KL term against the exact KL, an update's figures, advantages by hand."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import replace
+import statistics
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
-from grpo_gsm8k.grpo import group_advantages
+from grpo_gsm8k.config import GrpoConfig
+from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.grpo import group_advantages, maxrl_advantages
 from grpo_gsm8k.trainer.batch import make_batch, with_ref_logprobs
 from grpo_gsm8k.trainer.logprobs import token_logprobs
-from grpo_gsm8k.trainer.objectives import LOSSES, Objective, add_sums, per_token_loss, policy_metrics, policy_sums
+from grpo_gsm8k.trainer.losses import (
+    LOSSES,
+    Cispo,
+    GrpoClip,
+    Gspo,
+    Luspo,
+    Objective,
+    Reinforce,
+    Sapo,
+    Vespo,
+    per_token_loss,
+    unread_settings,
+)
+from grpo_gsm8k.trainer.metrics import add_sums, policy_metrics, policy_sums
 from tests.toys import TableModel, rows
 
-CLIP = Objective("grpo_clip", 0.2, 0.2)
+CLIP = Objective(GrpoClip(0.2, 0.2))
 
 
 def loss_and_gradient(ratio: float, advantage: float, objective: Objective = CLIP) -> tuple[float, float]:
@@ -51,7 +68,7 @@ def test_clip_cases(ratio, advantage, loss, gradient):
 )
 def test_dual_clip_cases(ratio, advantage, loss, gradient):
     """By arXiv 1912.09729 eq. 5: max(min(r A, clip(r) A), 3 A) where A < 0."""
-    found = loss_and_gradient(ratio, advantage, replace(CLIP, dual_clip=3.0))
+    found = loss_and_gradient(ratio, advantage, Objective(GrpoClip(0.2, 0.2, 3.0)))
     assert found == pytest.approx((loss, gradient), abs=1e-6)
 
 
@@ -62,12 +79,12 @@ def test_dual_clip_cases(ratio, advantage, loss, gradient):
 def test_cispo_cases(ratio, advantage, weight):
     """The weight is clipped to [0.5, 5], and no token loses its gradient."""
     logp = math.log(0.5 * ratio)
-    found = loss_and_gradient(ratio, advantage, Objective("cispo", 0.5, 4.0))
+    found = loss_and_gradient(ratio, advantage, Objective(Cispo(0.5, 4.0)))
     assert found == pytest.approx((-weight * advantage * logp, -weight * advantage), abs=1e-5)
 
 
 def test_reinforce_case():
-    assert loss_and_gradient(10.0, 2.0, Objective("reinforce")) == pytest.approx((-2 * math.log(5), -2), abs=1e-6)
+    assert loss_and_gradient(10.0, 2.0, Objective(Reinforce())) == pytest.approx((-2 * math.log(5), -2), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -78,22 +95,86 @@ def test_gspo_case(advantage, loss, gradient):
     """Ratios 2 and 8: the response's is 4, sqrt(2 x 8), and each log-probability moves it by 4 / 2."""
     batch = make_batch(rows(([1, 2, 3, 4], 2), advantage=advantage, logprob=math.log(0.1)), 0, "sequence")
     logp = torch.tensor([[0.0, math.log(0.2), math.log(0.8)]], requires_grad=True)
-    value = (batch.weights * LOSSES["gspo"](logp, batch, CLIP)).sum()
+    value = (batch.weights * Gspo()(logp, batch)).sum()
     value.backward()
     assert float(value.detach()) == pytest.approx(loss, abs=1e-5)
     assert logp.grad[0].tolist() == pytest.approx([0.0, gradient, gradient], abs=1e-5)
+
+
+@pytest.mark.parametrize(("ratio", "advantage"), [(1.0, 2.0), (3.0, 1.0), (0.2, 1.0), (3.0, -1.5), (0.2, -1.5)])
+def test_sapo_by_hand(ratio, advantage):
+    """-A 4 / tau sigmoid(tau (r - 1)), whose slope in log pi is -A r 4 s (1 - s)."""
+    tau = 1.0 if advantage > 0 else 1.05
+    s = 1 / (1 + math.exp(-tau * (ratio - 1)))
+    expected = (-advantage * 4 / tau * s, -advantage * ratio * 4 * s * (1 - s))
+    assert loss_and_gradient(ratio, advantage, Objective(Sapo())) == pytest.approx(expected, rel=1e-5)
+    if ratio == 1:
+        assert expected[1] == -advantage  # on-policy the plain surrogate's
+
+
+@pytest.mark.parametrize(("advantage", "k", "lam"), [(1.0, 2.0, 3.0), (-1.0, 3.0, 2.0)])
+@pytest.mark.parametrize("ratios", [(1.0, 1.0), (0.5, 0.8), (1.25, 1.6)])
+def test_vespo_by_hand(advantage, k, lam, ratios):
+    """Each token's loss is -phi(W) A log pi with W the product of the ratios, and phi takes no gradient."""
+    batch = make_batch(rows(([1, 2, 3], 1), advantage=advantage, logprob=math.log(0.1)), 0, "sequence")
+    logp = torch.tensor([[math.log(0.1 * r) for r in ratios]], requires_grad=True)
+    w = ratios[0] * ratios[1]
+    phi = w**k * math.exp(lam * (1 - w))
+    found = Vespo()(logp, batch)
+    found.sum().backward()
+    assert found[0].tolist() == pytest.approx([-phi * advantage * math.log(0.1 * r) for r in ratios], rel=1e-5)
+    assert logp.grad[0].tolist() == pytest.approx([-phi * advantage] * 2, rel=1e-5)
+
+
+def test_luspo_is_gspo_times_the_length_of_the_response():
+    data = rows((range(1, 5), 1), (range(1, 9), 1), advantage=0.7, logprob=-1.0)
+    batch = make_batch(data, 0, "sequence")
+    logp = -1.0 + 0.1 * torch.randn(batch.mask.shape, generator=torch.Generator().manual_seed(0))
+    plain, scaled = Gspo()(logp, batch), Luspo()(logp, batch)
+    assert torch.allclose(scaled[0], 3 * plain[0]) and torch.allclose(scaled[1], 7 * plain[1])
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda: GrpoClip(0.2, 0.28, dual_clip=1.25), "dual_clip"),
+        (lambda: Sapo(sapo_temperature_neg=0.0), "sapo_temperature_neg"),
+        (lambda: Sapo(sapo_temperature_pos=math.nan), "sapo_temperature_pos"),
+        (lambda: Vespo(vespo_k_neg=-1.0), "vespo_k_neg"),
+    ],
+)
+def test_settings_that_a_loss_refuses(make, word):
+    with pytest.raises(ConfigError, match=word):
+        make()
+
+
+def test_a_setting_that_the_loss_does_not_read_is_named():
+    cfg, defaults = GrpoConfig(), vars(GrpoConfig())
+    assert unread_settings("vespo", vars(cfg), defaults) == []
+    changed = vars(cfg) | {"dual_clip": 3.0, "sapo_temperature_pos": 2.0, "clip_eps": 0.1}
+    assert unread_settings("gspo", changed, defaults) == ["sapo_temperature_pos"]
+    assert unread_settings("sapo", changed, defaults) == ["dual_clip"]
+
+
+def test_every_loss_and_its_settings_are_options():
+    named = {f.name: f.metadata["help"] for f in fields(GrpoConfig)}
+    for name, kind in LOSSES.items():
+        assert name in named["loss"] or kind.supervised
+        assert {f.name for f in fields(kind)} <= named.keys()
 
 
 @pytest.mark.parametrize(
     "objective",
     [
         CLIP,
-        replace(CLIP, dual_clip=1.3),
-        Objective("gspo", 0.02, 0.05),
-        Objective("reinforce"),
-        Objective("grpo_clip", kl_coef=0.5, kl_estimator="k1"),
-        Objective("grpo_clip", kl_coef=0.5, kl_estimator="k3"),
-        Objective("gspo", kl_coef=0.5, kl_estimator="k2", kl_bias_correction=False),
+        Objective(Sapo()),
+        Objective(Luspo(0.02, 0.05)),
+        Objective(GrpoClip(0.2, 0.2, 1.3)),
+        Objective(Gspo(0.02, 0.05)),
+        Objective(Reinforce()),
+        Objective(GrpoClip(), kl_coef=0.5, kl_estimator="k1"),
+        Objective(GrpoClip(), kl_coef=0.5, kl_estimator="k3"),
+        Objective(Gspo(), kl_coef=0.5, kl_estimator="k2", kl_bias_correction=False),
     ],
     ids=str,
 )
@@ -109,7 +190,7 @@ def test_gradient_is_that_of_the_loss_by_finite_differences(objective):
     )
 
 
-@pytest.mark.parametrize("objective", [CLIP, Objective("gspo"), Objective("cispo"), Objective("reinforce")], ids=str)
+@pytest.mark.parametrize("objective", [Objective(kind()) for kind in LOSSES.values()], ids=str)
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_an_extreme_ratio_stays_finite(objective, estimator):
     for ratio in (1e30, 1e-30):
@@ -141,7 +222,7 @@ def expected_kl_term(sampled: torch.Tensor, estimator: str, correction: bool) ->
     batch = replace(batch, weights=sampled.float().reshape(5, 1))
     model = TableModel(POLICY.float().repeat(5, 1))
     logp, _ = token_logprobs(model, batch)
-    objective = Objective("grpo_clip", kl_coef=1.0, kl_estimator=estimator, kl_bias_correction=correction)
+    objective = Objective(GrpoClip(), kl_coef=1.0, kl_estimator=estimator, kl_bias_correction=correction)
     value = (batch.weights * per_token_loss(logp, batch, objective)).sum()  # the advantage is 0: only the KL is left
     value.backward()
     return float(value.detach()), model.table.grad[0].tolist()
@@ -188,12 +269,14 @@ def test_kl_values_by_hand():
 @pytest.mark.parametrize(
     ("objective", "high", "low"),  # of five tokens with A = 1, then five with A = -1
     [
-        (Objective("grpo_clip", 0.2, 0.5), 2, 2),  # 2 and 8 with A > 0; 1/8 and 1/2 with A < 0
-        (Objective("grpo_clip", 0.2, 0.5, dual_clip=4.0), 3, 2),  # and 8 with A < 0
-        (Objective("cispo", 0.8, 0.5), 4, 2),  # whatever the advantage
-        (Objective("reinforce", 0.2, 0.5), 0, 0),
-        (Objective("gspo", 0.2, 0.5), 0, 0),  # the geometric mean is 1
-        (Objective("gspo", 0.2, -0.1), 5, 0),
+        (Objective(GrpoClip(0.2, 0.5)), 2, 2),  # 2 and 8 with A > 0; 1/8 and 1/2 with A < 0
+        (Objective(GrpoClip(0.2, 0.5, 4.0)), 3, 2),  # and 8 with A < 0
+        (Objective(Cispo(0.8, 0.5)), 4, 2),  # whatever the advantage
+        (Objective(Reinforce()), 0, 0),
+        (Objective(Gspo(0.2, 0.5)), 0, 0),  # the geometric mean is 1
+        (Objective(Gspo(0.2, -0.1)), 5, 0),
+        (Objective(Sapo()), 0, 0),
+        (Objective(Vespo()), 0, 0),
     ],
     ids=str,
 )
@@ -258,6 +341,34 @@ def test_advantages_by_hand():
 )
 def test_every_baseline_by_hand(settings, expected):
     assert group_advantages([1, 0, 0, 0], **settings) == pytest.approx([expected[0]] + [expected[1]] * 3, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "advantages"),
+    [
+        ([1, 0, 0, 0], [3, -1, -1, -1]),
+        ([1, 1, 0, 1], [1 / 3, 1 / 3, -1, 1 / 3]),
+        ([0.0] * 4, [0.0] * 4),
+        ([1, 1], [0, 0]),
+    ],
+)
+def test_maxrl_by_hand(rewards, advantages):
+    assert maxrl_advantages(rewards) == pytest.approx(advantages, abs=1e-12)
+
+
+def test_maxrl_has_the_gradient_of_the_log_likelihood_up_to_an_order():
+    """In expectation over all groups of G tosses of a coin: that of -sum_k (1 - p)^k / k for k < G, log p's series."""
+    p, size, expected = 0.3, 4, 0.0
+    for tosses in itertools.product((0, 1), repeat=size):
+        share = math.prod(p if toss else 1 - p for toss in tosses)
+        scores = [toss - p for toss in tosses]  # d log pi / d logit
+        expected += share * statistics.fmean(a * s for a, s in zip(maxrl_advantages(tosses), scores, strict=True))
+    assert expected == pytest.approx(sum((1 - p) ** (k - 1) for k in range(1, size)) * p * (1 - p), abs=1e-12)
+
+
+def test_maxrl_refuses_what_it_cannot_divide_by():
+    with pytest.raises(ConfigError, match="not be negative"):
+        maxrl_advantages([1.0, -0.5])
 
 
 @pytest.mark.parametrize("reward", [0.1 + 0.2, 0.7, 1 / 3, 1e-9, 0.2 + 0.8])

@@ -1,0 +1,92 @@
+"""A user's own code: `package.module:name` found and called, its faults told in one line.
+
+Rewards, losses, advantages and tasks are named this way on the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from grpo_gsm8k.errors import ConfigError, GrpoError
+
+
+def load_object(spec: str, kind: str, known: Iterable[str] = ()) -> Any:
+    """What `spec`, `package.module:name`, names. The current directory is searched, too.
+
+    Args:
+        kind: what is being named, for the error: "reward", "loss", …
+        known: the names of those that the package has itself.
+
+    Raises:
+        ConfigError: there is no such module or name in it, or the module raises on import.
+    """
+    module_name, colon, name = spec.partition(":")
+    if not colon or not module_name or not name:
+        names = sorted(known)
+        near = difflib.get_close_matches(spec, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{kind} {spec!r}: must be {', '.join([*names, 'or package.module:name'])}{hint}")
+    here = str(Path.cwd())
+    if here not in sys.path:  # the user's module lies where the command was typed
+        sys.path.insert(0, here)
+    if not all(part.isidentifier() for part in module_name.split(".")) or module_name.endswith(".py"):
+        dotted = module_name.removesuffix(".py").replace("/", ".").strip(".")
+        raise ConfigError(f"{kind} {spec!r}: {module_name!r} is no module name; write {dotted}:{name}")
+    try:
+        with calling(f"{kind} {spec!r}", ModuleNotFoundError):
+            module = importlib.import_module(module_name)
+    except ModuleNotFoundError as fault:
+        if fault.name is not None and f"{module_name}.".startswith(f"{fault.name}."):
+            raise ConfigError(f"{kind} {spec!r}: no module {module_name!r} (looked in {here} too)") from None
+        raise ConfigError(f"{kind} {spec!r}: {_where(fault)}{fault}") from None
+    found: Any = module
+    for part in name.split("."):
+        if not hasattr(found, part):
+            near = difflib.get_close_matches(part, dir(found), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            place = getattr(module, "__file__", None) or "a namespace without a file"
+            raise ConfigError(f"{kind} {spec!r}: {module_name} has no {name!r} ({place}){hint}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ConfigError(f"{kind} {spec!r}: {name} is a {type(found).__name__}, and cannot be called")
+    return found
+
+
+def is_users(spec: str) -> bool:
+    """Whether a name is of a user's own code."""
+    return ":" in spec
+
+
+@contextmanager
+def calling(what: str, *passed: type[Exception]) -> Iterator[None]:
+    """Around a call of a user's own code: whatever it raises becomes a `ConfigError` that names the file and line.
+
+    Args:
+        what: whose code it is, for the error.
+        passed: errors that the caller handles itself; the package's own pass, too.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as fault:  # somebody else's code can raise anything
+        if isinstance(fault, (GrpoError, *passed)):
+            raise
+        text = " ".join(str(fault).split())[:300]
+        raise ConfigError(f"{what}: {_where(fault)}{type(fault).__name__}{': ' * bool(text)}{text}") from fault
+
+
+def _where(fault: BaseException) -> str:
+    """`mine.py:12: `, the innermost line of the user's own that raised; empty where there is none."""
+    if isinstance(fault, SyntaxError) and fault.filename:
+        return f"{fault.filename}:{fault.lineno}: "
+    ours = (str(Path(__file__).parent), "<frozen")
+    frames = [frame for frame in traceback.extract_tb(fault.__traceback__) if not frame.filename.startswith(ours)]
+    own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(sys.base_prefix)]
+    at = (own or frames)[-1:]
+    return "".join(f"{frame.filename}:{frame.lineno}: " for frame in at)

@@ -1,0 +1,80 @@
+"""stdout and stderr as they come: any encoding, a full disk behind them, a reader that has left."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import errno
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
+
+from grpo_gsm8k.errors import DiskError, GrpoError
+
+PLAIN = {"→": "->", "←": "<-", "×": "x", "…": "...", "–": "-", "—": "-", "−": "-", "‘": "'", "’": "'", "Δ": "d"}
+PLAIN |= {"“": '"', "”": '"', "\u00a0": " ", "·": "-", "✓": "ok", "±": "+-", "•": "*"}
+
+
+class ReaderGone(GrpoError):
+    """Whoever read stdout has closed it, as `| head` does."""
+
+
+def _plainly(fault: UnicodeError) -> tuple[str, int]:
+    if not isinstance(fault, UnicodeEncodeError):
+        raise fault
+    return "".join(PLAIN.get(letter, "?") for letter in fault.object[fault.start : fault.end]), fault.end
+
+
+def serve_any_encoding() -> None:
+    """Let no character that a terminal's encoding lacks end a command."""
+    sys.stdout = sys.stdout or _nowhere()  # None where it was closed before we came
+    sys.stderr = sys.stderr or _nowhere()
+    codecs.register_error("grpo_gsm8k.plain", _plainly)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # a test's stand-in, or closed
+            stream.reconfigure(errors="grpo_gsm8k.plain")  # type: ignore[union-attr]
+
+
+def as_json(result: Mapping[str, Any]) -> str:
+    """One JSON object in letters that stdout has."""
+    text = json.dumps(result, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeError:
+        return json.dumps(result)
+    return text
+
+
+@contextlib.contextmanager
+def stdout_errors() -> Iterator[None]:
+    """Turn what goes wrong with stdout itself into one line; it is flushed here, where that can still be told.
+
+    Raises:
+        ReaderGone: the reader has left.
+        DiskError: the disk behind it is full.
+    """
+    try:
+        yield
+        with contextlib.suppress(ValueError):  # closed
+            sys.stdout.flush()
+    except OSError as fault:
+        if fault.filename is not None or fault.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EBADF):
+            raise  # files have names, and are written through `disk_errors`
+        _drop_stdout()
+        if fault.errno == errno.EPIPE:
+            raise ReaderGone("stdout was closed before everything was written") from None
+        raise DiskError(f"stdout: cannot be written: {fault.strerror}; results on disk are complete") from None
+
+
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123  (for as long as the process lives)
+
+
+def _drop_stdout() -> None:
+    """The interpreter flushes once more when it leaves, and would print a second line about it."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
