@@ -476,6 +476,7 @@ class ToyConfig:
     train: int = opt(18000, "training examples", ge=1, le=10_000_000)
     val: int = opt(200, "validation examples", ge=1, le=10_000_000)
     test: int = opt(600, "held-out test examples", ge=1, le=10_000_000)
+    tiny: bool = opt(False, "small examples, from a teacher of mixed quality: what the tiny model learns from")
 
 
 @dataclass(frozen=True)
@@ -525,18 +526,28 @@ def read_toml(path: Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"{path}: cannot be read: {fault.strerror}") from None
     except (ValueError, RecursionError) as fault:  # broken TOML, broken UTF-8, a number of 5000 digits, NUL in the path
         raise ConfigError(f"{path}: not a TOML file: {fault}") from None
+    of_tasks = tables.get("task", {})
+    if not isinstance(of_tasks, dict) or not all(isinstance(own, dict) for own in of_tasks.values()):
+        raise ConfigError(f"{path}: what is for one task must stand in a table such as [task.countdown.grpo]")
+    _check_tables({name: table for name, table in tables.items() if name != "task"}, path, "")
+    for task, own in of_tasks.items():
+        _check_tables(own, path, f"task.{task}.")
+    return tables
+
+
+def _check_tables(tables: Mapping[str, Any], path: Path, before: str) -> None:
+    """Raise `ConfigError` for a table or a key that is not known."""
     everywhere = {name for cls in SECTIONS.values() for name in _fields(cls)}
     for table, values in tables.items():
-        _known(table, [*SECTIONS, "common"], f"{path}: unknown table")
+        _known(table, [*SECTIONS, "common"], f"{path}: unknown table" + (f" in [{before[:-1]}]" if before else ""))
         if not isinstance(values, dict):
-            raise ConfigError(f"{path}: {table!r} must stand in a table such as [grpo] or [common]")
+            raise ConfigError(f"{path}: {table!r} must stand in a table such as [{before}grpo] or [{before}common]")
         known = everywhere if table == "common" else _fields(SECTIONS[table])
         for key, value in values.items():
-            _known(key, known, f"{path}: [{table}] unknown key")
+            _known(key, known, f"{path}: [{before}{table}] unknown key")
             for cls in SECTIONS.values() if table == "common" else [SECTIONS[table]]:
                 if key in _fields(cls):
-                    _coerce(cls, key, value, f"{path}: [{table}] {key} =")
-    return tables
+                    _coerce(cls, key, value, f"{path}: [{before}{table}] {key} =")
 
 
 def resolve(
@@ -546,11 +557,14 @@ def resolve(
     config_file: Path | None = None,
     flags: Mapping[str, Any] | None = None,
     sets: typing.Sequence[str] = (),
+    task: str = "",
 ) -> Any:
     """The config of one stage from all layers (see the module's docstring).
 
     Args:
         section: a key of `SECTIONS`.
+        task: whose tables `[task.NAME.section]` lie over the `[section]` of the same file; by default the task that
+            the flags or the files name.
         flags: only those that were given.
         sets: `key=value` strings; `section.key=value` is for that section alone.
 
@@ -561,11 +575,14 @@ def resolve(
     values: dict[str, Any] = {}
     if preset:
         _known(preset, preset_names(), "unknown preset")
-    for path in [PRESETS / f"{preset}.toml"] if preset else []:
-        values |= _over_algorithm(_layer(read_toml(path), section))
-    if config_file:
-        values |= _over_algorithm(_layer(read_toml(config_file), section))
+    files = [read_toml(path) for path in ([PRESETS / f"{preset}.toml"] if preset else []) + [config_file] if path]
     typed = dict(flags or {})
+    task = (
+        task or typed.get("task") or next((t for file in files[::-1] if (t := _layer(file, section).get("task"))), "")
+    )
+    for file in files:
+        values |= _over_algorithm(_layer(file, section))
+        values |= _over_algorithm(_layer(file.get("task", {}).get(task, {}), section))
     for item in sets:
         key, equals, text = item.partition("=")
         table, dot, name = key.strip().rpartition(".")

@@ -105,9 +105,9 @@ def make_tiny(folder: Path, cfg: TinyModelConfig, task: Task, examples: Sequence
 
 
 def texts_of(task: Task, example: Example) -> list[str]:
-    """What a tokenizer learns from an example: the question, and the solution or what a teacher answers."""
-    solution = example.meta.get("solution")
-    return [example.text, solution if isinstance(solution, str) else task.target(example)]
+    """What a tokenizer learns from an example: how it is asked, and what a teacher answers."""
+    asked = task.prompt(example)
+    return [*([asked] if isinstance(asked, str) else [text for _, text in asked]), task.target(example)]
 
 
 def _outcome(row: Mapping[str, Any]) -> str:
@@ -170,7 +170,9 @@ def _resolver(
                 {"engine": cfg.engine} if cfg.engine else {}
             )
             own |= {"task": cfg.task} if cfg.task else {}
-        return config.resolve(section, preset=cfg.preset, config_file=config_file, flags={**own, **flags}, sets=scoped)
+        return config.resolve(
+            section, preset=cfg.preset, config_file=config_file, flags={**own, **flags}, sets=scoped, task=cfg.task
+        )
 
     return resolve
 

@@ -150,3 +150,38 @@ def test_a_device_for_vllm_says_that_vllm_samples():
     before = vars(config.resolve("grpo", flags={"vllm_device": "cuda:1"}))
     assert config.differences(before, config.resolve("grpo")) == ["engine: 'vllm' then, 'hf' now"]
     assert config.differences(before, config.resolve("grpo", flags={"vllm_device": "cuda:2"})) == []
+
+
+def test_a_file_may_have_tables_for_one_task(tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        "[common]\nmax_new_tokens = 9\n[grpo]\nsteps = 5\ngroup_size = 4\n"
+        "[task.countdown.common]\nmax_new_tokens = 7\n[task.countdown.grpo]\nsteps = 6\n"
+    )
+    for given in ({"task": "countdown"}, {"flags": {"task": "countdown"}}):
+        cfg = config.resolve("grpo", config_file=recipe, **given)
+        assert (cfg.steps, cfg.group_size, cfg.max_new_tokens) == (6, 4, 7)
+    for given in ({}, {"task": "gsm8k"}, {"flags": {"task": "mine:Task"}}):
+        assert config.resolve("grpo", config_file=recipe, **given).steps == 5
+    assert config.resolve("grpo", config_file=recipe, task="countdown", flags={"steps": 1}).steps == 1
+    recipe.write_text(recipe.read_text() + '[task."mine:Task".grpo]\nsteps = 8\n')
+    assert config.resolve("grpo", config_file=recipe, flags={"task": "mine:Task"}).steps == 8
+    recipe.write_text('[common]\ntask = "countdown"\n[task.countdown.grpo]\nsteps = 6\n')
+    assert config.resolve("grpo", config_file=recipe).steps == 6
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("[task.countdown.grop]\nsteps = 1", r"unknown table in \[task.countdown\] 'grop'; did you mean 'grpo'"),
+        ("[task.countdown.grpo]\nstep = 1", r"\[task.countdown.grpo\] unknown key 'step'; did you mean 'steps'"),
+        ("[task.countdown]\nsteps = 1", "unknown table in"),
+        ("[task]\ncountdown = 1", r"must stand in a table such as \[task.countdown.grpo\]"),
+        ("task = 1", r"must stand in a table such as \[task.countdown.grpo\]"),
+    ],
+)
+def test_a_mistake_in_a_tasks_table(tmp_path, text, said):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        config.resolve("grpo", config_file=recipe)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Env", "Example", "Grade", "Message", "Tags", "Task", "TaskOptions", "load_examples", "load_split"]
 
+Author = Literal["model", "env"]
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 QUESTION_KEYS = ("question", "prompt", "problem")
@@ -152,6 +153,13 @@ class Task:
     def target(self, example: Example) -> str:
         """What a teacher answers; supervised fine-tuning learns it. Raises `ConfigError` where a task has none."""
         raise ConfigError(f"task {self.spec} has no reference answers to learn: pass pairs as --data_path")
+
+    def target_turns(self, example: Example) -> list[tuple[Author, str]]:
+        """What a teacher answers, turn by turn: the texts as they follow one another, each with its author.
+
+        A task with an environment says here what the environment would add; that is never trained.
+        """
+        return [("model", self.target(example))]
 
     def grade(self, example: Example, response: str) -> Grade:
         """The verdict on a response."""
