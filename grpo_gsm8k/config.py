@@ -57,7 +57,27 @@ class PromptConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig(PromptConfig):
+class PreferenceConfig(PromptConfig):
+    """What the chat task prefers; see tasks/chat.py."""
+
+    preference: str = opt(
+        "length", "chat: reward by length, by a judge who compares answers (judge), or by package.module:function"
+    )
+    length_words: int = opt(0, "chat: length that is wished for, in words; 0: that of the reference answer")
+    judge_base_url: str = opt(
+        "", "chat: OpenAI-compatible endpoint of the judge, as in http://localhost:8000/v1", runtime=True
+    )
+    judge_model: str = opt("", "chat: the judge's name there")
+    judge_api_key_env: str = opt(
+        "", "chat: environment variable that holds the judge's key; empty: none is sent", runtime=True
+    )
+    judge_concurrency: int = opt(8, "chat: most calls of the judge at once", runtime=True)
+    judge_budget: int = opt(0, "chat: most calls of the judge in this run directory; 0 for no limit", runtime=True)
+    judge_timeout_s: float = opt(120.0, "chat: seconds that one call of the judge may take", runtime=True)
+
+
+@dataclass(frozen=True)
+class ModelConfig(PreferenceConfig):
     """Where the model is, and how its answers are taken."""
 
     device: str = opt("auto", "cpu, cuda, cuda:0, or auto")
@@ -392,6 +412,9 @@ class PipelineConfig:
     deterministic: bool = opt(False, "bitwise repeatable kernels, TF32 off")
     resume: bool = opt(False, "continue where an earlier call stopped")
 
+
+TASK_SETTINGS = tuple(field.name for field in dataclasses.fields(PreferenceConfig) if "chat:" in field.metadata["help"])
+"""Fields that reach a task as `TaskOptions.settings`."""
 
 SECTIONS: dict[str, type] = {
     "sft": SftConfig,

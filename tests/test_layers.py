@@ -20,13 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom to the top. A module may import from its own layer (without a circle) and from those below.
 # `name*` stands for every module of the package's top level that begins so.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("__init__", "errors", "datatypes", "config", "extensions"),
-    ("tasks", "runs", "repro", "presets"),
+    ("__init__", "errors", "datatypes", "config", "extensions", "r1_traces"),
+    ("tasks", "runs", "repro", "presets", "judge"),
     ("trainer", "engines"),
     ("evals",),
     ("preflight",),
     ("workbench",),
-    ("data_prep", "r1_traces", "pretokenize", "sft", "ei", "grpo", "rollouts", "fast_eval_vllm"),
+    ("data_prep", "hub_datasets", "pretokenize", "sft", "ei", "grpo", "rollouts", "fast_eval_vllm"),
     ("report*", "pipeline", "serve", "launch", "doctor", "bench*"),
     ("cli", "__main__"),
 )
@@ -41,8 +41,8 @@ NETWORK = {
     "urllib.request",
     "urllib3",
 }
-MAY_USE_THE_NETWORK = {"data_prep", "r1_traces", "launch", "serve"}  # and one function of doctor
-IN_ONE_MODULE_ONLY = ("vllm", "wandb")
+MAY_USE_THE_NETWORK = {"data_prep", "hub_datasets", "judge", "r1_traces", "launch", "serve"}  # and a function of doctor
+IN_ONE_MODULE_ONLY = ("vllm", "wandb", "datasets")
 MAY_CATCH_ANYTHING = {"extensions"}  # what a user's own code raises is blamed on it, in one line
 HEAVY = {"torch", "transformers", "vllm", "datasets", "wandb", "matplotlib", "scipy"}
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 TASKS = {
     "gsm8k": "grpo_gsm8k.tasks.gsm8k.task:Gsm8k",
+    "chat": "grpo_gsm8k.tasks.chat:Chat",
 }
 """Name → class. To add a task, add its file to this folder and its line here."""
 
