@@ -1,7 +1,8 @@
 """Every setting of every stage: declared once here, with its help and its default.
 
 From a field come the command-line flag, its help text and the TOML key. The layers, weakest first:
-the default here, the preset (`presets/<name>.toml`), `--config FILE`, the flags, `--set key=value`.
+the default here, the preset (`presets/<name>.toml`, or the task's own in `presets/<task>/`), `--config FILE`, the
+flags, `--set key=value`.
 A layer that names an `algorithm` lays that paper's settings down first and its own over them; the flags and
 `--set` count as one layer in this, so whatever is typed is stronger.
 An unknown key is an error that names the nearest known one.
@@ -258,6 +259,16 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     # Williams 1992, doi 10.1007/BF00992696
     "reinforce": {**_PLAIN, **_REINFORCE, "baseline": "none"},
     "reinforce_baseline": {**_PLAIN, **_REINFORCE},
+    # the ratio times the advantage, unclipped, summed over tokens: the loss `importance_sampling` of the Tinker API
+    "importance_sampling": {
+        **_PLAIN,
+        "std_norm": False,
+        "aggregation": "constant",
+        "clip_eps": 1.0,
+        "clip_eps_high": 1e9,
+    },
+    # arXiv 1707.06347 eq. 7 over all tokens, with group-relative advantages instead of a critic's
+    "ppo": {**_PLAIN, "aggregation": "token"},
     # arXiv 1912.09729 eq. 5, with group-relative advantages instead of a critic's
     "ppo_dual_clip": {**_PLAIN, "aggregation": "token", "dual_clip": 3.0},
 }
@@ -434,6 +445,12 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
+def preset_path(preset: str, task: str = "") -> Path:
+    """The file of a preset: the task's own where it has one (`presets/<task>/<name>.toml`)."""
+    own = PRESETS / task / f"{preset}.toml"
+    return own if task.isidentifier() and own.is_file() else PRESETS / f"{preset}.toml"
+
+
 def read_toml(path: Path) -> dict[str, dict[str, Any]]:
     """The tables of a recipe file, every key checked. Raises `ConfigError` naming the file and the key."""
     try:
@@ -473,13 +490,12 @@ def resolve(
     """
     cls = SECTIONS[section]
     values: dict[str, Any] = {}
+    typed = dict(flags or {})
     if preset:
         _known(preset, preset_names(), "unknown preset")
-    for path in [PRESETS / f"{preset}.toml"] if preset else []:
-        values |= _over_algorithm(_layer(read_toml(path), section))
+        values |= _over_algorithm(_layer(read_toml(preset_path(preset, str(typed.get("task", "")))), section))
     if config_file:
         values |= _over_algorithm(_layer(read_toml(config_file), section))
-    typed = dict(flags or {})
     for item in sets:
         key, equals, text = item.partition("=")
         table, dot, name = key.strip().rpartition(".")

@@ -194,3 +194,18 @@ def test_pairings() -> None:
     assert many == pairings(16, "x") != pairings(16, "y")
     assert all(sum(i in pair for pair in many) >= OPPONENTS for i in range(16))
     assert len(many) <= 16 * OPPONENTS < len(list(combinations(range(16), 2)))
+
+
+def test_toy_conversations_come_from_the_seed_and_their_splits_are_disjoint(tmp_path: Path) -> None:
+    sizes = {"train": 300, "val": 20, "test": 30}
+    folders = [chat().generate(tmp_path / name, seed, sizes) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    texts = [[(folder / f"{split}.jsonl").read_text() for split in sizes] for folder in folders]
+    assert texts[0] == texts[1] != texts[2]
+    splits = {split: load_examples(chat(), folders[0] / f"{split}.jsonl") for split in sizes}
+    assert {split: len(found) for split, found in splits.items()} == sizes
+    asked = {split: {example.messages[-1] for example in found} for split, found in splits.items()}
+    assert not asked["train"] & asked["val"] and not asked["train"] & asked["test"] and not asked["val"] & asked["test"]
+    lengths = [len(str(example.answer).split()) for example in splits["train"]]
+    assert min(lengths) < 10 < 40 < max(lengths)
+    with pytest.raises(ConfigError, match="ask for fewer"):
+        chat().generate(tmp_path / "d", 0, {"train": 1, "val": 900, "test": 100})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 
 import pytest
@@ -150,3 +151,22 @@ def test_a_device_for_vllm_says_that_vllm_samples():
     before = vars(config.resolve("grpo", flags={"vllm_device": "cuda:1"}))
     assert config.differences(before, config.resolve("grpo")) == ["engine: 'vllm' then, 'hf' now"]
     assert config.differences(before, config.resolve("grpo", flags={"vllm_device": "cuda:2"})) == []
+
+
+@pytest.mark.parametrize(
+    ("preset", "batch", "epochs", "steps"), [("tiny", 8, 1, 10), ("quick", 32, 1, 100), ("full", 64, 3, 500)]
+)
+def test_chat_has_presets_of_its_own(preset: str, batch: int, epochs: int, steps: int) -> None:
+    sft = config.resolve("sft", preset=preset, flags={"task": "chat"})
+    grpo = config.resolve("grpo", preset=preset, flags={"task": "chat"})
+    assert (sft.batch_size, sft.epochs, grpo.steps) == (batch, epochs, steps)
+    assert grpo.rollouts_per_step == batch * grpo.group_size
+    assert grpo.algorithm in ("importance_sampling", "ppo")
+    assert config.resolve("sft", preset=preset, flags={"task": "gsm8k"}) != sft
+    assert config.resolve("grpo", preset=preset, flags={"task": "../presets/chat"}).algorithm == ""
+
+
+def test_importance_sampling_is_the_surrogate_without_its_clip() -> None:
+    cfg = config.resolve("grpo", flags={"algorithm": "importance_sampling"})
+    assert (cfg.loss, cfg.clip_eps, cfg.std_norm) == ("grpo_clip", 1.0, False)
+    assert cfg.clip_eps_high > math.exp(20)  # log-ratios are bounded by 20

@@ -147,7 +147,7 @@ def test_unknown_columns_and_empty_splits_are_mistakes(hub: SimpleNamespace) -> 
 def test_no_network_is_a_mistake_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # the tests run with HF_HUB_OFFLINE
     with pytest.raises(
-        ConfigError, match="--data_path hf:me/chats: the hub cannot be reached: .*a local JSONL"
+        ConfigError, match=r"--data_path hf:me/chats: the hub cannot be reached: .*a local JSONL"
     ) as caught:
         local_path("hf:me/chats")
     assert "\n" not in str(caught.value)

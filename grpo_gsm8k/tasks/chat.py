@@ -37,6 +37,7 @@ from grpo_gsm8k import extensions
 from grpo_gsm8k.datatypes import Completion, Example, Grade, Message, Prompt, Trajectory
 from grpo_gsm8k.errors import ConfigError, DataError
 from grpo_gsm8k.extensions import users_code
+from grpo_gsm8k.runs.files import write_jsonl
 from grpo_gsm8k.tasks.base import Task, TaskOptions, id_of, read_examples
 from grpo_gsm8k.tasks.conversations import conversation_of
 from grpo_gsm8k.tasks.responses import without_thoughts
@@ -121,6 +122,13 @@ class Chat(Task):
         messages = [{"role": role, "content": content} for role, content in said]
         return {"id": example.id, "messages": messages, **example.meta}
 
+    def generate(self, folder: Path, seed: int, sizes: Mapping[str, int]) -> Path:
+        """Toy conversations about animals, their answers of very different lengths; no question is in two splits."""
+        drawn = toy_conversations(seed, {split: sizes[split] for split in ("train", "val", "test")})
+        for split, rows in drawn.items():
+            write_jsonl(folder / f"{split}.jsonl", rows)
+        return folder
+
     # --------------------------------------------------------------------------------------------- preferences
 
     def grade(self, example: Example, response: str) -> Grade:
@@ -204,3 +212,64 @@ def count_words(text: str) -> int:
 def closeness(words: int, wished: int) -> float:
     """1 for the wished length, falling with every word more or less: the shorter length by the longer."""
     return min(words, wished) / max(words, wished, 1)
+
+
+# ------------------------------------------------------------------------------------------------ toy conversations
+
+_ANIMALS = ("fox", "owl", "bear", "frog", "hare", "wolf", "crow", "deer", "swan", "goat", "mole", "newt", "crab",
+            "duck", "lynx", "toad", "seal", "moth", "wasp", "hawk")  # fmt: skip
+_KINDS = ("old", "young", "red", "grey", "small", "big", "wild", "tame", "quiet", "loud", "quick", "slow")
+_PLACES = ("wood", "field", "river", "garden", "hills", "lake", "valley", "barn")
+_FOOD = ("berries", "grass", "seeds", "fish", "nuts", "roots", "leaves", "bread")
+_TIMES = ("at night", "in the morning", "in winter", "in summer", "after rain", "at noon")
+_DEEDS = ("sleeps", "runs", "sings", "hides", "plays", "waits", "digs", "rests")
+_QUESTIONS = (
+    "Tell me about the {animal}.",
+    "What do you know about the {animal}?",
+    "Describe the {animal} for a child.",
+    "I saw the {animal} today. What does it do?",
+)
+_SENTENCES = (
+    "The {animal} lives in the {place}.",
+    "It eats {food} and {food2}.",
+    "It {deed} {time}.",
+    "You may see it in the {place2} {time2}.",
+    "It {deed2} when nobody is near.",
+    "People like it because it {deed} so well.",
+)
+LONGEST_ANSWER = 8  # sentences
+
+
+def toy_conversations(seed: int, counts: Mapping[str, int]) -> dict[str, list[dict[str, Any]]]:
+    """Conversations by seed: a question about an animal, now and then after a greeting, and 1 to 8 sentences.
+
+    Raises:
+        ConfigError: more are asked for than there are questions.
+    """
+    draw = Random(f"chat/{seed}")
+    questions = [(q, f"{kind} {animal}") for q in _QUESTIONS for kind in _KINDS for animal in _ANIMALS]
+    draw.shuffle(questions)
+    held_out = sum(count for split, count in counts.items() if split != "train")
+    if held_out >= len(questions):
+        raise ConfigError(f"{held_out} held-out conversations of {len(questions)} toy questions: ask for fewer")
+    drawn: dict[str, list[dict[str, Any]]] = {}
+    for split in sorted(counts, key=lambda name: (name == "train", name)):
+        asked = [questions.pop() for _ in range(counts[split])] if split != "train" else []
+        asked = asked or [draw.choice(questions) for _ in range(counts[split])]
+        drawn[split] = [
+            {"id": f"chat-{split}-{i:05d}", "messages": _toy_messages(question, animal, draw)}
+            for i, (question, animal) in enumerate(asked)
+        ]
+    return {split: drawn[split] for split in counts}
+
+
+def _toy_messages(question: str, animal: str, draw: Random) -> list[dict[str, str]]:
+    places, foods, times, deeds = (draw.sample(words, 2) for words in (_PLACES, _FOOD, _TIMES, _DEEDS))
+    fill = dict(zip(("place", "place2", "food", "food2", "time", "time2", "deed", "deed2"),
+                    [*places, *foods, *times, *deeds], strict=True))  # fmt: skip
+    first, *others = _SENTENCES
+    chosen = [first, *(draw.choice(others) for _ in range(draw.randrange(LONGEST_ANSWER)))]
+    said = [("user", question.format(animal=animal)), ("assistant", " ".join(chosen).format(animal=animal, **fill))]
+    if draw.random() < 0.2:
+        said = [("user", "Hello!"), ("assistant", "Hello! What would you like to know?"), *said]
+    return [{"role": role, "content": content} for role, content in said]
