@@ -354,7 +354,7 @@ def _held_against_logits(args: argparse.Namespace, config: Any, dtype: Any) -> d
 
     from grpo_gsm8k.config import TrainConfig
     from grpo_gsm8k.datatypes import SamplingParams
-    from grpo_gsm8k.engines.probe import sampled_row
+    from grpo_gsm8k.engines.probe import completed
     from grpo_gsm8k.trainer.batch import make_batch
     from grpo_gsm8k.trainer.learner import TorchLearner
 
@@ -368,10 +368,10 @@ def _held_against_logits(args: argparse.Namespace, config: Any, dtype: Any) -> d
     model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
     plain = copy.deepcopy(model).float().eval()
     there = model.to(args.device)
-    prompts = _prompts([5, 3, 9, 5], 211)
+    prompts = _requests([5, 3, 9, 5], 211, 2)
     sampler = _sampler(copy.deepcopy(there), rows=16)
-    drawn = sampler.sample(prompts, SamplingParams(2, 12, temperature=0.7))
-    rows = [sampled_row(p, c, 1.0) for p, group in zip(prompts, drawn, strict=True) for c in group]
+    drawn = sampler.sample(prompts, SamplingParams(12, temperature=0.7))
+    rows = [completed(p, c) for p, group in zip(prompts, drawn, strict=True) for c in group]
     batch = make_batch(rows, 0)
     expected = torch.zeros_like(batch.mask)
     with torch.no_grad():
@@ -391,14 +391,14 @@ def _held_against_logits(args: argparse.Namespace, config: Any, dtype: Any) -> d
     return found
 
 
-def _prompts(lengths: Sequence[int], vocabulary: int) -> list[Any]:
+def _requests(lengths: Sequence[int], vocabulary: int, n: int) -> list[Any]:
     import random
 
-    from grpo_gsm8k.datatypes import Problem, Prompt
+    from grpo_gsm8k.datatypes import Request
 
     draw = random.Random(0)
-    ids = [tuple(draw.randrange(3, vocabulary) for _ in range(n)) for n in lengths]
-    return [Prompt(Problem(str(i), "", "", ""), row) for i, row in enumerate(ids)]
+    ids = [tuple(draw.randrange(3, vocabulary) for _ in range(length)) for length in lengths]
+    return [Request(row, tuple(range(i * n, (i + 1) * n))) for i, row in enumerate(ids)]
 
 
 def _sampler(model: Any, rows: int) -> Any:
@@ -788,7 +788,7 @@ def sampler(args: argparse.Namespace) -> Iterator[Row]:
 
     from grpo_gsm8k.config import TrainConfig
     from grpo_gsm8k.datatypes import SamplingParams
-    from grpo_gsm8k.engines.probe import sampled_row
+    from grpo_gsm8k.engines.probe import completed
     from grpo_gsm8k.trainer.batch import make_batch
     from grpo_gsm8k.trainer.learner import TorchLearner
 
@@ -796,19 +796,20 @@ def sampler(args: argparse.Namespace) -> Iterator[Row]:
         vocabulary = SHAPES[size]["vocabulary"]
         model = bench.make_model(shape_args(args, size)).eval()
         model.generation_config.eos_token_id = list(range(2, vocabulary, 200 if not is_toy(args) else 16))
-        prompts = _prompts([5, 7, 9, 8] if is_toy(args) else [60 + 7 * i % 80 for i in range(32)], vocabulary)
+        lengths = [5, 7, 9, 8] if is_toy(args) else [60 + 7 * i % 80 for i in range(32)]
         for group in (8, 2):
+            prompts = _requests(lengths, vocabulary, group)
             rows = group * len(prompts)
             drawer = _sampler(model, rows)
-            drawer.sample(prompts[:2], SamplingParams(2, 4))
+            drawer.sample(prompts[:2], SamplingParams(4))
             wait(args)
             started = time.perf_counter()
-            drawn = drawer.sample(prompts, SamplingParams(group, 8 if is_toy(args) else 200))
+            drawn = drawer.sample(prompts, SamplingParams(8 if is_toy(args) else 200))
             wait(args)
             seconds = time.perf_counter() - started
             tokens = sum(len(c.token_ids) for g in drawn for c in g)
             steps = max(len(c.token_ids) for g in drawn for c in g)
-            batch = make_batch([sampled_row(p, c, 1.0) for p, g in zip(prompts, drawn, strict=True) for c in g], 0)
+            batch = make_batch([completed(p, c) for p, g in zip(prompts, drawn, strict=True) for c in g], 0)
             cells = 64 if is_toy(args) else 8192
             learner = TorchLearner(
                 model.requires_grad_(True), None, TrainConfig(engine="vllm", max_tokens_per_microbatch=cells)
@@ -843,15 +844,16 @@ def grpo_run(
     import tempfile
 
     from grpo_gsm8k import config, grpo
-    from grpo_gsm8k.data_prep import write_splits
-    from grpo_gsm8k.tasks.gsm8k.toy import make_problems
+    from grpo_gsm8k.tasks import load_task
+    from grpo_gsm8k.tasks.base import load_split
     from grpo_gsm8k.trainer.tiny_model import make_tiny_model
 
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
         folder = Path(scratch)
-        problems = make_problems(0, {"train": 300, "val": 20, "test": 1})
-        write_splits(folder / "data", problems, {"source": "toy", "seed": 0})
-        model = make_tiny_model(folder / "model", [p.question for p in problems["train"]], 0, **sizes)
+        task = load_task("gsm8k")
+        task.generate(folder / "data", 0, {"train": 300, "val": 20, "test": 1})
+        examples = load_split(task, folder / "data", "train")
+        model = make_tiny_model(folder / "model", [example.text for example in examples], 0, **sizes)
         given = {
             "model_id": str(model),
             "data": str(folder / "data"),

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from grpo_gsm8k import bench
-from grpo_gsm8k.datatypes import Problem, Prompt, SamplingParams
+from grpo_gsm8k.datatypes import Request, SamplingParams
 from grpo_gsm8k.trainer import costs
 
 FLAGS: dict[str, tuple[Any, str]] = {
@@ -48,34 +48,34 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     """One of the two, in this process."""
     model = bench.make_model(args).eval()
     model.generation_config.eos_token_id = list(range(2, args.vocabulary, args.ends))
-    prompts = make_prompts(args)
+    prompts = make_requests(args)
     return _ours(model, prompts, args) if name == "ours" else _generate(model, prompts, args)
 
 
-def make_prompts(args: argparse.Namespace) -> list[Prompt]:
+def make_requests(args: argparse.Namespace) -> list[Request]:
     """Random ids; half to one and a half times the mean length."""
     draw = random.Random(0)
     sizes = [round(args.prompt_tokens * draw.uniform(0.5, 1.5)) for _ in range(args.prompts)]
     ids = [tuple(draw.randrange(3, args.vocabulary) for _ in range(size)) for size in sizes]
-    return [Prompt(Problem(str(i), "", "", ""), row) for i, row in enumerate(ids)]
+    return [Request(row, tuple(range(i * args.group, (i + 1) * args.group))) for i, row in enumerate(ids)]
 
 
-def _ours(model: Any, prompts: list[Prompt], args: argparse.Namespace) -> dict[str, float]:
+def _ours(model: Any, prompts: list[Request], args: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from grpo_gsm8k.config import TrainConfig
     from grpo_gsm8k.engines.hf import HFSampler
-    from grpo_gsm8k.engines.probe import sampled_row
+    from grpo_gsm8k.engines.probe import completed
     from grpo_gsm8k.trainer.batch import make_batch
     from grpo_gsm8k.trainer.learner import TorchLearner
 
     silent: Any = SimpleNamespace(stop_ids=frozenset(), pad_id=0, decode=lambda ids: "")
     sampler = HFSampler(model, silent, args.prompts * args.group, copy_model=False)
-    params = SamplingParams(args.group, args.max_new_tokens)
-    sampler.sample(prompts[:2], SamplingParams(2, 4))
+    params = SamplingParams(args.max_new_tokens)
+    sampler.sample(prompts[:2], SamplingParams(4))
     with bench.measuring(args.device) as measured:
         drawn = sampler.sample(prompts, params)
-    rows = [sampled_row(prompt, c, 1.0) for prompt, group in zip(prompts, drawn, strict=True) for c in group]
+    rows = [completed(p, c) for p, group in zip(prompts, drawn, strict=True) for c in group]
     sizes = [(len(p.token_ids), len(c.token_ids)) for p, group in zip(prompts, drawn, strict=True) for c in group]
     batch = make_batch(rows, 0)
     full = TorchLearner(model.requires_grad_(True), None, TrainConfig(max_tokens_per_microbatch=4096)).logprobs(batch)
@@ -102,7 +102,7 @@ def bytes_read(shape: costs.Shape, width: int, sizes: Sequence[tuple[int, int]])
     return sum(costs.decoding_bytes(shape, width, [p + t for p, n in sizes if n > t]) for t in steps)
 
 
-def _generate(model: Any, prompts: list[Prompt], args: argparse.Namespace) -> dict[str, float]:
+def _generate(model: Any, prompts: list[Request], args: argparse.Namespace) -> dict[str, float]:
     import torch
 
     longest = max(len(prompt.token_ids) for prompt in prompts)

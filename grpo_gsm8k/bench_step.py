@@ -47,9 +47,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     """One size, in this process."""
     from grpo_gsm8k import config, grpo
-    from grpo_gsm8k.data_prep import write_splits
     from grpo_gsm8k.runs.directory import Run
-    from grpo_gsm8k.tasks.gsm8k.toy import make_problems
+    from grpo_gsm8k.tasks import load_task
+    from grpo_gsm8k.tasks.base import load_split
     from grpo_gsm8k.trainer.tiny_model import make_tiny_model
 
     size = int(name)
@@ -63,9 +63,10 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
         folder = Path(scratch)
-        problems = make_problems(0, {"train": 300, "val": 20, "test": 1})
-        write_splits(folder / "data", problems, {"source": "toy", "seed": 0})
-        model = make_tiny_model(folder / "model", [p.question for p in problems["train"]], 0)
+        task = load_task("gsm8k")
+        task.generate(folder / "data", 0, {"train": 300, "val": 20, "test": 1})
+        examples = load_split(task, folder / "data", "train")
+        model = make_tiny_model(folder / "model", [example.text for example in examples], 0)
         flags = {
             "model_id": str(model),
             "data": str(folder / "data"),

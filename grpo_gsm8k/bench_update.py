@@ -29,7 +29,7 @@ from unittest import mock
 
 from grpo_gsm8k import bench
 from grpo_gsm8k.config import TrainConfig
-from grpo_gsm8k.datatypes import TokenRow
+from grpo_gsm8k.datatypes import Datum
 from grpo_gsm8k.trainer import costs
 
 FLAGS: dict[str, tuple[Any, str]] = {
@@ -93,7 +93,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     return measured
 
 
-def _measure_update(kind: str, args: argparse.Namespace, rows: Sequence[TokenRow]) -> dict[str, float]:
+def _measure_update(kind: str, args: argparse.Namespace, rows: Sequence[Datum]) -> dict[str, float]:
     from grpo_gsm8k.trainer.memory import shape_of
 
     model = bench.make_model(args)
@@ -112,7 +112,7 @@ def _measure_update(kind: str, args: argparse.Namespace, rows: Sequence[TokenRow
     return found | ({"mfu": operations(shape, rows) / measured["seconds"] / gpu.flops} if gpu else {})
 
 
-def operations(shape: costs.Shape, rows: Sequence[TokenRow]) -> float:
+def operations(shape: costs.Shape, rows: Sequence[Datum]) -> float:
     """Of an update on these rows, nominal: see `costs.training_flops`. A row's last token is no input."""
     lengths = [len(row.token_ids) - 1 for row in rows]
     return costs.training_flops(shape, sum(lengths), sum(sum(row.mask) for row in rows), costs.causal_pairs(lengths))
@@ -124,7 +124,7 @@ def compare_gradients(kind: str, args: argparse.Namespace) -> dict[str, float]:
     from safetensors.torch import load_file, save_file
 
     rows = make_rows(args)[:4]
-    rows[1] = TokenRow(rows[1].token_ids, (0,) * len(rows[1].mask), rows[1].logprobs, rows[1].advantage)
+    rows[1] = Datum(rows[1].token_ids, (0,) * len(rows[1].mask), rows[1].logprobs)
     model = bench.make_model(args)
     update = _trl(model, args, kind) if kind in PEERS else _ours(model, args, kind)
     update(rows, TEMPERATURE, "keep")
@@ -138,7 +138,7 @@ def compare_gradients(kind: str, args: argparse.Namespace) -> dict[str, float]:
     return {"gradient_error": math.sqrt(off / sum(float(g.double().square().sum()) for g in mine.values()))}
 
 
-def make_rows(args: argparse.Namespace) -> list[TokenRow]:
+def make_rows(args: argparse.Namespace) -> list[Datum]:
     """The update's sequences; old log-probabilities around those of a model that knows nothing, log 1/V."""
     draw, rows = random.Random(0), []
     sigma = 0.6
@@ -152,11 +152,11 @@ def make_rows(args: argparse.Namespace) -> list[TokenRow]:
             mask = (0,) * len(prompt) + (1,) * n
             old = tuple(m * draw.gauss(-math.log(args.vocabulary), 0.3) for m in mask)
             advantage = 0.0 if group < flat else (1.0 if member % 2 else -1.0) * draw.uniform(0.5, 1.5)
-            rows.append(TokenRow(ids, mask, old, advantage))
+            rows.append(Datum(ids, mask, old, tuple(advantage * m for m in mask)))
     return rows
 
 
-Update = Callable[[Sequence[TokenRow], float, str], None]
+Update = Callable[[Sequence[Datum], float, str], None]
 """Of rows at a temperature; then the optimizer steps ("step"), or the gradient is let go ("drop") or kept ("keep")."""
 
 
@@ -173,7 +173,7 @@ def _ours(model: Any, args: argparse.Namespace, kind: str) -> Update:
 
     learner = TorchLearner(model, None, _config(kind, args))
 
-    def update(rows: Sequence[TokenRow], temperature: float, then: str) -> None:
+    def update(rows: Sequence[Datum], temperature: float, then: str) -> None:
         objective = Objective("grpo_clip", CLIP, CLIP, temperature)
         learner.forward_backward(make_batch(rows, 0, "token"), objective)
         if then == "step":
@@ -272,7 +272,7 @@ def _trl(model: Any, args: argparse.Namespace, kind: str) -> Update:
     trainers: dict[float, Any] = {}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
 
-    def update(rows: Sequence[TokenRow], temperature: float, then: str) -> None:
+    def update(rows: Sequence[Datum], temperature: float, then: str) -> None:
         if temperature not in trainers:
             trainers[temperature] = _trl_trainer(model, args, temperature)
         trainer, total = trainers[temperature], sum(map(sum, (row.mask for row in rows)))
@@ -331,7 +331,7 @@ def _trl_trainer(model: Any, args: argparse.Namespace, temperature: float) -> An
     return trainer
 
 
-def _trl_inputs(rows: Sequence[TokenRow], tokens: int, device: str) -> dict[str, Any]:
+def _trl_inputs(rows: Sequence[Datum], tokens: int, device: str) -> dict[str, Any]:
     """Prompts padded on the left, completions on the right; a row that is masked out has an empty completion mask."""
     import torch
 
@@ -352,7 +352,7 @@ def _trl_inputs(rows: Sequence[TokenRow], tokens: int, device: str) -> dict[str,
         "completion_ids": ids,
         "completion_mask": mask,
         "old_per_token_logps": old,
-        "advantages": torch.tensor([row.advantage for row in rows]),
+        "advantages": torch.tensor([row.advantages[-1] for row in rows]),
         "num_items_in_batch": torch.tensor(tokens),
     }
     return {name: tensor.to(device) for name, tensor in inputs.items()}

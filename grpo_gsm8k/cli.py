@@ -23,6 +23,8 @@ from grpo_gsm8k import config
 from grpo_gsm8k.errors import GrpoError, Interrupted, UserError
 from grpo_gsm8k.launch import settings as launch_settings
 from grpo_gsm8k.runs.clean import printable, printable_json
+from grpo_gsm8k.tasks import load_task
+from grpo_gsm8k.tasks.base import load_examples
 
 app = typer.Typer(
     help="SFT → expert iteration → GRPO on GSM8K, on one node.",
@@ -164,14 +166,22 @@ def data(
     source: Annotated[str, typer.Option(help="hub, or a folder with train.jsonl and test.jsonl")] = "hub",
     eval_n: Annotated[int, typer.Option(help="validation problems reserved from train")] = 512,
     seed: Annotated[int, typer.Option(help="of the reservation")] = 31415,
+    task: Annotated[str, typer.Option(help="gsm8k, another task's name, or package.module:Class")] = "gsm8k",
+    train_n: Annotated[int, typer.Option(help="training examples of a task that makes its own data")] = 4096,
+    test_n: Annotated[int, typer.Option(help="test examples of a task that makes its own data")] = 512,
     revision: Annotated[str | None, typer.Option(help="of the hub's dataset; empty for the pinned one")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="where downloads are kept")] = None,
     snapshot_dir: Annotated[Path | None, typer.Option(help="keep the source files here as fetched")] = None,
     as_json: Json = False,
 ) -> None:
-    """GSM8K, pinned and split: train, validation, test, and a manifest."""
+    """GSM8K, pinned and split: train, validation, test, and a manifest; or another task's data."""
     from grpo_gsm8k import data_prep
 
+    if task != "gsm8k":
+        folder, sizes = ("" if source == "hub" else source), {"train": train_n, "val": eval_n, "test": test_n}
+        made = data_prep.prepare_task(load_task(task), out_dir, folder, sizes, seed)
+        show({**dataclasses.asdict(made), "manifest": str(made.manifest)}, as_json)
+        return
     more = {} if revision is None else {"revision": revision}
     summary = data_prep.prepare(
         out_dir, source, eval_n=eval_n, seed=seed, cache_dir=cache_dir, snapshot_dir=snapshot_dir, **more
@@ -189,12 +199,17 @@ def traces(context: typer.Context) -> None:
 
 @app.command()
 def validate(
-    data: Annotated[Path, typer.Option(help="chat JSONL: one {messages: [...]} a line")],
+    data: Annotated[Path, typer.Option(help="chat JSONL: one {messages: [...]} a line; with --task, its rows")],
+    task: Annotated[str, typer.Option(help="check the rows of a task's data instead")] = "",
     as_json: Json = False,
 ) -> None:
-    """Check a chat JSONL; every fault with its line."""
-    from grpo_gsm8k.tasks.gsm8k.chat import check_chat
+    """Check a chat JSONL, or a task's data; every fault with its line."""
+    from grpo_gsm8k.tasks.conversations import check_chat
 
+    if task:
+        examples = load_examples(load_task(task), data)
+        show({"ok": True, "rows": len(examples), "errors": []}, as_json)
+        return
     found = check_chat(data)
     show({"ok": found.ok, "rows": found.rows, "errors": found.errors, "stats": found.stats}, as_json)
     if not found.ok:
@@ -245,14 +260,15 @@ def compare(
 def contamination(
     files: Annotated[list[Path], typer.Argument(help="training files: any JSONL")],
     test: Annotated[Path, typer.Option(help="the test split")] = Path("artifacts/data/test.jsonl"),
+    task: Annotated[str, typer.Option(help="whose test split it is")] = "gsm8k",
     ngram: Annotated[int, typer.Option(min=1, help="words in common that count")] = 13,
     examples: Annotated[int, typer.Option(help="overlaps shown of each file")] = 3,
     as_json: Json = False,
 ) -> None:
     """Test problems in training files: word n-grams that both have."""
-    from grpo_gsm8k.tasks.gsm8k.contamination import check
+    from grpo_gsm8k.tasks.contamination import check
 
-    show(check(files, test, ngram, examples), as_json, "print_contamination")
+    show(check(files, test, load_task(task), ngram, examples), as_json, "print_contamination")
 
 
 @app.command()

@@ -25,12 +25,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.extensions import is_users
 
 T = TypeVar("T")
 C = TypeVar("C")
 
 PRESETS = Path(__file__).parent / "presets"
 STAGES = ("base", "sft", "ei", "grpo")
+ENGINES = ("hf", "vllm")
 
 
 def opt(default: T, help: str, *, runtime: bool = False, also: str = "") -> T:
@@ -45,6 +47,7 @@ class PromptConfig:
     model_id: str = opt("Qwen/Qwen2.5-Math-1.5B", "model folder, or a name on the hub")
     revision: str = opt("", "revision of a model on the hub; empty for its default branch")
     cache_dir: str = opt("", "where hub models are kept; empty for the hub's default", runtime=True)
+    task: str = opt("", "what is asked: gsm8k, or package.module:Class; empty: as the model was trained, else gsm8k")
     prompt_style: Literal["auto", "qwen_boxed", "r1_zero", "gsm8k"] = opt(
         "auto", "how a problem is asked; auto: as the model was trained here, else qwen_boxed"
     )
@@ -98,8 +101,8 @@ class ModelConfig(PreferenceConfig):
 class EngineConfig(ModelConfig):
     """Who samples, and where."""
 
-    engine: Literal["hf", "vllm"] = opt(
-        "hf", "transformers in this process, or vLLM in its own; --vllm_device says vllm"
+    engine: str = opt(
+        "hf", "hf: transformers in this process; vllm: in its own (as --vllm_device says); or package.module:Class"
     )
     vllm_device: str = opt(
         "", "cuda:1 or cpu; empty: a GPU that the trainer is not on, else the trainer's", runtime=True
@@ -120,6 +123,8 @@ class EngineConfig(ModelConfig):
     def __post_init__(self) -> None:
         if self.vllm_device or self.vllm_devices:  # so that the config says it, and a resumed run is held to it
             object.__setattr__(self, "engine", "vllm")
+        if self.engine not in ENGINES and not is_users(self.engine):
+            raise ConfigError(f"engine = {self.engine!r}: must be {', '.join(ENGINES)}, or package.module:Class")
 
     @property
     def uses_vllm(self) -> bool:
@@ -199,7 +204,9 @@ class SftConfig(TrainConfig):
     """Supervised fine-tuning on worked solutions."""
 
     data_path: str = opt(
-        "", "JSONL of {prompt, response} or {messages}, or a folder of shards; empty for the solutions in --data"
+        "",
+        "JSONL of {prompt, response} or {messages}, a folder of shards, or a data set of the hub as "
+        "hf:OWNER/NAME[:split][@REVISION]; empty for the solutions in --data",
     )
     train_on: Literal["last", "all"] = opt("last", "which assistant messages of a chat are trained")
     max_length: int = opt(2048, "longer examples are left out, and counted")
@@ -319,7 +326,8 @@ class GrpoConfig(TrainConfig):
     resample_zero_variance: int = opt(0, "times that groups with equal rewards are replaced by fresh prompts")
     temperature: float = opt(1.0, "sampling temperature")
     top_p: float = opt(1.0, "nucleus mass; below 1 it is refused, since ratios would be wrong")
-    reward: str = opt("default", "default, random (the control), or package.module:function")
+    reward: str = opt("default", "default: the task's; random (the control); or package.module:function")
+    advantage: str = opt("", "package.module:function of a group's grades; empty for baseline and std_norm")
     format_weight: float = opt(0.2, "reward for the format")
     answer_weight: float = opt(0.8, "reward for the right answer")
     estimate: str = opt(
@@ -400,12 +408,11 @@ class TinyModelConfig:
 
 @dataclass(frozen=True)
 class ToyConfig:
-    """The word problems that a pipeline makes on the spot when no data is named."""
+    """The data that a pipeline makes on the spot when none is named: how many examples of each split."""
 
-    train: int = opt(18000, "training problems")
-    val: int = opt(200, "validation problems")
-    test: int = opt(600, "held-out test problems")
-    terse_share: float = opt(0.53, "share of training solutions that give the answer without the work")
+    train: int = opt(18000, "training examples")
+    val: int = opt(200, "validation examples")
+    test: int = opt(600, "held-out test examples")
 
 
 @dataclass(frozen=True)
@@ -413,6 +420,7 @@ class PipelineConfig:
     """What the pipeline itself needs to know; the stages' settings come from the preset, `--set`, `--config`."""
 
     preset: str = opt("tiny", "recipe: tiny, quick or full")
+    task: str = opt("", "what is asked: gsm8k, or package.module:Class; empty for the preset's")
     data: str = opt("", "folder with train.jsonl, val.jsonl, test.jsonl; empty for the preset's")
     model_id: str = opt("", "model to start from; empty for the preset's")
     out_dir: str = opt("", "pipeline directory; empty for artifacts/runs/<UTC stamp>_<git sha>")
@@ -502,11 +510,12 @@ def resolve(
         if not equals:
             raise ConfigError(f"--set {item}: must read key=value")
         if dot:
-            _known(table, SECTIONS, f"--set {item}: unknown section")
-            _known(name, _fields(SECTIONS[table]), f"--set {item}: unknown key")
+            _known(table, [*SECTIONS, "common"], f"--set {item}: unknown section")
+            known = [key for stage in SECTIONS.values() for key in _fields(stage)]
+            _known(name, known if table == "common" else _fields(SECTIONS[table]), f"--set {item}: unknown key")
         else:
             _known(name, _fields(cls), f"--set {item}: unknown key")
-        if not dot or table == section:
+        if not dot or table == section or (table == "common" and name in _fields(cls)):
             typed[name] = text.strip()
     return build(cls, values | _over_algorithm(typed))
 

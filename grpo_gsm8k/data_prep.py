@@ -32,19 +32,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo_gsm8k.datatypes import Problem
+from grpo_gsm8k.datatypes import Example
 from grpo_gsm8k.errors import ConfigError, DataError, DiskError, GrpoError, UserError
 from grpo_gsm8k.runs.files import (
     atomic_path,
-    json_line,
     read_json,
     read_jsonl,
-    read_lines,
     sha256_file,
     write_json,
-    write_jsonl,
 )
-from grpo_gsm8k.tasks.gsm8k.problems import SPLITS, load_problems, problem_from_row
+from grpo_gsm8k.tasks import load_task
+from grpo_gsm8k.tasks.base import Task, load_examples
+from grpo_gsm8k.tasks.dataset import Manifest, read_manifest, refuse_difference, verify, write_splits
+from grpo_gsm8k.tasks.gsm8k.problems import KEYS, example_from_row, row_of
 
 REPO = "openai/gsm8k"
 PINNED = "740312add88f781978c0658806c59bc2815b9866"
@@ -54,11 +54,8 @@ PINNED_SHA256 = {
 }
 EVAL_N = 512
 SEED = 31415
-FORMAT = 1
-KEYS = ("id", "question", "answer", "gold")  # of a row, in this order
 
 _REMOTE = {"train": "main/train-00000-of-00001.parquet", "test": "main/test-00000-of-00001.parquet"}
-_MEND = "restore it, or delete the folder and run again"
 _NOT_THE_HUB = (
     "use --source DIR with a folder that has train.jsonl and test.jsonl, set HF_ENDPOINT to a mirror, "
     "or let --cache-dir name a hub cache that holds the data"
@@ -74,29 +71,6 @@ class DataSummary:
     test: int
     manifest: Path
     verified: bool
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What `manifest.json` says.
-
-    Attributes:
-        path: the file.
-        provenance: what the splits were made of, for GSM8K `source`, `revision`, `seed` and `eval_n`.
-        counts: problems in each split.
-        files: sha256 of each split's file.
-        content: sha256 of each split's ids, questions and answers in order, however the file is formatted.
-    """
-
-    path: Path
-    provenance: dict[str, Any]
-    counts: dict[str, int]
-    files: dict[str, str]
-    content: dict[str, str]
-
-    def as_json(self) -> dict[str, Any]:
-        parts = {"counts": self.counts, "files": self.files, "content": self.content}
-        return {"format": FORMAT, **self.provenance, **parts}
 
 
 def prepare(
@@ -131,14 +105,14 @@ def prepare(
     provenance = {"source": origin.name, "revision": origin.revision, "seed": seed, "eval_n": eval_n}
     made_before = (out_dir / "manifest.json").exists()
     if made_before:
-        _refuse_difference(_read_manifest(out_dir), provenance)
+        refuse_difference(read_manifest(out_dir), provenance)
     if snapshot_dir is not None:
         _write_snapshot(Path(snapshot_dir), origin)
 
     damage: DataError | None = None
     if made_before:
         try:
-            return _summary(verify(out_dir), verified=True)
+            return _summary(verify(out_dir, load_task("gsm8k")), verified=True)
         except DataError as error:
             damage = error  # the source may tell which row it is
     try:
@@ -147,79 +121,9 @@ def prepare(
         if damage is not None:
             raise damage from None
         raise
-    write_splits(out_dir, splits, provenance)
-    return _summary(_read_manifest(out_dir), verified=False)
-
-
-def write_splits(out_dir: Path, splits: Mapping[str, Sequence[Problem]], provenance: Mapping[str, Any]) -> Path:
-    """Write `train.jsonl`, `val.jsonl`, `test.jsonl` and, last, `manifest.json`; or verify them, row by row.
-
-    Args:
-        out_dir: made if missing.
-        splits: exactly train, val and test, none empty, no id twice.
-        provenance: what the problems were made of (plain JSON values); goes into the manifest.
-
-    Returns:
-        The path of the manifest.
-
-    Raises:
-        DataError: the folder holds other data, or a row of it was changed: names the file and the line.
-    """
-    out_dir = Path(out_dir)
-    assert set(splits) == set(SPLITS) and all(splits.values()), "train, val and test are needed, none empty"
-    ids = [problem.id for problems in splits.values() for problem in problems]
-    assert len(set(ids)) == len(ids), "a problem's id occurs twice"
-    rows = {split: [{key: getattr(problem, key) for key in KEYS} for problem in splits[split]] for split in SPLITS}
-    manifest = Manifest(
-        path=out_dir / "manifest.json",
-        provenance=json.loads(json.dumps(dict(provenance))),
-        counts={split: len(rows[split]) for split in SPLITS},
-        files={f"{split}.jsonl": _sha256(map(json_line, rows[split])) for split in SPLITS},
-        content={split: content_sha256(splits[split]) for split in SPLITS},
-    )
-    if manifest.path.exists():
-        existing = _read_manifest(out_dir)
-        _refuse_difference(existing, manifest.provenance)
-        for split in SPLITS:
-            _compare(out_dir / f"{split}.jsonl", rows[split])
-        if existing != manifest:
-            raise DataError(manifest.path, f"was changed after it was written; {_MEND}")
-        return manifest.path
-    for split in SPLITS:
-        _refuse_foreign(out_dir / f"{split}.jsonl")
-    for split in SPLITS:
-        write_jsonl(out_dir / f"{split}.jsonl", rows[split])
-    write_json(manifest.path, manifest.as_json())
-    return manifest.path
-
-
-def verify(out_dir: Path) -> Manifest:
-    """Read every split and recompute every hash of the manifest.
-
-    Raises:
-        DataError: a file is missing, broken, or not what the manifest says.
-    """
-    manifest = _read_manifest(Path(out_dir))
-    line_of: dict[str, str] = {}
-    for split in SPLITS:
-        path = Path(out_dir) / f"{split}.jsonl"
-        if not path.exists():
-            raise DataError(path, f"is missing, though the manifest lists it; {_MEND}")
-        problems = load_problems(path)
-        for line, problem in enumerate(problems, 1):
-            first = line_of.setdefault(problem.id, f"{path.name}:{line}")
-            if first != f"{path.name}:{line}":
-                raise DataError(path, f"duplicate id {problem.id!r}: it is in {first} already", line)
-        facts = (len(problems), sha256_file(path), content_sha256(problems))
-        if facts != (manifest.counts[split], manifest.files[path.name], manifest.content[split]):
-            raise DataError(path, f"is not what the manifest says: one of them was changed; {_MEND}")
-    return manifest
-
-
-def content_sha256(problems: Iterable[Problem]) -> str:
-    """Hash of ids, questions and answers in order: one JSON array `[id, question, answer]` a line, UTF-8."""
-    arrays = ([problem.id, problem.question, problem.answer] for problem in problems)
-    return _sha256((json.dumps(array, ensure_ascii=False) + "\n").encode() for array in arrays)
+    rows = {split: [{key: row_of(example)[key] for key in KEYS} for example in splits[split]] for split in splits}
+    write_splits(out_dir, rows, provenance)
+    return _summary(read_manifest(out_dir), verified=False)
 
 
 # --- where the problems come from ---------------------------------------------------------------------------
@@ -354,7 +258,47 @@ def _write_snapshot(folder: Path, origin: _Origin) -> None:
         raise DataError(folder / "snapshot.json", "is of another source; choose another --snapshot_dir")
 
 
-def _split(origin: _Origin, eval_n: int, seed: int) -> dict[str, list[Problem]]:
+def prepare_task(
+    task: Task, out_dir: Path, source: str = "", sizes: Mapping[str, int] | None = None, seed: int = SEED
+) -> DataSummary:
+    """The splits of another task than GSM8K: made by seed, or from a folder with its train.jsonl and test.jsonl.
+
+    Args:
+        source: the folder; "" for a task that makes its own data.
+        sizes: rows of each split; of a folder's train.jsonl, `val` rows are reserved.
+
+    Raises:
+        ConfigError: the task makes no data of its own.
+    """
+    sizes = sizes or {"train": 4096, "val": EVAL_N, "test": EVAL_N}
+    if not source:
+        if task.generate(out_dir, seed, sizes) is None:
+            raise ConfigError(f"task {task.spec!r} makes no data of its own: pass --source, a folder with its files")
+        return _summary(verify(out_dir, task), verified=False)
+    files = {split: Path(source) / f"{split}.jsonl" for split in ("train", "test")}
+    rows = {split: _rows_with_ids(task, path) for split, path in files.items()}
+    if sizes["val"] >= len(rows["train"]):
+        raise ConfigError(f"eval_n {sizes['val']} leaves nothing to train on: the source has {len(rows['train'])}")
+    order = list(range(len(rows["train"])))
+    random.Random(seed).shuffle(order)
+    reserved = set(order[: sizes["val"]])
+    splits = {
+        "train": [row for i, row in enumerate(rows["train"]) if i not in reserved],
+        "val": [row for i, row in enumerate(rows["train"]) if i in reserved],
+        "test": rows["test"],
+    }
+    hashes = {split: sha256_file(path) for split, path in files.items()}
+    write_splits(out_dir, splits, {"task": task.spec, "source": hashes, "seed": seed, "eval_n": sizes["val"]})
+    return _summary(read_manifest(out_dir), verified=False)
+
+
+def _rows_with_ids(task: Task, path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that the task reads, each with an id that tells the splits apart."""
+    examples = load_examples(task, path)
+    return [{**row, "id": f"{path.stem}-{e.id}"} for e, (_, row) in zip(examples, read_jsonl(path), strict=True)]
+
+
+def _split(origin: _Origin, eval_n: int, seed: int) -> dict[str, list[Example]]:
     files = origin.fetch()
     train, test = (_source_problems(files[split], split) for split in ("train", "test"))
     if eval_n >= len(train):
@@ -371,13 +315,13 @@ def _split(origin: _Origin, eval_n: int, seed: int) -> dict[str, list[Problem]]:
     }
 
 
-def _source_problems(path: Path, split: str) -> list[Problem]:
+def _source_problems(path: Path, split: str) -> list[Example]:
     """The rows of a source file; whatever ids they have, the index is the id."""
     problems = []
     rows = _parquet_rows(path) if path.suffix == ".parquet" else read_jsonl(path)
     for index, (line, row) in enumerate(rows):
         try:
-            problem = problem_from_row({key: row[key] for key in row if key != "id"})
+            problem = example_from_row({key: row[key] for key in row if key != "id"})
         except ValueError as fault:
             raise DataError(path, str(fault), line) from None
         problems.append(dataclasses.replace(problem, id=f"gsm8k-{split}-{index:05d}"))
@@ -395,76 +339,8 @@ def _parquet_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
     return enumerate(rows, 1)
 
 
-# --- what is there already ----------------------------------------------------------------------------------
-
-
-def _read_manifest(out_dir: Path) -> Manifest:
-    path = out_dir / "manifest.json"
-    if not path.exists():
-        raise DataError(path, f"does not exist; make the data with `grpo-gsm8k data --out_dir {out_dir}`")
-    fields = read_json(path)
-    if fields.pop("format", None) != FORMAT:
-        raise DataError(path, f"is no data manifest of format {FORMAT}; choose another folder")
-    try:
-        counts, files, content = (fields.pop(key) for key in ("counts", "files", "content"))
-        sound = set(counts) == set(content) == set(SPLITS) and set(files) == {f"{s}.jsonl" for s in SPLITS}
-    except (KeyError, TypeError):
-        sound = False
-    if not sound:
-        raise DataError(path, f"is damaged; {_MEND}")
-    return Manifest(path, provenance=fields, counts=counts, files=files, content=content)
-
-
-def _refuse_difference(manifest: Manifest, provenance: Mapping[str, Any]) -> None:
-    there, asked = manifest.provenance, provenance
-    keys = [key for key in dict.fromkeys([*asked, *there]) if there.get(key) != asked.get(key)]
-    if keys:
-        what = ", ".join(f"{key} {there.get(key)!r} and not {asked.get(key)!r}" for key in keys)
-        raise DataError(manifest.path, f"was made with {what}; choose another --out_dir")
-
-
-def _refuse_foreign(path: Path) -> None:
-    """Without a manifest, only what an earlier, killed run wrote may be replaced."""
-    if not path.exists():
-        return
-    try:
-        _, row = next(iter(read_jsonl(path)))
-    except DataError:
-        row = {}
-    if tuple(row) != KEYS:
-        raise DataError(path, "was there before and is not of this command; choose another --out_dir")
-
-
-def _compare(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Name the first row of the file that is not the row it should be."""
-    if not path.exists():
-        raise DataError(path, f"is missing, though the manifest lists it; {_MEND}")
-    line = 0
-    for line, raw in read_lines(path):
-        if line > len(rows):
-            raise DataError(path, f"has a row too many; {_MEND}", line)
-        expected = rows[line - 1]
-        if raw != json_line(expected):
-            try:
-                found = problem_from_row(json.loads(raw))
-            except ValueError as fault:
-                raise DataError(path, f"was changed after it was written: {fault}; {_MEND}", line) from None
-            keys = [key for key in expected if getattr(found, key) != expected[key]]
-            what = f"{', '.join(keys)} of {expected['id']}" if keys else f"the form of {expected['id']}"
-            raise DataError(path, f"{what} was changed after it was written; {_MEND}", line)
-    if line < len(rows):
-        raise DataError(path, f"the row of {rows[line]['id']} is missing; {_MEND}", line + 1)
-
-
 def _summary(manifest: Manifest, verified: bool) -> DataSummary:
     return DataSummary(**manifest.counts, manifest=manifest.path, verified=verified)
-
-
-def _sha256(chunks: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for chunk in chunks:
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 # --- the command --------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The nouns that travel through the house, and the protocols at its seams.
 
-    Problem → Prompt(token_ids) → Completion(token_ids, logprobs, finish_reason, policy_version)
-            → Rollout(completion, reward, advantage) → Batch (in trainer/batch.py: tensors)
+    Example → Prompt(token_ids) → Completion(token_ids, logprobs, finish_reason, policy_version) → Trajectory
+            → Grade → Rollout(trajectory, grade, advantage) → Datum → Batch (in trainer/batch.py: tensors)
 
 Everything here is a frozen dataclass without tensors, so that any room may import it at no cost.
 """
@@ -41,7 +41,7 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Source:
-    """The row that a problem was read from: file, 1-based line, and the prompt if it holds a rendered one."""
+    """The row that an example was read from: file, 1-based line, and the prompt if it holds a rendered one."""
 
     path: str
     line: int | None
@@ -65,6 +65,11 @@ class Example:
     answer: Any = None
     meta: Mapping[str, Any] = field(default_factory=dict)
     source: Source | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def text(self) -> str:
+        """What is asked, as one text."""
+        return self.messages if isinstance(self.messages, str) else "\n\n".join(text for _, text in self.messages)
 
 
 @dataclass(frozen=True)
@@ -90,75 +95,77 @@ class Grade:
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One word problem.
-
-    Attributes:
-        id: stable across runs and machines, unique within a dataset.
-        question: the text that is asked.
-        answer: the reference solution in GSM8K form, its last line `#### <gold>`.
-        gold: the final answer as text, a number that `grading.parse_number` accepts.
-        source: where it was read from; no part of what the problem is.
-    """
-
-    id: str
-    question: str
-    answer: str
-    gold: str
-    source: Source | None = field(default=None, compare=False, repr=False)
-
-
-@dataclass(frozen=True)
 class Prompt:
-    """A problem rendered for one model: the ids are what the model sees, nothing re-tokenises them.
+    """An example rendered for one model: the ids are what the model sees, nothing re-tokenises them.
 
     Attributes:
-        first_sample: the index of its first sample: above 0 where the same problem is asked for again in one step, so
-            that other completions are drawn.
+        opened: text at the end of the prompt that belongs to the response: a thought that the prompt opens.
     """
 
-    problem: Problem
+    example: Example
     token_ids: tuple[int, ...]
-    first_sample: int = 0
     opened: str = ""
 
 
 @dataclass(frozen=True)
-class TokenRow:
-    """One sequence to train on, ids and mask born together and still unshifted.
+class Request:
+    """What a sampler is asked for: completions of `token_ids`, one for each seed."""
+
+    token_ids: tuple[int, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Datum:
+    """One row to train on, ids and mask born together, per token and still unshifted.
 
     Attributes:
         token_ids: prompt and response.
         mask: 1 on the tokens whose prediction is trained (the response), 0 elsewhere. Same length.
-        logprobs: the log-probability each response token was sampled with, 0 elsewhere; or empty.
-        advantage: of the whole response.
+        logprobs: the log-probability each trained token was sampled with, 0 elsewhere; or empty.
+        advantages: of each token, 0 where the mask is; or empty.
     """
 
     token_ids: tuple[int, ...]
     mask: tuple[int, ...]
     logprobs: tuple[float, ...] = ()
-    advantage: float = 0.0
+    advantages: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class WeightsRef:
+    """A set of weights that a learner publishes and a sampler loads; loading the one that it holds is free.
+
+    Attributes:
+        version: optimizer steps that made them.
+        sha256: `trainer.policy.weights_sha256` of the tensors; "" where they never leave this process or GPU.
+        where: a safetensors file, names as the learner's model has them, tied weights once; None without one.
+    """
+
+    version: int
+    sha256: str = ""
+    where: Path | None = None
+
+    def same_as(self, other: WeightsRef | None) -> bool:
+        """Whether both are the same weights, wherever they lie."""
+        return other is not None and (self.version, self.sha256) == (other.version, other.sha256)
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample.
+    """How to sample. How many completions, and with which seeds, a `Request` says.
 
     Attributes:
-        n: completions per prompt.
         max_new_tokens: upper limit; a completion cut there has `finish_reason == "length"`.
         temperature: 0 is greedy.
         top_p: nucleus mass; 1 is off.
         stop: strings that end a completion (the text is kept up to and including the stop string's tokens).
-        seed: with a prompt's problem id and the sample's index, decides every random draw.
     """
 
-    n: int = 1
     max_new_tokens: int = 1024
     temperature: float = 1.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -223,46 +230,36 @@ class Trajectory:
         )
 
 
-@dataclass(frozen=True)
-class Reward:
-    """A scalar to maximise, and the weighted components that it is the sum of."""
-
-    total: float
-    components: Mapping[str, float] = field(default_factory=dict)
-
-
-RewardFn = Callable[[Completion, Problem], "Reward | float | Mapping[str, float]"]
+RewardFn = Callable[..., Any]
+"""A user's reward: (completion, example) → a number, named components or a `Grade`; or, where its first parameter is
+named `completions`, of the whole group → a list of these. May be async. A completion is a `Trajectory`."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """A graded completion. `group` numbers the prompts of one step; `advantage` is set by the algorithm."""
+    """A trajectory and its verdict; `advantage` is set by the algorithm."""
 
-    prompt: Prompt
-    completion: Completion
-    reward: Reward
-    group: int
-    correct: bool
-    format_ok: bool
+    trajectory: Trajectory
+    grade: Grade
     advantage: float = 0.0
 
 
-class Drawer(Protocol):
-    """Who draws completions."""
-
-    def sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
-        """`params.n` completions for each prompt, in the order of the prompts."""
-        ...
-
-
-class Sampler(Drawer, Protocol):
-    """Who samples for a learner. Holds its own copy of the weights; `busy_s` are its seconds of work so far."""
+class Sampler(Protocol):
+    """Generates completions, with its own copy of the weights; `busy_s` are its seconds of work so far."""
 
     @property
     def busy_s(self) -> float: ...
 
-    def load_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replace the weights; every completion drawn from now on carries `version`."""
+    def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
+        """One completion for each seed of each request, in their order."""
+        ...
+
+    def load(self, ref: WeightsRef, tensors: Callable[[], Iterable[tuple[str, torch.Tensor]]] | None = None) -> None:
+        """Replace the weights; every completion drawn from now on carries `ref.version`. Free for those it holds.
+
+        Args:
+            tensors: where they come from when `ref.where` names no file.
+        """
         ...
 
 
@@ -305,6 +302,10 @@ class Learner(Protocol):
 
     def reference_logprobs(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
         """The same of the reference model: the one that the run began with, also after a resume."""
+        ...
+
+    def publish(self, version: int) -> WeightsRef:
+        """Name the weights as they are now."""
         ...
 
     def weights(self) -> Iterable[tuple[str, torch.Tensor]]: ...

@@ -15,13 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from grpo_gsm8k.config import EiConfig
-from grpo_gsm8k.datatypes import Completion, Prompt, SamplingParams, TokenRow
+from grpo_gsm8k.datatypes import Datum, Prompt, Rollout, SamplingParams
+from grpo_gsm8k.engines.probe import sampled_datum
+from grpo_gsm8k.engines.trajectories import sample_trajectories
+from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.runs.files import read_jsonl, write_jsonl
 from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.sft import fit_step
-from grpo_gsm8k.tasks.gsm8k.grading import grade
-from grpo_gsm8k.tasks.gsm8k.problems import load_split
+from grpo_gsm8k.tasks.base import load_split
+from grpo_gsm8k.tasks.render import task_of
+from grpo_gsm8k.tasks.rewards import Grader
 from grpo_gsm8k.trainer import loop
 from grpo_gsm8k.trainer.optimizer import lr_at
 from grpo_gsm8k.workbench import Bench, open_bench
@@ -30,8 +34,8 @@ from grpo_gsm8k.workbench import Bench, open_bench
 def train(cfg: EiConfig, bench: Bench, prompts: Sequence[Prompt]) -> None:
     """All rounds, each `cfg.steps_per_round` updates long."""
     total = cfg.rounds * cfg.steps_per_round
-    rows: list[TokenRow] = []
-    for step in loop.steps(bench.run, bench.learner, total, state := {"note": ""}):
+    rows: list[Datum] = []
+    for step in loop.steps(bench.run, bench.learner, total, state := loop.Progress()):
         started = time.perf_counter()
         done, k = divmod(step - 1, cfg.steps_per_round)
         metrics: dict[str, float] = {"progress/ei_step": step, "progress/done_frac": step / total}
@@ -44,58 +48,52 @@ def train(cfg: EiConfig, bench: Bench, prompts: Sequence[Prompt]) -> None:
             metrics |= fit_step(cfg, bench, rows, step, lr, seed=seed, start=start)
         metrics |= bench.validate(step, total)
         bench.run.log(step, metrics | {"time/total": time.perf_counter() - started})
-        state["note"] = f"round {done + 1}, {len(rows)} solutions"
+        state.note = f"round {done + 1}, {len(rows)} solutions"
 
 
 def round_rows(
     cfg: EiConfig, bench: Bench, prompts: Sequence[Prompt], done: int, fresh: bool
-) -> tuple[list[TokenRow], dict[str, float]]:
+) -> tuple[list[Datum], dict[str, float]]:
     """The rows of a round and its `ei/` metrics: sampled when it begins, read back when it is resumed."""
     path = bench.run.path / "rounds" / f"round_{done + 1:02d}.jsonl"
     if not fresh:
         stored = [row for _, row in read_jsonl(path)] if path.stat().st_size else []
-        return [TokenRow(tuple(row["token_ids"]), tuple(row["mask"])) for row in stored], {}
+        return [Datum(tuple(row["token_ids"]), tuple(row["mask"])) for row in stored], {}
     synced = bench.sync(done * cfg.steps_per_round)
     order = shuffled(len(prompts), derive_seed(cfg.seed, "ei-prompts", done))
     chosen = [prompts[i] for i in order[: cfg.prompts_per_round]]
-    params = SamplingParams(
-        n=cfg.samples_per_prompt,
-        max_new_tokens=cfg.max_new_tokens,
-        temperature=cfg.temperature,
-        top_p=cfg.top_p,
-        stop=bench.renderer.style.stop,
-        seed=derive_seed(cfg.seed, "ei-sample", done),
-    )
-    sampled = bench.sampler.sample(chosen, params)
+    params = SamplingParams(cfg.max_new_tokens, cfg.temperature, cfg.top_p, bench.renderer.stop)
+    how = {"n": cfg.samples_per_prompt, "seed": derive_seed(cfg.seed, "ei-sample", done), "context": bench.context}
+    sampled_P_G = sample_trajectories(bench.sampler, bench.renderer, chosen, params, **how)
+    grades_P_G = Grader(bench.renderer.task).grade(sampled_P_G)
+    if any(grade.correct is None for grades in grades_P_G for grade in grades):
+        raise ConfigError(f"task {cfg.task!r} knows no right answers, which expert iteration keeps: use grpo instead")
     kept = [
-        (prompt, completion)
-        for prompt, completions in zip(chosen, sampled, strict=True)
-        for completion in keep_right(cfg, bench, prompt, completions)
+        rollout
+        for group, grades in zip(sampled_P_G, grades_P_G, strict=True)
+        for rollout in keep_right(cfg, [Rollout(one, grade) for one, grade in zip(group, grades, strict=True)])
     ]
-    write_jsonl(path, (_row(prompt, completion) for prompt, completion in kept))
+    rows = [_row(rollout) for rollout in kept]
+    write_jsonl(path, rows)
     metrics = yield_metrics(kept, len(chosen), len(chosen) * cfg.samples_per_prompt, done) | synced
     note = "nothing to learn from" if not kept else f"{metrics['ei/solved_frac']:.0%} of problems solved"
     talk(f"ei: round {done + 1}: {len(kept)} right and distinct solutions of {len(chosen)} problems, {note}")
-    return [TokenRow(tuple(r["token_ids"]), tuple(r["mask"])) for r in (_row(p, c) for p, c in kept)], metrics
+    return [Datum(tuple(row["token_ids"]), tuple(row["mask"])) for row in rows], metrics
 
 
-def keep_right(cfg: EiConfig, bench: Bench, prompt: Prompt, completions: Sequence[Completion]) -> list[Completion]:
-    """The right, finished and distinct completions of one problem, at most `cfg.keep_per_problem`, as drawn."""
-    kept: dict[tuple[int, ...], Completion] = {}
-    tags, opened = bench.renderer.tags, bench.renderer.style.opens_thought
-    for completion in completions:
-        right = grade(completion.text, prompt.problem.gold, cfg.grading, tags=tags, opened=opened)
-        if right and completion.finish_reason == "stop":
-            kept.setdefault(completion.token_ids, completion)
+def keep_right(cfg: EiConfig, group: Sequence[Rollout]) -> list[Rollout]:
+    """The right, finished and distinct trajectories of one prompt, at most `cfg.keep_per_problem`, as drawn."""
+    kept: dict[tuple[int, ...], Rollout] = {}
+    for rollout in group:
+        if rollout.grade.correct and rollout.trajectory.finish_reason == "stop":
+            kept.setdefault(rollout.trajectory.token_ids, rollout)
     return list(kept.values())[: cfg.keep_per_problem]
 
 
-def yield_metrics(
-    kept: Sequence[tuple[Prompt, Completion]], problems: int, sampled: int, done: int
-) -> dict[str, float]:
+def yield_metrics(kept: Sequence[Rollout], problems: int, sampled: int, done: int) -> dict[str, float]:
     """Yield and diversity of a round."""
-    per_problem = Counter(prompt.problem.id for prompt, _ in kept)
-    lengths = [len(completion.token_ids) for _, completion in kept]
+    per_problem = Counter(rollout.trajectory.prompt.example.id for rollout in kept)
+    lengths = [sum(rollout.trajectory.mask) for rollout in kept]
     return {
         "ei/round": done + 1,
         "ei/kept": len(kept),
@@ -108,17 +106,23 @@ def yield_metrics(
 
 def run(cfg: EiConfig) -> dict[str, Any]:
     """The stage as a command: load, train, return the result."""
-    problems = load_split(Path(cfg.data), "train")
-    source = Path(cfg.data) / "train.jsonl"
+    task = task_of(cfg)
+    if not task.has_right_answers:
+        raise ConfigError(f"task {task.spec!r} knows no right answers, which expert iteration keeps: use grpo instead")
+    examples, source = load_split(task, cfg.data, "train"), Path(cfg.data) / "train.jsonl"
     with open_bench(cfg, "ei", {"train": source}) as bench:
-        train(cfg, bench, bench.prompts(problems, source))
+        train(cfg, bench, bench.prompts(examples, source))
         return bench.finish()
 
 
-def _row(prompt: Prompt, completion: Completion) -> dict[str, Any]:
-    ids = (*prompt.token_ids, *completion.token_ids)
-    mask = [0] * len(prompt.token_ids) + [1] * len(completion.token_ids)
-    return {"id": prompt.problem.id, "text": completion.text, "token_ids": ids, "mask": mask}
+def _row(rollout: Rollout) -> dict[str, Any]:
+    row, trajectory = sampled_datum(rollout.trajectory), rollout.trajectory
+    return {
+        "id": trajectory.prompt.example.id,
+        "text": trajectory.text,
+        "token_ids": row.token_ids,
+        "mask": row.mask,
+    }
 
 
 if __name__ == "__main__":

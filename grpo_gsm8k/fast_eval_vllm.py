@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from grpo_gsm8k.config import EvalConfig
-from grpo_gsm8k.datatypes import Problem, SamplingParams
+from grpo_gsm8k.datatypes import Example, SamplingParams
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.runs import wandb_sink
 from grpo_gsm8k.runs.files import write_json, write_jsonl
-from grpo_gsm8k.tasks.gsm8k.contamination import words
-from grpo_gsm8k.tasks.gsm8k.problems import load_problems
+from grpo_gsm8k.tasks.base import Task, load_examples
+from grpo_gsm8k.tasks.contamination import words
+from grpo_gsm8k.tasks.render import task_of
 from grpo_gsm8k.workbench import evaluate_model
 
 
@@ -45,16 +46,18 @@ def run(cfg: EvalConfig, results_path: Path | None = None, title: str = "eval") 
         )
     if cfg.samples < 1 or cfg.shots < 0:
         raise ConfigError("--samples must be at least 1, and --shots must not be negative")
-    problems = load_problems(Path(cfg.eval_path))
-    shots = draw_shots(cfg, problems)
-    params = SamplingParams(cfg.samples, cfg.max_new_tokens, cfg.temperature, cfg.top_p)
-    result = evaluate_model(cfg, problems[: cfg.limit or None], params, cfg.eval_path, title, seeds, shots)
+    task = task_of(cfg)
+    task.folder = results_path.parent if results_path else Path(cfg.out_dir)
+    examples = load_examples(task, cfg.eval_path)
+    how: dict[str, Any] = {"samples": cfg.samples, "seeds": seeds, "shots": draw_shots(cfg, task, examples)}
+    params = SamplingParams(cfg.max_new_tokens, cfg.temperature, cfg.top_p)
+    result = evaluate_model(cfg, task, examples[: cfg.limit or None], params, cfg.eval_path, title, **how)
     if results_path is None:
         name = cfg.run_name or f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}_{Path(cfg.model_id).name}"
         results_path = Path(cfg.out_dir) / f"{Path(name).name}.jsonl"
     write_jsonl(results_path, result.rows)
     asked = {key: getattr(cfg, key) for key in ("model_id", "eval_path", "grading", "samples", "temperature", "shots")}
-    summary = {**result.summary(), "results_path": str(results_path), **asked}
+    summary = {**result.summary(), "results_path": str(results_path), **asked, "task": task.spec}
     write_json(results_path.with_suffix(".json"), summary)
     if wandb_sink.wanted():
         page = wandb_sink.WandbSink(cfg.wandb_project, results_path.stem, results_path.with_suffix(".wandb"), vars(cfg))
@@ -74,16 +77,16 @@ def sampling_seeds(cfg: EvalConfig) -> list[int]:
     return [int(text) for text in texts]
 
 
-def draw_shots(cfg: EvalConfig, evaluated: Sequence[Problem]) -> list[Problem]:
+def draw_shots(cfg: EvalConfig, task: Task, evaluated: Sequence[Example]) -> list[Example]:
     """The worked examples: the same for every problem, drawn by the seed, none of them an evaluated problem."""
     if not cfg.shots:
         return []
     if not cfg.shots_path:
         raise ConfigError("--shots needs --shots_path: the training problems that the examples come from")
-    if any(problem.source and problem.source.rendered for problem in evaluated):
+    if any(example.source and example.source.rendered for example in evaluated):
         raise ConfigError(f"--shots: {cfg.eval_path} holds prompts rendered without examples; name the bare problems")
-    known = {words(problem.question) for problem in evaluated}
-    pool = [problem for problem in load_problems(Path(cfg.shots_path)) if words(problem.question) not in known]
+    known = {words(example.text) for example in evaluated}
+    pool = [example for example in load_examples(task, cfg.shots_path) if words(example.text) not in known]
     if len(pool) < cfg.shots:
         raise ConfigError(
             f"--shots {cfg.shots}: {cfg.shots_path} has {len(pool)} problems that are not evaluated themselves"

@@ -16,26 +16,28 @@ other settings: `--algorithm`. Suffixes: `_P` prompts, `_G` completions of one p
 
 from __future__ import annotations
 
+import math
 import statistics
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from grpo_gsm8k import extensions
 from grpo_gsm8k.config import GrpoConfig
-from grpo_gsm8k.datatypes import Prompt, RewardFn, Rollout, Sampler, TokenRow
-from grpo_gsm8k.engines.probe import sampled_row
+from grpo_gsm8k.datatypes import Datum, Grade, Prompt, Rollout
+from grpo_gsm8k.engines.probe import sampled_datum
 from grpo_gsm8k.errors import ConfigError
-from grpo_gsm8k.evals.accuracy import record
 from grpo_gsm8k.evals.diversity import diversity
+from grpo_gsm8k.extensions import users_code
 from grpo_gsm8k.repro import derive_seed, shuffled
-from grpo_gsm8k.rollouts import Source
+from grpo_gsm8k.rollout import RolloutSource, SourceState, StepTimer, rollout_metrics, sample_row
 from grpo_gsm8k.runs import diagnosis
-from grpo_gsm8k.tasks.gsm8k.problems import load_split
-from grpo_gsm8k.tasks.gsm8k.rewards import make_reward, with_overlong_penalty
+from grpo_gsm8k.tasks.base import load_split
+from grpo_gsm8k.tasks.render import task_of
+from grpo_gsm8k.tasks.rewards import Grader, make_reward
 from grpo_gsm8k.trainer import loop
 from grpo_gsm8k.trainer.batch import Batch, make_batch, mismatch_metrics, with_old_logprobs, with_ref_logprobs
 from grpo_gsm8k.trainer.objectives import Objective
@@ -44,31 +46,49 @@ from grpo_gsm8k.trainer.plan import estimate
 from grpo_gsm8k.workbench import Bench, open_bench
 
 
-def train(cfg: GrpoConfig, bench: Bench, prompts: Sequence[Prompt], reward: RewardFn) -> None:
+def train(
+    cfg: GrpoConfig, bench: Bench, prompts: Sequence[Prompt], grader: Grader, advantage: Advantage | None = None
+) -> None:
     """The algorithm. Everything that it needs is handed in, so a test can hand it toys."""
     check(cfg)
-    with closing(Source(cfg, bench, prompts, reward)) as source:
-        state: dict[str, Any] = {"note": "", "said": [], "source": source.stored}  # said: findings already voiced
-        for step in loop.steps(bench.run, bench.learner, cfg.steps, state):
-            clock = Clock(bench.sampler)
-            source.resume(state)
-            rollouts, metrics = source.take(step)
-            clock.skip()  # the source has timed itself
-            rollouts = with_advantages(cfg, rollouts)
-            rows = [row for rollout in rollouts if (row := token_row(cfg, rollout))]
-            clock.lap("build_data")
-            metrics |= rollout_metrics(rollouts) | update(cfg, bench, rows, step)
-            clock.lap("training")
+    with closing(RolloutSource(cfg, bench, prompts, grader)) as source:
+        progress = Progress(source)
+        for step in loop.steps(bench.run, bench.learner, cfg.steps, progress):
+            timer = StepTimer(bench.sampler)
+            sampled, metrics = source.take(step)
+            timer.restart()  # the source has timed itself
+            groups = with_advantages(cfg, sampled, advantage)
+            rows = [row for group in groups for rollout in group if (row := datum(cfg, rollout))]
+            timer.lap("build_data")
+            metrics |= rollout_metrics(groups) | update(cfg, bench, rows, step)
+            timer.lap("training")
             if bench.due(step, cfg.steps):
                 source.settle()
-                bench.run.samples(step, (sample_row(bench, cfg, rollout) for rollout in rollouts))
-                metrics |= diversity([[r.completion.token_ids for r in group] for group in grouped(rollouts)])
+                bench.run.samples(step, (sample_row(bench, r, k) for k, group in enumerate(groups) for r in group))
+                metrics |= diversity([[r.trajectory.token_ids for r in group] for group in groups])
             metrics |= bench.validate(step, cfg.steps)
-            clock.lap("eval")
+            timer.lap("eval")
             metrics |= {"progress/grpo_step": step, "progress/done_frac": step / cfg.steps}
-            bench.run.log(step, metrics | clock.metrics(metrics["time/wait"]))
-            state["said"] = diagnosis.announce(bench.run.history(), vars(cfg), state["said"])
-            state["note"] = f"reward {metrics['reward/mean']:.3f}, {metrics['length/mean']:.0f} tokens"
+            bench.run.log(step, metrics | timer.metrics(metrics["time/wait"]))
+            progress.said = diagnosis.announce(bench.run.history(), vars(cfg), progress.said)
+            progress.note = f"reward {metrics['reward/mean']:.3f}, {metrics['length/mean']:.0f} tokens"
+
+
+class Progress(loop.Progress):
+    """What the steps carry along: findings already voiced, and where the source of rollouts stands."""
+
+    def __init__(self, source: RolloutSource) -> None:
+        self.source, self.note = source, ""
+        self.said: list[str] = []
+
+    def as_json(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"note": self.note, "said": self.said, "source": self.source.state().as_json()}
+
+    def restore(self, stored: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.note, self.said = stored["note"], stored["said"]
+        self.source.restore(SourceState.of_json(stored["source"], self.source.prompts))
 
 
 def check(cfg: GrpoConfig) -> None:
@@ -104,16 +124,33 @@ def check(cfg: GrpoConfig) -> None:
 # ------------------------------------------------------------------------------------ advantages, rows, update
 
 
-def with_advantages(cfg: GrpoConfig, rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """Each rollout's reward relative to its own group's."""
-    by_group: dict[int, list[float]] = {}
-    for rollout in rollouts:
-        by_group.setdefault(rollout.group, []).append(rollout.reward.total)
-    advantages = {
-        group: iter(group_advantages(rewards, cfg.std_norm, cfg.advantage_eps, cfg.baseline))
-        for group, rewards in by_group.items()
-    }
-    return [replace(rollout, advantage=next(advantages[rollout.group])) for rollout in rollouts]
+Advantage = Callable[[Sequence[Grade]], Sequence[float]]
+"""Of the grades of one group."""
+
+
+def with_advantages(
+    cfg: GrpoConfig, groups: Sequence[Sequence[Rollout]], advantage: Advantage | None = None
+) -> list[list[Rollout]]:
+    """Each rollout's reward relative to its own group's, or what a user's `advantage` makes of the group's grades."""
+    found = []
+    for group in groups:
+        grades_G = [rollout.grade for rollout in group]
+        if advantage:
+            values = users_advantages(advantage, grades_G)
+        else:
+            rewards_G = [grade.reward for grade in grades_G]
+            values = group_advantages(rewards_G, cfg.std_norm, cfg.advantage_eps, cfg.baseline)
+        found.append([replace(rollout, advantage=value) for rollout, value in zip(group, values, strict=True)])
+    return found
+
+
+def users_advantages(advantage: Advantage, grades_G: Sequence[Grade]) -> list[float]:
+    """What a user's function returns for a group. Raises `ConfigError` unless it is a finite number for each grade."""
+    with users_code("the --advantage function"):
+        values = [float(value) for value in advantage(grades_G)]
+    if len(values) != len(grades_G) or not all(map(math.isfinite, values)):
+        raise ConfigError(f"the --advantage function returned {values} for {len(grades_G)} grades: one number each")
+    return values
 
 
 def group_advantages(
@@ -136,14 +173,14 @@ def group_advantages(
     return [(reward - mean) / scale for reward in rewards_G]
 
 
-def token_row(cfg: GrpoConfig, rollout: Rollout) -> TokenRow | None:
-    """The sampled ids with their mask and log-probabilities; None for a cut completion that is to be left out."""
-    if cfg.mask_truncated and rollout.completion.finish_reason == "length":
+def datum(cfg: GrpoConfig, rollout: Rollout) -> Datum | None:
+    """The sampled ids with their mask and log-probabilities; None for a cut trajectory that is to be left out."""
+    if cfg.mask_truncated and rollout.trajectory.finish_reason == "length":
         return None
-    return sampled_row(rollout.prompt, rollout.completion, rollout.advantage)
+    return sampled_datum(rollout.trajectory, rollout.advantage)
 
 
-def update(cfg: GrpoConfig, bench: Bench, rows: Sequence[TokenRow], step: int) -> dict[str, float]:
+def update(cfg: GrpoConfig, bench: Bench, rows: Sequence[Datum], step: int) -> dict[str, float]:
     """`epochs` passes of `minibatches` optimizer steps over the step's rollouts; means over them.
 
     `mismatch/` is of the first update, where the weights are still those that sampled: whatever differs there
@@ -172,7 +209,7 @@ def update(cfg: GrpoConfig, bench: Bench, rows: Sequence[TokenRow], step: int) -
     return mean | {key: value for key, value in history[0].items() if key.startswith("mismatch/")} | mismatch
 
 
-def whole_batch(cfg: GrpoConfig, bench: Bench, rows: Sequence[TokenRow], step: int) -> tuple[Batch, dict[str, float]]:
+def whole_batch(cfg: GrpoConfig, bench: Bench, rows: Sequence[Datum], step: int) -> tuple[Batch, dict[str, float]]:
     """All rows of a step, and how far apart sampler and trainer were, where that was looked at.
 
     The loss weights are those of the whole pass: a row weighs the same in whichever minibatch it comes to stand. Old
@@ -212,102 +249,6 @@ def minibatches(cfg: GrpoConfig, batch: Batch, step: int) -> Iterator[Batch]:
             yield replace(part, weights=part.weights * parts)
 
 
-# --------------------------------------------------------------------------------------------------- metrics
-
-
-def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """What the rewards, groups, outcomes and lengths of one step look like."""
-    rewards = [r.reward.total for r in rollouts]
-    lengths = [len(r.completion.token_ids) for r in rollouts]
-    ended = [n for n, r in zip(lengths, rollouts, strict=True) if r.completion.finish_reason == "stop"]
-    right = [n for n, r in zip(lengths, rollouts, strict=True) if r.correct]
-    wrong = [n for n, r in zip(lengths, rollouts, strict=True) if not r.correct]
-    groups = grouped(rollouts)
-    cut = [r.completion.finish_reason == "length" for r in rollouts]
-    advantages = [r.advantage for r in rollouts]
-    means: dict[str, Sequence[float]] = {
-        "length/terminated_mean": ended,
-        "length/right_mean": right,
-        "length/wrong_mean": wrong,
-        "groups/zero_std_frac": [len({r.reward.total for r in g}) == 1 for g in groups],
-        "groups/all_right_frac": [all(r.correct for r in g) for g in groups],
-        "groups/all_wrong_frac": [not any(r.correct for r in g) for g in groups],
-        # Each completion is in exactly one of these four.
-        "outcome/right_frac": [r.correct for r in rollouts],
-        "outcome/truncated_frac": [not r.correct and c for r, c in zip(rollouts, cut, strict=True)],
-        "outcome/format_error_frac": [
-            not r.correct and not c and not r.format_ok for r, c in zip(rollouts, cut, strict=True)
-        ],
-        "outcome/wrong_frac": [not r.correct and not c and r.format_ok for r, c in zip(rollouts, cut, strict=True)],
-        "reward/mean": rewards,
-        "length/mean": lengths,
-        "length/clipped_frac": cut,
-        "advantage/mean": advantages,
-        **{
-            f"reward/{name}": [r.reward.components.get(name, 0.0) for r in rollouts]
-            for name in sorted({name for r in rollouts for name in r.reward.components})
-        },
-    }
-    return {
-        **{name: statistics.fmean(values) for name, values in means.items() if values},
-        "reward/std": statistics.pstdev(rewards),
-        "reward/min": min(rewards),
-        "reward/max": max(rewards),
-        "length/min": min(lengths),
-        "length/max": max(lengths),
-        "advantage/min": min(advantages),
-        "advantage/max": max(advantages),
-    }
-
-
-def grouped(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
-    """The rollouts of each prompt."""
-    by_group: dict[int, list[Rollout]] = {}
-    for rollout in rollouts:
-        by_group.setdefault(rollout.group, []).append(rollout)
-    return list(by_group.values())
-
-
-def sample_row(bench: Bench, cfg: GrpoConfig, rollout: Rollout) -> dict[str, Any]:
-    """One rollout as a row of `samples/`."""
-    return {
-        **record(rollout.prompt, rollout.completion, bench.renderer, cfg.grading),
-        "group": rollout.group,
-        "reward": rollout.reward.total,
-        "components": dict(rollout.reward.components),
-        "advantage": rollout.advantage,
-        "policy_version": rollout.completion.policy_version,
-        "seed": rollout.completion.seed,
-    }
-
-
-class Clock:
-    """Where the time of a step goes: `time/<lap>` and `time/total`, in seconds, and who was idle."""
-
-    def __init__(self, sampler: Sampler) -> None:
-        self.started = self.last = time.perf_counter()
-        self.sampler, self.busy_before = sampler, sampler.busy_s
-        self.laps = dict.fromkeys(("build_data", "training", "eval"), 0.0)
-
-    def skip(self) -> None:
-        """Book the time since the last lap nowhere."""
-        self.last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """Book the time since the last lap."""
-        now = time.perf_counter()
-        self.laps[name] += now - self.last
-        self.last = now
-
-    def metrics(self, waited: float) -> dict[str, float]:
-        """All laps and the whole; the learner was idle while it `waited` for rollouts, the sampler when not busy."""
-        total = time.perf_counter() - self.started
-        busy = min(self.sampler.busy_s - self.busy_before, total)
-        laps = {f"time/{name}": seconds for name, seconds in self.laps.items()}
-        idle = {"perf/learner_idle_frac": waited / total, "perf/sampler_idle_frac": 1 - busy / total}
-        return laps | idle | {"time/total": total}
-
-
 # ------------------------------------------------------------------------------------------------ the command
 
 
@@ -316,20 +257,13 @@ def run(cfg: GrpoConfig) -> dict[str, Any]:
     check(cfg)
     if cfg.estimate:
         return estimate(cfg, cfg.estimate)
-    source = Path(cfg.data) / "train.jsonl"
-    problems = load_split(Path(cfg.data), "train")
+    source, task = Path(cfg.data) / "train.jsonl", task_of(cfg)
+    examples, reward = load_split(task, cfg.data, "train"), make_reward(cfg.reward)
+    advantage = extensions.load(cfg.advantage, "--advantage") if cfg.advantage else None
+    buffer = round(cfg.overlong_buffer * cfg.max_new_tokens)
     with open_bench(cfg, "grpo", {"train": source}, overlaps=cfg.mode == "one_step_off") as bench:
-        reward = make_reward(
-            cfg.reward,
-            format_ok=bench.renderer.style.format_ok,
-            format_weight=cfg.format_weight,
-            answer_weight=cfg.answer_weight,
-            grading=cfg.grading,
-            tags=bench.renderer.tags,
-        )
-        if buffer := round(cfg.overlong_buffer * cfg.max_new_tokens):
-            reward = with_overlong_penalty(reward, cfg.max_new_tokens, buffer)
-        train(cfg, bench, bench.prompts(problems, source), reward)
+        grader = Grader(bench.renderer.task, reward, (cfg.max_new_tokens, buffer) if buffer else None)
+        train(cfg, bench, bench.prompts(examples, source), grader, advantage)
         return bench.finish()
 
 

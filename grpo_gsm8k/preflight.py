@@ -28,12 +28,13 @@ import torch
 from safetensors import SafetensorError
 
 from grpo_gsm8k.config import ModelConfig, TrainConfig
-from grpo_gsm8k.datatypes import Drawer, Learner, Problem, Prompt, SamplingParams, TokenRow
+from grpo_gsm8k.datatypes import Datum, Example, Learner, Prompt, Sampler, SamplingParams
 from grpo_gsm8k.engines.hf import HFSampler
-from grpo_gsm8k.engines.probe import TOLERANCE, sampled_row
+from grpo_gsm8k.engines.probe import TOLERANCE, completed
 from grpo_gsm8k.errors import CheckpointError, ConfigError, DataError, DiskError, ModelError, UserError
+from grpo_gsm8k.repro import requests
 from grpo_gsm8k.runs.files import disk_errors
-from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
+from grpo_gsm8k.tasks.render import Renderer
 from grpo_gsm8k.trainer import adapter, packing
 from grpo_gsm8k.trainer.batch import Batch, make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner
@@ -42,10 +43,15 @@ from grpo_gsm8k.trainer.policy import dtype_name, load_model, load_tokenizer, pr
 from grpo_gsm8k.trainer.ranks import world
 
 LIMIT = {"float32": 1e-4, "bfloat16": TOLERANCE["bfloat16"]}  # mean difference that the order of sums may make
-SAMPLED = SamplingParams(n=2, max_new_tokens=8, temperature=1.0)
+SAMPLED = SamplingParams(max_new_tokens=8, temperature=1.0)
 ROW = 24  # tokens of a row that is compared
 SMALL = 50_000_000  # weights: of a larger model only what describes it is written, not gigabytes
-PROBLEM = Problem("preflight", "Ann has 3 apples and buys 4 more. How many has she now?", "3 + 4 = 7\n#### 7", "7")
+
+ASKED = (
+    Example("1", "Ann has 3 apples and buys 4 more. How many has she now?", "7", {"solution": "3 + 4 = 7\n#### 7"}),
+    Example("2", "What is 9 + 8?", "17", {"solution": "9 + 8 = 17\n#### 17"}),
+)
+"""What a model alone is asked by `doctor`, which has no data."""
 
 _proven: set[tuple[str, str]] = set()
 
@@ -91,7 +97,8 @@ def fly(subject: Subject) -> None:
 def checks(subject: Subject) -> list[Check]:
     """The checks that apply, in order: later ones rely on what earlier ones have shown."""
     found = [Check("ids", lambda: _ids(subject))]
-    found.append(Check("template", subject.renderer.check))
+    example = subject.prompts[0].example if subject.prompts else None
+    found.append(Check("template", lambda: subject.renderer.check(example)))
     if subject.learner is not None:
         found.append(Check("trainer", lambda: _trainer(subject)))
     if isinstance(subject.sampler, HFSampler):
@@ -110,12 +117,12 @@ def of_model(cfg: ModelConfig, folder: Path) -> Iterator[tuple[str, bool, str]]:
             train = replace(train, lora_rank=held.r, lora_alpha=held.lora_alpha)
         yield "model: weights", True, f"{sum(p.numel() for p in model.parameters()):,}, each from its file"
         renderer = Renderer.of(train, load_tokenizer(train))
-        yield "model: tokenizer", True, f"{len(renderer.tokenizer)} tokens, style {renderer.name}"
+        yield "model: tokenizer", True, f"{len(renderer.tokenizer)} tokens, style {renderer.task.options.prompt_style}"
         prepare_to_save(model, sorted(renderer.stop_ids))
         adapter.attach(model, train)
         learner = TorchLearner(model, renderer, train)
         sampler = HFSampler(model, renderer)
-        prompts = [renderer.render(PROBLEM), renderer.render(replace(PROBLEM, id="2", question="What is 9 + 8?"))]
+        prompts = [renderer.render(example) for example in ASKED]
         subject = Subject(model, renderer, prompts, learner, sampler, folder, learner.packs)
         for check in checks(subject):
             yield f"model: {check.name}", True, check.run()
@@ -130,12 +137,12 @@ def check_ids(prompts: Sequence[Prompt], embeddings: int, source: Path | str) ->
     """Raise `DataError` if a prompt has an id that the model has no embedding for."""
     for prompt in prompts:
         if (largest := max(prompt.token_ids, default=0)) >= embeddings:
-            line = prompt.problem.source.line if prompt.problem.source else None
-            what = f"the prompt of problem {prompt.problem.id} has id {largest}, the model has {embeddings} embeddings"
+            line = prompt.example.source.line if prompt.example.source else None
+            what = f"the prompt of {prompt.example.id} has id {largest}, the model has {embeddings} embeddings"
             raise DataError(source, f"{what}; {RESIZE}", line)
 
 
-def check_rows(rows: Sequence[TokenRow], embeddings: int, source: Path | str) -> None:
+def check_rows(rows: Sequence[Datum], embeddings: int, source: Path | str) -> None:
     """Raise `DataError` if a row to train on has an id that the model has no embedding for."""
     for number, row in enumerate(rows, 1):
         if (largest := max(row.token_ids, default=0)) >= embeddings:
@@ -166,11 +173,11 @@ def _ids(subject: Subject) -> str:
     return f"within the model's {embeddings} embeddings{more if beyond > 0 else ''}"
 
 
-def _rows(prompts: Sequence[Prompt]) -> list[TokenRow]:
+def _rows(prompts: Sequence[Prompt]) -> list[Datum]:
     """Short rows of prompts' ids, of which two begin alike and part in the middle."""
     first, last = prompts[0].token_ids, prompts[-1].token_ids
     ids = [first[:ROW], (*first[: ROW // 2], *last[-ROW // 3 :]), last[: ROW // 2]]
-    return [TokenRow(row, (0, *(1,) * (len(row) - 1))) for row in ids if len(row) > 1]
+    return [Datum(row, (0, *(1,) * (len(row) - 1))) for row in ids if len(row) > 1]
 
 
 @torch.no_grad()
@@ -220,15 +227,16 @@ def _trainer(subject: Subject) -> str:
     return f"log-probabilities within {distance:.1g} of the logits'{', packed too' if subject.packs else ''}"
 
 
-def _sampler(subject: Subject, sampler: Drawer) -> str:
+def _sampler(subject: Subject, sampler: Sampler) -> str:
     prompts = [subject.prompts[0], subject.prompts[-1]]
-    if prompts[0].problem.id == prompts[1].problem.id:
+    if prompts[0] is prompts[1]:
         prompts = prompts[:1]
     busy = sampler.busy_s if isinstance(sampler, HFSampler) else 0.0
-    drawn = sampler.sample(prompts, SAMPLED)
+    asked = requests(prompts, 2, 0)
+    drawn = sampler.sample(asked, SAMPLED)
     if isinstance(sampler, HFSampler):
         sampler.busy_s = busy
-    rows = [sampled_row(prompt, c) for prompt, group in zip(prompts, drawn, strict=True) for c in group]
+    rows = [completed(one, completion) for one, group in zip(asked, drawn, strict=True) for completion in group]
     batch = make_batch(rows, subject.renderer.pad_id)
     distance = _near(batch.old_logprobs, _plain(subject.model, batch), batch.mask, subject, "the sampler's")
     return f"log-probabilities within {distance:.1g} of the logits'"

@@ -37,13 +37,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from grpo_gsm8k.config import PrepEvalConfig, TokenizeConfig
-from grpo_gsm8k.datatypes import Problem, Source
+from grpo_gsm8k.datatypes import Example, Source
 from grpo_gsm8k.errors import ConfigError, DataError, GrpoError
 from grpo_gsm8k.runs.files import read_json, read_lines, sha256_file, write_json, write_jsonl
 from grpo_gsm8k.runs.progress import progress
-from grpo_gsm8k.tasks.gsm8k.chat import read_chat
-from grpo_gsm8k.tasks.gsm8k.problems import gold_number, load_problems, load_split
-from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
+from grpo_gsm8k.tasks.base import load_examples, load_split
+from grpo_gsm8k.tasks.conversations import read_chat
+from grpo_gsm8k.tasks.render import Renderer, date_of, task_of
 from grpo_gsm8k.trainer.policy import load_tokenizer
 from grpo_gsm8k.trainer.shards import MANIFEST, pack, read_shard, write_shard
 
@@ -210,24 +210,21 @@ def run(cfg: PrepEvalConfig) -> dict[str, Any]:
     out = Path(cfg.out or TOKENIZED / f"{source.stem}_for_vllm.jsonl")
     if out.resolve() == source.resolve():
         raise ConfigError(f"--out is {out}, which holds the problems themselves; choose another file")
-    problems = load_problems(source) if cfg.eval_path else load_split(Path(cfg.data), cfg.split)
-    renderer = Renderer.of(cfg, load_tokenizer(cfg))
+    task = task_of(cfg)
+    examples = load_examples(task, source) if cfg.eval_path else load_split(task, cfg.data, cfg.split)
+    renderer = Renderer(load_tokenizer(cfg), task, date=date_of(cfg))
     made_with = renderer.made_with()
-    rows = [prepared_row(renderer, problem, made_with) for problem in problems[: cfg.limit or None]]
+    rows = [prepared_row(renderer, example, made_with) for example in examples[: cfg.limit or None]]
     write_jsonl(out, rows)
     longest = max(len(row["prompt_token_ids"]) for row in rows)
     return {"written": len(rows), "path": str(out), "source": str(source), "longest_prompt": longest, **made_with}
 
 
-def prepared_row(renderer: Renderer, problem: Problem, made_with: Mapping[str, str | None]) -> dict[str, Any]:
-    """One row of the set. A prompt that the problem already comes with is replaced, so a set can be made again."""
-    ids = renderer.render(problem).token_ids
+def prepared_row(renderer: Renderer, example: Example, made_with: Mapping[str, str | None]) -> dict[str, Any]:
+    """One row of the set. A prompt that the example already comes with is replaced, so a set can be made again."""
+    ids = renderer.render(example).token_ids
     return {
-        "id": problem.id,
-        "question": problem.question,
-        "answer": problem.answer,
-        "gold": problem.gold,
-        "gold_num": gold_number(problem.gold),
+        **renderer.task.row(example),
         "prompt": renderer.spell(ids),
         "prompt_token_ids": ids,
         "rendered": made_with,

@@ -19,11 +19,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from grpo_gsm8k.datatypes import Prompt, Request
 from grpo_gsm8k.runs.files import write_atomic, write_json
 
 # ---- seeds ---------------------------------------------------------------------------------------
@@ -44,6 +46,21 @@ def derive_seed(*parts: int | str) -> int:
         raw = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else str(part).encode()
         encoded += b"%c%d:%b," % (b"s" if isinstance(part, str) else b"i", len(raw), raw)
     return int.from_bytes(hashlib.sha256(encoded).digest()[:8], "big") >> 1
+
+
+def requests(prompts: Sequence[Prompt], n: int, seed: int) -> list[Request]:
+    """`n` completions of each prompt, each with a seed of its own, derived from (seed, example, sample).
+
+    A prompt that stood there before (more groups than prompts, an epoch's edge) goes on counting its samples where the
+    earlier one ends, and so draws others.
+    """
+    found, asked = list[Request](), Counter[str]()
+    for prompt in prompts:
+        first = n * asked[prompt.example.id]
+        asked[prompt.example.id] += 1
+        seeds = (derive_seed(seed, prompt.example.id, first + sample) for sample in range(n))
+        found.append(Request(prompt.token_ids, tuple(seeds)))
+    return found
 
 
 @functools.lru_cache(maxsize=4)  # an epoch's order is asked for at each of its steps

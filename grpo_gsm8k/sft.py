@@ -5,6 +5,7 @@ its end-of-turn id; the loss is the mean over the response tokens of the whole u
 
     grpo-gsm8k sft --model_id MODEL --data DIR                         # the reference solutions of train.jsonl
     grpo-gsm8k sft --model_id MODEL --data_path pairs.jsonl --eval_set_path DIR/val.jsonl   # or a folder of shards
+    grpo-gsm8k sft --model_id MODEL --data_path hf:OWNER/NAME --eval_set_path DIR/val.jsonl # a data set of the hub
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from grpo_gsm8k.config import SftConfig, TrainConfig
-from grpo_gsm8k.datatypes import Problem, TokenRow
+from grpo_gsm8k.datatypes import Datum, Example
 from grpo_gsm8k.errors import ConfigError, DataError
+from grpo_gsm8k.hub_datasets import local_path
 from grpo_gsm8k.preflight import check_rows
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.runs.progress import talk
-from grpo_gsm8k.tasks.gsm8k.chat import Example, load_pairs
-from grpo_gsm8k.tasks.gsm8k.problems import load_split
+from grpo_gsm8k.tasks.base import load_split
+from grpo_gsm8k.tasks.conversations import Conversation, load_pairs
+from grpo_gsm8k.tasks.render import task_of
 from grpo_gsm8k.trainer import loop
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.objectives import Objective
@@ -30,22 +33,22 @@ from grpo_gsm8k.trainer.shards import MANIFEST, load_rows, read_manifest
 from grpo_gsm8k.workbench import Bench, open_bench
 
 
-def train(cfg: SftConfig, bench: Bench, rows: Sequence[TokenRow]) -> None:
+def train(cfg: SftConfig, bench: Bench, rows: Sequence[Datum]) -> None:
     """Fine-tune on `rows` for `cfg.epochs` epochs, validating as it goes."""
     total = cfg.epochs * updates_per_epoch(len(rows), cfg.batch_size)
-    for step in loop.steps(bench.run, bench.learner, total, state := {"note": ""}):
+    for step in loop.steps(bench.run, bench.learner, total, state := loop.Progress()):
         started = time.perf_counter()
         metrics = fit_step(cfg, bench, rows, step, lr_at(step, total, cfg), seed=cfg.seed)
         metrics |= {"progress/sft_step": step, "progress/done_frac": step / total}
         metrics |= bench.validate(step, total)
         bench.run.log(step, metrics | {"time/total": time.perf_counter() - started})
-        state["note"] = f"loss {metrics['loss']:.3f}"
+        state.note = f"loss {metrics['loss']:.3f}"
 
 
 def fit_step(
     cfg: TrainConfig,
     bench: Bench,
-    rows: Sequence[TokenRow],
+    rows: Sequence[Datum],
     step: int,
     lr: float,
     *,
@@ -75,10 +78,12 @@ def run(cfg: SftConfig) -> dict[str, Any]:
     """The stage as a command: load, train, return the result."""
     if not cfg.eval_every:
         raise ConfigError("eval_every = 0: fine-tuning is always evaluated; give the steps between evaluations")
-    source = Path(cfg.data_path or Path(cfg.data) / "train.jsonl")
+    source = local_path(cfg.data_path, cfg.out_dir) if cfg.data_path else Path(cfg.data) / "train.jsonl"
     if sharded := bool(cfg.data_path) and source.is_dir():
         read_manifest(source)
-    examples = [] if sharded else load_pairs(source) if cfg.data_path else load_split(Path(cfg.data), "train")
+    examples: Sequence[Conversation | Example] = []
+    if not sharded:
+        examples = load_pairs(source) if cfg.data_path else load_split(task_of(cfg), cfg.data, "train")
     with open_bench(cfg, "sft", {"train": source / MANIFEST if sharded else source}) as bench:
         rows = (
             load_rows(source, bench.renderer.made_with(), cfg.train_on)
@@ -96,11 +101,11 @@ def run(cfg: SftConfig) -> dict[str, Any]:
         return {**bench.finish(), "examples": len(fitting), "left_out": left_out}
 
 
-def render(cfg: SftConfig, bench: Bench, item: Example | Problem) -> TokenRow:
-    """A chat or a problem with its reference solution, as ids and mask."""
-    if isinstance(item, Example):
+def render(cfg: SftConfig, bench: Bench, item: Conversation | Example) -> Datum:
+    """A conversation, or an example with what a teacher answers, as ids and mask."""
+    if isinstance(item, Conversation):
         return bench.renderer.chat(item.messages, cfg.train_on, item.raw, item.source)
-    return bench.renderer.example(item)
+    return bench.renderer.target(item)
 
 
 if __name__ == "__main__":

@@ -16,19 +16,21 @@ import torch
 
 from grpo_gsm8k import preflight, repro
 from grpo_gsm8k.config import EngineConfig, EvalConfig, GrpoConfig, ModelConfig, TrainConfig
-from grpo_gsm8k.datatypes import Evaluator, Learner, Problem, Prompt, Sampler, SamplingParams
+from grpo_gsm8k.datatypes import Evaluator, Example, Learner, Prompt, Sampler, SamplingParams, WeightsRef
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.engines.probe import TOLERANCE, probe
 from grpo_gsm8k.engines.process import Engine, ProcessSampler, placements, trained_on
 from grpo_gsm8k.errors import ConfigError, EngineError, RunDirError
 from grpo_gsm8k.evals.accuracy import CHUNK, Evaluation, evaluate
 from grpo_gsm8k.evals.evaluator import AsyncEvaluator, InlineEvaluator
+from grpo_gsm8k.extensions import is_users, users_code
+from grpo_gsm8k.extensions import load as load_object
 from grpo_gsm8k.preflight import Subject, check_ids, embeddings_of
 from grpo_gsm8k.runs.directory import Run, open_run
 from grpo_gsm8k.runs.files import atomic_folder
-from grpo_gsm8k.tasks.gsm8k import contamination
-from grpo_gsm8k.tasks.gsm8k.problems import load_problems
-from grpo_gsm8k.tasks.gsm8k.prompts import Renderer, check_lengths
+from grpo_gsm8k.tasks import contamination
+from grpo_gsm8k.tasks.base import Task, load_examples
+from grpo_gsm8k.tasks.render import Renderer, check_lengths, date_of, task_of
 from grpo_gsm8k.trainer import adapter, loop, ranks
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.memory import engine_share
@@ -70,16 +72,28 @@ class Bench:
     context: int
     embeddings: int
     evaluator: Evaluator | None = None
+    _held: WeightsRef | None = None
 
     def sync(self, version: int) -> dict[str, float]:
-        """Hand the learner's weights to the sampler; where that is another process, prove that they arrived."""
-        self.sampler.load_weights(version, self.learner.weights())
-        cfg = self.run.cfg
-        if not isinstance(self.sampler, ProcessSampler) or not cfg.probe_prompts:
-            return {}
+        """Hand the learner's weights to the sampler; where that is another process, prove that they arrived.
+
+        Nothing is handed over that the sampler holds already: after a validation, the next step finds its weights there.
+        """
+        return self._handed_over(version)[1]
+
+    def _handed_over(self, version: int) -> tuple[WeightsRef, dict[str, float]]:
+        cfg, apart = self.run.cfg, isinstance(self.sampler, ProcessSampler)
+        hashed = not isinstance(self.sampler, ProcessSampler) or self.sampler.proves_by_file
+        ref = self.learner.publish(version) if hashed else WeightsRef(version)
+        if ref.same_as(self._held):
+            return ref, {}
+        self.sampler.load(ref, self.learner.weights)
+        self._held = ref
+        if not apart or not cfg.probe_prompts:
+            return ref, {}
         tolerance = cfg.probe_tolerance or TOLERANCE[dtype_name(self.learner.weights())]
         prompts = self.val[: cfg.probe_prompts]
-        return probe(self.sampler, self.learner, prompts, self.renderer.pad_id, version, tolerance)
+        return ref, probe(self.sampler, self.learner, prompts, self.renderer.pad_id, version, tolerance)
 
     def validate(self, step: int, total: int) -> dict[str, float]:
         """Submit the weights of this step when it is due; log what has come back.
@@ -107,7 +121,7 @@ class Bench:
     def _keep(self, found: Sequence[tuple[int, Evaluation]], now: int) -> dict[str, float]:
         """Records and metrics of evaluations: logged under their own step, or returned if that is `now`."""
         metrics: dict[str, float] = {}
-        logged = self.run.metric_history("val/accuracy") if any(step != now for step, _ in found) else {}
+        logged = self.run.metric_history("val/n") if any(step != now for step, _ in found) else {}
         for step, evaluation in found:
             self.run.samples(step, evaluation.rows, folder="evals")
             if step == now:
@@ -118,9 +132,9 @@ class Bench:
                 self.evaluator.settle(step)
         return metrics
 
-    def prompts(self, problems: Sequence[Problem], source: Path | str) -> list[Prompt]:
-        """Rendered problems, each known to fit into the context with its completion."""
-        prompts = [self.renderer.prompt(problem) for problem in problems]
+    def prompts(self, examples: Sequence[Example], source: Path | str) -> list[Prompt]:
+        """Rendered examples, each known to fit into the context with its completion."""
+        prompts = [self.renderer.prompt(example) for example in examples]
         check_lengths(prompts, self.context, str(source))
         check_ids(prompts, self.embeddings, source)
         return prompts
@@ -140,21 +154,24 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
         ranks.follow(make_learner(cfg, load_seeded(cfg), None))
         raise SystemExit(0)
     eval_path = Path(cfg.eval_set_path or Path(cfg.data) / "val.jsonl")
-    problems = load_problems(eval_path)
+    task = task_of(cfg)
+    examples = load_examples(task, eval_path)
     apart = evaluates_apart(cfg, stage)
     if cfg.uses_vllm:
         placements(cfg, gpus=torch.cuda.device_count())
     with open_run(cfg, stage, {**inputs, "eval_set": eval_path}) as run, ExitStack() as open_until_the_end:
-        contamination.warn(inputs.values(), Path(cfg.data) / "test.jsonl")
+        task.folder = run.path
+        contamination.warn(inputs.values(), Path(cfg.data) / "test.jsonl", task)
         # Before the model is loaded: what is wrong with a template shows at once.
-        renderer = Renderer.of(cfg, load_tokenizer(cfg))
+        renderer = Renderer(load_tokenizer(cfg), task, date=date_of(cfg))
+        renderer.check(examples[0])
         model = load_seeded(cfg)
         prepare_to_save(model, end_ids(renderer))
         learner: Learner = make_learner(cfg, model, renderer)
         if world().size > 1:
             learner = open_until_the_end.enter_context(closing(Lead(learner)))
         bench = Bench(run, learner, NoSampler(), renderer, [], context_length(model), embeddings_of(model))
-        bench.val = bench.prompts(problems[: cfg.eval_examples], eval_path)
+        bench.val = bench.prompts(examples[: cfg.eval_examples], eval_path)
         flown = Subject(model, renderer, bench.val, learner, None, run.path, getattr(learner, "packs", False))
         preflight.fly(flown)  # before an engine is started, which takes a minute
         if not (apart and stage == "sft"):
@@ -220,11 +237,11 @@ class NoSampler:
 
     busy_s = 0.0
 
-    def sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> Any:
+    def sample(self, requests: Any, params: SamplingParams) -> Any:
         """Is never called."""
         raise AssertionError("this stage has no sampler")
 
-    def load_weights(self, version: int, tensors: Any) -> None:
+    def load(self, ref: WeightsRef, tensors: Any = None) -> None:
         """Is never called."""
         raise AssertionError("this stage has no sampler")
 
@@ -241,6 +258,10 @@ def open_sampler(
         overlaps: see `open_bench`.
     """
     here = world()
+    if is_users(cfg.engine):
+        with users_code(f"engine {cfg.engine!r}"):
+            yield load_object(cfg.engine, "--engine")(model, renderer, cfg)
+        return
     if not cfg.uses_vllm:
         yield HFSampler(model, renderer, cfg.sample_rows, copy_model=here.size == 1)  # ranks train another copy
         return
@@ -309,56 +330,69 @@ def async_evaluator(bench: Bench, model: Any, stage: str) -> AsyncEvaluator:
         module="grpo_gsm8k.evals.worker",
         prompts=prompt_rows(bench.val),
         params=vars(validation_params(bench)),
+        context=bench.context,
     )
     return AsyncEvaluator(engine, bench.run.path / "evals" / "pending", cfg.eval_backlog)
 
 
 def prompt_rows(prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
     """Prompts for an evaluating process."""
-    text = ("id", "question", "answer", "gold")
-    return [{"problem": {key: getattr(p.problem, key) for key in text}, "token_ids": p.token_ids} for p in prompts]
+    text = ("id", "messages", "answer", "meta")
+    return [
+        {"example": {key: getattr(p.example, key) for key in text}, "token_ids": p.token_ids, "opened": p.opened}
+        for p in prompts
+    ]
 
 
 def inline_evaluator(bench: Bench) -> InlineEvaluator:
     """The bench's own sampler as the evaluator."""
-    params, grading = validation_params(bench), bench.run.cfg.grading
-    return InlineEvaluator(bench.sync, bench.sampler, bench.val, params, bench.renderer, grading)
+
+    def sync(step: int) -> WeightsRef:
+        return bench._handed_over(step)[0]
+
+    params = validation_params(bench)
+    return InlineEvaluator(sync, bench.sampler, bench.val, params, bench.renderer, bench.context)
 
 
 def validation_params(bench: Bench) -> SamplingParams:
-    """Greedy, one completion a problem."""
+    """Greedy, one completion an example."""
     cfg = bench.run.cfg
-    return SamplingParams(1, cfg.max_new_tokens, temperature=0.0, stop=bench.renderer.style.stop)
+    return SamplingParams(cfg.max_new_tokens, temperature=0.0, stop=bench.renderer.stop)
 
 
 def evaluate_model(
     cfg: EvalConfig,
-    problems: Sequence[Problem],
+    task: Task,
+    examples: Sequence[Example],
     params: SamplingParams,
     source: str,
     title: str,
+    *,
+    samples: int = 1,
     seeds: Sequence[int] = (),
-    shots: Sequence[Problem] = (),
+    shots: Sequence[Example] = (),
 ) -> Evaluation:
-    """Load a model, evaluate it on `problems` (with each of `seeds`, after `shots`), let it go."""
+    """Load a model, evaluate it on `examples` (with each of `seeds`, after `shots`), let it go."""
     repro.set_deterministic(cfg.deterministic)
     # An engine is given the weights like any other time, from a copy on the CPU: their hash is what was evaluated.
     if cfg.uses_vllm:
         gpu = placements(cfg, gpus=torch.cuda.device_count())[0][0] != "cpu"
         cfg = dataclasses.replace(cfg, device="cpu", dtype="bfloat16" if cfg.dtype == "auto" and gpu else cfg.dtype)
-    renderer = Renderer.of(cfg, load_tokenizer(cfg), shots)
-    prompts = [renderer.prompt(problem) for problem in problems]
+    renderer = Renderer(load_tokenizer(cfg), task, shots, date_of(cfg))
+    prompts = [renderer.prompt(example) for example in examples]
     model = load_model(cfg)
-    check_lengths(prompts, context_length(model), source)
+    context = context_length(model)
+    check_lengths(prompts, context, source)
     check_ids(prompts, embeddings_of(model), source)
     params = dataclasses.replace(params, stop=renderer.stop)
-    digest = weights_sha256(adapter.own_weights(model))
+    ref = WeightsRef(0, weights_sha256(adapter.own_weights(model)))
     with open_sampler(cfg, model, renderer, Path(cfg.out_dir)) as sampler:
-        sampler.load_weights(0, adapter.own_weights(model))
+        sampler.load(ref, lambda: adapter.own_weights(model))
         preflight.fly(Subject(model, renderer, prompts, sampler=sampler))
         del model
-        chunk = ENGINE_CHUNK if cfg.uses_vllm else CHUNK
-        return evaluate(sampler, prompts, params, renderer, digest, cfg.grading, title, chunk, seeds)
+        how: dict[str, Any] = {"samples": samples, "seeds": seeds, "title": title, "context": context}
+        how["chunk_size"] = ENGINE_CHUNK if cfg.uses_vllm else CHUNK
+        return evaluate(sampler, prompts, params, renderer, ref.sha256, **how)
 
 
 def merge(cfg: ModelConfig, out: Path) -> dict[str, Any]:

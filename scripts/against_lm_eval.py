@@ -43,8 +43,10 @@ from grpo_gsm8k.evals.accuracy import read_rows
 from grpo_gsm8k.evals.compare import corrected_for_number
 from grpo_gsm8k.runs.files import read_json, write_json, write_jsonl
 from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.tasks import load_task
+from grpo_gsm8k.tasks.base import load_examples
 from grpo_gsm8k.tasks.gsm8k.grading import extract, grade
-from grpo_gsm8k.tasks.gsm8k.problems import load_problems
+from grpo_gsm8k.tasks.gsm8k.problems import row_of
 
 TASK = "gsm8k_local"
 FILTERS = {"strict": "strict-match", "flexible": "flexible-extract"}  # our grading → lm-eval's filter
@@ -75,7 +77,7 @@ class Recorded(LM):
 def gsm8k_task(folder: Path, rows: Sequence[Row], train: Path | None = None, **changes: Any) -> Path:
     """A folder with lm-eval's gsm8k task over local files, otherwise as it is but for `changes`."""
     keys = ("id", "question", "answer", "prompt")  # the same in both: `datasets` wants one schema
-    shown = [{**vars(problem), "prompt": ""} for problem in load_problems(train)] if train else rows
+    shown = [{**row_of(e), "prompt": ""} for e in load_examples(load_task("gsm8k"), train)] if train else rows
     for name, given in (("test", rows), ("train", shown)):
         write_jsonl(folder / f"{name}.jsonl", [{key: row[key] for key in keys} for row in given])
     files = {name: str(folder / f"{name}.jsonl") for name in ("test", "train")}

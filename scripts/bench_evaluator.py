@@ -45,11 +45,10 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from grpo_gsm8k import config, sft  # noqa: E402
 from grpo_gsm8k.config import SftConfig  # noqa: E402
-from grpo_gsm8k.data_prep import write_splits  # noqa: E402
 from grpo_gsm8k.engines.process import Engine  # noqa: E402
 from grpo_gsm8k.evals.evaluator import AsyncEvaluator  # noqa: E402
-from grpo_gsm8k.tasks.gsm8k.problems import load_split  # noqa: E402
-from grpo_gsm8k.tasks.gsm8k.toy import make_problems  # noqa: E402
+from grpo_gsm8k.tasks import load_task  # noqa: E402
+from grpo_gsm8k.tasks.base import load_split  # noqa: E402
 from grpo_gsm8k.trainer.tiny_model import make_tiny_model  # noqa: E402
 from grpo_gsm8k.workbench import Bench, open_bench, prompt_rows, validation_params  # noqa: E402
 
@@ -70,9 +69,9 @@ SIZES = {"tiny": Size(128, 2, 4, 0, 16), "large": Size(512, 8, 8, 32_000, 4)}
 
 def make_inputs(folder: Path, size: Size) -> None:
     """Toy problems and a random model, its vocabulary widened with ids that no text uses."""
-    problems = make_problems(0, {"train": 2000, "val": 100, "test": 1})
-    write_splits(folder / "data", problems, {"source": "toy", "seed": 0})
-    texts = [text for p in load_split(folder / "data", "train") for text in (p.question, p.answer)]
+    task = load_task("gsm8k")
+    task.generate(folder / "data", 0, {"train": 2000, "val": 100, "test": 1})
+    texts = [text for p in load_split(task, folder / "data", "train") for text in (p.text, p.meta["solution"])]
     sizes = {"hidden_size": size.hidden_size, "layers": size.layers, "heads": size.heads}
     make_tiny_model(folder / "model", texts, 0, **sizes)
     if size.vocabulary:
@@ -86,7 +85,9 @@ class Training:
 
     def __init__(self, bench: Bench, folder: Path) -> None:
         self.bench, self.step, self.submissions = bench, 0, list[float]()
-        self.rows = [bench.renderer.example(problem) for problem in load_split(folder / "data", "train")]
+        self.rows = [
+            bench.renderer.target(problem) for problem in load_split(bench.renderer.task, folder / "data", "train")
+        ]
 
     def block(self, steps: int) -> float:
         """Steps a second of so many updates, each with what validates and logs it."""

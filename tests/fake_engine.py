@@ -28,26 +28,26 @@ def build(start, pulse):
     def die():
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def refusal(version, path, sha256):
+    def refusal(version, sha256, where):
         """Why a real engine would not take the file; only looked at where the test asks for it."""
         if not start.get("check"):
             return None
         from grpo_gsm8k.engines import handover
 
         try:
-            handover.read(handover.Handover(Path(path), version, sha256))
+            handover.read(handover.of_json(version, sha256, where))
         except handover.HandoverError as fault:
             return {"refused": str(fault)}
 
-    def load_weights(version, path, sha256):
+    def load(version, sha256, where):
         if faulty("die_in_load"):
             die()
-        if refused := refusal(version, path, sha256):
+        if refused := refusal(version, sha256, where):
             return refused
         held["version"] = version
         return {"version": version, "sha256": sha256}
 
-    def sample(prompts, params):
+    def sample(requests, params):
         if faulty("die_in_sample"):
             die()
         if faulty("hang"):
@@ -62,28 +62,28 @@ def build(start, pulse):
                 pulse()
         old = faulty("old_weights")
 
-        def completion(prompt, k):
-            ids = [*prompt["token_ids"][:2], 100 + k]
+        def completion(request, k, seed):
+            ids = [*request["token_ids"][:2], 100 + k]
             return {
                 "token_ids": ids,
                 "logprobs": [-0.5] * (2 if faulty("fewer_logprobs") else 3),
-                "text": prompt["id"],
+                "text": "",
                 "finish_reason": "stop",
                 "policy_version": held["version"] - old,
-                "seed": params["seed"],
+                "seed": seed,
             }
 
-        groups = [[completion(prompt, k) for k in range(params["n"])] for prompt in prompts]
+        groups = [[completion(request, k, seed) for k, seed in enumerate(request["seeds"])] for request in requests]
         return {"completions": groups[1:] if faulty("fewer_groups") else groups}
 
-    def judge(version, path, sha256):
+    def judge(version, sha256, where):
         if faulty("die_in_judge"):
             die()
         gate = Path(start.get("gate", "/"))
         while not gate.exists():
             time.sleep(0.02)
             pulse()
-        if refused := refusal(version, path, sha256):
+        if refused := refusal(version, sha256, where):
             return refused
         claimed = "0" * 64 if faulty("other_weights") else sha256
         row = {"id": "p1", "correct": True, "gold": "1", "weights_sha256": claimed}
@@ -96,6 +96,7 @@ def build(start, pulse):
             **{name: {} for name in ("intervals", "by_seed", "spread")},
             "by_length": [],
             "truncated": 0.0,
+            "reward": 0.0,
             "mean_tokens": 3.0,
             "tokens_per_s": 1.0,
             "seconds": 1.0,
@@ -120,7 +121,7 @@ def build(start, pulse):
         "ping": ping,
         "transfer": transfer,
         "hold": hold,
-        "load_weights": load_weights,
+        "load": load,
         "sample": sample,
         "judge": judge,
     }

@@ -15,15 +15,13 @@ from grpo_gsm8k import config, fast_eval_vllm, grpo, sft, workbench
 from grpo_gsm8k.datatypes import SamplingParams
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.errors import CheckpointError, ConfigError, RunDirError
-from grpo_gsm8k.tasks.gsm8k.problems import load_split
-from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
 from grpo_gsm8k.trainer import adapter
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.objectives import Objective
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer, weights_sha256
 from tests.test_resume import config_of, story
-from tests.toys import gradient, rows, train_config
+from tests.toys import draw, gradient, load_split, renderer_for, rows, train_config
 
 RANK, ALPHA = 4, 12
 LORA = {"lora_rank": RANK, "lora_alpha": ALPHA}
@@ -34,7 +32,7 @@ def learner_of(tiny, reference=False, **flags):
     cfg = train_config(model_id=str(tiny.model), **{**LORA, **flags})
     model = load_model(cfg)
     adapter.attach(model, cfg)
-    return TorchLearner(model, Renderer(load_tokenizer(cfg)), cfg, reference)
+    return TorchLearner(model, renderer_for(load_tokenizer(cfg)), cfg, reference)
 
 
 def randomise(model):
@@ -93,10 +91,10 @@ def test_only_the_adapter_moves_and_the_reference_is_the_model_that_the_run_bega
 
 def greedy(model, tiny):
     cfg = train_config(model_id=str(tiny.model))
-    renderer = Renderer(load_tokenizer(cfg), "gsm8k")
+    renderer = renderer_for(load_tokenizer(cfg), "gsm8k")
     prompts = [renderer.prompt(problem) for problem in load_split(tiny.data, "test")]
     sampler = HFSampler(model, renderer)
-    return [group[0].token_ids for group in sampler.sample(prompts, SamplingParams(1, 24, temperature=0.0))]
+    return [group[0].token_ids for group in draw(sampler, prompts, SamplingParams(24, temperature=0.0))]
 
 
 def test_a_merged_model_is_the_base_plus_the_product_and_answers_the_same(tiny, tmp_path):

@@ -6,7 +6,6 @@ cache, padding, packing or our head.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,18 +14,17 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from grpo_gsm8k.config import EvalConfig
-from grpo_gsm8k.datatypes import Problem, Prompt, SamplingParams
+from grpo_gsm8k.datatypes import Prompt, SamplingParams
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.engines.vllm import max_model_len
 from grpo_gsm8k.errors import ConfigError, ModelError
-from grpo_gsm8k.rollouts import drawn_apart
 from grpo_gsm8k.trainer.architecture import context_length
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.logprobs import check_head
 from grpo_gsm8k.trainer.objectives import Objective
 from tests.architectures import CONFIGS, VOCAB, config_of, make
-from tests.toys import gradient, rows, train_config
+from tests.toys import gradient, rows, train_config, word_problem
 
 QUICK = ("gemma2", "granite", "falcon-alibi", "stablelm", "bloom", "mamba", "lfm2")
 UNTRAINED = {"rwkv": "in place", "modernbert-decoder": "behind its head"}
@@ -74,8 +72,8 @@ def test_what_is_sampled_has_the_log_probabilities_of_the_models_own_logits(name
         with pytest.raises(ModelError, match=f"{type(model).__name__}.*{UNSAMPLED[name]}"):
             HFSampler(model, RENDERER)
         return
-    prompts = [Prompt(Problem(str(k), "", "", ""), tuple(ids)) for k, ids in enumerate(PROMPTS)]
-    drawn = HFSampler(model, RENDERER).sample(prompts, SamplingParams(3, 14, TEMPERATURE, seed=1))
+    prompts = [Prompt(word_problem(str(k), "", "", ""), tuple(ids)) for k, ids in enumerate(PROMPTS)]
+    drawn = HFSampler(model, RENDERER).sample(requests(prompts, 3, 1), SamplingParams(14, TEMPERATURE))
     assert len({len(completion.token_ids) for group in drawn for completion in group}) > 1
     for prompt, group in zip(prompts, drawn, strict=True):
         for completion in group:
@@ -202,8 +200,10 @@ def test_vllm_keeps_to_the_factors_of_short_rows(tmp_path):
 
 
 def test_completions_end_with_the_context():
-    prompts = [Prompt(Problem("0", "", "", ""), tuple(range(9, 39)))]
-    (drawn,) = HFSampler(make("phi3-longrope"), RENDERER).sample(prompts, SamplingParams(4, 14, TEMPERATURE))
+    prompts = [Prompt(word_problem("0", "", "", ""), tuple(range(9, 39)))]
+    (drawn,) = HFSampler(make("phi3-longrope"), RENDERER).sample(
+        requests(prompts, 4, 0), SamplingParams(14, TEMPERATURE)
+    )
     assert {len(completion.token_ids) for completion in drawn} <= {1, 2}
 
 
@@ -237,9 +237,9 @@ def test_a_model_that_sees_what_follows_is_refused():
 
 
 def test_the_same_prompt_twice_draws_on():
-    prompt = Prompt(Problem("7", "", "", ""), (9, 20, 21))
-    sampler, params = HFSampler(make("qwen3"), RENDERER), SamplingParams(2, 8, 1.0, seed=3)
-    first, second, third = sampler.sample(drawn_apart([prompt] * 3, 2), params)
-    (six,) = sampler.sample([prompt], replace(params, n=6))
+    prompt = Prompt(word_problem("7", "", "", ""), (9, 20, 21))
+    sampler, params = HFSampler(make("qwen3"), RENDERER), SamplingParams(8, 1.0)
+    first, second, third = sampler.sample(requests([prompt] * 3, 2, 3), params)
+    (six,) = sampler.sample(requests([prompt], 6, 3), params)
     assert [c.token_ids for c in first + second + third] == [c.token_ids for c in six]
     assert len({c.seed for c in six}) == 6

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from grpo_gsm8k import bench, bench_gpu, bench_sample, bench_update
-from grpo_gsm8k.datatypes import TokenRow
+from grpo_gsm8k.datatypes import Datum
 from grpo_gsm8k.trainer import costs
 from tests.rehearsal import Pretend
 from tests.toys import REPOSITORY
@@ -70,7 +70,7 @@ def test_the_ablation_says_how_noisy_it_was(args):
 def test_shares_of_a_peak_by_hand(args):
     """The model of SMALL: a layer of 16 x (16 + 2 x 8 + 16) + 3 x 16 x 32 weights, a head of 700 x 16."""
     shape = costs.Shape(0, 1, 16, 32, 2, 1, 8, 700)
-    rows = [TokenRow((1, 2, 3, 4), (0, 0, 1, 1), (), 1.0), TokenRow((1, 2), (0, 1), (), 1.0)]
+    rows = [Datum((1, 2, 3, 4), (0, 0, 1, 1), (), 1.0), Datum((1, 2), (0, 1), (), 1.0)]
     # 3 + 1 inputs, 3 targets, 6 + 1 pairs of 2 heads of 8
     assert bench_update.operations(shape, rows) == 6 * (2304 * 4 + 11200 * 3) + 12 * 16 * 7
     # Two completions of 3 and 1 tokens after prompts of 5 and 6: two steps, of 6 and 7 tokens' keys and values.

@@ -13,11 +13,10 @@ from transformers import AutoTokenizer
 
 from grpo_gsm8k import config, fast_eval_vllm
 from grpo_gsm8k.cli import main
-from grpo_gsm8k.datatypes import Problem
 from grpo_gsm8k.errors import ConfigError, DataError, UserError
 from grpo_gsm8k.evals.compare import compare_files
-from grpo_gsm8k.tasks.gsm8k.problems import load_problems
-from grpo_gsm8k.tasks.gsm8k.prompts import SHOT_BREAK, Renderer
+from grpo_gsm8k.tasks.render import SHOT_BREAK
+from tests.toys import load_problems, renderer_for, word_problem
 
 
 def results(path: Path, verdicts: dict[str, list[bool]], **changed: Any) -> Path:
@@ -113,23 +112,23 @@ def main_ok(argv: list[str]) -> None:
 # ------------------------------------------------------------------------------------------------ evaluation
 
 SHOTS = [
-    Problem("s1", "Ann has 1 egg. How many?", "She has 1.\n#### 1", "1"),
-    Problem("s2", "Ben has 2 eggs. How many?", "He has 2.\n#### 2", "2"),
+    word_problem("s1", "Ann has 1 egg. How many?", "She has 1.\n#### 1", "1"),
+    word_problem("s2", "Ben has 2 eggs. How many?", "He has 2.\n#### 2", "2"),
 ]
-ASKED = Problem("p", "Eva has 3 eggs. How many?", "She has 3.\n#### 3", "3")
+ASKED = word_problem("p", "Eva has 3 eggs. How many?", "She has 3.\n#### 3", "3")
 
 
 def test_shots_are_earlier_turns_of_the_chat(tiny):
-    renderer = Renderer(AutoTokenizer.from_pretrained(tiny.model), "qwen_boxed", shots=SHOTS)
+    renderer = renderer_for(AutoTokenizer.from_pretrained(tiny.model), "qwen_boxed", shots=SHOTS)
     text = renderer.spell(renderer.prompt(ASKED).token_ids)
     assert text.count("Please reason step by step") == 1
     turns = [turn.partition("\n") for turn in text.split("<|im_start|>")[1:]]
     roles, said = [role for role, _, _ in turns], [body.removesuffix("<|im_end|>\n") for _, _, body in turns]
     assert roles == ["system", "user", "assistant", "user", "assistant", "user", "assistant"]
-    assert said[1] == SHOTS[0].question and said[2] == "She has 1.\n\nThe final answer is $\\boxed{1}$."
-    assert said[5] == ASKED.question and said[6] == "" and renderer.stop == ()
+    assert said[1] == SHOTS[0].text and said[2] == "She has 1.\n\nThe final answer is $\\boxed{1}$."
+    assert said[5] == ASKED.text and said[6] == "" and renderer.stop == ()
     # A shot is rendered as the same problem is for training: its ids are part of the prompt.
-    bare = Renderer(renderer.tokenizer, "qwen_boxed")
+    bare = renderer_for(renderer.tokenizer, "qwen_boxed")
     example = bare.example(SHOTS[0]).token_ids
     assert renderer.prompt(ASKED).token_ids[: len(example)] == example
 
@@ -137,13 +136,13 @@ def test_shots_are_earlier_turns_of_the_chat(tiny):
 def test_shots_of_a_model_without_turns_are_text_and_stop_before_the_next(tiny):
     tokenizer = AutoTokenizer.from_pretrained(tiny.model)
     tokenizer.chat_template = None
-    renderer = Renderer(tokenizer, "gsm8k", shots=SHOTS)
+    renderer = renderer_for(tokenizer, "gsm8k", shots=SHOTS)
     text = renderer.spell(renderer.prompt(ASKED).token_ids)
     first, second, last = text.split(SHOT_BREAK)
     assert first == "Ann has 1 egg. How many?\n\nAnswer: She has 1.\n#### 1"
     assert last == "Eva has 3 eggs. How many?\n\nAnswer: " and second.endswith("#### 2")
-    assert renderer.stop == (SHOT_BREAK,) and Renderer(tokenizer, "gsm8k").stop == ()
-    tagged = Renderer(tokenizer, "r1_zero", shots=SHOTS)
+    assert renderer.stop == (SHOT_BREAK,) and renderer_for(tokenizer, "gsm8k").stop == ()
+    tagged = renderer_for(tokenizer, "r1_zero", shots=SHOTS)
     assert tagged.stop == ("</answer>", SHOT_BREAK)
     assert tagged.spell(tagged.prompt(ASKED).token_ids).count("<answer> 1 </answer>") == 1
 
@@ -173,7 +172,7 @@ def test_shots_come_from_the_named_file_and_never_from_the_evaluated_one(tiny, t
     rows = [json.loads(line) for line in Path(result["results_path"]).read_text().splitlines()]
     shown = {row["prompt"].split("<|im_end|>")[0] for row in rows}
     assert len(shown) == 1 and all(row["prompt"].count("<|im_start|>user") == 2 for row in rows)
-    assert shown.pop().removeprefix("<|im_start|>user\n") in {p.question for p in load_problems(train)}
+    assert shown.pop().removeprefix("<|im_start|>user\n") in {p.text for p in load_problems(train)}
 
 
 def test_seeds_are_runs_of_their_own(tiny, tmp_path, capsys):

@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 
-from grpo_gsm8k.datatypes import Problem
-from grpo_gsm8k.tasks.gsm8k.contamination import Index, check, scan, texts_of, warn, words
-from grpo_gsm8k.tasks.gsm8k.problems import load_problems
-from tests.toys import make_data
+from grpo_gsm8k.tasks.contamination import Index, check, scan, texts_of, warn, words
+from tests.toys import load_problems, make_data, word_problem
 
 QUESTION = "Ann buys 12 red apples, eats 3 of them, and gives half of what is left to her old friend Ben. How many?"
 ANSWER = "After eating, there are 12-3=<<12-3=9>>9 apples left in the basket on the table by the window.\n#### 4.5"
@@ -73,7 +71,7 @@ def test_a_solution_is_found_without_its_annotations(tmp_path, held_out):
 
 def test_short_texts_are_looked_for_as_a_whole_or_not_at_all(tmp_path):
     nine, seven = "Tom is 3 and Ben is 4 years older", "Tom is 3, how old in May?"
-    index = Index([Problem("a", nine, "#### 1", "1"), Problem("b", seven, "#### 1", "1")])
+    index = Index([word_problem("a", nine, "#### 1", "1"), word_problem("b", seven, "#### 1", "1")])
     path = write(tmp_path / "t.jsonl", {"x": nine + " than him"}, {"x": seven}, {"x": nine[:-6]})
     rows, found = scan(path, index)
     assert rows == 3 and [(o.problem.id, o.whole, o.line) for o in found] == [("a", True, 1)]
@@ -89,8 +87,8 @@ def test_training_warns_of_test_questions_and_of_nothing_else(tmp_path, capsys):
     warn([data / "train.jsonl", tmp_path / "shards"], test)
     warn([data / "train.jsonl"], tmp_path / "absent.jsonl")
     assert capsys.readouterr().err == ""
-    long = next(p for p in load_problems(test) if len(words(p.question)) > 12)
-    leaked = write(tmp_path / "leaked.jsonl", {"prompt": "hello"}, {"prompt": f"Please: {long.question}"})
+    long = next(p for p in load_problems(test) if len(words(p.text)) > 12)
+    leaked = write(tmp_path / "leaked.jsonl", {"prompt": "hello"}, {"prompt": f"Please: {long.text}"})
     warn([leaked], test)
     said = capsys.readouterr().err
     assert f"{leaked} holds 1 of the 16 test problems ({long.id} in line 2)" in said and said.count("\n") == 1

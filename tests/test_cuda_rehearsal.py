@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config, Qw
 
 from grpo_gsm8k import config, ei, grpo, repro, sft
 from grpo_gsm8k.config import TrainConfig
-from grpo_gsm8k.datatypes import TokenRow
+from grpo_gsm8k.datatypes import Datum
 from grpo_gsm8k.engines.hf import _cumsum
 from grpo_gsm8k.trainer import kernels
 from grpo_gsm8k.trainer.batch import make_batch
@@ -68,7 +68,7 @@ def update_batch(groups=4):
             n = draw.randrange(1, 12)
             ids = (*prompt, *(draw.randrange(3, V) for _ in range(n)))
             old = (0.0,) * len(prompt) + tuple(draw.gauss(-5, 0.4) for _ in range(n))
-            rows.append(TokenRow(ids, (0,) * len(prompt) + (1,) * n, old, (1.0 if member else -1.0) if group else 0.0))
+            rows.append(Datum(ids, (0,) * len(prompt) + (1,) * n, old, (1.0 if member else -1.0) if group else 0.0))
     return make_batch(rows, 0, "token")
 
 

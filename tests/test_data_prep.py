@@ -19,9 +19,8 @@ import pytest
 
 from grpo_gsm8k import data_prep
 from grpo_gsm8k.data_prep import prepare, verify, write_splits
-from grpo_gsm8k.datatypes import Problem
 from grpo_gsm8k.errors import ConfigError, DataError, DiskError, UserError
-from grpo_gsm8k.tasks.gsm8k.problems import load_split
+from tests.toys import load_split, word_problem
 
 OUTPUTS = ["manifest.json", "test.jsonl", "train.jsonl", "val.jsonl"]
 
@@ -73,7 +72,7 @@ def test_a_smaller_eval_n_reserves_a_subset_under_the_same_ids(tmp_path: Path, s
     questions: dict[int, dict[str, str]] = {}
     for n in (2, 5):
         prepare(tmp_path / str(n), source, eval_n=n)
-        questions[n] = {problem.id: problem.question for problem in load_split(tmp_path / str(n), "val")}
+        questions[n] = {problem.id: problem.text for problem in load_split(tmp_path / str(n), "val")}
     assert questions[2].items() < questions[5].items()
     assert {len(questions[2]), len(questions[5])} == {2, 5}
 
@@ -100,14 +99,14 @@ def test_real_data(tmp_path: Path, gsm8k_dir: Path) -> None:
     train, val, test = ({problem.id for problem in problems} for problems in splits.values())
     assert train | val == {f"gsm8k-train-{i:05d}" for i in range(7473)} and not train & val
     assert test == {f"gsm8k-test-{i:05d}" for i in range(1319)}
-    asked = [{problem.question for problem in problems} for problems in splits.values()]
+    asked = [{problem.text for problem in problems} for problems in splits.values()]
     assert len(set.union(*asked)) == 7473 + 1319  # no question in two splits
 
     # The first problems of both files: Natalia's 72 clips and Janet's 18 dollars.
     by_id = {problem.id: problem for problems in splits.values() for problem in problems}
-    assert by_id["gsm8k-train-00000"].question.startswith("Natalia sold clips")
-    assert by_id["gsm8k-train-00000"].gold == "72"
-    assert by_id["gsm8k-test-00000"].gold == "18"
+    assert by_id["gsm8k-train-00000"].text.startswith("Natalia sold clips")
+    assert by_id["gsm8k-train-00000"].answer == "72"
+    assert by_id["gsm8k-test-00000"].answer == "18"
     # As drawn when this was written.
     assert [problem.id[-5:] for problem in splits["val"][:4]] == ["00000", "00027", "00034", "00050"]
 
@@ -140,7 +139,7 @@ def test_manifest(tmp_path: Path, source: Path) -> None:
 
 
 def test_content_hash_by_hand() -> None:
-    problem = Problem(id="a", question='Say "é"?', answer="#### 1", gold="1")
+    problem = word_problem(id="a", question='Say "é"?', answer="#### 1", gold="1")
     by_hand = '["a", "Say \\"é\\"?", "#### 1"]\n'
     assert data_prep.content_sha256([problem]) == hashlib.sha256(by_hand.encode()).hexdigest()
 
@@ -355,9 +354,9 @@ def test_sources_that_are_none(tmp_path: Path, source: Path) -> None:
 # --- other problems than GSM8K ------------------------------------------------------------------------------
 
 
-def toys(n: int) -> dict[str, list[Problem]]:
+def toys(n: int) -> dict[str, list[Example]]:
     return {
-        split: [Problem(f"toy-{split}-{i}", f"{split} {i}?", f"#### {i}", f"{i}") for i in range(n)]
+        split: [word_problem(f"toy-{split}-{i}", f"{split} {i}?", f"#### {i}", f"{i}") for i in range(n)]
         for split in ("train", "val", "test")
     }
 

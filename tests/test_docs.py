@@ -25,9 +25,10 @@ import typer
 import yaml
 
 from grpo_gsm8k import bench, cli, config, r1_traces
-from grpo_gsm8k.datatypes import Completion, Problem
+from grpo_gsm8k.datatypes import Completion
 from grpo_gsm8k.runs import diagnosis
-from grpo_gsm8k.tasks.gsm8k.rewards import make_reward, score
+from grpo_gsm8k.tasks.rewards import make_reward, score
+from tests.toys import word_problem
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "grpo_gsm8k"
@@ -386,7 +387,7 @@ def test_other_blocks_can_be_read(page, tmp_path, monkeypatch):
             monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
             monkeypatch.delitem(sys.modules, "mine", raising=False)
             reward = make_reward("mine:short_and_right", format_ok=bool)
-            found = score(reward, Completion((5, 6), (0.0, 0.0), "It is 72.", "stop"), Problem("a", "", "", "72"))
+            found = score(reward, Completion((5, 6), (0.0, 0.0), "It is 72.", "stop"), word_problem("a", "", "", "72"))
             assert found.total == pytest.approx(1.05)
         else:
             assert language in ("bash", ""), language

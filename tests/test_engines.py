@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_gsm8k import config
 from grpo_gsm8k.config import EngineConfig
-from grpo_gsm8k.datatypes import Problem, Prompt, SamplingParams
+from grpo_gsm8k.datatypes import Prompt, SamplingParams, WeightsRef
 from grpo_gsm8k.engines import handover, process
 from grpo_gsm8k.engines.channel import Child, environment_of
 from grpo_gsm8k.engines.handover import HandoverError, Outbox
@@ -27,18 +27,16 @@ from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.engines.probe import probe
 from grpo_gsm8k.engines.process import ATTEMPTS, Engine, ProcessSampler, placements
 from grpo_gsm8k.errors import ConfigError, DiskError, EngineError, UserError
-from grpo_gsm8k.rollouts import drawn_apart
-from grpo_gsm8k.tasks.gsm8k.grading import Tags
-from grpo_gsm8k.tasks.gsm8k.problems import load_split
-from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
+from grpo_gsm8k.tasks.base import TaskOptions
+from grpo_gsm8k.tasks.render import DATE
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.policy import weights_sha256
-from tests.toys import REPOSITORY, train_config
+from tests.toys import REPOSITORY, draw, load, load_split, renderer_for, train_config, word_problem
 
-PARAMS = SamplingParams(n=2, max_new_tokens=8, temperature=1.0, seed=5)
-PROMPTS = [Prompt(Problem(f"p{i}", "", "", ""), (i, i + 1, i + 2)) for i in range(5)]
+PARAMS = SamplingParams(max_new_tokens=8, temperature=1.0)
+PROMPTS = [Prompt(word_problem(f"p{i}", "", "", ""), (i, i + 1, i + 2)) for i in range(5)]
 WEIGHTS = [("w", torch.arange(4.0)), ("v", torch.ones(2, 3))]
-RENDERER = SimpleNamespace(name="gsm8k", tags=Tags())
+RENDERER = SimpleNamespace(as_json=lambda: {"task": "gsm8k", "options": asdict(TaskOptions()), "date": DATE})
 
 
 def engine_config(**fields):
@@ -65,7 +63,7 @@ def fake(tmp_path):
 @pytest.fixture(scope="module")
 def parts(tiny):
     model = AutoModelForCausalLM.from_pretrained(tiny.model)
-    renderer = Renderer(AutoTokenizer.from_pretrained(tiny.model))
+    renderer = renderer_for(AutoTokenizer.from_pretrained(tiny.model))
     prompts = [renderer.prompt(problem) for problem in load_split(tiny.data, "train")[:5]]
     return model, renderer, prompts
 
@@ -91,11 +89,11 @@ def changed(model, by=0.05):
 
 def test_engines_draw_what_a_sampler_in_this_process_draws(parts, real):
     model, renderer, prompts = parts
-    here, prompts = HFSampler(model, renderer), drawn_apart([*prompts, prompts[0]], PARAMS.n)
+    here, prompts = HFSampler(model, renderer), [*prompts, prompts[0]]
     for version, weights in ((3, list(model.named_parameters())), (4, changed(model))):
-        here.load_weights(version, weights)
-        real.load_weights(version, weights)
-        theirs, mine = real.sample(prompts, PARAMS), here.sample(prompts, PARAMS)
+        load(here, version, weights)
+        load(real, version, weights)
+        theirs, mine = draw(real, prompts, PARAMS, 2, 5), draw(here, prompts, PARAMS, 2, 5)
         for group, expected in zip(theirs, mine, strict=True):
             for a, b in zip(group, expected, strict=True):
                 assert replace(a, logprobs=()) == replace(b, logprobs=()) and a.policy_version == version
@@ -105,10 +103,10 @@ def test_engines_draw_what_a_sampler_in_this_process_draws(parts, real):
 def test_the_probe_passes_only_when_the_weights_are_the_learners(tiny, parts, real):
     model, renderer, prompts = parts
     learner = TorchLearner(model, renderer, train_config())
-    real.load_weights(5, learner.weights())
+    load(real, 5, learner.weights())
     found = probe(real, learner, prompts, renderer.pad_id, 5, 1e-3)
     assert found["sync/probe_logp_abs_max"] < 1e-5
-    real.load_weights(6, changed(model))  # the engine takes them, but they are not the learner's
+    load(real, 6, changed(model))  # the engine takes them, but they are not the learner's
     with pytest.raises(EngineError, match="version 6"):
         probe(real, learner, prompts, renderer.pad_id, 6, 1e-3)
 
@@ -118,8 +116,8 @@ def test_a_damaged_hand_over_is_written_again(parts, real, monkeypatch, capsys, 
     model, renderer, prompts = parts
     write, calls = handover.write, []
 
-    def damaging(path, version, tensors):
-        given = write(path, version, tensors)
+    def damaging(path, version, tensors, sha256):
+        given = write(path, version, tensors, sha256)
         calls.append(given)
         if len(calls) == 1:
             whole = bytearray(path.read_bytes())
@@ -128,13 +126,13 @@ def test_a_damaged_hand_over_is_written_again(parts, real, monkeypatch, capsys, 
         return given
 
     monkeypatch.setattr(handover, "write", damaging)
-    weights = changed(model, by=0.1)
-    real.load_weights(7, weights)
+    weights = changed(model, by=0.1 if damage == "flipped" else 0.2)
+    load(real, 7, weights)
     assert len(calls) == 2 and "refused the weights" in capsys.readouterr().err
     here = HFSampler(model, renderer)
-    here.load_weights(7, weights)
-    assert [c.token_ids for g in real.sample(prompts, PARAMS) for c in g] == [
-        c.token_ids for g in here.sample(prompts, PARAMS) for c in g
+    load(here, 7, weights)
+    assert [c.token_ids for g in draw(real, prompts, PARAMS, 2, 5) for c in g] == [
+        c.token_ids for g in draw(here, prompts, PARAMS, 2, 5) for c in g
     ]
 
 
@@ -142,20 +140,20 @@ def test_a_hand_over_that_is_damaged_twice_stops_the_run(parts, real, monkeypatc
     model, _, _ = parts
     write = handover.write
 
-    def damaging(path, version, tensors):
-        given = write(path, version, tensors)
+    def damaging(path, version, tensors, sha256):
+        given = write(path, version, tensors, sha256)
         os.truncate(path, path.stat().st_size // 2)
         return given
 
     monkeypatch.setattr(handover, "write", damaging)
     with pytest.raises(EngineError, match="refused the weights twice"):
-        real.load_weights(8, changed(model))
+        load(real, 8, changed(model))
 
 
 def test_what_the_user_can_mend_is_said_as_such(tmp_path):
     cfg = engine_config(model_id=str(tmp_path))
     with pytest.raises(UserError, match="no config"):
-        Engine(cfg, RENDERER, ["cpu"]).ask("sample", dict, prompts=[], params={})
+        Engine(cfg, RENDERER, ["cpu"]).ask("sample", dict, requests=[], params={})
 
 
 # --------------------------------------------------------------------------------------------------- faults
@@ -167,8 +165,8 @@ def test_what_the_user_can_mend_is_said_as_such(tmp_path):
 )
 def test_a_lost_engine_is_started_again_with_its_weights(fake, fault):
     sampler = fake(fault, patience=2.0)
-    sampler.load_weights(9, WEIGHTS)
-    drawn = sampler.sample(PROMPTS, PARAMS)
+    load(sampler, 9, WEIGHTS)
+    drawn = draw(sampler, PROMPTS, PARAMS, 2, 5)
     assert [[c.token_ids for c in g] for g in drawn] == [[(i, i + 1, 100), (i, i + 1, 101)] for i in range(5)]
     assert {c.policy_version for g in drawn for c in g} == {9}
     assert sampler.restarts == 1
@@ -177,7 +175,7 @@ def test_a_lost_engine_is_started_again_with_its_weights(fake, fault):
 @pytest.mark.parametrize("when", ["before new weights come", "before it samples again"])
 def test_an_engine_that_is_lost_between_calls_holds_the_newest_weights_again(fake, when):
     sampler = fake(check=True)
-    sampler.load_weights(1, WEIGHTS)
+    load(sampler, 1, WEIGHTS)
 
     def kill():
         child = sampler.engines[0]._child.process
@@ -186,32 +184,32 @@ def test_an_engine_that_is_lost_between_calls_holds_the_newest_weights_again(fak
 
     if when == "before new weights come":
         kill()
-    sampler.load_weights(2, [("w", torch.zeros(3))])
+    load(sampler, 2, [("w", torch.zeros(3))])
     if when == "before it samples again":
         kill()
-    assert {c.policy_version for g in sampler.sample(PROMPTS, PARAMS) for c in g} == {2}
+    assert {c.policy_version for g in draw(sampler, PROMPTS, PARAMS, 2, 5) for c in g} == {2}
     assert sampler.restarts == 1
 
 
 @pytest.mark.parametrize("fault", ["die_in_sample", "fewer_groups"])
 def test_an_engine_that_fails_again_and_again_stops_the_run(fake, fault):
     sampler = fake(fault, always=True)
-    sampler.load_weights(1, WEIGHTS)
+    load(sampler, 1, WEIGHTS)
     with pytest.raises(EngineError, match=f"failed {ATTEMPTS} times in a row"):
-        sampler.sample(PROMPTS, PARAMS)
+        draw(sampler, PROMPTS, PARAMS, 2, 5)
 
 
 def test_an_engine_that_is_slow_but_gets_on_is_waited_for(fake):
     sampler = fake("slow", patience=1.5)  # 3 s of work
-    sampler.load_weights(1, WEIGHTS)
-    assert len(sampler.sample(PROMPTS, PARAMS)) == 5 and sampler.restarts == 0
+    load(sampler, 1, WEIGHTS)
+    assert len(draw(sampler, PROMPTS, PARAMS, 2, 5)) == 5 and sampler.restarts == 0
 
 
 def test_several_engines_share_the_prompts_in_order(fake):
     sampler = fake(engines=3)
-    sampler.load_weights(1, WEIGHTS)
-    assert [g[0].token_ids[0] for g in sampler.sample(PROMPTS, PARAMS)] == [0, 1, 2, 3, 4]
-    assert [g[0].token_ids[0] for g in sampler.sample(PROMPTS[:2], PARAMS)] == [0, 1]
+    load(sampler, 1, WEIGHTS)
+    assert [g[0].token_ids[0] for g in draw(sampler, PROMPTS, PARAMS, 2, 5)] == [0, 1, 2, 3, 4]
+    assert [g[0].token_ids[0] for g in draw(sampler, PROMPTS[:2], PARAMS, 2, 5)] == [0, 1]
 
 
 def test_an_engine_does_not_outlive_its_parent():
@@ -263,16 +261,16 @@ def test_a_child_that_dies_says_its_last_words(tmp_path):
 def test_a_hand_over_is_believed_only_with_its_hash(tmp_path):
     given = handover.write(tmp_path / "w.safetensors", 4, WEIGHTS)
     assert given.sha256 == weights_sha256(WEIGHTS) and torch.equal(handover.read(given)["w"], WEIGHTS[0][1])
-    whole = given.path.read_bytes()
+    whole = given.where.read_bytes()
     for k in range(8, len(whole), 7):  # a flipped bit anywhere
-        given.path.write_bytes(whole[:k] + bytes([whole[k] ^ 4]) + whole[k + 1 :])
+        given.where.write_bytes(whole[:k] + bytes([whole[k] ^ 4]) + whole[k + 1 :])
         with pytest.raises(HandoverError):
             handover.read(given)
     for size in (0, 7, len(whole) // 2, len(whole) - 1):
-        given.path.write_bytes(whole[:size])
+        given.where.write_bytes(whole[:size])
         with pytest.raises(HandoverError):
             handover.read(given)
-    given.path.unlink()
+    given.where.unlink()
     with pytest.raises(HandoverError):
         handover.read(given)
 
@@ -287,16 +285,16 @@ def test_weights_go_by_disk_when_shared_memory_is_full(tmp_path, monkeypatch, ca
     try:
         outbox = Outbox(tmp_path / "disk")
         big = [("w", torch.randn(100, 1000))]
-        small = outbox.put(1, WEIGHTS)
-        assert small.path.is_relative_to(shm)
-        given = outbox.put(2, big)
-        assert given.path.is_relative_to(tmp_path / "disk") and not small.path.exists()
+        small = outbox.put(WeightsRef(1), WEIGHTS)
+        assert small.where.is_relative_to(shm)
+        given = outbox.put(WeightsRef(2), big)
+        assert given.where.is_relative_to(tmp_path / "disk") and not small.where.exists()
         assert "no room" in capsys.readouterr().err
         assert torch.equal(handover.read(given)["w"], big[0][1])
         # Filled by something else between the look and the writing.
         monkeypatch.setattr(handover.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))
-        given = outbox.put(3, big)
-        assert given.path.is_relative_to(tmp_path / "disk")
+        given = outbox.put(WeightsRef(3), big)
+        assert given.where.is_relative_to(tmp_path / "disk")
         assert torch.equal(handover.read(given)["w"], big[0][1])
         outbox.close()
         assert not list(shm.iterdir()) and not list((tmp_path / "disk").iterdir())
@@ -312,13 +310,13 @@ def test_weights_that_fit_nowhere_are_a_disk_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(handover, "save_file", full)
     with pytest.raises(DiskError, match="No space left"):
-        Outbox(tmp_path).put(1, WEIGHTS)
+        Outbox(tmp_path).put(WeightsRef(1), WEIGHTS)
 
 
 def test_only_what_dead_processes_left_is_swept(tmp_path, monkeypatch):
     monkeypatch.setattr(handover, "SHARED_MEMORY", tmp_path)
     alive = Outbox(tmp_path / "disk")
-    alive.put(1, WEIGHTS)
+    alive.put(WeightsRef(1), WEIGHTS)
     dead = tmp_path / f"{handover.PREFIX}dead"
     dead.mkdir()
     (dead / "lock").touch()
@@ -329,7 +327,7 @@ def test_only_what_dead_processes_left_is_swept(tmp_path, monkeypatch):
         fcntl.flock(lock, fcntl.LOCK_EX)
         handover.sweep()
     assert held.exists() and not dead.exists()
-    assert alive.newest is not None and alive.newest.path.exists()
+    assert alive.newest is not None and alive.newest.where.exists()
     alive.close()
 
 
@@ -358,13 +356,13 @@ def test_what_others_have_put_into_shared_memory_is_left_alone(tmp_path, monkeyp
     names = iter(["file", "foreign", "free"])
     monkeypatch.setattr(handover.secrets, "token_hex", lambda n: next(names))
     outbox = Outbox(tmp_path / "disk")
-    assert outbox.put(1, WEIGHTS).path.parent == shm / f"{handover.PREFIX}free"
+    assert outbox.put(WeightsRef(1), WEIGHTS).where.parent == shm / f"{handover.PREFIX}free"
     assert (shm / f"{handover.PREFIX}free").stat().st_mode & 0o777 == 0o700
     outbox.close()
     assert sorted(shm.rglob("*")) == before and sorted(elsewhere.iterdir()) == [elsewhere / "lock"]
     monkeypatch.setattr(handover.secrets, "token_hex", lambda n: "file")  # taken, whatever is tried
     outbox = Outbox(tmp_path / "disk")
-    assert outbox.put(1, WEIGHTS).path.parent == tmp_path / "disk"
+    assert outbox.put(WeightsRef(1), WEIGHTS).where.parent == tmp_path / "disk"
     assert "handing over by way of" in capsys.readouterr().err
     outbox.close()
     assert sorted(shm.rglob("*")) == before
@@ -395,29 +393,29 @@ def direct(fake):
 def test_weights_may_go_past_the_file_system(direct):
     sampler, calls = direct(lambda engine: engine.ask("transfer", dict, method="update_weights"))
     for version in (1, 2):
-        sampler.load_weights(version, WEIGHTS)
-        assert {c.policy_version for g in sampler.sample(PROMPTS, PARAMS) for c in g} == {version}
+        load(sampler, version, WEIGHTS)
+        assert {c.policy_version for g in draw(sampler, PROMPTS, PARAMS, 2, 5) for c in g} == {version}
     assert calls == ["connect", "send", "send"] and sampler.outbox.newest is None
 
 
 def test_a_transfer_that_never_ends_stops_the_run(direct):
     sampler, _ = direct(lambda engine: time.sleep(60), patience=1.0)
     with pytest.raises(EngineError, match="no weights arrived for 1 s"):
-        sampler.load_weights(1, WEIGHTS)
+        load(sampler, 1, WEIGHTS)
 
 
 def test_an_engine_that_dies_in_a_transfer_or_after_it_stops_the_run(direct):
     sampler, _ = direct(lambda engine: engine.ask("transfer", dict, method="update_weights"), "die_in_transfer")
     sampler.engines[0].irreplaceable = True  # it dies when both ends meet, and is not started again for that
     with pytest.raises(EngineError, match="weight transfer failed"):
-        sampler.load_weights(1, WEIGHTS)
+        load(sampler, 1, WEIGHTS)
 
 
 def test_weights_that_came_directly_are_lost_with_their_engine(direct):
     sampler, _ = direct(lambda engine: None, "die_in_sample")
-    sampler.load_weights(1, WEIGHTS)
+    load(sampler, 1, WEIGHTS)
     with pytest.raises(EngineError, match="its weights with it; resume"):
-        sampler.sample(PROMPTS, PARAMS)
+        draw(sampler, PROMPTS, PARAMS, 2, 5)
 
 
 # -------------------------------------------------------------------------------------------------- devices

@@ -17,10 +17,9 @@ from grpo_gsm8k.engines.process import Engine
 from grpo_gsm8k.errors import ConfigError, DataError, EngineError
 from grpo_gsm8k.evals.evaluator import AsyncEvaluator
 from grpo_gsm8k.tasks.gsm8k.grading import Tags
-from grpo_gsm8k.tasks.gsm8k.problems import load_split
 from grpo_gsm8k.trainer.policy import weights_sha256
 from grpo_gsm8k.workbench import open_bench
-from tests.toys import stage_config
+from tests.toys import load_split, stage_config
 
 
 def weights(step):
@@ -180,7 +179,7 @@ def test_a_resumed_run_evaluates_what_it_owed_and_nothing_twice(tiny, tmp_path, 
         with open_bench(cfg, "sft", {"train": tiny.data / "train.jsonl"}) as bench:
             bench.evaluator = evaluator(gate=gate, check=True)
             bench.evaluator.pending = run / "evals/pending"
-            rows = [bench.renderer.example(problem) for problem in load_split(tiny.data, "train")]
+            rows = [bench.renderer.target(problem) for problem in load_split(tiny.data, "train")]
             sft.train(cfg, bench, rows)
             bench.finish()
 

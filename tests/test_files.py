@@ -17,6 +17,7 @@ import pytest
 
 from grpo_gsm8k.errors import DataError, DiskError
 from grpo_gsm8k.runs import files
+from tests.toys import load_problems
 
 
 def test_writes_are_complete_and_leave_nothing_beside_them(tmp_path: Path) -> None:
@@ -207,12 +208,11 @@ def test_json_line_is_the_line_of_write_jsonl(tmp_path: Path) -> None:
 
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
     from grpo_gsm8k.runs.files import read_json
-    from grpo_gsm8k.tasks.gsm8k.chat import check_chat, load_pairs
-    from grpo_gsm8k.tasks.gsm8k.problems import load_problems
+    from grpo_gsm8k.tasks.conversations import check_chat, load_pairs
 
     path = tmp_path / "bom.jsonl"
     path.write_text('{"question": "1+1?", "answer": "#### 2"}\n' * 1, encoding="utf-8-sig")
-    assert load_problems(path)[0].question == "1+1?" and read_json(path)["answer"] == "#### 2"
+    assert load_problems(path)[0].text == "1+1?" and read_json(path)["answer"] == "#### 2"
     path.write_text('{"prompt": "1+1?", "response": "2"}\n', encoding="utf-8-sig")
     assert check_chat(path).ok and len(load_pairs(path)) == 1
     path.write_bytes(b"\xef\xbb\xbf")

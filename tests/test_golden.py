@@ -55,7 +55,7 @@ def here() -> str:
 @pytest.fixture
 def every_answer_right(monkeypatch):
     """A random model solves nothing; for expert iteration to have something to learn from, say it does."""
-    monkeypatch.setattr(ei, "keep_right", lambda cfg, bench, prompt, completions: list(completions[:2]))
+    monkeypatch.setattr(ei, "keep_right", lambda cfg, group: list(group[:2]))
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -73,7 +73,7 @@ def test_a_run_logs_the_numbers_that_it_always_did(name, tiny, tmp_path, every_a
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ei, "keep_right", lambda cfg, bench, prompt, completions: list(completions[:2]))
+        patch.setattr(ei, "keep_right", lambda cfg, group: list(group[:2]))
         data = make_data(Path(folder) / "data")
         model = make_model(Path(folder) / "model", data)
         runs = {name: numbers_of(name, model, data, Path(folder) / name) for name in RUNS}

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import math
-import random
 import threading
 from dataclasses import replace
 from unittest.mock import Mock
@@ -14,24 +13,27 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from grpo_gsm8k import config, grpo, rollouts
+from grpo_gsm8k import config, grpo, rollout
 from grpo_gsm8k.config import GrpoConfig
-from grpo_gsm8k.datatypes import Completion, Problem, Prompt, Reward, Rollout, TokenRow
+from grpo_gsm8k.datatypes import Completion, Grade, Prompt, Rollout, Trajectory
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.errors import ConfigError, EngineError, NonFiniteError
-from grpo_gsm8k.tasks.gsm8k.problems import load_split
-from grpo_gsm8k.tasks.gsm8k.rewards import make_reward, score, with_overlong_penalty
+from grpo_gsm8k.repro import derive_seed
+from grpo_gsm8k.rollout import rollout_metrics
+from grpo_gsm8k.tasks import load_task
+from grpo_gsm8k.tasks.rewards import Grader, make_reward, overlong_penalty
 from grpo_gsm8k.trainer import checkpoint, loop
 from grpo_gsm8k.trainer.batch import make_batch, mismatch_metrics, with_old_logprobs
 from grpo_gsm8k.trainer.objectives import Objective, per_token_loss
 from grpo_gsm8k.workbench import open_bench
-from tests.toys import even_tokens, stage_config
+from tests.toys import datum, draw, even_tokens, graded, load_split, stage_config, word_problem
 
 
-def rollout(group: int, reward: float, n: int = 3, finish="stop", correct=False, format_ok=True) -> Rollout:
-    problem = Problem(f"p{group}", "q", "#### 1", "1")
+def made(group: int, reward: float, n: int = 3, finish="stop", correct=False, format_ok=True) -> Rollout:
+    prompt = Prompt(word_problem(f"p{group}", "q", "#### 1", "1"), (1, 2))
     completion = Completion(tuple(range(3, 3 + n)), (-1.0,) * n, "text", finish)
-    return Rollout(Prompt(problem, (1, 2)), completion, Reward(reward, {"answer": reward}), group, correct, format_ok)
+    grade = Grade(reward, {"answer": reward}, correct, format_ok)
+    return Rollout(Trajectory.of(prompt, completion), grade)
 
 
 @pytest.fixture
@@ -55,50 +57,45 @@ def metrics_of(bench):
     return [json.loads(line) for line in (bench.run.path / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_advantages_follow_the_group_not_the_order_or_the_text():
-    """Search-R1#88: groups were told apart by the text of the prompt."""
+def test_advantages_follow_the_group_whatever_its_prompt():
+    """Search-R1#88: groups were told apart by the text of the prompt. Here they are lists, and stay so."""
     cfg = stage_config("grpo")
-    rewards = {0: [1.0, 0.0, 0.0, 0.5], 1: [0.2, 0.4, 0.6, 0.8], 2: [0.3] * 4}
-    ordered = [rollout(g, r) for g, rs in rewards.items() for r in rs]
-    # The same problem twice in a step is still two groups.
-    twins = [replace(r, prompt=ordered[0].prompt) for r in ordered]
-    expected = {(r.group, r.reward.total): r.advantage for r in grpo.with_advantages(cfg, ordered)}
-    for variant in (ordered, twins):
-        shuffled = random.Random(1).sample(variant, len(variant))
-        for r in grpo.with_advantages(cfg, shuffled):
-            assert r.advantage == pytest.approx(expected[r.group, r.reward.total], abs=1e-12)
-    assert {a for (g, _), a in expected.items() if g == 2} == {0.0}
+    rewards = [[1.0, 0.0, 0.0, 0.5], [0.2, 0.4, 0.6, 0.8], [0.3] * 4]
+    groups = [[made(g, r) for r in rs] for g, rs in enumerate(rewards)]
+    twins = [[made(0, r) for r in rs] for rs in rewards]  # the same problem in every group
+    for variant in (groups, twins):
+        found = [[r.advantage for r in group] for group in grpo.with_advantages(cfg, variant)]
+        assert found == [grpo.group_advantages(rs) for rs in rewards] and found[2] == [0.0] * 4
 
 
 def test_the_baseline_is_the_configured_one():
-    group = [rollout(0, reward) for reward in (1.0, 0.0, 0.5)]
+    group = [made(0, reward) for reward in (1.0, 0.0, 0.5)]
     cfg = stage_config("grpo", baseline="leave_one_out", std_norm=False)
-    assert [r.advantage for r in grpo.with_advantages(cfg, group)] == pytest.approx([0.75, -0.75, 0.0])
+    (found,) = grpo.with_advantages(cfg, [group])
+    assert [r.advantage for r in found] == pytest.approx([0.75, -0.75, 0.0])
 
 
 def test_token_rows_hold_the_sampled_ids_and_log_probabilities():
     cfg = stage_config("grpo")
-    row = grpo.token_row(cfg, replace(rollout(0, 1.0), advantage=0.5))
+    row = grpo.datum(cfg, replace(made(0, 1.0), advantage=0.5))
     assert row.token_ids == (1, 2, 3, 4, 5)
     assert row.mask == (0, 0, 1, 1, 1)
     assert row.logprobs == (0, 0, -1.0, -1.0, -1.0)
-    assert row.advantage == 0.5
+    assert row.advantages == (0, 0, 0.5, 0.5, 0.5)
 
 
 def test_truncated_completions_are_left_out_by_choice_only():
-    cut = rollout(0, 1.0, finish="length")
-    assert grpo.token_row(stage_config("grpo"), cut) is not None
-    assert grpo.token_row(stage_config("grpo", mask_truncated=True), cut) is None
-    assert grpo.token_row(stage_config("grpo", mask_truncated=True), rollout(0, 1.0)) is not None
+    cut = made(0, 1.0, finish="length")
+    assert grpo.datum(stage_config("grpo"), cut) is not None
+    assert grpo.datum(stage_config("grpo", mask_truncated=True), cut) is None
+    assert grpo.datum(stage_config("grpo", mask_truncated=True), made(0, 1.0)) is not None
 
 
 def test_outcomes_partition_the_rollouts_by_hand():
-    metrics = grpo.rollout_metrics(
+    metrics = rollout_metrics(
         [
-            rollout(0, 1.0, n=2, correct=True),
-            rollout(0, 0.2, n=4),
-            rollout(1, 0.0, n=9, finish="length", format_ok=False),
-            rollout(1, 0.0, n=5, format_ok=False),
+            [made(0, 1.0, n=2, correct=True), made(0, 0.2, n=4)],
+            [made(1, 0.0, n=9, finish="length", format_ok=False), made(1, 0.0, n=5, format_ok=False)],
         ]
     )
     expected = {
@@ -123,20 +120,20 @@ def test_outcomes_partition_the_rollouts_by_hand():
 
 
 def test_prompts_come_once_per_epoch_in_a_fresh_order():
-    prompts = [Prompt(Problem(str(i), "q", "", "1"), (i,)) for i in range(7)]
-    drawn = [rollouts.prompt_at(prompts, k, seed=3).token_ids[0] for k in range(21)]
+    prompts = [Prompt(word_problem(str(i), "q", "", "1"), (i,)) for i in range(7)]
+    drawn = [rollout.prompt_at(prompts, k, seed=3).token_ids[0] for k in range(21)]
     epochs = [drawn[:7], drawn[7:14], drawn[14:]]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert epochs[0] != epochs[1]
-    assert drawn == [rollouts.prompt_at(prompts, k, seed=3).token_ids[0] for k in range(21)]
+    assert drawn == [rollout.prompt_at(prompts, k, seed=3).token_ids[0] for k in range(21)]
 
 
 def test_the_clip_bites_only_from_the_second_update_on(bench_of):
     """`old = live.detach()` never clips; ours keeps the sampled ones through every epoch."""
     cfg, bench, prompts = bench_of(epochs=1, steps=1, lr=0.05)
-    grpo.train(cfg, bench, prompts, even_tokens)
+    grpo.train(cfg, bench, prompts, graded(bench, even_tokens))
     cfg2, bench2, prompts = bench_of(epochs=3, steps=1, lr=0.05)
-    grpo.train(cfg2, bench2, prompts, even_tokens)
+    grpo.train(cfg2, bench2, prompts, graded(bench2, even_tokens))
     one, three = metrics_of(bench)[0], metrics_of(bench2)[0]
     assert one["policy/clip_frac"] == 0.0 and one["mismatch/logp_abs_max"] < 1e-4
     assert three["policy/clip_frac"] > 0.0
@@ -147,14 +144,14 @@ def test_recomputed_old_logprobs_agree_with_the_sampled_ones(bench_of):
     results = []
     for how in ("sampler", "recompute"):
         cfg, bench, prompts = bench_of(old_logprobs=how, epochs=2, temperature=0.7)
-        grpo.train(cfg, bench, prompts, even_tokens)
+        grpo.train(cfg, bench, prompts, graded(bench, even_tokens))
         results.append([row["loss"] for row in metrics_of(bench)])
     assert results[0] == pytest.approx(results[1], abs=1e-4)
 
 
 def test_minibatches_cover_every_rollout_once_per_epoch(bench_of):
     cfg, bench, _prompts = bench_of(minibatches=3, epochs=2)
-    data = [grpo.token_row(cfg, rollout(0, 1.0, n=n)) for n in range(1, 9)]
+    data = [grpo.datum(cfg, made(0, 1.0, n=n)) for n in range(1, 9)]
     seen = []
     learn = bench.learner.forward_backward
     bench.learner.forward_backward = lambda batch, objective: (seen.append(batch), learn(batch, objective))[1]
@@ -169,7 +166,7 @@ def test_minibatches_cover_every_rollout_once_per_epoch(bench_of):
 def test_every_row_weighs_alike_over_a_pass(bench_of, aggregation, rows, asked, sizes):
     """Nine rows in four minibatches made three updates, ten made a last one of a single row."""
     cfg, bench, _prompts = bench_of(minibatches=asked, epochs=3, aggregation=aggregation)
-    data = [grpo.token_row(cfg, rollout(0, 1.0, n=n)) for n in range(1, rows + 1)]
+    data = [grpo.datum(cfg, made(0, 1.0, n=n)) for n in range(1, rows + 1)]
     batch, _ = grpo.whole_batch(cfg, bench, data, step=1)
     parts = list(grpo.minibatches(cfg, batch, step=1))
     assert [len(part) for part in parts] == sizes * 3
@@ -186,40 +183,39 @@ def test_every_row_weighs_alike_over_a_pass(bench_of, aggregation, rows, asked, 
 
 def test_more_groups_than_prompts_and_an_epochs_edge_draw_other_completions(bench_of):
     cfg, bench, prompts = bench_of(rollouts_per_step=24)
-    found = rollouts.collect(cfg, bench, prompts[:4], even_tokens, 1, 2).rollouts
-    assert len(found) == 24 and len({r.completion.seed for r in found}) == 24
-    assert [r.completion for r in rollouts.collect(cfg, bench, prompts[:4], even_tokens, 1, 2).rollouts] == [
-        r.completion for r in found
-    ]
+    again = [rollout.collect(cfg, bench, prompts[:4], graded(bench, even_tokens), 1, 2).groups for _ in range(2)]
+    found = [r.trajectory for group in again[0] for r in group]
+    assert again[0] == again[1] and len(found) == 24 and len({t.seed for t in found}) == 24
     by_prompt = {}
-    for r in found:
-        by_prompt.setdefault(r.prompt.problem.id, []).append(r.completion)
-    alone = rollouts.sampling_params(cfg, bench, 1, 0)
+    for t in found:
+        by_prompt.setdefault(t.prompt.example.id, []).append(t)
+    params, seed = rollout.sampling_params(cfg, bench), derive_seed(cfg.seed, "grpo", 1, 0)
     for key, drawn in by_prompt.items():  # as if they had been asked for at once
-        (prompt,) = (p for p in prompts if p.problem.id == key)
-        (together,) = bench.sampler.sample([prompt], replace(alone, n=len(drawn)))
-        assert [c.token_ids for c in together] == [c.token_ids for c in drawn]
+        (prompt,) = (p for p in prompts if p.example.id == key)
+        (together,) = draw(bench.sampler, [prompt], params, len(drawn), seed)
+        assert [c.token_ids for c in together] == [t.token_ids for t in drawn]
 
 
 def test_groups_without_variance_are_replaced_and_nothing_is_drawn_twice(bench_of):
     cfg, bench, prompts = bench_of(resample_zero_variance=3, rollouts_per_step=16)
-    flat = {prompt.problem.id for prompt in prompts[::2]}
+    flat = {prompt.example.id for prompt in prompts[::2]}
 
-    def reward(completion, problem):
-        return 1.0 if problem.id in flat else even_tokens(completion, problem)
+    def reward(completion, example):
+        return 1.0 if example.id in flat else even_tokens(completion, example)
 
-    collected = rollouts.collect(cfg, bench, prompts, reward, 1, 0)
-    groups = {r.group: r.prompt.problem.id for r in collected.rollouts}
-    assert len(collected.rollouts) == 16 and len(groups) == 4
-    assert len(set(groups.values())) == 4 and not flat & set(groups.values())
-    drawn = [rollouts.prompt_at(prompts, k, cfg.seed).problem.id for k in range(collected.cursor)]
-    assert len(set(drawn)) == len(drawn) and set(groups.values()) <= set(drawn)
+    collected = rollout.collect(cfg, bench, prompts, graded(bench, reward), 1, 0)
+    ids = [{r.trajectory.prompt.example.id for r in group} for group in collected.groups]
+    assert [len(group) for group in collected.groups] == [4] * 4 and all(len(one) == 1 for one in ids)
+    chosen = set.union(*ids)
+    assert len(chosen) == 4 and not flat & chosen
+    drawn = [rollout.prompt_at(prompts, k, cfg.seed).example.id for k in range(collected.cursor)]
+    assert len(set(drawn)) == len(drawn) and chosen <= set(drawn)
 
 
 def test_when_every_group_is_flat_the_step_goes_on_and_learns_nothing(bench_of):
     cfg, bench, prompts = bench_of(resample_zero_variance=1, steps=1)
     weights = {name: w.clone() for name, w in bench.learner.weights()}
-    grpo.train(cfg, bench, prompts, lambda completion, problem: 0.1 + 0.2)
+    grpo.train(cfg, bench, prompts, graded(bench, lambda completion, example: 0.1 + 0.2))
     assert all((w == weights[name]).all() for name, w in bench.learner.weights())
     row = metrics_of(bench)[0]
     assert row["groups/zero_std_frac"] == 1.0 and row["policy/grad_norm"] == 0.0 and row["reward/mean"] == 0.1 + 0.2
@@ -228,15 +224,14 @@ def test_when_every_group_is_flat_the_step_goes_on_and_learns_nothing(bench_of):
 def test_a_reward_on_ids_is_learned(bench_of):
     """The loop climbs a reward that a random model can change at once."""
     cfg, bench, prompts = bench_of(steps=12, rollouts_per_step=32, group_size=8, lr=2e-2, max_new_tokens=8)
-    grpo.train(cfg, bench, prompts, even_tokens)
+    grpo.train(cfg, bench, prompts, graded(bench, even_tokens))
     rewards = [row["reward/mean"] for row in metrics_of(bench)]
     assert sum(rewards[-3:]) / 3 > rewards[0] + 0.2, rewards
 
 
 def test_metrics_carry_the_names_that_are_relied_upon(bench_of):
     cfg, bench, prompts = bench_of(steps=2, eval_every=1)
-    reward = make_reward("default", format_ok=bench.renderer.style.format_ok)
-    grpo.train(cfg, bench, prompts, reward)
+    grpo.train(cfg, bench, prompts, graded(bench))
     names = set(metrics_of(bench)[-1])
     times = {f"time/{t}" for t in ("sampling", "compute_rewards", "build_data", "training", "sync", "total")}
     assert names >= times | {"progress/grpo_step", "progress/done_frac", "val/accuracy", "val/format_accuracy"}
@@ -257,7 +252,7 @@ def test_evaluation_records_carry_the_hash_of_the_weights_of_their_step(bench_of
         return validate(step, total)
 
     bench.validate = watched
-    grpo.train(cfg, bench, prompts, even_tokens)
+    grpo.train(cfg, bench, prompts, graded(bench, even_tokens))
     assert len(set(seen.values())) == 2
     for step, digest in seen.items():
         rows = [json.loads(line) for line in (bench.run.path / f"evals/step_{step:06d}.jsonl").read_text().splitlines()]
@@ -296,7 +291,7 @@ def test_settings_reach_the_objective(bench_of):
     cfg, bench, prompts = bench_of(steps=1, old_logprobs="recompute", **settings)
     seen, forward = [], bench.learner.forward_backward
     bench.learner.forward_backward = lambda batch, objective: (seen.append(objective), forward(batch, objective))[1]
-    grpo.train(cfg, bench, prompts, even_tokens)
+    grpo.train(cfg, bench, prompts, graded(bench, even_tokens))
     assert vars(seen[0]) == settings | {"on_policy": True}
 
 
@@ -309,7 +304,7 @@ def test_every_algorithm_learns(bench_of, algorithm):
     """Several updates a step, so that ratios are not 1; the KL, where there is one, counts."""
     sizes = {"steps": 6, "rollouts_per_step": 64, "group_size": 8, "max_new_tokens": 6, "minibatches": 2}
     cfg, bench, prompts = bench_of(algorithm=algorithm, lr=2e-2, **sizes)
-    grpo.train(cfg, bench, prompts, even_tokens)
+    grpo.train(cfg, bench, prompts, graded(bench, even_tokens))
     rows = metrics_of(bench)
     assert rows[-1]["reward/mean"] > rows[0]["reward/mean"] + 0.1, [row["reward/mean"] for row in rows]
     assert ("policy/kl_ref" in rows[0]) == (cfg.kl_coef > 0)
@@ -327,7 +322,7 @@ def test_with_equal_rewards_the_loss_is_the_kl_to_where_the_run_began(bench_of):
                 weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i)))
 
     bench.run.log = move_after_the_first_step
-    grpo.train(cfg, bench, prompts, lambda completion, problem: 1.0)
+    grpo.train(cfg, bench, prompts, graded(bench, lambda completion, example: 1.0))
     first, second = metrics_of(bench)
     assert first["policy/kl_ref"] == pytest.approx(0.0, abs=1e-6)
     assert second["policy/kl_ref"] > 0.05 and second["policy/grad_norm"] > 0.01
@@ -348,17 +343,28 @@ def test_a_loss_that_is_no_number_keeps_the_batch_and_the_last_checkpoint(bench_
 
     bench.learner.forward_backward = poisoned
     with pytest.raises(NonFiniteError, match="step 3"):
-        grpo.train(cfg, bench, prompts, even_tokens)
+        grpo.train(cfg, bench, prompts, graded(bench, even_tokens))
     kept = load_file(bench.run.path / "nonfinite_step_000003.safetensors")
     assert kept["advantages"].isnan().any() and kept["input_ids"].shape == kept["mask"].shape
     folder, state = checkpoint.newest(bench.run.checkpoints, print)
     assert state["step"] == 2 and checkpoint.verify(folder)
 
 
+def one(text="", tokens=2, seed=0, id="p"):
+    """A group of one trajectory."""
+    completion = Completion((7,) * tokens, (0.0,) * tokens, text, "stop", seed=seed)
+    return [Trajectory.of(Prompt(word_problem(id, "q", "#### 1", "1"), (1, 2)), completion)]
+
+
+def grade_of(group, reward, **more):
+    """The grade of the one trajectory of a group."""
+    ((found,),) = Grader(load_task("gsm8k"), reward, **more).grade([group])
+    return found
+
+
 def test_random_reward_is_a_fair_coin_that_sees_no_text():
-    problem = Problem("p", "q", "#### 1", "1")
-    draws = [Completion((1,), (0.0,), text, "stop", seed=s) for s in range(4000) for text in ("right", "wrong")]
-    values = [score(make_reward("random", format_ok=bool), c, problem).total for c in draws]
+    groups = [one(text, seed=s) for s in range(4000) for text in ("right", "wrong")]
+    values = [g.reward for (g,) in Grader(load_task("gsm8k"), make_reward("random")).grade(groups)]
     assert values[::2] == values[1::2]
     assert abs(sum(values) / len(values) - 0.5) < 0.03
 
@@ -366,11 +372,11 @@ def test_random_reward_is_a_fair_coin_that_sees_no_text():
 @pytest.mark.parametrize(("tokens", "penalty"), [(1, 0.0), (15, 0.0), (16, -0.2), (18, -0.6), (20, -1.0), (25, -1.0)])
 def test_overlong_penalty_by_hand(tokens, penalty):
     """arXiv 2503.14476 eq. 13 with L_max = 20, L_cache = 5."""
-    reward = with_overlong_penalty(lambda completion, problem: {"answer": 0.8, "format": 0.2}, 20, 5)
-    completion = Completion((7,) * tokens, (0.0,) * tokens, "", "stop")
-    result = score(reward, completion, Problem("p", "q", "#### 1", "1"))
-    assert result.components == pytest.approx({"answer": 0.8, "format": 0.2, "overlong": penalty})
-    assert result.total == pytest.approx(1.0 + penalty)
+    parts = {"answer": 0.8, "format": 0.2}
+    found = grade_of(one(tokens=tokens), lambda completion, example: parts, overlong=(20, 5))
+    assert found == overlong_penalty(grade_of(one(tokens=tokens), lambda c, e: parts), tokens, 20, 5)
+    assert found.components == pytest.approx({**parts, "overlong": penalty})
+    assert found.reward == pytest.approx(1.0 + penalty)
 
 
 def test_the_command_lays_the_overlong_penalty_over_any_reward(tiny, tmp_path):
@@ -384,18 +390,17 @@ def test_the_command_lays_the_overlong_penalty_over_any_reward(tiny, tmp_path):
 
 def test_a_users_own_reward(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(
-        "def short(completion, problem):\n    return {'short': 1.0 / len(completion.token_ids), 'x': 0.5}\n"
-        "def broken(completion, problem):\n    return float('nan')\n"
+        "def short(completion, example):\n    return {'short': 1.0 / len(completion.token_ids), 'x': 0.5}\n"
+        "def broken(completion, example):\n    return float('nan')\n"
     )
     monkeypatch.chdir(tmp_path)
-    problem, completion = Problem("p7", "q", "#### 1", "1"), Completion((1, 2), (0.0, 0.0), "", "stop")
-    result = score(make_reward("my_rewards:short", format_ok=bool), completion, problem)
-    assert result == Reward(1.0, {"short": 0.5, "x": 0.5})
+    found = grade_of(one("#### 1"), make_reward("my_rewards:short"))
+    assert (found.reward, found.components, found.correct) == (1.0, {"short": 0.5, "x": 0.5}, True)
     with pytest.raises(ConfigError, match="p7"):
-        score(make_reward("my_rewards:broken", format_ok=bool), completion, problem)
+        grade_of(one(id="p7"), make_reward("my_rewards:broken"))
     for spec in ("my_rewards:nothing", "no_such_module:f", "defualt", "my_rewards:"):
         with pytest.raises(ConfigError, match="reward"):
-            make_reward(spec, format_ok=bool)
+            make_reward(spec)
 
 
 # ------------------------------------------------------------------------------------------- one step off-policy
@@ -405,7 +410,7 @@ def test_one_step_off_trains_on_what_the_weights_of_one_update_before_drew(bench
     """The rollouts of step k are those that the checkpoint of k - 2 updates draws (of step 1: the first weights)."""
     steps = 4
     cfg, bench, prompts = bench_of(mode="one_step_off", steps=steps, eval_every=1, keep_last=10, lr=1e-2)
-    grpo.train(cfg, bench, prompts, even_tokens)
+    grpo.train(cfg, bench, prompts, graded(bench, even_tokens))
     rows = metrics_of(bench)
     assert [row["staleness/max"] for row in rows] == [0, 1, 1, 1]
     for step in range(1, steps + 1):
@@ -414,8 +419,9 @@ def test_one_step_off_trains_on_what_the_weights_of_one_update_before_drew(bench
         from transformers import AutoModelForCausalLM
 
         sampler = HFSampler(AutoModelForCausalLM.from_pretrained(folder), bench.renderer)
-        asked = [rollouts.prompt_at(prompts, 2 * (step - 1) + i, cfg.seed) for i in range(2)]
-        drawn = sampler.sample(asked, rollouts.sampling_params(cfg, bench, step, 0))
+        asked = [rollout.prompt_at(prompts, 2 * (step - 1) + i, cfg.seed) for i in range(2)]
+        seed = derive_seed(cfg.seed, "grpo", step, 0)
+        drawn = draw(sampler, asked, rollout.sampling_params(cfg, bench), 4, seed)
         stored = [
             json.loads(line) for line in (bench.run.path / f"samples/step_{step:06d}.jsonl").read_text().splitlines()
         ]
@@ -430,7 +436,7 @@ def test_sampling_ahead_goes_on_while_the_learner_updates(bench_of):
     calls = []
 
     def slow_sample(asked, params):
-        calls.append(params.seed)
+        calls.append(asked[0].seeds)
         if len(calls) == 2:
             assert updated.wait(30), "the learner waited for the sampler"
         return sample(asked, params)
@@ -440,17 +446,16 @@ def test_sampling_ahead_goes_on_while_the_learner_updates(bench_of):
         return learn(batch, objective)
 
     bench.sampler.sample, bench.learner.forward_backward = slow_sample, watched_learn
-    grpo.train(cfg, bench, prompts, even_tokens)
+    grpo.train(cfg, bench, prompts, graded(bench, even_tokens))
     assert len(calls) == 2
 
 
 def test_rollouts_that_are_older_than_the_mode_allows_stop_the_run(bench_of):
     for mode, versions in (("on_policy", {1: 0, 2: 0}), ("one_step_off", {1: 0, 2: 0, 3: 0})):
         cfg, bench, prompts = bench_of(mode=mode, steps=5)
-        load = bench.sampler.load_weights
-        bench.sampler.load_weights = lambda version, tensors, load=load: load(0, tensors)  # a sync that does not arrive
+        bench.sampler.load = lambda ref, tensors: None  # a sync that does not arrive
         with pytest.raises(EngineError, match="updates old"):
-            grpo.train(cfg, bench, prompts, even_tokens)
+            grpo.train(cfg, bench, prompts, graded(bench, even_tokens))
         assert len(metrics_of(bench)) == len(versions) - 1
 
 
@@ -469,7 +474,7 @@ def test_when_the_engine_fails_for_good_the_last_complete_step_is_kept(bench_of,
         bench.sampler.sample = failing
         out = bench.run.path
         with pytest.raises(EngineError), open_again(bench):
-            grpo.train(cfg, bench, prompts, even_tokens)
+            grpo.train(cfg, bench, prompts, graded(bench, even_tokens))
         _, state = checkpoint.newest(bench.run.checkpoints, print)
         assert state["step"] == 3 and [row["step"] for row in metrics_of(bench)] == [1, 2, 3]
         assert out.is_dir()
@@ -491,7 +496,7 @@ def open_again(bench):
 def test_importance_correction_by_hand():
     """Four tokens whose trainer probability is 0.5, 1, 3 and 10 times the sampler's; the cap is 2."""
     ratios = [0.4, 1.0, 3.0, 10.0]
-    rows = [TokenRow((1, 2, 3, 4, 5), (0, 1, 1, 1, 1), (0.0, -1.0, -2.0, -3.0, -4.0), 1.0)]
+    rows = [datum((1, 2, 3, 4, 5), (0, 1, 1, 1, 1), (0.0, -1.0, -2.0, -3.0, -4.0), 1.0)]
     batch = make_batch(rows, 0, "token")
     trainer = batch.old_logprobs + torch.tensor([ratios]).log()
     weights = {kind: with_old_logprobs(batch, trainer, kind, 2.0).weights[0] for kind in ("none", "truncate", "mask")}
@@ -521,7 +526,7 @@ def test_the_corrected_gradient_is_the_on_policy_one_in_expectation():
     table = logits.clone().requires_grad_()
     total = torch.zeros(())
     for y in range(3):
-        batch = make_batch([TokenRow((9, y), (0, 1), (0.0, float(sampler[y].log())), advantage[y])], 0, "token")
+        batch = make_batch([datum((9, y), (0, 1), (0.0, float(sampler[y].log())), advantage[y])], 0, "token")
         logp = torch.log_softmax(table, 0)[y].reshape(1, 1)
         batch = with_old_logprobs(batch, logp.detach(), "truncate", 100.0)
         total = total + sampler[y] * (batch.weights * per_token_loss(logp, batch, Objective("grpo_clip"))).sum()
@@ -539,7 +544,7 @@ def test_metrics_of_a_recomputed_pass_are_those_of_the_sampler(bench_of):
         return [[replace(c, logprobs=tuple(x - 0.5 for x in c.logprobs)) for c in g] for g in sample(asked, params)]
 
     bench.sampler.sample = off
-    grpo.train(cfg, bench, prompts, even_tokens)
+    grpo.train(cfg, bench, prompts, graded(bench, even_tokens))
     row = metrics_of(bench)[0]
     assert row["mismatch/logp_abs_mean"] == pytest.approx(0.5, abs=1e-4)
     assert row["mismatch/ratio_mean"] == pytest.approx(math.exp(0.5), rel=1e-4)
@@ -560,7 +565,7 @@ def test_a_single_update_needs_no_frozen_pass(bench_of, loss, correction, monkey
         monkeypatch.setattr(bench.learner, "logprobs", frozen)
         if passes:
             monkeypatch.setattr(GrpoConfig, "frozen_pass", True)
-        grpo.train(cfg, bench, prompts, even_tokens)
+        grpo.train(cfg, bench, prompts, graded(bench, even_tokens))
         assert frozen.call_count == passes
         found.append((metrics_of(bench), dict(bench.learner.weights())))
     (rows, weights), (expected_rows, expected) = found

@@ -25,8 +25,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("trainer", "engines"),
     ("evals",),
     ("preflight",),
-    ("workbench",),
-    ("data_prep", "hub_datasets", "pretokenize", "sft", "ei", "grpo", "rollouts", "fast_eval_vllm"),
+    ("rollout", "workbench"),
+    ("data_prep", "hub_datasets", "pretokenize", "sft", "ei", "grpo", "fast_eval_vllm"),
     ("report*", "pipeline", "serve", "launch", "doctor", "bench*"),
     ("cli", "__main__"),
 )

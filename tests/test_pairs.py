@@ -8,11 +8,11 @@ import pytest
 
 from grpo_gsm8k import config
 from grpo_gsm8k.errors import DataError
+from grpo_gsm8k.tasks.conversations import Example, check_chat, load_pairs
 from grpo_gsm8k.tasks.gsm8k import pairs
-from grpo_gsm8k.tasks.gsm8k.chat import Example, check_chat, load_pairs
 from grpo_gsm8k.tasks.gsm8k.grading import Tags
 from grpo_gsm8k.tasks.gsm8k.pairs import Dropped, make_pair
-from grpo_gsm8k.tasks.gsm8k.prompts import STYLES
+from grpo_gsm8k.tasks.render import STYLES
 from tests.toys import cli
 
 QUESTION = "Ann has 48 clips in April and half as many in May. How many in all?"

@@ -22,7 +22,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo_gsm8k.datatypes import TokenRow
+from grpo_gsm8k.datatypes import Datum
 from grpo_gsm8k.trainer.batch import Batch, make_batch, with_old_logprobs, with_ref_logprobs
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.logprobs import token_logprobs
@@ -85,7 +85,7 @@ class Setting:
     """A tiny model and one update's rows, `prompts[b]` tokens of each being its prompt."""
 
     model: Path
-    rows: list[TokenRow]
+    rows: list[Datum]
     prompts: list[int]
 
 
@@ -104,7 +104,7 @@ def setting(folder: Path) -> Setting:
     rows = []
     for (prompt, n), advantage in zip(sizes, advantages, strict=True):
         ids = tuple(torch.randint(3, 300, (prompt + n,)).tolist())
-        rows.append(TokenRow(ids, (0,) * prompt + (1,) * n, advantage=advantage))
+        rows.append(Datum(ids, (0,) * prompt + (1,) * n, advantage=advantage))
     return Setting(model, rows, [prompt for prompt, _ in sizes])
 
 

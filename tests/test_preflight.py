@@ -12,12 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from grpo_gsm8k import config, doctor, fast_eval_vllm, grpo, preflight, sft, workbench
 from grpo_gsm8k.errors import DataError, ModelError, UserError
-from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
 from grpo_gsm8k.trainer import packing
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer, prepare_to_save, weights_sha256
 from tests.test_pretrained import settings
-from tests.toys import stage_config, train_config
+from tests.toys import load_split, renderer_for, stage_config, train_config
 
 
 @pytest.fixture(autouse=True)
@@ -157,14 +156,13 @@ def test_padding_and_ends_must_have_an_embedding_too(which, unresized, tiny, tmp
 @pytest.fixture
 def subject(tiny, tmp_path):
     from grpo_gsm8k.engines.hf import HFSampler
-    from grpo_gsm8k.tasks.gsm8k.problems import load_split
 
     cfg = train_config(model_id=str(tiny.model))
     model = load_model(cfg)
     torch.manual_seed(0)
     for parameter in model.parameters():  # a fresh tiny model's attention adds nothing yet
         parameter.data.normal_(std=0.2)
-    renderer = Renderer(load_tokenizer(cfg), "gsm8k")
+    renderer = renderer_for(load_tokenizer(cfg), "gsm8k")
     prompts = [renderer.prompt(problem) for problem in load_split(tiny.data, "val")]
     learner, sampler = TorchLearner(model, renderer, cfg), HFSampler(model, renderer)
     return preflight.Subject(model, renderer, prompts, learner, sampler, tmp_path / "run", learner.packs)

@@ -13,8 +13,7 @@ from transformers import AutoTokenizer
 from grpo_gsm8k import config, fast_eval_vllm, pretokenize, sft
 from grpo_gsm8k.data_prep import write_splits
 from grpo_gsm8k.errors import ConfigError, DataError
-from grpo_gsm8k.tasks.gsm8k.problems import load_problems
-from tests.toys import REPOSITORY, cli, make_model, stage_config
+from tests.toys import REPOSITORY, cli, load_problems, make_model, stage_config
 
 
 def rows_of(path):

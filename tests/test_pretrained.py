@@ -17,13 +17,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config, Qwen2Moe
 
 from grpo_gsm8k import config, workbench
 from grpo_gsm8k.errors import ConfigError, ModelError
-from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
 from grpo_gsm8k.trainer import adapter, pretrained
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.objectives import Objective
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer, pick_device, weights_sha256
-from tests.toys import rows, train_config
+from tests.toys import renderer_for, rows, train_config
 
 
 class Touch:
@@ -42,7 +41,7 @@ def cfg_of(folder):
 
 def load_both(folder):
     """What every stage loads first."""
-    return load_model(cfg_of(folder)), Renderer(load_tokenizer(cfg_of(folder)))
+    return load_model(cfg_of(folder)), renderer_for(load_tokenizer(cfg_of(folder)))
 
 
 def tensors(change):
@@ -318,7 +317,7 @@ def test_every_kind_of_adapter_is_trained_resumed_and_merged_exactly(kind, tiny,
         torch.manual_seed(5)
         model = load_model(cfg := train_config(**flags))
         adapter.attach(model, cfg)
-        return TorchLearner(model, Renderer(load_tokenizer(cfg)), cfg)
+        return TorchLearner(model, renderer_for(load_tokenizer(cfg)), cfg)
 
     def train(one):
         one.forward_backward(make_batch(rows(*SEQUENCES), 0), Objective("cross_entropy"))

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from grpo_gsm8k.datatypes import Problem, Rendered
+from grpo_gsm8k.datatypes import Example, Rendered
 from grpo_gsm8k.errors import DataError
-from grpo_gsm8k.tasks.gsm8k.chat import Example, check_chat, load_pairs
-from grpo_gsm8k.tasks.gsm8k.problems import gold_number, load_problems, load_split
+from grpo_gsm8k.tasks.conversations import Conversation, check_chat, load_pairs
+from grpo_gsm8k.tasks.gsm8k.problems import gold_number
+from tests.toys import load_problems, load_split, word_problem
 
 GOOD = {"id": "a", "question": "How many?", "answer": "2 + 3 = 5\n#### 5"}
 PREPARED = {"id": "b", "question": "Q?", "answer": "#### 5", "gold": "5", "gold_num": 5, "prompt": "<Q?>"}
@@ -35,10 +36,11 @@ def test_gsm8k_rows(tmp_path: Path) -> None:
         {"question": "What is the sum?", "answer": "#### 1,234"},
     )
     first, second = load_problems(path)
-    assert first == Problem("a", "How many?", "2 + 3 = 5\n#### 5", "5")
+    kept = {"solution": "2 + 3 = 5\n#### 5", "source": "ignored"}
+    assert first == Example("a", "How many?", "5", kept)
     # printf 'What is the sum?' | sha256sum | head -c 12
     assert second.id == "71d5e27655fc"
-    assert second.gold in ("1234", "1,234")
+    assert second.answer in ("1234", "1,234")
 
 
 def test_evaluation_rows(tmp_path: Path) -> None:
@@ -49,17 +51,17 @@ def test_evaluation_rows(tmp_path: Path) -> None:
         {"id": "d", "prompt": "Without a number?", "gold": "-7", "gold_num": None},
     ]
     assert load_problems(write(tmp_path / "f.jsonl", *rows)) == [
-        Problem("a", "How many?", "#### 5", "5"),
-        Problem("b", "How much?", "#### 0.1", "0.1"),
-        Problem("c", "And now?", "1 + 1 = 2\n#### 2", "2"),
-        Problem("d", "Without a number?", "#### -7", "-7"),
+        word_problem("a", "How many?", "#### 5", "5"),
+        word_problem("b", "How much?", "#### 0.1", "0.1"),
+        word_problem("c", "And now?", "1 + 1 = 2\n#### 2", "2"),
+        word_problem("d", "Without a number?", "#### -7", "-7"),
     ]
 
 
 def test_prepared_rows_keep_their_prompt_apart(tmp_path: Path) -> None:
     row = {**PREPARED, "answer": "1/3 of it\n#### 1/3", "gold": "1/3", "gold_num": 0.3333333333333333}
     (problem,) = load_problems(write(tmp_path / "f.jsonl", row))
-    assert problem == Problem("b", "Q?", "1/3 of it\n#### 1/3", "1/3") and problem.source is not None
+    assert problem == word_problem("b", "Q?", "1/3 of it\n#### 1/3", "1/3") and problem.source is not None
     assert (problem.source.path, problem.source.line) == (str(tmp_path / "f.jsonl"), 1)
     assert problem.source.rendered == Rendered("<Q?>", (7, 8), {"prompt_style": "gsm8k", "answer_open": None})
 
@@ -160,7 +162,7 @@ def test_a_good_chat_file(tmp_path: Path) -> None:
         "characters": {"min": 7, "mean": 14.0, "max": 21},
         "roles": {"system": 1, "user": 3, "assistant": 3},
     }
-    assert load_pairs(path)[0] == Example((("user", "hello"), ("assistant", "hi")))
+    assert load_pairs(path)[0] == Conversation((("user", "hello"), ("assistant", "hi")))
 
 
 FAULTS: list[tuple[Any, list[str]]] = [
@@ -224,7 +226,7 @@ def test_an_empty_chat_file_is_not_ok(tmp_path: Path) -> None:
 
 def test_pairs_become_user_and_assistant(tmp_path: Path) -> None:
     path = write(tmp_path / "f.jsonl", {"prompt": "2 + 2?", "response": "4", "id": "x"}, chat(S, U, A))
-    assert load_pairs(path) == [Example((("user", "2 + 2?"), ("assistant", "4"))), Example((S, U, A))]
+    assert load_pairs(path) == [Conversation((("user", "2 + 2?"), ("assistant", "4"))), Conversation((S, U, A))]
 
 
 @pytest.mark.parametrize(

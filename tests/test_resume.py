@@ -16,11 +16,10 @@ import pytest
 from grpo_gsm8k import ei, grpo, sft
 from grpo_gsm8k.errors import CheckpointError, DataError, DiskError, Interrupted, RunDirError
 from grpo_gsm8k.runs.directory import open_run
-from grpo_gsm8k.tasks.gsm8k.problems import load_split
-from grpo_gsm8k.tasks.gsm8k.rewards import make_reward
+from grpo_gsm8k.tasks.rewards import make_reward
 from grpo_gsm8k.trainer import checkpoint, loop
 from grpo_gsm8k.workbench import open_bench
-from tests.toys import REPOSITORY, cli, stage_config
+from tests.toys import REPOSITORY, cli, load_split, stage_config
 
 REWARD = "tests.toys:even_tokens"  # varies within the groups of a random model, so that every step moves the weights
 STAGES = {"sft": sft.run, "ei": ei.run, "grpo": grpo.run, "one_step_off": grpo.run}

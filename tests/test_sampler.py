@@ -11,16 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo_gsm8k.datatypes import Problem, SamplingParams, TokenRow
+from grpo_gsm8k.datatypes import SamplingParams
 from grpo_gsm8k.engines.hf import HFSampler, _draw
 from grpo_gsm8k.errors import ModelError, NonFiniteError
-from grpo_gsm8k.tasks.gsm8k.problems import load_split
-from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner
-from tests.toys import train_config
+from tests.toys import datum, draw, load, load_split, renderer_for, train_config, word_problem
 
-PARAMS = SamplingParams(n=3, max_new_tokens=10, temperature=1.0, seed=5)
+PARAMS = SamplingParams(max_new_tokens=10, temperature=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +28,7 @@ def parts(tiny):
         for parameter in model.parameters():
             parameter.mul_(2.0)
     tokenizer = AutoTokenizer.from_pretrained(tiny.model)
-    renderer = Renderer(tokenizer)
+    renderer = renderer_for(tokenizer)
     prompts = [renderer.prompt(problem) for problem in load_split(tiny.data, "train")[:6]]
     return model, tokenizer, renderer, prompts
 
@@ -47,7 +45,7 @@ def as_rows(prompts, drawn):
         for c in completions:
             zeros = (0,) * len(prompt.token_ids)
             ids = prompt.token_ids + c.token_ids
-            out.append(TokenRow(ids, zeros + (1,) * len(c.token_ids), zeros + c.logprobs, 1.0))
+            out.append(datum(ids, zeros + (1,) * len(c.token_ids), zeros + c.logprobs, 1.0))
     return out
 
 
@@ -55,7 +53,7 @@ def as_rows(prompts, drawn):
 def test_log_probabilities_are_the_trainers(parts, sampler, temperature):
     """trl#4159: under the sampling temperature, an on-policy ratio is 1 for prompts of any length."""
     model, tokenizer, _, prompts = parts
-    drawn = sampler.sample(prompts, replace(PARAMS, temperature=temperature))
+    drawn = draw(sampler, prompts, replace(PARAMS, temperature=temperature), 3, 5)
     batch = make_batch(as_rows(prompts, drawn), 0)
     mine = TorchLearner(model, tokenizer, train_config()).logprobs(batch, temperature)
     assert float((mine - batch.old_logprobs).abs().max()) < 1e-5
@@ -63,7 +61,7 @@ def test_log_probabilities_are_the_trainers(parts, sampler, temperature):
 
 def test_greedy_is_what_generate_gives(parts, sampler):
     model, _tokenizer, _, prompts = parts
-    for prompt, (mine,) in zip(prompts, sampler.sample(prompts, SamplingParams(1, 12, 0.0)), strict=True):
+    for prompt, (mine,) in zip(prompts, draw(sampler, prompts, SamplingParams(12, 0.0)), strict=True):
         ids = torch.tensor([prompt.token_ids])
         theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
         assert list(mine.token_ids) == theirs[0, len(prompt.token_ids) :].tolist()
@@ -71,20 +69,20 @@ def test_greedy_is_what_generate_gives(parts, sampler):
 
 def test_same_seed_same_draw_whatever_is_sampled_beside_it(parts, sampler):
     model, _, renderer, prompts = parts
-    together = sampler.sample(prompts, PARAMS)
+    together = draw(sampler, prompts, PARAMS, 3, 5)
     for i, prompt in enumerate(prompts):
-        alone = sampler.sample([prompt], PARAMS)[0]
+        alone = draw(sampler, [prompt], PARAMS, 3, 5)[0]
         assert [c.token_ids for c in alone] == [c.token_ids for c in together[i]]
-    few_rows = HFSampler(model, renderer, rows=4).sample(prompts[::-1], PARAMS)[::-1]
+    few_rows = draw(HFSampler(model, renderer, rows=4), prompts[::-1], PARAMS, 3, 5)[::-1]
     assert [[c.token_ids for c in g] for g in few_rows] == [[c.token_ids for c in g] for g in together]
 
 
 def test_samples_of_a_prompt_differ_and_another_seed_draws_anew(parts, sampler):
     _, _, _, prompts = parts
-    drawn = sampler.sample(prompts, PARAMS)
+    drawn = draw(sampler, prompts, PARAMS, 3, 5)
     assert all(len({c.token_ids for c in group}) > 1 for group in drawn)
     assert len({c.seed for group in drawn for c in group}) == 18
-    assert sampler.sample(prompts, replace(PARAMS, seed=6)) != drawn
+    assert draw(sampler, prompts, PARAMS, 3, 6) != drawn
 
 
 def test_finish_reason_says_whether_the_model_ended(parts, sampler):
@@ -94,7 +92,7 @@ def test_finish_reason_says_whether_the_model_ended(parts, sampler):
     ends = set(range(40, 90))
     eager.stop_ids = frozenset(ends)
     reasons = Counter()
-    for group in eager.sample(prompts, replace(PARAMS, n=8, max_new_tokens=6)):
+    for group in draw(eager, prompts, replace(PARAMS, max_new_tokens=6), 8, 5):
         for c in group:
             reasons[c.finish_reason] += 1
             assert len(c.token_ids) == len(c.logprobs) <= 6
@@ -109,7 +107,7 @@ def test_the_context_ends_a_completion_too(parts):
     model, _, renderer, prompts = parts
     short = HFSampler(model, renderer)
     short.context = max(len(p.token_ids) for p in prompts) + 2
-    for prompt, group in zip(prompts, short.sample(prompts, replace(PARAMS, max_new_tokens=30)), strict=True):
+    for prompt, group in zip(prompts, draw(short, prompts, replace(PARAMS, max_new_tokens=30), 3, 5), strict=True):
         for c in group:
             room = short.context - len(prompt.token_ids)
             assert len(c.token_ids) <= room and (c.finish_reason == "stop" or len(c.token_ids) == min(room, 30))
@@ -122,9 +120,9 @@ def test_stop_ids_come_from_the_template_the_tokenizer_and_the_model(parts, samp
 
 def test_a_stop_string_ends_a_completion(parts, sampler):
     _, _, renderer, prompts = parts
-    free = sampler.sample(prompts[:1], replace(PARAMS, n=1, max_new_tokens=10))[0][0]
+    free = draw(sampler, prompts[:1], replace(PARAMS, max_new_tokens=10), 1, 5)[0][0]
     word = renderer.decode(free.token_ids[2:4])
-    cut = sampler.sample(prompts[:1], replace(PARAMS, n=1, max_new_tokens=10, stop=(word,)))[0][0]
+    cut = draw(sampler, prompts[:1], replace(PARAMS, max_new_tokens=10, stop=(word,)), 1, 5)[0][0]
     assert cut.finish_reason == "stop" and word in cut.text and len(cut.token_ids) <= 4
     assert cut.token_ids == free.token_ids[: len(cut.token_ids)]
 
@@ -139,11 +137,11 @@ def test_new_weights_reach_the_sampler_and_carry_their_version(parts, sampler):
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    before = sampler.sample(prompts, PARAMS)
+    before = draw(sampler, prompts, PARAMS, 3, 5)
     stale = make_batch(as_rows(prompts, before), 0)
     assert float((learner.logprobs(stale) - stale.old_logprobs).abs().max()) > 0.01
-    sampler.load_weights(7, learner.weights())
-    drawn = sampler.sample(prompts, PARAMS)
+    load(sampler, 7, learner.weights())
+    drawn = draw(sampler, prompts, PARAMS, 3, 5)
     assert {c.policy_version for group in drawn for c in group} == {7}
     fresh = make_batch(as_rows(prompts, drawn), 0)
     assert float((learner.logprobs(fresh) - fresh.old_logprobs).abs().max()) < 5e-5
@@ -160,9 +158,9 @@ def test_a_hand_over_that_does_not_fit_is_refused(sampler):
     weights = dict(sampler.weights())
     name = next(iter(weights))
     with pytest.raises(ModelError, match="missing"):
-        sampler.load_weights(1, [(n, w) for n, w in weights.items() if n != name])
+        load(sampler, 1, [(n, w) for n, w in weights.items() if n != name])
     with pytest.raises(ModelError, match=name):
-        sampler.load_weights(1, [(name, weights[name][:-1])])
+        load(sampler, 1, [(name, weights[name][:-1])])
 
 
 def test_draws_follow_the_distribution():
@@ -210,7 +208,7 @@ def test_logits_that_are_no_numbers_stop_the_run(parts, sampler):
         for _, parameter in sampler.weights():
             parameter.fill_(float("nan"))
     with pytest.raises(NonFiniteError):
-        sampler.sample(parts[3][:1], PARAMS)
+        draw(sampler, parts[3][:1], PARAMS, 3, 5)
 
 
 def test_a_prompt_keeps_the_ids_it_was_rendered_with(parts, sampler):
@@ -224,6 +222,6 @@ def test_a_prompt_keeps_the_ids_it_was_rendered_with(parts, sampler):
         return inner(input_ids=input_ids, **kwargs)
 
     sampler.model.forward = spy
-    prompt = renderer.prompt(Problem("x", "Two  spaces\tand é?", "#### 1", "1"))
-    sampler.sample([prompt], SamplingParams(1, 2))
+    prompt = renderer.prompt(word_problem("x", "Two  spaces\tand é?", "#### 1", "1"))
+    draw(sampler, [prompt], SamplingParams(2))
     assert seen[0][0].tolist() == list(prompt.token_ids)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from grpo_gsm8k import config, pretokenize, sft
-from grpo_gsm8k.datatypes import TokenRow
+from grpo_gsm8k.datatypes import Datum
 from grpo_gsm8k.errors import ConfigError, DataError
 from grpo_gsm8k.runs.files import read_json, sha256_file, write_json
 from grpo_gsm8k.trainer import shards
@@ -47,7 +47,7 @@ def contents(folder):
 
 
 def test_a_shard_by_hand(tmp_path):
-    rows = [TokenRow((5, 6, 7, 0), (0, 0, 1, 1)), TokenRow((8, 0), (0, 1)), TokenRow((0, 0, 9), (0, 1, 1))]
+    rows = [Datum((5, 6, 7, 0), (0, 0, 1, 1)), Datum((8, 0), (0, 1)), Datum((0, 0, 9), (0, 1, 1))]
     tensors = shards.pack(rows, 5, pad_id=0)  # the id that pads ends rows, too, and begins one
     assert tensors["input_ids"].tolist() == [[0, 5, 6, 7, 0], [0, 0, 0, 8, 0], [0, 0, 0, 0, 9]]
     assert tensors["labels"].tolist() == [[-100, -100, -100, 7, 0], [-100] * 4 + [0], [-100] * 3 + [0, 9]]

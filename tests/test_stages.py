@@ -10,16 +10,14 @@ import pytest
 from scipy.stats import binomtest, norm
 
 from grpo_gsm8k import config, ei, fast_eval_vllm, pipeline, sft
-from grpo_gsm8k.datatypes import Completion, Problem, Prompt, SamplingParams
+from grpo_gsm8k.datatypes import Completion, Prompt, SamplingParams
 from grpo_gsm8k.engines import process
 from grpo_gsm8k.errors import ConfigError, DataError, RunDirError, UserError
 from grpo_gsm8k.evals.accuracy import evaluate
 from grpo_gsm8k.evals.stats import bootstrap_mean, compare, pass_at_k, wilson
-from grpo_gsm8k.tasks.gsm8k.problems import load_problems
-from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
 from grpo_gsm8k.trainer.policy import load_tokenizer
 from grpo_gsm8k.workbench import open_bench
-from tests.toys import stage_config
+from tests.toys import load_problems, renderer_for, stage_config, word_problem
 
 
 def rows_of(path):
@@ -52,7 +50,7 @@ def test_sft_memorises_a_few_solutions(tiny, tmp_path):
 def test_an_epoch_holds_every_row_once(tiny, tmp_path):
     cfg = stage_config("sft", model_id=str(tiny.model), data=str(tiny.data), out_dir=str(tmp_path / "r"), batch_size=5)
     with open_bench(cfg, "sft", {}) as bench:
-        rows = [bench.renderer.example(problem) for problem in load_problems(tiny.data / "test.jsonl")]
+        rows = [bench.renderer.target(problem) for problem in load_problems(tiny.data / "test.jsonl")]
         seen = Counter()
 
         def forward(batch, objective):
@@ -108,12 +106,14 @@ def test_expert_iteration_keeps_what_is_right_finished_and_distinct(tiny, tmp_pa
         right = "work\n#### {0}", "more work\n#### {0}", "#### {0}"
         bench.sampler = Scripted(
             bench.renderer.tokenizer,
-            lambda p: [t.format(p.gold) for t in (right[0], right[0], right[1] + "…", "#### 1{0}", right[1], right[2])],
+            lambda p: [
+                t.format(p.answer) for t in (right[0], right[0], right[1] + "…", "#### 1{0}", right[1], right[2])
+            ],
         )
         problems = load_problems(tiny.data / "train.jsonl")
         ei.train(cfg, bench, bench.prompts(problems, "train"))
         kept = rows_of(bench.run.path / "rounds/round_01.jsonl")
-        gold = {p.id: p.gold for p in problems}
+        gold = {p.id: p.answer for p in problems}
         texts = {(row["id"], row["text"]) for row in kept}
         assert len(kept) == len(texts) == 20  # two of the three right and distinct ones, as drawn
         assert texts == {(i, t.format(gold[i])) for i in {row["id"] for row in kept} for t in right[:2]}
@@ -139,8 +139,8 @@ def test_expert_iteration_in_which_nothing_is_right_trains_nothing_and_says_so(t
 
 
 def test_evaluation_by_hand(tiny):
-    renderer = Renderer(load_tokenizer(config.build(config.ModelConfig, {"model_id": str(tiny.model)})))
-    problems = [Problem(f"p{i}", "q", "#### 7", "7") for i in range(4)]
+    renderer = renderer_for(load_tokenizer(config.build(config.ModelConfig, {"model_id": str(tiny.model)})))
+    problems = [word_problem(f"p{i}", "q", "#### 7", "7") for i in range(4)]
     said = {"p0": ["#### 7"] * 4, "p1": ["#### 7", "#### 7", "#### 8", "…"], "p2": ["#### 7", "8", "", "9"]}
     sampler = Scripted(renderer.tokenizer, lambda p: said.get(p.id, ["no"] * 4))
     prompts = [Prompt(p, (1,)) for p in problems]

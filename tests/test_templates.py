@@ -7,25 +7,25 @@ from __future__ import annotations
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from grpo_gsm8k import config, ei, fast_eval_vllm, pretokenize, rollouts, sft
-from grpo_gsm8k.datatypes import Completion, Problem, Prompt, Reward, Rollout, Source
+from grpo_gsm8k import config, ei, fast_eval_vllm, pretokenize, sft
+from grpo_gsm8k.config import EiConfig
+from grpo_gsm8k.datatypes import Completion, Prompt, Rollout, Source, Trajectory
 from grpo_gsm8k.errors import ConfigError, DataError, ModelError, UserError
 from grpo_gsm8k.evals.accuracy import record
-from grpo_gsm8k.tasks.gsm8k import prompts
-from grpo_gsm8k.tasks.gsm8k.chat import load_pairs
-from grpo_gsm8k.tasks.gsm8k.grading import Tags, extract, grade
-from grpo_gsm8k.tasks.gsm8k.problems import load_problems
-from grpo_gsm8k.tasks.gsm8k.prompts import Renderer, make_tags
-from grpo_gsm8k.tasks.gsm8k.rewards import make_reward, score
-from tests.toys import cli, stage_config
+from grpo_gsm8k.tasks import render
+from grpo_gsm8k.tasks.base import Tags, make_tags
+from grpo_gsm8k.tasks.conversations import load_pairs
+from grpo_gsm8k.tasks.gsm8k.grading import extract, grade
+from grpo_gsm8k.tasks.render import Renderer
+from grpo_gsm8k.tasks.rewards import Grader
+from tests.toys import cli, load_problems, renderer_for, stage_config, word_problem
 
-PROBLEM = Problem("p1", "How many?", "2+2=<<2+2=4>>4\n#### 4", "4")
+PROBLEM = word_problem("p1", "How many?", "2+2=<<2+2=4>>4\n#### 4", "4")
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TURN = "{{'<|im_start|>'+m['role']+'\n'+m['content']+'<|im_end|>\n'}}"
 OPEN = "{% if add_generation_prompt %}{{'<|im_start|>assistant\n'}}{% endif %}"
@@ -113,29 +113,24 @@ def renderers():
     tags = make_tags("[t]", "[/t]", "[a]", "[/a]")
     custom = THINK_OPEN.replace("<think>", "[t]").replace("</think>", "[/t]")
     return {
-        "r1_zero": Renderer(tokenizer(), "r1_zero"),
-        "r1_zero with other tags": Renderer(tokenizer(), "r1_zero", tags),
-        "template": Renderer(tokenizer(THINK_OPEN), "qwen_boxed"),
-        "template with other tags": Renderer(tokenizer(custom), "gsm8k", tags),
-        "special tags": Renderer(tokenizer(THINK_OPEN, [*SPECIAL, "<think>", "</think>"], ()), "gsm8k"),
-        "prefilled": Renderer(tokenizer(THINK_OPEN.replace("<think>\n'}}{% e", "<think>\nWell, '}}{% e")), "gsm8k"),
+        "r1_zero": renderer_for(tokenizer(), "r1_zero"),
+        "r1_zero with other tags": renderer_for(tokenizer(), "r1_zero", tags),
+        "template": renderer_for(tokenizer(THINK_OPEN), "qwen_boxed"),
+        "template with other tags": renderer_for(tokenizer(custom), "gsm8k", tags),
+        "special tags": renderer_for(tokenizer(THINK_OPEN, [*SPECIAL, "<think>", "</think>"], ()), "gsm8k"),
+        "prefilled": renderer_for(tokenizer(THINK_OPEN.replace("<think>\n'}}{% e", "<think>\nWell, '}}{% e")), "gsm8k"),
     }
 
 
 def verdicts(renderer, text):
-    """Everything that grades, asked as its callers ask."""
+    """The one verdict on a completion, and what reads it."""
     prompt, completion = renderer.prompt(PROBLEM), Completion((1,), (0.0,), text, "stop")
-    bench, cfg = SimpleNamespace(renderer=renderer), SimpleNamespace(grading="flexible", keep_per_problem=1)
-    reward = make_reward("default", format_ok=renderer.style.format_ok, tags=renderer.tags)
-    row = record(prompt, completion, renderer, "flexible")
-    rolled = rollouts.grade_one(cfg, bench, Rollout(prompt, completion, Reward(0.0), 0, False, False))
-    kept = ei.keep_right(cfg, bench, prompt, [completion])
-    said = (row["correct"], row["correct_flexible"], rolled.correct, bool(kept))
-    forms = (row["format_ok"], rolled.format_ok)
-    assert len(set(said)) == len(set(forms)) == 1
-    scored = score(reward, completion, PROBLEM)
-    assert (scored.components["answer"] > 0, scored.components["format"] > 0) == (said[0], forms[0])
-    return said[0], row["correct_strict"], forms[0], row["extracted"]
+    ((grade,),) = Grader(renderer.task).grade([[Trajectory.of(prompt, completion)]])
+    rollout = Rollout(Trajectory.of(prompt, completion), grade)
+    row = record(rollout, renderer)
+    assert row["correct"] == row["correct_flexible"] == bool(ei.keep_right(EiConfig(), [rollout]))
+    assert (grade.components["answer"] > 0, grade.components["format"] > 0) == (row["correct"], row["format_ok"])
+    return row["correct"], row["correct_strict"], row["format_ok"], row["extracted"]
 
 
 @pytest.mark.parametrize("name", renderers())
@@ -154,7 +149,7 @@ def test_a_thought_that_the_prompt_opened_is_no_answer_until_it_closes(name):
 
 def test_a_prompt_that_opens_no_thought_changes_nothing():
     for template in (CHATML, CHATML.replace("assistant\n'", "assistant\n<think>\n\n</think>\n\n'"), GEMMA, None):
-        renderer = Renderer(tokenizer(template), "gsm8k")
+        renderer = renderer_for(tokenizer(template), "gsm8k")
         assert not renderer.opens_thought
         assert verdicts(renderer, "2+2=4\n#### 4") == (True, True, True, "4")
 
@@ -179,14 +174,16 @@ def test_special_tags_stay_in_the_text_that_is_graded():
 def test_a_thought_with_tags_that_nobody_told_us_is_refused():
     for opening in ("[THINK]", "<thinking>", "<seed:think>"):
         with pytest.raises(ModelError, match=r"opens a thought with .*--think_open"):
-            Renderer(tokenizer(THINK_OPEN.replace("<think>", opening)))
+            renderer_for(tokenizer(THINK_OPEN.replace("<think>", opening)))
 
 
 def test_a_template_that_opens_a_thought_for_some_questions_alone():
     asks = CHATML + "{% if '/think' in messages[-1]['content'] %}{{'<think>\n'}}{% endif %}"
-    renderer = Renderer(tokenizer(asks))
-    assert renderer.prompt(PROBLEM) and Renderer(tokenizer(THINK_OPEN)).prompt(Problem("n", "n", "#### 4", "4"))
-    problem = Problem("1", "How many? /think", "#### 4", "4", Source("f.jsonl", 3))
+    renderer = renderer_for(tokenizer(asks))
+    assert renderer.prompt(PROBLEM) and renderer_for(tokenizer(THINK_OPEN)).prompt(
+        word_problem("n", "n", "#### 4", "4")
+    )
+    problem = word_problem("1", "How many? /think", "#### 4", "4", Source("f.jsonl", 3))
     with pytest.raises(DataError, match=r"f\.jsonl:3: .*thought for some questions"):
         renderer.prompt(problem)
 
@@ -198,28 +195,28 @@ def test_a_template_that_opens_a_thought_for_some_questions_alone():
 @pytest.mark.parametrize("style", ["gsm8k", "qwen_boxed"])
 @pytest.mark.parametrize("make", [tokenizer, metaspace])
 def test_a_trained_row_is_the_prompt_and_the_rendered_turn(template, style, make):
-    renderer = Renderer(make(template), style)
-    row, prompt = renderer.example(PROBLEM), renderer.prompt(PROBLEM).token_ids
+    renderer = renderer_for(make(template), style)
+    row, prompt = renderer.target(PROBLEM), renderer.prompt(PROBLEM).token_ids
     assert row.token_ids[: len(prompt)] == prompt and row.mask == (0,) * len(prompt) + (1,) * (
         len(row.mask) - len(prompt)
     )
-    asked = [*renderer.style.ask(PROBLEM.question), ("assistant", renderer.style.reference(PROBLEM))]
+    asked = [*renderer.task.prompt(PROBLEM), ("assistant", renderer.task.target(PROBLEM))]
     if template == GEMMA and style == "qwen_boxed":
         asked[:2] = [("user", asked[0][1] + "\n\n" + asked[1][1])]
     chat = [{"role": role, "content": content} for role, content in asked]
     whole = renderer.tokenizer.apply_chat_template(chat)["input_ids"]
     assert list(row.token_ids) == whole[: len(row.token_ids)] and row.token_ids[-1] == renderer.end_id
     assert renderer.tokenizer.decode(whole[len(row.token_ids) :]).strip() == ""
-    assert "opens a thought" in renderer.check(examples=True) or not renderer.opens_thought
+    assert "opens a thought" in renderer.check(target=True) or not renderer.opens_thought
 
 
 def test_a_sentencepiece_response_has_no_blank_of_its_own():
-    renderer = Renderer(metaspace(CHATML))
+    renderer = renderer_for(metaspace(CHATML))
     row = renderer.chat(pair("four"))
     assert text_of(renderer, row, 1) == "four<|im_end|>" and text_of(renderer, row).endswith(
         "assistant\nfour<|im_end|>"
     )
-    renderer = Renderer(metaspace(None))
+    renderer = renderer_for(metaspace(None))
     for prompt, response in (("How many? ", "four"), ("How many?\n", "four"), ("How many?", " four")):
         row = renderer.chat(pair(response, prompt), raw=True)
         sampled = renderer.tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -228,13 +225,15 @@ def test_a_sentencepiece_response_has_no_blank_of_its_own():
 
 
 def test_what_a_template_trims_is_not_trained():
-    renderer = Renderer(tokenizer(TRIMS))
+    renderer = renderer_for(tokenizer(TRIMS))
     assert text_of(renderer, renderer.chat(pair("  four\n")), 1) == "four<|im_end|>"
-    assert text_of(Renderer(tokenizer()), Renderer(tokenizer()).chat(pair("  four\n")), 1) == "  four\n<|im_end|>"
+    assert (
+        text_of(renderer_for(tokenizer()), renderer_for(tokenizer()).chat(pair("  four\n")), 1) == "  four\n<|im_end|>"
+    )
 
 
 def test_a_token_across_the_end_of_the_prompt_is_refused_with_its_line(tmp_path):
-    renderer = Renderer(tokenizer(merges=[("Ċ", "Ċ")]))
+    renderer = renderer_for(tokenizer(merges=[("Ċ", "Ċ")]))
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps({"prompt": "a", "response": text}) + "\n" for text in ("b", "\n\nb")))
     good, bad = load_pairs(path)
@@ -249,7 +248,7 @@ THOUGHT = "<think>\n2+2=4\n</think>\n\nThe answer is \\boxed{4}."
 @pytest.mark.parametrize("template", [CHATML, THINK_OPEN, REASONING, R1])
 @pytest.mark.parametrize("thought", [THOUGHT, THOUGHT.replace("<think>\n", "<think>"), "\n" + THOUGHT])
 def test_a_pair_has_its_thought_once(template, thought):
-    renderer = Renderer(tokenizer(template))
+    renderer = renderer_for(tokenizer(template))
     row = renderer.chat(pair(thought))
     said, sampled = text_of(renderer, row), renderer.prompt(PROBLEM).token_ids
     assert said.count("<think>") == said.count("</think>") == said.count("2+2=4") == 1
@@ -259,37 +258,37 @@ def test_a_pair_has_its_thought_once(template, thought):
 
 
 def test_a_template_without_a_rendering_of_its_prompt_is_refused_by_name():
-    renderer = Renderer(tokenizer(R1))
-    problem = Problem("1", "How many?", "#### 4", "4", Source("train.jsonl", 7))
+    renderer = renderer_for(tokenizer(R1))
+    problem = word_problem("1", "How many?", "#### 4", "4", Source("train.jsonl", 7))
     assert renderer.opens_thought and renderer.prompt(problem) and renderer.check()
-    for ask in (lambda: renderer.example(problem), lambda: renderer.chat(pair("4"), source=problem.source)):
+    for ask in (lambda: renderer.target(problem), lambda: renderer.chat(pair("4"), source=problem.source)):
         with pytest.raises(
             DataError, match=r"train\.jsonl:7: the chat template .*opens a thought.*pairs with thoughts"
         ):
             ask()
     with pytest.raises(UserError):
-        renderer.check(examples=True)
+        renderer.check(target=True)
 
 
 def test_an_answer_is_never_learned_as_a_thought():
     never_closes = CHATML.replace("m['role']+'\n'", "m['role']+'\n'+('<think>\n' if m['role']=='assistant' else '')")
-    renderer = Renderer(tokenizer(never_closes.replace(OPEN, THINKS)))
+    renderer = renderer_for(tokenizer(never_closes.replace(OPEN, THINKS)))
     source = Source("train.jsonl", 7)
-    for ask in (lambda: renderer.example(PROBLEM), lambda: renderer.chat(pair("4"), source=source)):
+    for ask in (lambda: renderer.target(PROBLEM), lambda: renderer.chat(pair("4"), source=source)):
         with pytest.raises(DataError, match=r"(p1|train\.jsonl:7): .*learned as a thought"):
             ask()
     assert text_of(renderer, renderer.chat(pair(THOUGHT)), 1).startswith("2+2=4\n</think>")
     with pytest.raises(ModelError, match="no reference solution can be trained"):
-        renderer.check(examples=True)
+        renderer.check(target=True)
 
 
 def test_all_turns_are_trained_only_where_the_template_leaves_them_alone():
     chat = [*pair(THOUGHT), *pair("5")]
     for template in (REASONING, R1):
         with pytest.raises(ConfigError, match="rewrites earlier turns"):
-            Renderer(tokenizer(template)).chat(chat, "all")
-    row = Renderer(tokenizer()).chat(chat, "all")
-    assert text_of(Renderer(tokenizer()), row, 1) == f"{THOUGHT}<|im_end|>5<|im_end|>"
+            renderer_for(tokenizer(template)).chat(chat, "all")
+    row = renderer_for(tokenizer()).chat(chat, "all")
+    assert text_of(renderer_for(tokenizer()), row, 1) == f"{THOUGHT}<|im_end|>5<|im_end|>"
 
 
 # ----------------------------------------------------------------------------------------- control tokens
@@ -297,7 +296,7 @@ def test_all_turns_are_trained_only_where_the_template_leaves_them_alone():
 
 @pytest.mark.parametrize("control", ["<|im_end|>", "<|endoftext|>"])
 def test_control_tokens_are_refused_in_every_text(control, tmp_path):
-    renderer, bad = Renderer(tokenizer(), "gsm8k"), f"x {control} y"
+    renderer, bad = renderer_for(tokenizer(), "gsm8k"), f"x {control} y"
     texts = [[("system", bad), *pair("4")], pair("4", bad), pair(bad), [*pair(bad), *pair("4")]]
     path = tmp_path / "pairs.jsonl"
     rows = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in texts]
@@ -316,13 +315,13 @@ def test_control_tokens_are_refused_in_every_text(control, tmp_path):
         )
     )
     for line, problem in enumerate(load_problems(problems), 1):
-        for ask in (renderer.example, renderer.prompt, Renderer(tokenizer(), shots=[problem]).prompt):
+        for ask in (renderer.target, renderer.prompt, renderer_for(tokenizer(), shots=[problem]).prompt):
             with pytest.raises(DataError, match=rf"problems\.jsonl:{line}: the (question|answer) holds"):
                 ask(PROBLEM if ask.__self__.shots else problem)
 
 
 def test_what_builds_turns_is_a_control_token_special_or_not():
-    renderer = Renderer(tokenizer(special=SPECIAL[:1], added=[*SPECIAL[1:], "<think>", "</think>", "<tool_call>"]))
+    renderer = renderer_for(tokenizer(special=SPECIAL[:1], added=[*SPECIAL[1:], "<think>", "</think>", "<tool_call>"]))
     for text in ("a<|im_end|>", "<|im_start|>system\nobey"):
         with pytest.raises(DataError, match="special token"):
             renderer.chat(pair("4", text))
@@ -332,7 +331,7 @@ def test_what_builds_turns_is_a_control_token_special_or_not():
 @pytest.mark.parametrize("special", [True, False])
 def test_the_tags_of_a_style_are_text(special):
     tags = ["<think>", "</think>"]
-    renderer = Renderer(tokenizer(CHATML, [*SPECIAL, *tags] if special else SPECIAL, () if special else tags))
+    renderer = renderer_for(tokenizer(CHATML, [*SPECIAL, *tags] if special else SPECIAL, () if special else tags))
     assert text_of(renderer, renderer.chat(pair(THOUGHT)), 1) == THOUGHT + "<|im_end|>"
 
 
@@ -362,10 +361,10 @@ DATED = {
 @pytest.mark.parametrize("how", DATED)
 def test_one_date_on_every_day(how, tmp_path):
     held = tokenizer(DATED[how] + CHATML)
-    renderer, later = Renderer(held), Renderer(held, date="2031-12-24T10:00:00")
+    renderer, later = renderer_for(held), renderer_for(held, date="2031-12-24T10:00:00")
     known = {"Mistral": "2024-07-26", "the time": "00:00:00 000000", "a function": "Today is 26 July 2024. "}
-    assert text_of(renderer, renderer.example(PROBLEM)).startswith(known.get(how, "26 Jul 2024"))
-    assert later.prompt(PROBLEM) != renderer.prompt(PROBLEM) == Renderer(held).prompt(PROBLEM)
+    assert text_of(renderer, renderer.target(PROBLEM)).startswith(known.get(how, "26 Jul 2024"))
+    assert later.prompt(PROBLEM) != renderer.prompt(PROBLEM) == renderer_for(held).prompt(PROBLEM)
     assert renderer.made_with()["date"] == "2024-07-26" and later.made_with()["date"] != renderer.made_with()["date"]
     later.save_pretrained(tmp_path)
     cfg = config.PromptConfig(model_id=str(tmp_path))
@@ -375,9 +374,9 @@ def test_one_date_on_every_day(how, tmp_path):
 
 
 def test_a_template_without_a_date_knows_nothing_of_it(tmp_path):
-    renderer = Renderer(tokenizer(), date="2031-12-24")
-    assert renderer.prompt(PROBLEM) == Renderer(tokenizer()).prompt(PROBLEM)
-    assert renderer.made_with() == Renderer(tokenizer()).made_with() and "date" not in renderer.made_with()
+    renderer = renderer_for(tokenizer(), date="2031-12-24")
+    assert renderer.prompt(PROBLEM) == renderer_for(tokenizer()).prompt(PROBLEM)
+    assert renderer.made_with() == renderer_for(tokenizer()).made_with() and "date" not in renderer.made_with()
     renderer.save_pretrained(tmp_path)
     assert "date" not in json.loads((tmp_path / "prompt.json").read_text())
 
@@ -385,7 +384,7 @@ def test_a_template_without_a_date_knows_nothing_of_it(tmp_path):
 def test_a_date_that_is_none():
     for date in ("tomorrow", "2024-13-01", "26 Jul 2024"):
         with pytest.raises(ConfigError, match="--date"):
-            Renderer(tokenizer(), date=date)
+            renderer_for(tokenizer(), date=date)
 
 
 # ------------------------------------------------------------------------- roles, and templates that fail
@@ -394,13 +393,13 @@ def test_a_date_that_is_none():
 def test_a_template_without_a_system_role_finds_it_before_the_question(capsys):
     silent = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
     for template in (GEMMA, silent):
-        renderer = Renderer(tokenizer(template), "qwen_boxed", shots=[PROBLEM])
+        renderer = renderer_for(tokenizer(template), "qwen_boxed", shots=[PROBLEM])
         said = renderer.spell(renderer.prompt(PROBLEM).token_ids)
-        system = renderer.style.ask("")[0][1]
+        system = renderer.task.prompt(PROBLEM)[0][1]
         assert said.startswith(f"<|im_start|>user\n{system}\n\nHow many?<|im_end|>") and said.count(system) == 1
-        assert renderer.example(PROBLEM) and renderer.chat([("system", "Be brief."), *pair("4"), *pair("5")], "all")
+        assert renderer.target(PROBLEM) and renderer.chat([("system", "Be brief."), *pair("4"), *pair("5")], "all")
         assert capsys.readouterr().err.count("takes no system message") == 1
-    Renderer(tokenizer(GEMMA), "gsm8k").example(PROBLEM)
+    renderer_for(tokenizer(GEMMA), "gsm8k").target(PROBLEM)
     assert capsys.readouterr().err == ""
 
 
@@ -421,32 +420,33 @@ def test_a_template_without_a_system_role_finds_it_before_the_question(capsys):
 )
 def test_a_template_that_fails_is_one_line(template):
     with pytest.raises(ModelError) as caught:
-        Renderer(tokenizer(template), "qwen_boxed")
+        renderer_for(tokenizer(template), "qwen_boxed")
     assert "chat template" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_default_among_named_templates_is_used():
-    renderer = Renderer(tokenizer({"default": THINK_OPEN, "rag": "{{ 1 / 0 }}"}))
-    assert renderer.opens_thought and renderer.check(examples=True)
+    renderer = renderer_for(tokenizer({"default": THINK_OPEN, "rag": "{{ 1 / 0 }}"}))
+    assert renderer.opens_thought and renderer.check(target=True)
 
 
 def test_a_template_that_fails_on_one_row_names_it():
     picky = "{% if 'seven' in messages[0]['content'] %}{{ raise_exception('no sevens') }}{% endif %}" + CHATML
-    problem = Problem("1", "seven?", "#### 7", "7", Source("f.jsonl", 2))
+    problem = word_problem("1", "seven?", "#### 7", "7", Source("f.jsonl", 2))
     with pytest.raises(DataError, match=r"f\.jsonl:2: .*no sevens"):
-        Renderer(tokenizer(picky)).prompt(problem)
+        renderer_for(tokenizer(picky)).prompt(problem)
 
 
 def test_a_template_that_rolls_dice_is_refused():
     with pytest.raises(ModelError, match="in two ways"):
-        Renderer(tokenizer("{{ range(90000) | random }}" + CHATML)).check()
+        renderer_for(tokenizer("{{ range(90000) | random }}" + CHATML)).check()
 
 
 def test_an_old_prompt_file_and_a_handmade_prompt_still_work(tmp_path):
-    (tmp_path / prompts.PROMPT_FILE).write_text(json.dumps({"prompt_style": "gsm8k", **vars(Tags())}))
-    assert prompts.date_of(config.PromptConfig(model_id=str(tmp_path))) == prompts.DATE
-    renderer = Renderer(tokenizer())
-    assert record(Prompt(PROBLEM, (1,)), Completion((1,), (0.0,), "#### 4", "stop"), renderer, "strict")["correct"]
+    (tmp_path / render.PROMPT_FILE).write_text(json.dumps({"prompt_style": "gsm8k", **vars(Tags())}))
+    assert render.date_of(config.PromptConfig(model_id=str(tmp_path))) == render.DATE
+    renderer = renderer_for(tokenizer())
+    trajectory = Trajectory.of(Prompt(PROBLEM, (1,)), Completion((1,), (0.0,), "#### 4", "stop"))
+    assert renderer.task.grade_trajectory(PROBLEM, trajectory).correct
 
 
 @pytest.mark.slow
@@ -495,6 +495,6 @@ def test_two_runs_at_different_times_are_the_same_run(tiny, tmp_path):
     assert runs[0]["weights_sha256"] == runs[1]["weights_sha256"]
     trained = runs[0]["model"]
     asked = {"model_id": trained, "out": str(tmp_path / "set.jsonl"), "eval_path": str(tiny.data / "test.jsonl")}
-    assert pretokenize.run(config.resolve("prep-eval", flags=asked))["date"] == prompts.DATE
+    assert pretokenize.run(config.resolve("prep-eval", flags=asked))["date"] == render.DATE
     given = {"model_id": trained, "eval_path": asked["out"], "out_dir": str(tmp_path / "o"), "max_new_tokens": 4}
     assert fast_eval_vllm.run(config.resolve("eval", flags={**given, "device": "cpu"}))["n"] == 16

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo_gsm8k.datatypes import Problem
+from grpo_gsm8k.datatypes import Example
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.tasks.gsm8k.toy import TEMPLATES, make_problems
 from grpo_gsm8k.trainer.tiny_model import make_tiny_model
@@ -22,18 +22,18 @@ STEP = re.compile(r"(\d+)([-+*/])(\d+)=<<(\d+[-+*/]\d+)=(\d+)>>(\d+)(?!\d)")
 
 
 @pytest.fixture(scope="module")
-def splits() -> dict[str, list[Problem]]:
+def splits() -> dict[str, list[Example]]:
     return make_problems(7, COUNTS)
 
 
-def is_terse(problem: Problem) -> bool:
-    return problem.answer == f"#### {problem.gold}"
+def is_terse(problem: Example) -> bool:
+    return problem.meta["solution"] == f"#### {problem.answer}"
 
 
-def instance(problem: Problem) -> tuple[str, ...]:
+def instance(problem: Example) -> tuple[str, ...]:
     """What is left of a question without its names and things: the words all templates' instances share, and
     the numbers. Two questions of one template with the same numbers look the same."""
-    words = re.findall(r"\d+|[A-Za-z]+", problem.question)
+    words = re.findall(r"\d+|[A-Za-z]+", problem.text)
     return tuple(word for word in words if word.isdigit() or word in SKELETON)
 
 
@@ -45,39 +45,39 @@ def skeleton() -> set[str]:
 SKELETON = skeleton()
 
 
-def test_the_same_seed_gives_the_same_problems_and_another_seed_others(splits: dict[str, list[Problem]]) -> None:
+def test_the_same_seed_gives_the_same_problems_and_another_seed_others(splits: dict[str, list[Example]]) -> None:
     assert make_problems(7, COUNTS) == splits
     assert make_problems(8, COUNTS)["test"] != splits["test"]
-    digest = hashlib.sha256("\n".join(p.question + p.answer for p in splits["test"]).encode()).hexdigest()
+    digest = hashlib.sha256("\n".join(p.text + p.meta["solution"] for p in splits["test"]).encode()).hexdigest()
     assert digest == "4bc3903d6f8f594ead1293e7e3f37ca72265661ed81752b37f31d122bff0381c"  # golden: the demo's task
 
 
-def test_more_training_problems_leave_the_other_splits_alone(splits: dict[str, list[Problem]]) -> None:
+def test_more_training_problems_leave_the_other_splits_alone(splits: dict[str, list[Example]]) -> None:
     more = make_problems(7, {**COUNTS, "train": 3500})
     assert more["test"] == splits["test"] and more["val"] == splits["val"]
     assert more["train"][:3000] == splits["train"]
 
 
-def test_counts_and_ids(splits: dict[str, list[Problem]]) -> None:
+def test_counts_and_ids(splits: dict[str, list[Example]]) -> None:
     assert {split: len(problems) for split, problems in splits.items()} == COUNTS
     assert splits["train"][12].id == "toy-train-00012"
     ids = [p.id for problems in splits.values() for p in problems]
     assert len(set(ids)) == len(ids)
 
 
-def test_no_split_knows_another_ones_questions_or_instances(splits: dict[str, list[Problem]]) -> None:
-    for of in (lambda p: p.question, instance):
+def test_no_split_knows_another_ones_questions_or_instances(splits: dict[str, list[Example]]) -> None:
+    for of in (lambda p: p.text, instance):
         train, val, test = ({of(p) for p in splits[name]} for name in ("train", "val", "test"))
         assert not (train & test or train & val or val & test)
-    questions = [p.question for problems in splits.values() for p in problems]
+    questions = [p.text for problems in splits.values() for p in problems]
     assert len(set(questions)) == len(questions)
 
 
-def test_every_annotation_is_right_and_the_chain_ends_in_the_gold(splits: dict[str, list[Problem]]) -> None:
+def test_every_annotation_is_right_and_the_chain_ends_in_the_gold(splits: dict[str, list[Example]]) -> None:
     for problem in (p for problems in splits.values() for p in problems if not is_terse(p)):
-        *lines, last = problem.answer.split("\n")
-        assert last == f"#### {problem.gold}"
-        known = {int(n) for n in re.findall(r"\d+", problem.question)} | {2}  # "twice", "half"
+        *lines, last = problem.meta["solution"].split("\n")
+        assert last == f"#### {problem.answer}"
+        known = {int(n) for n in re.findall(r"\d+", problem.text)} | {2}  # "twice", "half"
         result = None
         for line in lines:
             (left, operator, right, formula, annotated, result) = STEP.findall(line)[0]
@@ -92,15 +92,15 @@ def test_every_annotation_is_right_and_the_chain_ends_in_the_gold(splits: dict[s
             assert exact == int(result) and 1 <= exact <= 99
             assert {int(left), int(right)} <= known, problem  # nothing falls from the sky
             known.add(int(result))
-        assert result == problem.gold
+        assert result == problem.answer
 
 
-def test_one_to_four_steps_in_many_wordings(splits: dict[str, list[Problem]]) -> None:
-    steps = Counter(p.answer.count("<<") for p in splits["test"])
+def test_one_to_four_steps_in_many_wordings(splits: dict[str, list[Example]]) -> None:
+    steps = Counter(p.meta["solution"].count("<<") for p in splits["test"])
     assert set(steps) == {1, 2, 3, 4} and min(steps.values()) > 30
     kinds = Counter(tuple(w for w in instance(p) if not w.isdigit()) for p in splits["test"])
     assert len(TEMPLATES) >= 15 and len(kinds) >= len(TEMPLATES)
-    assert all("{" not in p.question + p.answer for p in splits["test"])
+    assert all("{" not in p.text + p.meta["solution"] for p in splits["test"])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
@@ -109,10 +109,10 @@ def test_the_terse_teacher_answers_only_training_problems(share: float) -> None:
     terse = sum(map(is_terse, splits["train"])) / COUNTS["train"]
     assert abs(terse - share) < (0.04 if 0 < share < 1 else 1e-9)
     assert not any(is_terse(p) for name in ("val", "test") for p in splits[name])
-    assert [p.question for p in splits["train"]] == [p.question for p in make_problems(3, COUNTS)["train"]]
+    assert [p.text for p in splits["train"]] == [p.text for p in make_problems(3, COUNTS)["train"]]
 
 
-def test_terseness_cannot_be_read_off_the_kind_of_problem(splits: dict[str, list[Problem]]) -> None:
+def test_terseness_cannot_be_read_off_the_kind_of_problem(splits: dict[str, list[Example]]) -> None:
     by_steps_word: dict[str, list[bool]] = {}
     for p in splits["train"]:
         by_steps_word.setdefault(" ".join(w for w in instance(p) if not w.isdigit()), []).append(is_terse(p))
@@ -129,8 +129,8 @@ def test_impossible_requests_are_the_users_mistake() -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(splits: dict[str, list[Problem]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    texts = [f"{p.question}\n{p.answer}" for p in splits["train"]]
+def folder(splits: dict[str, list[Example]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    texts = [f"{p.text}\n{p.meta['solution']}" for p in splits["train"]]
     return make_tiny_model(
         tmp_path_factory.mktemp("tiny") / "model", texts, 0, hidden_size=32, layers=2, heads=2, context=256
     )

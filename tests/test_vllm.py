@@ -16,7 +16,7 @@ import statistics
 import threading
 import time
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from safetensors import safe_open
 
 from grpo_gsm8k import config, fast_eval_vllm, grpo, pipeline, sft
 from grpo_gsm8k.config import EngineConfig
-from grpo_gsm8k.datatypes import Problem, SamplingParams
+from grpo_gsm8k.datatypes import SamplingParams
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.engines.probe import TOLERANCE, probe, sampled_row
 from grpo_gsm8k.engines.process import Engine, ProcessSampler
@@ -33,16 +33,25 @@ from grpo_gsm8k.errors import EngineError
 from grpo_gsm8k.evals.accuracy import read_results
 from grpo_gsm8k.evals.stats import compare
 from grpo_gsm8k.runs.files import read_jsonl
-from grpo_gsm8k.tasks.gsm8k.problems import load_split
-from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
-from grpo_gsm8k.tasks.gsm8k.rewards import make_reward
+from grpo_gsm8k.tasks.rewards import make_reward
 from grpo_gsm8k.trainer import adapter
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.objectives import Objective
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer, weights_sha256
 from grpo_gsm8k.workbench import open_bench, open_sampler
-from tests.toys import cli, make_data, make_model, stage_config, train_config
+from tests.toys import (
+    cli,
+    draw,
+    load,
+    load_split,
+    make_data,
+    make_model,
+    renderer_for,
+    stage_config,
+    train_config,
+    word_problem,
+)
 
 
 def _missing() -> bool:
@@ -90,7 +99,7 @@ def engine_config(model: Path, **flags) -> EngineConfig:
 
 @pytest.fixture(scope="module")
 def renderer(trained):
-    return Renderer(load_tokenizer(engine_config(trained.model)), "gsm8k")
+    return renderer_for(load_tokenizer(engine_config(trained.model)), "gsm8k")
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +138,7 @@ def same_ids(a, b) -> float:
 def optimizer_step(learner, trained, renderer, number: int) -> None:
     """One update on worked solutions, large enough to be seen: the embeddings, and with them the tied head, move."""
     problems = load_split(trained.data, "train")[32 * number : 32 * (number + 1)]
-    batch = make_batch([renderer.example(problem) for problem in problems], renderer.pad_id)
+    batch = make_batch([renderer.target(problem) for problem in problems], renderer.pad_id)
     learner.forward_backward(batch, Objective("cross_entropy"))
     learner.step(1e-3)
 
@@ -140,9 +149,9 @@ def optimizer_step(learner, trained, renderer, number: int) -> None:
 def test_greedy_answers_and_log_probabilities_are_those_of_transformers_and_the_trainer(
     vllm, learner, renderer, prompts
 ):
-    vllm.load_weights(1, learner.weights())
-    greedy = SamplingParams(1, 96, temperature=0.0)
-    theirs, ours = vllm.sample(prompts, greedy), HFSampler(learner.model, renderer).sample(prompts, greedy)
+    load(vllm, 1, learner.weights())
+    greedy = SamplingParams(96, temperature=0.0)
+    theirs, ours = draw(vllm, prompts, greedy), draw(HFSampler(learner.model, renderer), prompts, greedy)
     assert len(prompts) == 128 and same_ids(theirs, ours) >= AGREE
     pairs = [(a, b) for (a,), (b,) in zip(theirs, ours, strict=True) if a.token_ids == b.token_ids]
     deltas = [abs(x - y) for a, b in pairs for x, y in zip(a.logprobs, b.logprobs, strict=True)]
@@ -154,14 +163,14 @@ def test_greedy_answers_and_log_probabilities_are_those_of_transformers_and_the_
 
 def test_log_probabilities_under_a_temperature_are_the_trainers(vllm, learner, prompts):
     """trl#4159: at T = 0.7 an on-policy ratio is 1 under T = 0.7, and under no other."""
-    vllm.load_weights(1, learner.weights())
-    params = SamplingParams(4, 96, temperature=0.7, seed=3)
-    drawn = vllm.sample(prompts, params)
+    load(vllm, 1, learner.weights())
+    params = SamplingParams(96, temperature=0.7)
+    drawn = draw(vllm, prompts, params, 4, 3)
     assert gap(learner, prompts, drawn, 0.7) <= BOUND
     assert gap(learner, prompts, drawn, 1.0) > 20 * BOUND
     assert statistics.fmean(len({c.token_ids for c in group}) for group in drawn) > 2  # each sample has its own seed
-    assert vllm.sample(prompts, params) == drawn
-    assert same_ids(vllm.sample(prompts, replace(params, seed=4)), drawn) < 0.5
+    assert draw(vllm, prompts, params, 4, 3) == drawn
+    assert same_ids(draw(vllm, prompts, params, 4, 4), drawn) < 0.5
 
 
 def test_an_adapter_is_all_that_reaches_vllm(vllm, trained, renderer, prompts, tmp_path):
@@ -170,21 +179,21 @@ def test_an_adapter_is_all_that_reaches_vllm(vllm, trained, renderer, prompts, t
     cfg = train_config(**flags, vllm_device="cpu", lora_rank=5, max_tokens_per_microbatch=8192)
     model = load_model(cfg)
     adapter.attach(model, cfg)
-    learner, greedy = TorchLearner(model, renderer, cfg), SamplingParams(1, 96, temperature=0.0)
+    learner, greedy = TorchLearner(model, renderer, cfg), SamplingParams(96, temperature=0.0)
     with open_sampler(cfg, model, renderer, tmp_path) as sampler:
         for version in range(3):
             before = frozen(learner)
             optimizer_step(learner, trained, renderer, version)
-            sampler.load_weights(version, learner.weights())
+            load(sampler, version, learner.weights())
             with safe_open(sampler.outbox.newest.path, "pt") as given:
                 assert given.keys() and all(".lora_" in name for name in given.keys())  # noqa: SIM118
-            drawn = sampler.sample(prompts, greedy)
-            assert same_ids(drawn, HFSampler(model, renderer).sample(prompts, greedy)) >= AGREE
+            drawn = draw(sampler, prompts, greedy)
+            assert same_ids(drawn, draw(HFSampler(model, renderer), prompts, greedy)) >= AGREE
             assert gap(learner, prompts, drawn) <= BOUND < gap(before, prompts, drawn)
     learner.save(tmp_path / "adapter")
     of_folder = config.build(config.ModelConfig, {"model_id": str(tmp_path / "adapter"), "device": "cpu"})
-    vllm.load_weights(0, adapter.merged(of_folder).named_parameters())
-    assert same_ids(vllm.sample(prompts, greedy), drawn) >= AGREE
+    load(vllm, 0, adapter.merged(of_folder).named_parameters())
+    assert same_ids(draw(vllm, prompts, greedy), drawn) >= AGREE
     asked = {"model_id": str(tmp_path / "adapter"), "eval_path": str(trained.data / "test.jsonl"), "limit": 64}
     asked |= {"max_new_tokens": 96, "device": "cpu", "out_dir": str(tmp_path)}
     found = [fast_eval_vllm.run(config.resolve("eval", flags={**asked, "engine": e, "run_name": e})) for e in ENGINES]
@@ -205,9 +214,9 @@ def recited(tmp_path_factory):
     flags = {"model_id": str(model), "data": str(data), "out_dir": str(folder / "run"), "prompt_style": "r1_zero"}
     flags |= {"epochs": 120, "batch_size": 12, "lr": 1e-2, "warmup_steps": 5, "eval_every": 120, "save_every": 120}
     learned = Path(sft.run(stage_config("sft", **flags))["model"])
-    renderer = Renderer(load_tokenizer(engine_config(learned)), "r1_zero")
+    renderer = renderer_for(load_tokenizer(engine_config(learned)), "r1_zero")
     prompts = [renderer.prompt(problem) for problem in load_split(data, "train")]
-    answers = [renderer.example(prompt.problem).token_ids[len(prompt.token_ids) :] for prompt in prompts]
+    answers = [renderer.target(prompt.problem).token_ids[len(prompt.token_ids) :] for prompt in prompts]
     candidates = {i for ids in answers for i in ids[3:-6]}
     extra = min(candidates, key=lambda i: (abs(sum(i in ids for ids in answers) - len(answers) // 2), i))
     stored = json.loads((learned / "generation_config.json").read_text())
@@ -227,20 +236,20 @@ def ending(renderer, ids, limit: int, extra: int, stop: tuple[str, ...]):
 def test_answers_end_at_stop_strings_at_any_end_id_and_at_the_limit(recited, tmp_path):
     """What ends an answer stays in its ids; the prompt of this style holds the stop string, and must not end it."""
     model, renderer, prompts, answers, extra = recited
-    cfg, stop = engine_config(model), renderer.style.stop
+    cfg, stop = engine_config(model), renderer.stop
     assert stop == ("</answer>",)
     limit = int(statistics.median(len(ids) for ids in answers)) - 2
     loaded = load_model(cfg)
     with open_sampler(cfg, loaded, renderer, tmp_path) as vllm:
-        vllm.load_weights(0, loaded.named_parameters())
+        load(vllm, 0, loaded.named_parameters())
         for params in (
-            SamplingParams(1, 200, 0.0, stop=stop),
-            SamplingParams(1, limit, 0.0, stop=stop),
-            SamplingParams(1, 200, 0.0),
+            SamplingParams(200, 0.0, stop=stop),
+            SamplingParams(limit, 0.0, stop=stop),
+            SamplingParams(200, 0.0),
         ):
             expected = [ending(renderer, ids, params.max_new_tokens, extra, params.stop) for ids in answers]
             for sampler in (HFSampler(loaded, renderer), vllm):
-                drawn = [c for (c,) in sampler.sample(prompts, params)]
+                drawn = [c for (c,) in draw(sampler, prompts, params)]
                 assert [(c.token_ids, c.finish_reason) for c in drawn] == expected
             if params.max_new_tokens == limit:
                 assert {reason for _, reason in expected} == {"stop", "length"}
@@ -253,16 +262,16 @@ def test_answers_end_at_stop_strings_at_any_end_id_and_at_the_limit(recited, tmp
 
 def test_after_each_of_ten_updates_the_sampler_is_the_trainers_equal(vllm, learner, trained, renderer, prompts):
     """Tied embeddings, real steps: greedy ids, log-probabilities and the probe, each to the bound of one hand-over."""
-    greedy, drawing = SamplingParams(1, 96, temperature=0.0), SamplingParams(1, 96, temperature=1.0, seed=11)
+    greedy, drawing = SamplingParams(96, temperature=0.0), SamplingParams(96, temperature=1.0)
     assert learner.model.config.tie_word_embeddings
     for version in range(1, 11):
         before = frozen(learner)
         optimizer_step(learner, trained, renderer, version)
-        vllm.load_weights(version, learner.weights())
+        load(vllm, version, learner.weights())
         probed = probe(vllm, learner, prompts[:8], renderer.pad_id, version, TOLERANCE["float32"])
-        theirs, drawn = vllm.sample(prompts, greedy), vllm.sample(prompts, drawing)
+        theirs, drawn = draw(vllm, prompts, greedy), draw(vllm, prompts, drawing, 1, 11)
         assert {c.policy_version for group in theirs + drawn for c in group} == {version}
-        assert same_ids(theirs, HFSampler(learner.model, renderer).sample(prompts, greedy)) >= AGREE
+        assert same_ids(theirs, draw(HFSampler(learner.model, renderer), prompts, greedy)) >= AGREE
         assert max(gap(learner, prompts, theirs), gap(learner, prompts, drawn)) <= BOUND
         assert probed["sync/probe_logp_abs_mean"] <= BOUND
         assert gap(before, prompts, drawn) > 20 * BOUND  # an update that went missing would have been seen
@@ -290,7 +299,7 @@ def broken_sampler(trained, renderer, tmp_path):
 def test_the_probe_fires_when_the_tied_head_keeps_old_weights(broken_sampler, vllm, learner, renderer, prompts):
     stale = broken_sampler("head")
     for sampler in (vllm, stale):
-        sampler.load_weights(1, learner.weights())
+        load(sampler, 1, learner.weights())
     probe(vllm, learner, prompts[:8], renderer.pad_id, 1, TOLERANCE["float32"])
     with pytest.raises(EngineError, match="does not sample from it"):
         probe(stale, learner, prompts[:8], renderer.pad_id, 1, TOLERANCE["float32"])
@@ -301,17 +310,17 @@ def test_the_probe_fires_when_the_prefix_cache_keeps_old_weights(
 ):
     """Prompts that fill a block of the cache (128 tokens on a CPU): a shorter one is never cached there."""
     problems = [prompt.problem for prompt in prompts]
-    questions = [" ".join(p.question for p in problems[16 * i : 16 * i + 16]) for i in range(8)]
-    long = [renderer.prompt(Problem(f"long-{i}", question, "", "0")) for i, question in enumerate(questions)]
+    questions = [" ".join(p.text for p in problems[16 * i : 16 * i + 16]) for i in range(8)]
+    long = [renderer.prompt(word_problem(f"long-{i}", question, "", "0")) for i, question in enumerate(questions)]
     assert min(len(prompt.token_ids) for prompt in long) > 256
     stale = broken_sampler("cache")
     for sampler in (vllm, stale):
-        sampler.load_weights(0, learner.weights())
+        load(sampler, 0, learner.weights())
         probe(sampler, learner, long, renderer.pad_id, 0, TOLERANCE["float32"])
     for number in range(3):
         optimizer_step(learner, trained, renderer, number)
     for sampler in (vllm, stale):
-        sampler.load_weights(1, learner.weights())
+        load(sampler, 1, learner.weights())
     probe(vllm, learner, long, renderer.pad_id, 1, TOLERANCE["float32"])
     with pytest.raises(EngineError, match="does not sample from it"):
         probe(stale, learner, long, renderer.pad_id, 1, TOLERANCE["float32"])

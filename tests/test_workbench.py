@@ -10,10 +10,9 @@ import torch
 from grpo_gsm8k import config, workbench
 from grpo_gsm8k.engines import process
 from grpo_gsm8k.errors import ConfigError
-from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
 from grpo_gsm8k.trainer import costs
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer
-from tests.toys import stage_config
+from tests.toys import renderer_for, stage_config
 
 
 @pytest.mark.parametrize(
@@ -41,7 +40,7 @@ def test_an_engine_sleeps_between_calls_only_where_it_shares_a_gpu(
     monkeypatch.setattr(workbench, "placements", lambda cfg, learner, gpus, ranks: [[engine]])
     monkeypatch.setattr(workbench, "device_name", lambda model: learner)
     cfg = config.build(config.EngineConfig, {"model_id": str(tiny.model), "device": "cpu", "engine": "vllm"})
-    with workbench.open_sampler(cfg, load_model(cfg), Renderer(load_tokenizer(cfg)), tmp_path, overlaps):
+    with workbench.open_sampler(cfg, load_model(cfg), renderer_for(load_tokenizer(cfg)), tmp_path, overlaps):
         assert seen == [naps]
 
 
@@ -108,7 +107,7 @@ def test_an_engine_on_the_learners_gpu_is_told_its_share(one_gpu, tiny, tmp_path
 
     def opened(**flags):
         cfg = dataclasses.replace(base, **flags)
-        with workbench.open_sampler(cfg, model, Renderer(load_tokenizer(cfg)), tmp_path):
+        with workbench.open_sampler(cfg, model, renderer_for(load_tokenizer(cfg)), tmp_path):
             return given.pop()
 
     assert opened() == 0.86 and "vLLM takes 0.86" in capsys.readouterr().err  # of 80 GB 70 are free, and 1 stays so
@@ -125,6 +124,6 @@ def test_a_transfer_that_cannot_reach_the_engine_is_refused(one_gpu, tiny, tmp_p
     cfg = stage_config("grpo", model_id=str(tiny.model), engine="vllm", weight_transfer=transfer, gpu_mem_util=0.5)
     with (
         pytest.raises(ConfigError, match=word),
-        workbench.open_sampler(cfg, load_model(cfg), Renderer(load_tokenizer(cfg)), tmp_path),
+        workbench.open_sampler(cfg, load_model(cfg), renderer_for(load_tokenizer(cfg)), tmp_path),
     ):
         pass

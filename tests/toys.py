@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +15,15 @@ from torch import nn
 
 from grpo_gsm8k import config
 from grpo_gsm8k.config import TrainConfig
-from grpo_gsm8k.data_prep import write_splits
-from grpo_gsm8k.datatypes import Completion, Problem, TokenRow
-from grpo_gsm8k.tasks.gsm8k.toy import make_problems
+from grpo_gsm8k.datatypes import Datum, Example, Prompt, SamplingParams, Source, Trajectory, WeightsRef
+from grpo_gsm8k.repro import requests
+from grpo_gsm8k.tasks import base, load_task
+from grpo_gsm8k.tasks.base import Tags, TaskOptions, load_examples
+from grpo_gsm8k.tasks.gsm8k import toy
+from grpo_gsm8k.tasks.render import Renderer
+from grpo_gsm8k.tasks.rewards import Grader
 from grpo_gsm8k.trainer.batch import Batch
+from grpo_gsm8k.trainer.policy import weights_sha256
 from grpo_gsm8k.trainer.tiny_model import make_tiny_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -27,9 +32,49 @@ SMALL = {"vocab_size": 320, "hidden_size": 32, "layers": 2, "heads": 2}
 
 def make_data(folder: Path, train: int = 48, val: int = 12, test: int = 16) -> Path:
     """A data folder of toy problems."""
-    problems = make_problems(0, {"train": train, "val": val, "test": test})
-    write_splits(folder, problems, {"source": "toy", "seed": 0})
-    return folder
+    return toy.write(folder, 0, {"train": train, "val": val, "test": test}, 0.5)
+
+
+def word_problem(id: str, question: str, solution: str = "", gold: str = "", source: Source | None = None) -> Example:
+    """A word problem with its solution."""
+    return Example(id, question, gold, {"solution": solution}, source)
+
+
+def load_problems(path: Path) -> list[Example]:
+    """The word problems of a file."""
+    return load_examples(load_task("gsm8k"), path)
+
+
+def load_split(folder: Path, split: Any) -> list[Example]:
+    """The word problems of a split."""
+    return base.load_split(load_task("gsm8k"), folder, split)
+
+
+def renderer_for(tokenizer: Any, style: str = "gsm8k", tags: Tags | None = None, **more: Any) -> Renderer:
+    """GSM8K in a style, bound to a tokenizer."""
+    return Renderer(tokenizer, load_task("gsm8k", TaskOptions(style, tags or Tags())), **more)
+
+
+def graded(bench: Any, reward: Any = None) -> Grader:
+    """Grades as the bench's task does, with a reward of one's own."""
+    return Grader(bench.renderer.task, reward)
+
+
+def draw(sampler: Any, prompts: Sequence[Prompt], params: SamplingParams, n: int = 1, seed: int = 0) -> Any:
+    """`n` completions of each prompt."""
+    return sampler.sample(requests(prompts, n, seed), params)
+
+
+def load(sampler: Any, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Hand weights over, under their hash."""
+    held = list(tensors)
+    sampler.load(WeightsRef(version, weights_sha256(held)), lambda: held)
+
+
+def datum(ids: Iterable[int], mask: Iterable[int], logprobs: Iterable[float] = (), advantage: float = 0.0) -> Datum:
+    """A row whose trained tokens all have the same advantage."""
+    mask = tuple(mask)
+    return Datum(tuple(ids), mask, tuple(logprobs), tuple(advantage * m for m in mask))
 
 
 def make_model(folder: Path, data: Path, **sizes: int) -> Path:
@@ -58,13 +103,13 @@ def stage_config(section: str, **flags: Any) -> Any:
     return config.resolve(section, flags={**small, **flags})
 
 
-def rows(*sequences: tuple[Iterable[int], int], advantage: float = 0.0, logprob: float = 0.0) -> list[TokenRow]:
+def rows(*sequences: tuple[Iterable[int], int], advantage: float = 0.0, logprob: float = 0.0) -> list[Datum]:
     """Rows from (ids, length of the prompt)."""
     out = []
     for ids, prompt in sequences:
         ids = tuple(ids)
         mask = (0,) * prompt + (1,) * (len(ids) - prompt)
-        out.append(TokenRow(ids, mask, tuple(logprob * m for m in mask), advantage))
+        out.append(datum(ids, mask, (logprob * m for m in mask), advantage))
     return out
 
 
@@ -91,7 +136,7 @@ class TableModel(nn.Module):
         return self.head
 
 
-def even_tokens(completion: Completion, problem: Problem) -> float:
+def even_tokens(completion: Trajectory, example: Example) -> float:
     """A reward that varies within the groups of a random model: the share of even ids."""
     return sum(i % 2 == 0 for i in completion.token_ids) / len(completion.token_ids)
 

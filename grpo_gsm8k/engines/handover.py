@@ -13,7 +13,6 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from grpo_gsm8k.datatypes import WeightsRef
 from grpo_gsm8k.errors import DiskError, EngineError
 from grpo_gsm8k.runs.files import disk_errors
 from grpo_gsm8k.runs.progress import talk
@@ -35,27 +35,18 @@ class HandoverError(EngineError):
     """The file is not what was handed over: truncated, damaged, or gone."""
 
 
-@dataclass(frozen=True)
-class Handover:
-    """One set of weights in a file.
-
-    Attributes:
-        path: safetensors, names as the learner's model has them, tied weights once.
-        version: optimizer steps that made them.
-        sha256: `trainer.policy.weights_sha256` of the tensors.
-    """
-
-    path: Path
-    version: int
-    sha256: str
-
-    def as_json(self) -> dict[str, Any]:
-        """For the channel."""
-        return {**asdict(self), "path": str(self.path)}
+def as_json(ref: WeightsRef) -> dict[str, Any]:
+    """A hand-over for the channel."""
+    return {"version": ref.version, "sha256": ref.sha256, "where": str(ref.where)}
 
 
-def write(path: Path, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> Handover:
-    """Write weights and hash them. Raises `DiskError` when there is no room; nothing is left behind."""
+def of_json(version: int, sha256: str, where: str) -> WeightsRef:
+    """What `as_json` was given."""
+    return WeightsRef(version, sha256, Path(where))
+
+
+def write(path: Path, version: int, tensors: Iterable[tuple[str, torch.Tensor]], sha256: str = "") -> WeightsRef:
+    """Write weights, hashed unless their hash is known. Raises `DiskError` for want of room, and leaves nothing."""
     held = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors}
     try:
         with disk_errors(path):
@@ -63,18 +54,19 @@ def write(path: Path, version: int, tensors: Iterable[tuple[str, torch.Tensor]])
     except SafetensorError as fault:  # its writer is not Python's, and wraps the operating system's error
         path.unlink(missing_ok=True)
         raise DiskError(f"{path}: cannot be written: {fault}") from None
-    return Handover(path, version, weights_sha256(held.items()))
+    return WeightsRef(version, sha256 or weights_sha256(held.items()), path)
 
 
-def read(handover: Handover) -> dict[str, torch.Tensor]:
+def read(ref: WeightsRef) -> dict[str, torch.Tensor]:
     """The tensors of a hand-over. Raises `HandoverError` unless their hash is the one that was promised."""
+    assert ref.where is not None, "these weights are in no file"
     try:
-        tensors = load_file(handover.path)
+        tensors = load_file(ref.where)
     except (SafetensorError, OSError) as fault:
-        raise HandoverError(f"version {handover.version}: cannot be read: {fault}") from None
+        raise HandoverError(f"version {ref.version}: cannot be read: {fault}") from None
     found = weights_sha256(tensors.items())
-    if found != handover.sha256:
-        raise HandoverError(f"version {handover.version}: hash {found[:12]} is not {handover.sha256[:12]}")
+    if found != ref.sha256:
+        raise HandoverError(f"version {ref.version}: hash {found[:12]} is not {ref.sha256[:12]}")
     return tensors
 
 
@@ -94,34 +86,34 @@ class Outbox:
                 self._shared, self._lock = _locked_folder()
             except OSError as fault:
                 talk(f"{SHARED_MEMORY}: cannot be used ({fault.strerror}); handing over by way of {fallback}")
-        self.newest: Handover | None = None
+        self.newest: WeightsRef | None = None
 
-    def put(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> Handover:
+    def put(self, ref: WeightsRef, tensors: Iterable[tuple[str, torch.Tensor]]) -> WeightsRef:
         """Write a new version and forget the one before. Raises `DiskError` when it fits nowhere."""
         held = list(tensors)
         size = sum(tensor.numel() * tensor.element_size() for _, tensor in held)
-        name = f"weights_{version:06d}.safetensors"
+        name = f"weights_{ref.version:06d}.safetensors"
         before = self.newest
-        if before and before.path.name == name:  # written again, after it was refused
-            before.path.unlink(missing_ok=True)
+        if before and _file(before).name == name:  # written again, after it was refused
+            _file(before).unlink(missing_ok=True)
         if self._shared and shutil.disk_usage(SHARED_MEMORY).free > 1.05 * size:
             try:
-                self.newest = write(self._shared / name, version, held)
+                self.newest = write(self._shared / name, ref.version, held, ref.sha256)
             except DiskError as fault:  # something else filled it in between
                 talk(f"{fault}; handing over by way of {self.fallback}")
-                self.newest = write(self._on_disk(name), version, held)
+                self.newest = write(self._on_disk(name), ref.version, held, ref.sha256)
         else:
-            if before is None or before.path.parent != self.fallback:
+            if before is None or _file(before).parent != self.fallback:
                 talk(f"shared memory has no room for {size / 1e9:.2f} GB; handing over by way of {self.fallback}")
-            self.newest = write(self._on_disk(name), version, held)
-        if before and before.path != self.newest.path:
-            before.path.unlink(missing_ok=True)
+            self.newest = write(self._on_disk(name), ref.version, held, ref.sha256)
+        if before and before.where != self.newest.where:
+            _file(before).unlink(missing_ok=True)
         return self.newest
 
     def close(self) -> None:
         """Remove what was written."""
         if self.newest:
-            self.newest.path.unlink(missing_ok=True)
+            _file(self.newest).unlink(missing_ok=True)
         if self._shared and self._lock:
             shutil.rmtree(self._shared, ignore_errors=True)
             self._lock.close()
@@ -129,6 +121,11 @@ class Outbox:
     def _on_disk(self, name: str) -> Path:
         self.fallback.mkdir(parents=True, exist_ok=True)
         return self.fallback / name
+
+
+def _file(ref: WeightsRef) -> Path:
+    assert ref.where is not None
+    return ref.where
 
 
 def sweep() -> None:

@@ -3,7 +3,7 @@
 Each prompt is read once and its cache repeated for its n completions; rows that have ended leave the batch. Whatever
 the cache is made of (keys and values, windows, states of convolutions and recurrences), `check_cache` proves at the
 start that a row's logits are those of the row alone.
-Every completion draws from its own stream of uniform numbers, seeded by (params.seed, problem, sample), by
+Every completion draws from its own stream of uniform numbers, seeded by its request, by
 inversion of the cumulative distribution: what it draws does not depend on what is sampled beside it.
 
 Convention of the log-probabilities: log-softmax(logits / temperature) in float32, before any top-p
@@ -18,29 +18,28 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from grpo_gsm8k.datatypes import Completion, FinishReason, Prompt, SamplingParams
+from grpo_gsm8k.datatypes import Completion, FinishReason, Request, SamplingParams, WeightsRef
+from grpo_gsm8k.engines import handover
 from grpo_gsm8k.errors import ModelError, NonFiniteError
-from grpo_gsm8k.repro import derive_seed
-from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
+from grpo_gsm8k.tasks.render import Renderer
 from grpo_gsm8k.trainer import adapter, architecture
 from grpo_gsm8k.trainer.kernels import choose_attention
 from grpo_gsm8k.trainer.logprobs import difference
 from grpo_gsm8k.trainer.packing import PROOF
+
+Weights = Iterable[tuple[str, torch.Tensor]]
 
 
 @dataclass
 class _Row:
     """One completion in the making."""
 
-    prompt: Prompt
     seed: int
     uniforms: torch.Tensor  # float64, one for each token there is room for
     token_ids: list[int] = field(default_factory=list)
@@ -72,6 +71,7 @@ class HFSampler:
         choose_attention(self.model)
         check_cache(self.model)
         self.renderer, self.rows, self.version, self.pulse = renderer, rows, 0, pulse
+        self.held: WeightsRef | None = None
         self.busy_s = 0.0
         self.device: torch.device = next(model.parameters()).device
         self.context = architecture.context_length(model.config)
@@ -79,49 +79,54 @@ class HFSampler:
         # A model may have several ends of sequence, of which the tokenizer names one.
         self.stop_ids = renderer.stop_ids | set([ends] if isinstance(ends, int) else ends or [])
 
-    def load_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copy new weights in. Raises `ModelError` when a weight is missing, strange, or of another shape."""
+    def load(self, ref: WeightsRef, tensors: Callable[[], Weights] | None = None) -> None:
+        """Copy new weights in; free for those that it holds.
+
+        Raises:
+            HandoverError: the file that `ref` names is damaged or gone; nothing is changed.
+            ModelError: a weight is missing, strange, or of another shape.
+        """
+        if ref.same_as(self.held):
+            return
+        fresh = tensors() if tensors else handover.read(ref).items()
         mine: dict[str, torch.Tensor] = dict(adapter.own_weights(self.model))
         with torch.no_grad():
-            for name, tensor in tensors:
+            for name, tensor in fresh:
                 target = mine.pop(name, None)
                 if target is None or target.shape != tensor.shape:
                     raise ModelError(f"hand-over of weights: {name} does not fit into the sampler's model")
                 target.copy_(tensor)
         if mine:
             raise ModelError(f"hand-over of weights: {len(mine)} weights are missing, {next(iter(mine))} first")
-        self.version = version
+        self.version, self.held = ref.version, ref
 
-    def load_file(self, version: int, path: Path) -> None:
-        """`load_weights` from a safetensors file."""
-        self.load_weights(version, load_file(path).items())
-
-    def weights(self) -> Iterable[tuple[str, torch.Tensor]]:
+    def weights(self) -> Weights:
         """The weights that are being sampled from."""
         return adapter.own_weights(self.model)
 
-    def sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
-        """`params.n` completions of each prompt. Raises `NonFiniteError` when the model yields no numbers."""
-        per_chunk = max(1, self.rows // params.n)
+    def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
+        """A completion for each seed of each request. Raises `NonFiniteError` when the model yields no numbers."""
         began = time.monotonic()
         # Neighbours of similar length waste the fewest cells on padding; the order is undone at the end.
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
+        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].seeds), len(requests[i].token_ids)))
         done: dict[int, list[Completion]] = {}
-        for start in range(0, len(order), per_chunk):
-            chunk = order[start : start + per_chunk]
-            rows = [self._row(prompts[i], sample, params) for i in chunk for sample in range(params.n)]
-            self._decode([prompts[i] for i in chunk], rows, params)
-            completions = [self._completion(row) for row in rows]
-            for k, i in enumerate(chunk):
-                done[i] = completions[k * params.n : (k + 1) * params.n]
+        for n, alike in itertools.groupby(order, key=lambda i: len(requests[i].seeds)):
+            each, per_chunk = list(alike), max(1, self.rows // n)
+            for start in range(0, len(each), per_chunk):
+                chunk = each[start : start + per_chunk]
+                rows = [self._row(requests[i].token_ids, seed, params) for i in chunk for seed in requests[i].seeds]
+                self._decode([requests[i].token_ids for i in chunk], n, rows, params)
+                completions = [self._completion(row) for row in rows]
+                for k, i in enumerate(chunk):
+                    done[i] = completions[k * n : (k + 1) * n]
         self.busy_s += time.monotonic() - began
-        return [done[i] for i in range(len(prompts))]
+        return [done[i] for i in range(len(requests))]
 
     @torch.inference_mode()
-    def _decode(self, prompts: Sequence[Prompt], rows: list[_Row], params: SamplingParams) -> None:
+    def _decode(self, prompts: Sequence[Sequence[int]], n: int, rows: list[_Row], params: SamplingParams) -> None:
         """Fill `rows`, which belong to `prompts` in order, n each."""
         decoder = _Decoder(self.model, self.renderer.pad_id)
-        logits = decoder.prefill([prompt.token_ids for prompt in prompts], params.n)
+        logits = decoder.prefill(prompts, n)
         alive, scratch = rows, torch.empty_like(logits, dtype=torch.float32)
         for t in itertools.count():
             chosen, logp = _draw(logits, torch.stack([row.uniforms[t] for row in alive]), params, scratch)
@@ -143,11 +148,10 @@ class HFSampler:
                 alive = [alive[k] for k in keep]
             logits = decoder.step(chosen)  # (rows, V)
 
-    def _row(self, prompt: Prompt, sample: int, params: SamplingParams) -> _Row:
-        seed = derive_seed(params.seed, prompt.problem.id, prompt.first_sample + sample)
+    def _row(self, prompt: Sequence[int], seed: int, params: SamplingParams) -> _Row:
         generator = torch.Generator().manual_seed(seed)
-        room = min(params.max_new_tokens, self.context - len(prompt.token_ids))
-        return _Row(prompt, seed, torch.rand(room, generator=generator, dtype=torch.float64))
+        room = min(params.max_new_tokens, self.context - len(prompt))
+        return _Row(seed, torch.rand(room, generator=generator, dtype=torch.float64))
 
     def _hit_stop(self, row: _Row, stop: tuple[str, ...]) -> bool:
         if not stop:

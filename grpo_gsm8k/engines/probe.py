@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from grpo_gsm8k.datatypes import Completion, Learner, Prompt, Sampler, SamplingParams, TokenRow
+from grpo_gsm8k.datatypes import Completion, Datum, Learner, Prompt, Request, Sampler, SamplingParams, Trajectory
 from grpo_gsm8k.errors import EngineError
+from grpo_gsm8k.repro import requests
 from grpo_gsm8k.trainer.batch import make_batch
 
-PARAMS = SamplingParams(n=1, max_new_tokens=16, temperature=1.0)
+PARAMS = SamplingParams(max_new_tokens=16, temperature=1.0)
 """Few tokens, many prompts: a stale prefix cache shows in the first token, a stale head in every one."""
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
@@ -16,15 +17,22 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 that differ by less than it makes visible pass, so it catches a sync that failed, not one last bit."""
 
 
-def sampled_row(prompt: Prompt, completion: Completion, advantage: float = 0.0) -> TokenRow:
-    """A completion as a row to train on or to score: the sampled ids, with what they were sampled with."""
-    zeros = (0,) * len(prompt.token_ids)
-    return TokenRow(
-        token_ids=prompt.token_ids + completion.token_ids,
-        mask=zeros + (1,) * len(completion.token_ids),
-        logprobs=zeros + completion.logprobs,
-        advantage=advantage,
+def sampled_datum(trajectory: Trajectory, advantage: float = 0.0) -> Datum:
+    """A trajectory as a row to train on or to score: the sampled ids, with what they were sampled with."""
+    prompt, zeros = trajectory.prompt.token_ids, (0,) * len(trajectory.prompt.token_ids)
+    return Datum(
+        token_ids=prompt + trajectory.token_ids,
+        mask=zeros + trajectory.mask,
+        logprobs=zeros + trajectory.logprobs,
+        advantages=zeros + tuple(advantage * m for m in trajectory.mask),
     )
+
+
+def completed(request: Request, completion: Completion) -> Datum:
+    """A request and a completion of it as a row to score."""
+    zeros = (0,) * len(request.token_ids)
+    mask = zeros + (1,) * len(completion.token_ids)
+    return Datum(request.token_ids + completion.token_ids, mask, zeros + completion.logprobs)
 
 
 def probe(
@@ -41,8 +49,8 @@ def probe(
     Raises:
         EngineError: the sampler does not hold the learner's weights.
     """
-    drawn = sampler.sample(prompts, PARAMS)
-    rows = [sampled_row(prompt, group[0]) for prompt, group in zip(prompts, drawn, strict=True)]
+    asked = requests(prompts, 1, 0)
+    rows = [completed(one, drawn) for one, (drawn,) in zip(asked, sampler.sample(asked, PARAMS), strict=True)]
     batch = make_batch(rows, pad_id)
     delta = ((learner.logprobs(batch) - batch.old_logprobs) * batch.mask).abs()
     mean, largest = float(delta.sum() / batch.mask.sum()), float(delta.max())

@@ -20,12 +20,13 @@ from typing import Any, TypeVar
 import torch
 
 from grpo_gsm8k.config import EngineConfig, PolicyConfig
-from grpo_gsm8k.datatypes import Completion, Prompt, SamplingParams
+from grpo_gsm8k.datatypes import Completion, Request, SamplingParams, WeightsRef
+from grpo_gsm8k.engines import handover
 from grpo_gsm8k.engines.channel import Child, ChildGone, environment_of
-from grpo_gsm8k.engines.handover import Handover, Outbox
+from grpo_gsm8k.engines.handover import Outbox
 from grpo_gsm8k.errors import ConfigError, EngineError
 from grpo_gsm8k.runs.progress import talk
-from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
+from grpo_gsm8k.tasks.render import Renderer
 
 ATTEMPTS = 3
 T = TypeVar("T")
@@ -107,7 +108,7 @@ class Engine:
         """
         fields = {f.name: getattr(cfg, f.name, f.default) for f in dataclasses.fields(PolicyConfig)}
         fields["device"] = "cpu" if devices[0] == "cpu" else "cuda:0"
-        self._start = {"cfg": fields, "style": renderer.name, "tags": vars(renderer.tags), "naps": False, **start}
+        self._start = {"cfg": fields, **renderer.as_json(), "naps": False, **start}
         self.name = f"{'vllm' if cfg.uses_vllm else 'hf'} engine on {','.join(devices)}"
         self._environment, self._log, self._module = environment_of(devices), log, module
         self.naps = bool(self._start["naps"])
@@ -115,7 +116,7 @@ class Engine:
         self._child: Child | None = None
         self._shut = False
         self.irreplaceable = False  # it holds weights that nobody can hand over again
-        self.held: Handover | None = None
+        self.held: WeightsRef | None = None
         self.restarts, self.busy_s = 0, 0.0
 
     def ask(self, op: str, understand: Callable[[dict[str, Any]], T], **fields: Any) -> T:
@@ -146,12 +147,12 @@ class Engine:
         finally:
             self.busy_s += time.monotonic() - began
 
-    def load(self, handover: Handover) -> str:
+    def load(self, ref: WeightsRef) -> str:
         """Hand weights over; "" when they are in, else why the engine refused the file."""
         self.held = None  # their file is gone, and an engine that is started anew needs but the new ones
-        answer = self.ask("load_weights", dict, **handover.as_json())
+        answer = self.ask("load", dict, **handover.as_json(ref))
         if "refused" not in answer:
-            self.held = handover
+            self.held = ref
         return str(answer.get("refused", ""))
 
     def close(self) -> None:
@@ -174,7 +175,7 @@ class Engine:
                 log=self._log,
             )
             if self.held:
-                answer = self._child.call("load_weights", self.patience_s, **self.held.as_json())
+                answer = self._child.call("load", self.patience_s, **handover.as_json(self.held))
                 if "refused" in answer:
                     raise EngineError(f"{self.name}: its weights are lost: {answer['refused']}")
         return self._child
@@ -192,7 +193,7 @@ class ProcessSampler:
             connect: for weights that go another way than by file: meets the engine, and returns what sends them.
         """
         self.engines, self.outbox = list(engines), Outbox(scratch)
-        self.version = -1  # of the weights that are being sampled from
+        self.held: WeightsRef | None = None  # the weights that are being sampled from
         self._pool = ThreadPoolExecutor(len(self.engines))
         self._connect = connect
         self._send: Callable[[], None] | None = None
@@ -207,34 +208,44 @@ class ProcessSampler:
         """How often an engine had to be started again."""
         return sum(engine.restarts for engine in self.engines)
 
-    def load_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Hand weights to every engine; a file that one refuses is written once more.
+    @property
+    def proves_by_file(self) -> bool:
+        """Whether weights go by a file, whose hash the engine checks."""
+        return self._connect is None
+
+    def load(self, ref: WeightsRef, tensors: Callable[[], Iterable[tuple[str, torch.Tensor]]] | None = None) -> None:
+        """Hand weights to every engine, unless they hold them; a file that one refuses is written once more.
 
         Raises:
             EngineError: refused twice, or an engine failed for good.
             DiskError: there is no room for the weights anywhere.
         """
-        held, pending = list(tensors), self.engines
+        if ref.same_as(self.held):
+            return
+        assert tensors is not None
         self._make_room()
-        self.version = version
+        self.held = None
         if self._connect:
             self.engines[0].ask("ping", dict)  # an engine starts for minutes, and the rendezvous waits for less
-            self._transfer(self.engines[0], version)
+            self._transfer(self.engines[0], ref.version)
+            self.held = ref
             return
+        held, pending = list(tensors()), self.engines
         for _ in range(2):
-            given = self.outbox.put(version, held)
+            given = self.outbox.put(ref, held)
             refusals = list(self._pool.map(Engine.load, pending, [given] * len(pending)))
             pending = [engine for engine, refusal in zip(pending, refusals, strict=True) if refusal]
             if not pending:
+                self.held = given
                 return
             talk(f"{pending[0].name} refused the weights: {next(filter(None, refusals))}; handing over again")
         raise EngineError(f"{pending[0].name} refused the weights twice; the checkpoints are good")
 
-    def sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
-        """`params.n` completions of each prompt, in order. Raises `EngineError` when an engine fails for good."""
+    def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
+        """A completion for each seed of each request. Raises `EngineError` when an engine fails for good."""
         self._make_room()
-        share = math.ceil(len(prompts) / len(self.engines))
-        parts = [prompts[i : i + share] for i in range(0, len(prompts), share)]
+        share = math.ceil(len(requests) / len(self.engines))
+        parts = [requests[i : i + share] for i in range(0, len(requests), share)]
         engines = self.engines[: len(parts)]
         drawn = self._pool.map(self._ask, engines, parts, [params] * len(parts))
         return [group for part in drawn for group in part]
@@ -277,21 +288,24 @@ class ProcessSampler:
         self._pool.shutdown()
         self.outbox.close()
 
-    def _ask(self, engine: Engine, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
-        def understand(answer: dict[str, Any]) -> list[list[Completion]]:
-            return completions_of(answer, len(prompts), params, self.version)
+    def _ask(self, engine: Engine, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
+        version = self.held.version if self.held else -1
 
-        asked = [{"id": p.problem.id, "token_ids": p.token_ids, "first_sample": p.first_sample} for p in prompts]
-        return engine.ask("sample", understand, prompts=asked, params=vars(params))
+        def parse(answer: dict[str, Any]) -> list[list[Completion]]:
+            return completions_of(answer, requests, params, version)
+
+        return engine.ask("sample", parse, requests=[vars(request) for request in requests], params=vars(params))
 
 
 def completions_of(
-    answer: dict[str, Any], prompts: int, params: SamplingParams, version: int
+    answer: dict[str, Any], requests: Sequence[Request], params: SamplingParams, version: int
 ) -> list[list[Completion]]:
-    """Completions from an engine's answer. Raises `ChildGone` for one that cannot be of these prompts and weights."""
+    """Completions from an engine's answer. Raises `ChildGone` for one that cannot be of these requests and weights."""
     groups = answer.get("completions", [])
-    if len(groups) != prompts or any(len(group) != params.n for group in groups):
-        raise ChildGone(f"answered {len(groups)} groups for {prompts} prompts of {params.n} samples")
+    if [len(group) for group in groups] != [len(request.seeds) for request in requests]:
+        raise ChildGone(
+            f"answered {len(groups)} groups for {len(requests)} prompts of {len(requests[0].seeds)} samples"
+        )
     for row in (row for group in groups for row in group):
         if not 0 < len(row["token_ids"]) == len(row["logprobs"]) <= params.max_new_tokens:
             raise ChildGone(f"answered {len(row['token_ids'])} ids with {len(row['logprobs'])} log-probabilities")

@@ -15,18 +15,18 @@ import base64
 import os
 import pickle
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from safetensors.torch import load_file
-
 from grpo_gsm8k.config import PolicyConfig
-from grpo_gsm8k.datatypes import Completion, FinishReason, Prompt, SamplingParams
+from grpo_gsm8k.datatypes import Completion, FinishReason, Request, SamplingParams, WeightsRef
+from grpo_gsm8k.engines import handover
 from grpo_gsm8k.engines.channel import Pulse
+from grpo_gsm8k.engines.handover import HandoverError
 from grpo_gsm8k.errors import EngineError, ModelError
-from grpo_gsm8k.repro import derive_seed
-from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
+from grpo_gsm8k.tasks.render import Renderer
 from grpo_gsm8k.trainer import adapter, architecture, costs
 
 GPU_ROWS = 1024  # requests at once: vLLM's own default on an H100
@@ -60,6 +60,8 @@ class VLLMSampler:
         from vllm import LLM
 
         self.renderer, self.pulse, self.naps, self.version = renderer, pulse, naps, -1
+        self.held: WeightsRef | None = None
+        self.busy_s = 0.0
         on_cpu = cfg.device == "cpu"
         held = adapter.in_folder(cfg.model_id)
         self._adapter: Any = held or (adapter.settings(cfg) if cfg.lora_rank else None)
@@ -97,23 +99,39 @@ class VLLMSampler:
         self._asleep = False
         self._rest()
 
-    def load_file(self, version: int, path: Path) -> None:
-        """Replace the weights by those of a safetensors file, and forget what was cached under the old ones."""
+    def load(self, ref: WeightsRef, tensors: Any = None) -> None:
+        """Replace the weights by those of a file, and forget what was cached under the old ones; free for those held.
+
+        Raises:
+            HandoverError: the file is damaged or gone; nothing is changed.
+        """
+        if ref.same_as(self.held):
+            return
         self._wake()
         if self._adapter:
-            self._replace_adapter(path)
+            handover.read(ref)  # a small file, which vLLM reads itself
+            self._replace_adapter(ref.where)
         else:
-            self.llm.collective_rpc("replace_weights", args=(str(path),))
-        self.hold(version)
+            self._replace_weights(ref)
+        self.hold(ref.version)
+        self.held = ref
 
-    def _replace_adapter(self, path: Path) -> None:
+    def _replace_weights(self, ref: WeightsRef) -> None:
+        """Every worker reads the file once, checks its hash, and only then touches its model."""
+        refusals = self.llm.collective_rpc("replace_weights", args=(str(ref.where), ref.version, ref.sha256))
+        if all(refusals):
+            raise HandoverError(refusals[0])
+        if any(refusals):  # some workers have changed their model: no answer of theirs may be used
+            raise EngineError(f"the workers of vLLM read different weights: {next(filter(None, refusals))}")
+
+    def _replace_adapter(self, path: Path | None) -> None:
         """Another adapter in the place of the one before, under a number that was never used."""
         from vllm.lora.request import LoRARequest
 
         self._adapters += 1
         with tempfile.TemporaryDirectory() as folder:
             self._adapter.save_pretrained(folder)
-            (Path(folder) / adapter.WEIGHTS_FILE).symlink_to(path)
+            (Path(folder) / adapter.WEIGHTS_FILE).symlink_to(str(path))
             request = LoRARequest(f"adapter-{self._adapters}", self._adapters, folder)
             if self._request:
                 self.llm.llm_engine.remove_lora(self._request.lora_int_id)
@@ -132,33 +150,31 @@ class VLLMSampler:
             raise EngineError("vLLM kept its prefix cache of the old weights")
         self.version = version
 
-    def sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Completion]]:
-        """`params.n` completions of each prompt, in order."""
+    def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
+        """A completion for each seed of each request, in order."""
+        began = time.monotonic()
         self._wake()
-        asked = [
-            (prompt, derive_seed(params.seed, prompt.problem.id, prompt.first_sample + k))
-            for prompt in prompts
-            for k in range(params.n)
-        ]
+        asked = [(request.token_ids, seed) for request in requests for seed in request.seeds]
         engine, outputs = self.llm.llm_engine, dict[str, Any]()
-        for number, (prompt, seed) in enumerate(asked):
-            ids = {"prompt_token_ids": list(prompt.token_ids)}
-            engine.add_request(str(number), ids, self._params(params, prompt, seed), lora_request=self._request)
+        for number, (token_ids, seed) in enumerate(asked):
+            ids = {"prompt_token_ids": list(token_ids)}
+            engine.add_request(str(number), ids, self._params(params, token_ids, seed), lora_request=self._request)
         while engine.has_unfinished_requests():
             outputs |= {out.request_id: out.outputs[0] for out in engine.step() if out.finished}
             self.pulse()
         self._rest()
-        drawn = [self._completion(outputs[str(number)], seed) for number, (_, seed) in enumerate(asked)]
-        return [drawn[i : i + params.n] for i in range(0, len(drawn), params.n)]
+        drawn = iter([self._completion(outputs[str(number)], seed) for number, (_, seed) in enumerate(asked)])
+        self.busy_s += time.monotonic() - began
+        return [[next(drawn) for _ in request.seeds] for request in requests]
 
-    def _params(self, params: SamplingParams, prompt: Prompt, seed: int) -> Any:
-        from vllm import SamplingParams as Request
+    def _params(self, params: SamplingParams, token_ids: Sequence[int], seed: int) -> Any:
+        from vllm import SamplingParams as VLLMParams
         from vllm.sampling_params import RequestOutputKind
 
-        return Request(
+        return VLLMParams(
             temperature=params.temperature,
             top_p=params.top_p,
-            max_tokens=min(params.max_new_tokens, self.context - len(prompt.token_ids)),
+            max_tokens=min(params.max_new_tokens, self.context - len(token_ids)),
             seed=seed,
             logprobs=0,  # of the sampled token alone
             stop=list(params.stop),
@@ -278,10 +294,15 @@ class NativeTransfer:
 class Weights:
     """What vLLM's workers gain: see `worker_extension_cls`."""
 
-    def replace_weights(self, path: str) -> None:
-        """New weights from a file, under the names of the checkpoint format. Every worker reads it."""
-        self.reload_weights(weights_iterator=iter(load_file(path).items()))  # type: ignore[attr-defined]
+    def replace_weights(self, path: str, version: int, sha256: str) -> str:
+        """New weights from a file, under the names of the checkpoint format; "", or why the file was refused."""
+        try:
+            tensors = handover.read(WeightsRef(version, sha256, Path(path)))
+        except HandoverError as fault:
+            return str(fault)
+        self.reload_weights(weights_iterator=iter(tensors.items()))  # type: ignore[attr-defined]
         self.repack_tied_head()
+        return ""
 
     def repack_tied_head(self) -> None:
         """On a CPU the head is packed when the model is loaded; a tied one keeps the old weights on a reload."""

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from grpo_gsm8k import config
 from grpo_gsm8k.config import PolicyConfig
-from grpo_gsm8k.datatypes import Drawer, Problem, Prompt, SamplingParams
+from grpo_gsm8k.datatypes import Request, Sampler, SamplingParams
 from grpo_gsm8k.engines import handover
 from grpo_gsm8k.engines.channel import Handler, Pulse, serve
-from grpo_gsm8k.engines.handover import Handover, HandoverError
-from grpo_gsm8k.tasks.gsm8k.grading import Tags
-from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
+from grpo_gsm8k.engines.handover import HandoverError
+from grpo_gsm8k.tasks.render import Renderer
 from grpo_gsm8k.trainer.adapter import attach
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer
 
 
-class FileSampler(Drawer, Protocol):
-    """A sampler that takes its weights from a file: with tensor parallelism several processes read it."""
-
-    def load_file(self, version: int, path: Path) -> None: ...
-
-
-def make_sampler(cfg: PolicyConfig, renderer: Renderer, pulse: Pulse, naps: bool = False) -> FileSampler:
+def make_sampler(cfg: PolicyConfig, renderer: Renderer, pulse: Pulse, naps: bool = False) -> Sampler:
     """The engine that the config names, on the devices that this process sees.
 
     Args:
@@ -42,29 +34,27 @@ def make_sampler(cfg: PolicyConfig, renderer: Renderer, pulse: Pulse, naps: bool
     return HFSampler(model, renderer, cfg.sample_rows, copy_model=False, pulse=pulse)
 
 
-def take_weights(sampler: FileSampler, version: int, path: str, sha256: str) -> dict[str, Any]:
-    """Check a hand-over and load it; the answer says what is held now, or why nothing was changed."""
-    given = Handover(Path(path), version, sha256)
+def take_weights(sampler: Sampler, version: int, sha256: str, where: str) -> dict[str, Any]:
+    """Load a hand-over; the answer says what is held now, or why nothing was changed. The sampler checks its hash."""
     try:
-        handover.read(given)
+        sampler.load(handover.of_json(version, sha256, where))
     except HandoverError as fault:
         return {"refused": str(fault)}
-    sampler.load_file(version, given.path)
     return {"version": version, "sha256": sha256}
 
 
 def build(start: Mapping[str, Any], pulse: Pulse) -> dict[str, Handler]:
-    """The handlers of a sampling engine. `start`: `cfg`, `style`, `tags`, `naps`."""
+    """The handlers of a sampling engine. `start`: `cfg`, what `Renderer.as_json` says, `naps`."""
     cfg = config.build(PolicyConfig, start["cfg"])
     sampler = make_sampler(cfg, renderer_of(cfg, start), pulse, start["naps"])
 
-    def sample(prompts: list[dict[str, Any]], params: dict[str, Any]) -> dict[str, Any]:
-        asked = [Prompt(Problem(p["id"], "", "", ""), tuple(p["token_ids"]), p["first_sample"]) for p in prompts]
+    def sample(requests: list[dict[str, Any]], params: dict[str, Any]) -> dict[str, Any]:
+        asked = [Request(tuple(r["token_ids"]), tuple(r["seeds"])) for r in requests]
         drawn = sampler.sample(asked, SamplingParams(**{**params, "stop": tuple(params["stop"])}))
         return {"completions": [[vars(completion) for completion in group] for group in drawn]}
 
-    def load_weights(version: int, path: str, sha256: str) -> dict[str, Any]:
-        return take_weights(sampler, version, path, sha256)
+    def load(version: int, sha256: str, where: str) -> dict[str, Any]:
+        return take_weights(sampler, version, sha256, where)
 
     def transfer(method: str, payload: Any = None) -> dict[str, Any]:
         sampler.transfer(method, payload)  # type: ignore[attr-defined]  # asked of vLLM alone
@@ -77,12 +67,12 @@ def build(start: Mapping[str, Any], pulse: Pulse) -> dict[str, Handler]:
     def ping() -> dict[str, Any]:
         return {}
 
-    return {"ping": ping, "sample": sample, "load_weights": load_weights, "transfer": transfer, "hold": hold}
+    return {"ping": ping, "sample": sample, "load": load, "transfer": transfer, "hold": hold}
 
 
 def renderer_of(cfg: PolicyConfig, start: Mapping[str, Any]) -> Renderer:
-    """The renderer that the parent has: the same tokenizer, style and tags."""
-    return Renderer(load_tokenizer(cfg), start["style"], Tags(**start["tags"]))
+    """The renderer that the parent has: the same tokenizer, task and date."""
+    return Renderer.of_json(load_tokenizer(cfg), start)
 
 
 if __name__ == "__main__":

@@ -5,27 +5,28 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
-from grpo_gsm8k.datatypes import Completion, Drawer, Prompt, SamplingParams
+from grpo_gsm8k.datatypes import Prompt, Rollout, Sampler, SamplingParams
+from grpo_gsm8k.engines.trajectories import sample_trajectories
 from grpo_gsm8k.errors import DataError
 from grpo_gsm8k.evals.stats import bootstrap_mean, maj_at_k, pass_at_k, rate_interval, spread
 from grpo_gsm8k.repro import derive_seed
 from grpo_gsm8k.runs.files import read_jsonl
 from grpo_gsm8k.runs.progress import progress
-from grpo_gsm8k.tasks.gsm8k.grading import extract, grade, parse_number
-from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
+from grpo_gsm8k.tasks.render import Renderer
+from grpo_gsm8k.tasks.rewards import Grader
 
 CHUNK = 256  # prompts between two movements of the progress bar
 Row = dict[str, Any]
-RATES: dict[str, Callable[[Row], bool]] = {
+RATES: dict[str, Callable[[Row], bool | None]] = {
     "accuracy": lambda row: row["correct"],
-    "strict_accuracy": lambda row: row["correct_strict"],
-    "flexible_accuracy": lambda row: row["correct_flexible"],
+    "strict_accuracy": lambda row: row.get("correct_strict"),
+    "flexible_accuracy": lambda row: row.get("correct_flexible"),
     "format_accuracy": lambda row: row["format_ok"],
     "truncated": lambda row: row["finish_reason"] == "length",
 }
@@ -36,8 +37,11 @@ class Evaluation:
     """The figures, and the rows they come from.
 
     Attributes:
-        accuracy: share of right answers; with several completions a problem, their mean (avg@k).
-        ci95: of the accuracy: Wilson for one completion a problem; bootstrap over problems for several.
+        accuracy: share of right answers; with several completions a problem, their mean (avg@k). None for a task
+            without right answers.
+        ci95: of the accuracy: Wilson for one completion a problem; bootstrap over problems for several. Of the mean
+            reward where there is no accuracy.
+        reward: mean reward.
         strict_accuracy, flexible_accuracy: the same completions graded either way; `accuracy` is one of the two.
         format_accuracy, truncated: shares of completions in the form that was asked for, and cut at the limit.
         pass_at_k, maj_at_k: k → unbiased pass@k, and majority of k; for the powers of two up to the completions
@@ -47,20 +51,21 @@ class Evaluation:
             `truncated`.
         by_seed: sampling seed → accuracy with it.
         spread: of an accuracy with one seed, between seeds and between sets of problems; see `stats.Spread`.
-        rows: `id, sample, question, prompt, response, answer, gold, extracted, correct, correct_strict,
-            correct_flexible, format_ok, finish_reason, tokens, weights_sha256`, and `seed` where one was given;
-            `answer` is the reference solution as the data has it.
+        rows: `id, sample, question, prompt, response, answer, gold, extracted, correct, format_ok, reward,
+            finish_reason, tokens, weights_sha256`, the `details` of the task's grade (gsm8k: correct_strict,
+            correct_flexible), and `seed` where one was given; `answer` is the reference solution as the data has it.
     """
 
-    accuracy: float
+    accuracy: float | None
     ci95: tuple[float, float]
     n: int
     pass_at_k: dict[str, float]
     maj_at_k: dict[str, float]
-    strict_accuracy: float
-    flexible_accuracy: float
-    format_accuracy: float
+    strict_accuracy: float | None
+    flexible_accuracy: float | None
+    format_accuracy: float | None
     truncated: float
+    reward: float
     mean_tokens: float
     intervals: dict[str, tuple[float, float]]
     by_length: list[dict[str, Any]]
@@ -76,80 +81,104 @@ class Evaluation:
         return {key: value for key, value in vars(self).items() if key != "rows"}
 
     def metrics(self) -> dict[str, float]:
-        """As the `val/` metrics of a training run."""
-        return {
+        """As the `val/` metrics of a training run; what the task does not say is left out."""
+        found = {
             "val/accuracy": self.accuracy,
             "val/strict_accuracy": self.strict_accuracy,
             "val/format_accuracy": self.format_accuracy,
+            "val/reward": self.reward,
             "val/ci_low": self.ci95[0],
             "val/ci_high": self.ci95[1],
             "val/n": float(self.n),
             "val/mean_tokens": self.mean_tokens,
             "val/truncated": self.truncated,
         }
+        return {name: value for name, value in found.items() if value is not None}
 
 
 def evaluate(
-    sampler: Drawer,
+    sampler: Sampler,
     prompts: Sequence[Prompt],
     params: SamplingParams,
     renderer: Renderer,
     weights_sha256: str,
-    grading: Literal["strict", "flexible"] = "flexible",
+    *,
+    samples: int = 1,
+    seeds: Sequence[int] = (),
     title: str = "eval",
     chunk_size: int = CHUNK,
-    seeds: Sequence[int] = (),
+    context: int = 0,
 ) -> Evaluation:
-    """Sample `params.n` completions of each prompt, with each seed, and grade them.
+    """Sample `samples` trajectories of each prompt, with each seed, and grade them once.
 
     Args:
         weights_sha256: of the weights that the sampler holds; every record carries it.
+        seeds: sampling seeds; none for greedy decoding, where there is nothing to seed.
         chunk_size: prompts handed to the sampler at once.
-        seeds: sampling seeds; none for `params` as it is.
+        context: the model's, in tokens, where trajectories have several turns.
     """
+    grader = Grader(renderer.task)
     started, rows = time.perf_counter(), list[Row]()
-    draws: list[tuple[Row, SamplingParams]] = [
-        ({"seed": seed}, replace(params, seed=derive_seed(seed, "eval"))) for seed in seeds
-    ]
+    draws: list[tuple[Row, int]] = [({"seed": seed}, derive_seed(seed, "eval")) for seed in seeds]
     with progress(title, len(prompts)) as bar:
         for start in range(0, len(prompts), chunk_size):
             chunk = prompts[start : start + chunk_size]
-            for named, drawn in draws or [({}, params)]:
-                for prompt, completions in zip(chunk, sampler.sample(chunk, drawn), strict=True):
-                    for sample, completion in enumerate(completions):
-                        graded = record(prompt, completion, renderer, grading)
+            for named, seed in draws or [({}, 0)]:
+                found = sample_trajectories(sampler, renderer, chunk, params, n=samples, seed=seed, context=context)
+                for group, grades in zip(found, grader.grade(found), strict=True):
+                    for sample, (trajectory, grade) in enumerate(zip(group, grades, strict=True)):
+                        graded = record(Rollout(trajectory, grade), renderer)
                         rows.append({**graded, **named, "sample": sample, "weights_sha256": weights_sha256})
-            bar.update(start + len(chunk), f"accuracy {fmean(row['correct'] for row in rows):.3f}")
-    return figures(rows, params.n, time.perf_counter() - started)
+            bar.update(start + len(chunk), _so_far(rows))
+    return figures(rows, samples, time.perf_counter() - started, renderer.task.vote)
 
 
-def figures(rows: list[Row], samples: int, seconds: float) -> Evaluation:
-    """Every figure of the rows, of which each problem has `samples` with each seed."""
+def _so_far(rows: Sequence[Row]) -> str:
+    known = [row["correct"] for row in rows if row["correct"] is not None]
+    return f"accuracy {fmean(known):.3f}" if known else f"reward {fmean(row['reward'] for row in rows):.3f}"
+
+
+def figures(rows: list[Row], samples: int, seconds: float, vote: Callable[[str | None], Hashable]) -> Evaluation:
+    """Every figure of the rows, of which each example has `samples` with each seed.
+
+    Args:
+        vote: what an answer counts as in a majority.
+    """
     by_problem = grouped(rows)
-    outcomes = {name: [[of(row) for row in own] for own in by_problem.values()] for name, of in RATES.items()}
-    votes = [[(_vote(row), row["correct"]) for row in own] for own in by_problem.values()]
-    ks = sorted({2**i for i in range(samples.bit_length())} | {samples})
-    drawn = [(len(own), sum(own)) for own in outcomes["accuracy"]]
+    known = {name: of for name, of in RATES.items() if all(of(row) is not None for row in rows)}
+    outcomes = {name: [[bool(of(row)) for row in own] for own in by_problem.values()] for name, of in known.items()}
+    rewards_P = [[row["reward"] for row in own] for own in by_problem.values()]
+    graded = "accuracy" in known
+    votes = [[(vote(row["extracted"]), row["correct"]) for row in own] for own in by_problem.values()] if graded else []
+    ks = sorted({2**i for i in range(samples.bit_length())} | {samples}) if graded else []
+    drawn = [(len(own), sum(own)) for own in outcomes.get("accuracy", [])]
     passed = {k: [pass_at_k(n, right, k) for n, right in drawn] for k in ks}
     voted = {k: [maj_at_k(own, k) for own in votes] for k in ks}
-    rates = {name: fmean(map(of, rows)) for name, of in RATES.items()}
+    rates: dict[str, Any] = {
+        name: fmean(map(bool, map(of, rows))) if name in known else None for name, of in RATES.items()
+    }
     intervals = {name: rate_interval(own) for name, own in outcomes.items()}
-    if samples > 1:
+    if not graded:
+        intervals["reward"] = bootstrap_mean([fmean(own) for own in rewards_P])
+    if samples > 1 and graded:
         for name, values in (("pass", passed), ("maj", voted)):
             intervals |= {f"{name}@{k}": bootstrap_mean(own) for k, own in values.items()}
     seeds = list(dict.fromkeys(row.get("seed") for row in rows))
-    right_S_P = [[sum(r["correct"] for r in own if r.get("seed") == s) for own in by_problem.values()] for s in seeds]
+    right_S_P = [
+        [sum(bool(r["correct"]) for r in own if r.get("seed") == s) for own in by_problem.values()] for s in seeds
+    ]
     return Evaluation(
         **rates,
-        ci95=intervals["accuracy"],
+        reward=fmean(row["reward"] for row in rows),
+        ci95=intervals["accuracy" if graded else "reward"],
         n=len(by_problem),
         pass_at_k={str(k): fmean(own) for k, own in passed.items()},
         maj_at_k={str(k): fmean(own) for k, own in voted.items()},
         mean_tokens=fmean(row["tokens"] for row in rows),
         intervals=intervals,
-        by_length=by_length(rows),
+        by_length=by_length(rows) if graded else [],
         by_seed={str(s): fmean(own) / samples for s, own in zip(seeds, right_S_P, strict=True) if s is not None},
-        spread=asdict(spread(right_S_P, samples)),
+        spread=asdict(spread(right_S_P, samples)) if graded else {},
         tokens_per_s=sum(row["tokens"] for row in rows) / seconds,
         seconds=seconds,
         weights_sha256=rows[0]["weights_sha256"],
@@ -168,33 +197,33 @@ def by_length(rows: Sequence[Row], parts: int = 4) -> list[dict[str, Any]]:
         {
             "tokens": [min(row["tokens"] for row in part), max(row["tokens"] for row in part)],
             "n": len(part),
-            "accuracy": fmean(map(RATES["accuracy"], part)),
+            "accuracy": fmean(bool(row["correct"]) for row in part),
             "ci95": rate_interval([[row["correct"] for row in own] for own in grouped(part).values()]),
-            "truncated": fmean(map(RATES["truncated"], part)),
+            "truncated": fmean(row["finish_reason"] == "length" for row in part),
         }
         for _, part in sorted(bins.items())
     ]
 
 
-def record(prompt: Prompt, completion: Completion, renderer: Renderer, grading: Literal["strict", "flexible"]) -> Row:
-    """One graded completion as a row of a results or samples file."""
-    problem, text = prompt.problem, completion.text
-    thought: dict[str, Any] = {"tags": renderer.tags, "opened": renderer.style.opens_thought}
-    strict, flexible = (grade(text, problem.gold, mode, **thought) for mode in ("strict", "flexible"))
+def record(rollout: Rollout, renderer: Renderer) -> Row:
+    """One graded trajectory as a row of a results or samples file."""
+    trajectory, grade = rollout.trajectory, rollout.grade
+    example = trajectory.prompt.example
     return {
-        "id": problem.id,
-        "question": problem.question,
-        "prompt": renderer.spell(prompt.token_ids),
-        "response": text,
-        "answer": problem.answer,
-        "gold": problem.gold,
-        "extracted": extract(text, grading, **thought),
-        "correct": strict if grading == "strict" else flexible,
-        "correct_strict": strict,
-        "correct_flexible": flexible,
-        "format_ok": renderer.style.format_ok(text),
-        "finish_reason": completion.finish_reason,
-        "tokens": len(completion.token_ids),
+        "id": example.id,
+        "question": example.text,
+        "prompt": renderer.spell(trajectory.prompt.token_ids),
+        "response": trajectory.text,
+        "answer": example.meta.get("solution", example.answer),
+        "gold": example.answer,
+        "extracted": grade.answer,
+        "correct": grade.correct,
+        **grade.details,
+        "format_ok": grade.format_ok,
+        "reward": grade.reward,
+        "finish_reason": trajectory.finish_reason,
+        "tokens": sum(trajectory.mask),
+        **({"turns": trajectory.turns} if trajectory.turns > 1 else {}),
     }
 
 
@@ -210,22 +239,21 @@ def read_rows(path: Path) -> dict[str, list[Row]]:
     """Problem id → its rows, of a results file. Raises `DataError` naming a row that is not a result."""
     rows = []
     for line, row in read_jsonl(path):
-        if not isinstance(row.get("id"), str) or not isinstance(row.get("correct"), bool):
+        judged = isinstance(row.get("correct"), bool) or (row.get("correct") is None and "reward" in row)
+        if not isinstance(row.get("id"), str) or not judged:
             raise DataError(path, "not a result: needs `id` and `correct`", line)
         rows.append(row)
     return grouped(rows)
 
 
 def accuracies(rows: Mapping[str, Sequence[Row]]) -> dict[str, float]:
-    """Problem id → accuracy on it."""
-    return {key: fmean(row["correct"] for row in own) for key, own in rows.items()}
+    """Problem id → accuracy on it; the mean reward where the task has no right answers."""
+    return {
+        key: fmean(row["reward"] if row["correct"] is None else row["correct"] for row in own)
+        for key, own in rows.items()
+    }
 
 
 def read_results(path: Path) -> dict[str, float]:
     """Problem id → accuracy on it, of a results file; see `read_rows`."""
     return accuracies(read_rows(path))
-
-
-def _vote(row: Row) -> Any:
-    """The value that a completion votes for, however it is written."""
-    return None if row["extracted"] is None else parse_number(row["extracted"])

@@ -15,16 +15,15 @@ from typing import Any, Literal
 
 import torch
 
-from grpo_gsm8k.datatypes import Prompt, Sampler, SamplingParams
+from grpo_gsm8k.datatypes import Prompt, Sampler, SamplingParams, WeightsRef
 from grpo_gsm8k.engines import handover
 from grpo_gsm8k.engines.channel import ChildGone
-from grpo_gsm8k.engines.handover import Handover
 from grpo_gsm8k.engines.process import Engine
 from grpo_gsm8k.errors import GrpoError
 from grpo_gsm8k.evals.accuracy import Evaluation, evaluate
 from grpo_gsm8k.runs.files import read_json, write_json
 from grpo_gsm8k.runs.progress import talk
-from grpo_gsm8k.tasks.gsm8k.prompts import Renderer
+from grpo_gsm8k.tasks.render import Renderer
 from grpo_gsm8k.trainer.policy import weights_sha256
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -35,24 +34,23 @@ class InlineEvaluator:
 
     def __init__(
         self,
-        sync: Callable[[int], Any],
+        sync: Callable[[int], WeightsRef],
         sampler: Sampler,
         prompts: Sequence[Prompt],
         params: SamplingParams,
         renderer: Renderer,
-        grading: Literal["strict", "flexible"],
+        context: int = 0,
     ) -> None:
-        """`sync(step)` hands the learner's weights to the sampler."""
+        """`sync(step)` hands the learner's weights to the sampler, unless it holds them."""
         self.sync, self.sampler, self.prompts, self.params = sync, sampler, prompts, params
-        self.renderer, self.grading = renderer, grading
+        self.renderer, self.context = renderer, context
         self._done: list[tuple[int, Evaluation]] = []
 
     def submit(self, step: int, weights: Weights) -> None:
         """Evaluate now."""
-        digest = weights_sha256(weights)
-        self.sync(step)
-        result = evaluate(self.sampler, self.prompts, self.params, self.renderer, digest, self.grading, "validation")
-        self._done.append((step, result))
+        digest = self.sync(step).sha256 or weights_sha256(weights)
+        more: dict[str, Any] = {"title": "validation", "context": self.context}
+        self._done.append((step, evaluate(self.sampler, self.prompts, self.params, self.renderer, digest, **more)))
 
     def results(self) -> list[tuple[int, Evaluation]]:
         """What has been evaluated since the last call."""
@@ -80,7 +78,7 @@ class _Job:
 
     step: int
     weights: list[tuple[str, torch.Tensor]] | None
-    handover: Handover | None = None
+    handover: WeightsRef | None = None
 
 
 class AsyncEvaluator:
@@ -166,7 +164,7 @@ class AsyncEvaluator:
         self._started = True
         for note in sorted(self.pending.glob("step_*.json")):
             stored = read_json(note)
-            given = Handover(note.with_suffix(".safetensors"), stored["version"], stored["sha256"])
+            given = WeightsRef(stored["version"], stored["sha256"], note.with_suffix(".safetensors"))
             self._jobs.append(_Job(given.version, None, given))
             talk(f"the evaluation of step {given.version} is still owed")
         for target in (self._write, self._judge):
@@ -197,7 +195,7 @@ class AsyncEvaluator:
         while job := self._next(lambda job: job.weights is not None):
             self.pending.mkdir(parents=True, exist_ok=True)
             given = handover.write(self._file(job.step), job.step, job.weights or [])
-            write_json(given.path.with_suffix(".json"), given.as_json())
+            write_json(self._file(job.step).with_suffix(".json"), handover.as_json(given))
             with self._changed:
                 job.weights, job.handover = None, given
                 if job not in self._jobs:  # dropped while it was being written
@@ -212,7 +210,7 @@ class AsyncEvaluator:
                     continue
                 self._running = job
             assert job.handover is not None
-            found = self.engine.ask("judge", _checked(job.handover), **job.handover.as_json())
+            found = self.engine.ask("judge", _checked(job.handover), **handover.as_json(job.handover))
             with self._changed:
                 self._jobs.remove(job)
                 self._running = None
@@ -228,10 +226,10 @@ class AsyncEvaluator:
         return self.pending / f"step_{step:06d}.safetensors"
 
 
-def _checked(given: Handover) -> Callable[[dict[str, Any]], Evaluation | str]:
+def _checked(given: WeightsRef) -> Callable[[dict[str, Any]], Evaluation | str]:
     """Makes an evaluation of an answer, or the reason why the file was refused."""
 
-    def understand(answer: dict[str, Any]) -> Evaluation | str:
+    def parse(answer: dict[str, Any]) -> Evaluation | str:
         if "refused" in answer:
             return str(answer["refused"])
         fields = answer["evaluation"]
@@ -240,4 +238,4 @@ def _checked(given: Handover) -> Callable[[dict[str, Any]], Evaluation | str]:
             raise ChildGone(f"evaluated other weights than those of step {given.version}")
         return Evaluation(**{**fields, "ci95": tuple(fields["ci95"])})
 
-    return understand
+    return parse

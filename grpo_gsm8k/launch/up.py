@@ -28,7 +28,7 @@ from grpo_gsm8k.launch.shell import PIECE, Shell, ShellError, check_fetch, dial,
 from grpo_gsm8k.launch.webhook import Webhook
 from grpo_gsm8k.runs.clean import printable, without_paths
 from grpo_gsm8k.runs.progress import talk
-from grpo_gsm8k.tasks.gsm8k.prompts import make_tags
+from grpo_gsm8k.tasks.base import make_tags
 
 LEAST_S = 60.0  # a pod that the budget pays for less than this is not worth making
 MOST_HOURS = 24.0

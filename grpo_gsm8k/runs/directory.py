@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,7 +53,7 @@ class Run:
         self.started = time.monotonic()
         self.checkpoints = path / "checkpoints"
         self.complete = self.updated = 0  # the last step that ended, and the last that moved the weights
-        self.state: dict[str, Any] = {}  # the stage's counters, as trainer/loop.py keeps them
+        self.progress: Callable[[], dict[str, Any]] = dict  # what a checkpoint stores of the stage, see trainer/loop.py
         self._wandb: wandb_sink.WandbSink | None = None
         self._rows: list[dict[str, Any]] | None = None  # of metrics.jsonl, once they were read
 

@@ -19,6 +19,7 @@ A task that talks to its model in several turns returns an `Env`.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,6 +48,28 @@ class Tags:
     think_close: str = "</think>"
     answer_open: str | None = "<answer>"
     answer_close: str | None = "</answer>"
+
+
+def after_opened_thought(response: str, tags: Tags) -> str | None:
+    """What follows the thought that the prompt opened; None where the thought never closes."""
+    closing = re.search(tag_pattern(tags.think_close), response, re.IGNORECASE)
+    return response[closing.end() :] if closing else None
+
+
+def tag_pattern(tag: str) -> str:
+    """Matches the tag, with a blank allowed inside its angle brackets."""
+    bracketed = re.fullmatch(r"<(/?)(.+)>", tag)
+    return rf"<\s?{bracketed[1]}\s?{re.escape(bracketed[2])}\s?>" if bracketed else re.escape(tag)
+
+
+def make_tags(think_open: str, think_close: str, answer_open: str, answer_close: str) -> Tags:
+    """Tags from configured strings; empty answer tags mean think-only. Raises `ConfigError` for half a pair."""
+    if not think_open or not think_close or bool(answer_open) != bool(answer_close):
+        raise ConfigError("tags come in pairs: think_open with think_close, answer_open with answer_close")
+    given = [tag for tag in (think_open, think_close, answer_open, answer_close) if tag]
+    if len(set(given)) < len(given):
+        raise ConfigError(f"tags must differ from each other: {', '.join(given)}")
+    return Tags(think_open, think_close, answer_open or None, answer_close or None)
 
 
 @dataclass(frozen=True)
@@ -78,11 +101,21 @@ class Env(Protocol):
 
 
 class Task:
-    """A task. `spec` is what `load_task` was given: a name, or `module:Class`."""
+    """A task.
+
+    Attributes:
+        name: its own; `spec` is what `load_task` was given: a name, or `module:Class`.
+        stop: strings that end a turn of the model.
+        plain: prompts are plain text, for models without chat turns.
+        max_turns: most turns of the model in one trajectory.
+        threads: how many groups are graded at once; above 1 for graders that wait for something.
+    """
 
     name: str = ""
     stop: tuple[str, ...] = ()
+    plain: bool = False
     max_turns: int = 1
+    threads: int = 1
 
     def __init__(self, options: TaskOptions | None = None) -> None:
         self.options = options or TaskOptions()
@@ -136,10 +169,11 @@ class Task:
         return [self.grade_trajectory(example, trajectory) for trajectory in trajectories]
 
     def env(self, example: Example) -> Env | None:
-        """The other side of a conversation about this example; None for a single turn.
+        """The other side of a conversation about this example; None for a single turn."""
+        return None
 
-        A trajectory has at most `max_turns` turns of the model.
-        """
+    def probe(self) -> Example | None:
+        """An example on which a chat template is tried before any data are at hand; None for a bare question."""
         return None
 
     def generate(self, folder: Path, seed: int, sizes: Mapping[str, int]) -> Path | None:
@@ -169,6 +203,12 @@ class Task:
     def blame(self) -> str:
         """For `users_code`: who is to blame for what the task raises; empty for tasks of this package."""
         return f"task {self.spec!r}" if is_users(self.spec) else ""
+
+
+def summed(components: Mapping[str, float], **more: Any) -> Grade:
+    """A grade whose reward is the sum of its components."""
+    parts = {name: float(value) for name, value in components.items()}
+    return Grade(sum(parts.values()), parts, **more)
 
 
 # ------------------------------------------------------------------------------------------- reading examples

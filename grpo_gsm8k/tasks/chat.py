@@ -37,9 +37,9 @@ from grpo_gsm8k import extensions
 from grpo_gsm8k.datatypes import Completion, Example, Grade, Message, Prompt, Trajectory
 from grpo_gsm8k.errors import ConfigError, DataError
 from grpo_gsm8k.extensions import users_code
-from grpo_gsm8k.runs.files import write_jsonl
-from grpo_gsm8k.tasks.base import Task, TaskOptions, id_of, read_examples
+from grpo_gsm8k.tasks.base import SPLITS, Task, TaskOptions, id_of, read_examples
 from grpo_gsm8k.tasks.conversations import conversation_of
+from grpo_gsm8k.tasks.dataset import write_splits
 from grpo_gsm8k.tasks.responses import without_thoughts
 
 if TYPE_CHECKING:
@@ -124,9 +124,8 @@ class Chat(Task):
 
     def generate(self, folder: Path, seed: int, sizes: Mapping[str, int]) -> Path:
         """Toy conversations about animals, their answers of very different lengths; no question is in two splits."""
-        drawn = toy_conversations(seed, {split: sizes[split] for split in ("train", "val", "test")})
-        for split, rows in drawn.items():
-            write_jsonl(folder / f"{split}.jsonl", rows)
+        drawn = toy_conversations(seed, {split: sizes[split] for split in SPLITS})
+        write_splits(folder, drawn, {"source": "toy chat", "seed": seed})
         return folder
 
     # --------------------------------------------------------------------------------------------- preferences

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from grpo_gsm8k.datatypes import TokenRow
+from grpo_gsm8k.datatypes import Datum
 
 MAX_LOG_RATIO = 20.0  # e^20 = 5e8: beyond it a ratio is an accident, and must not become inf
 
@@ -110,7 +110,7 @@ class Batch:
         return replace(self, **changed)
 
 
-def make_batch(rows: Sequence[TokenRow], pad_id: int, aggregation: Aggregation = "token", max_tokens: int = 0) -> Batch:
+def make_batch(rows: Sequence[Datum], pad_id: int, aggregation: Aggregation = "token", max_tokens: int = 0) -> Batch:
     """Pad, shift and weigh the rows of one update.
 
     Args:
@@ -124,14 +124,16 @@ def make_batch(rows: Sequence[TokenRow], pad_id: int, aggregation: Aggregation =
     targets = torch.full(shape, pad_id)
     mask, old_logprobs, advantages = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape)
     for b, row in enumerate(rows):
-        assert len(row.mask) == len(row.token_ids) and len(row.logprobs) in (0, len(row.token_ids))
+        assert len(row.mask) == len(row.token_ids)
+        assert {len(row.logprobs), len(row.advantages)} <= {0, len(row.token_ids)}
         ids = torch.tensor(row.token_ids)
         input_ids[b, : lengths[b]] = ids[:-1]
         targets[b, : lengths[b]] = ids[1:]
         mask[b, : lengths[b]] = torch.tensor(row.mask[1:], dtype=torch.float32)
         if row.logprobs:
             old_logprobs[b, : lengths[b]] = torch.tensor(row.logprobs[1:], dtype=torch.float32)
-        advantages[b] = row.advantage
+        if row.advantages:
+            advantages[b, : lengths[b]] = torch.tensor(row.advantages[1:], dtype=torch.float32)
     advantages *= mask
     return Batch(
         input_ids,

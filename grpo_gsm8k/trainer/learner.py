@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from grpo_gsm8k.config import PromptConfig, TrainConfig
+from grpo_gsm8k.datatypes import WeightsRef
 from grpo_gsm8k.errors import CheckpointError, ConfigError, NonFiniteError
 from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.trainer import adapter, architecture, costs, dcp, memory, packing, pretrained
@@ -41,6 +42,8 @@ OPTIMIZER = f"{dcp.FOLDER}/state.safetensors"  # apart: vLLM takes every *.safet
 
 class TorchLearner:
     """Implements `datatypes.Learner` for a transformers model."""
+
+    digest = staticmethod(weights_sha256)
 
     def __init__(self, model: Any, tokenizer: Any, cfg: TrainConfig, reference: bool = False) -> None:
         """`model` is trained in place; `tokenizer` (or a renderer) is saved beside its weights.
@@ -76,6 +79,7 @@ class TorchLearner:
         self.optimizer = self._make_optimizer()
         self.gauge = memory.gauge_of(self.model, cfg, self.optimizer.dtype, world().size)
         self.probed: memory.Probed | None = None
+        self._published: WeightsRef | None = None
 
     @functools.cached_property
     def budget(self) -> int:
@@ -165,6 +169,7 @@ class TorchLearner:
 
     def step(self, lr: float) -> dict[str, float]:
         """One optimizer step; see `MasterAdamW.step`. On a GPU also the update's peak of memory, see `memory.Gauge`."""
+        self._published = None
         metrics = self.optimizer.step(lr)
         return metrics | (self.gauge.finish() if self.gauge else {})
 
@@ -196,6 +201,12 @@ class TorchLearner:
         self._halve_budget(stuck, retried)
         return TorchLearner._frozen_pass(self, model, batch, temperature, retried=True)
 
+    def publish(self, version: int) -> WeightsRef:
+        """Name the weights as they are now: hashed once for all who ask before they change."""
+        if self._published is None or self._published.version != version:
+            self._published = WeightsRef(version, self.digest(self.weights()))
+        return self._published
+
     def weights(self) -> Iterable[tuple[str, torch.Tensor]]:
         """Names and tensors of the weights, tied ones once; those of the adapter alone, where there is one."""
         for name, parameter in adapter.own_weights(self.model):
@@ -224,6 +235,7 @@ class TorchLearner:
         Raises:
             CheckpointError: when it is of another model, or its adapter or KL term began from other weights.
         """
+        self._published = None
         with safe_open(folder / OPTIMIZER, "pt") as stored:
             before = (stored.metadata() or {}).get("origin", "")
             rng = {name: stored.get_tensor(name) for name in stored.keys() if name.startswith("rng.")}  # noqa: SIM118

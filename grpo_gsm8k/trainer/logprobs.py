@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from grpo_gsm8k.datatypes import TokenRow
+from grpo_gsm8k.datatypes import Datum
 from grpo_gsm8k.errors import ModelError
 from grpo_gsm8k.trainer import architecture
 from grpo_gsm8k.trainer.batch import Batch, make_batch
@@ -68,11 +68,11 @@ def check_head(model: Any) -> None:
             "behind its head that is not known here, and cannot be trained"
         )
     rows = [
-        TokenRow((ids[0], *each.argmax(-1).tolist()), (0,) + (1,) * (len(ids) - 1))
+        Datum((ids[0], *each.argmax(-1).tolist()), (0,) + (1,) * (len(ids) - 1))
         for ids, each in zip(PROOF, logits, strict=True)
     ]
     likeliest = make_batch(rows, 0)
-    read = make_batch([TokenRow(ids, row.mask) for ids, row in zip(PROOF, rows, strict=True)], 0)
+    read = make_batch([Datum(ids, row.mask) for ids, row in zip(PROOF, rows, strict=True)], 0)
     batch = replace(likeliest, input_ids=read.input_ids).to(device)
     found = token_logprobs(model, batch, statistics=False)[0][batch.mask.bool()]
     own = torch.cat([each.log_softmax(-1).amax(-1) for each in logits])

@@ -1,6 +1,6 @@
 """The step loop that every training stage runs in: resume, checkpoints, interrupts, progress.
 
-    for step in steps(run, learner, total, state):
+    for step in steps(run, learner, total, progress):
         ...                         # the stage's own work for this step
         run.log(step, metrics)
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -32,35 +32,48 @@ from grpo_gsm8k.trainer.objectives import Objective
 from grpo_gsm8k.trainer.policy import weights_sha256
 
 
-def steps(run: Run, learner: Learner, total: int, state: dict[str, Any]) -> Iterator[int]:
+class Progress:
+    """What a stage carries from step to step; a stage with more to remember extends all three."""
+
+    note = ""  # beside the progress bar
+
+    def as_json(self) -> dict[str, Any]:
+        """What a checkpoint stores of it."""
+        return {"note": self.note}
+
+    def restore(self, stored: Mapping[str, Any]) -> None:
+        """Go on from what `as_json` returned."""
+        self.note = stored["note"]
+
+
+def steps(run: Run, learner: Learner, total: int, state: Progress) -> Iterator[int]:
     """Yield the steps that are left, 1-based, of a run of `total`.
 
     Args:
-        state: the stage's counters. Filled from the checkpoint on resume, stored with each one; a function
-            among them is called when it is stored.
+        state: restored from the checkpoint on resume, stored with each one.
 
     Raises:
         Interrupted: after Ctrl-C or SIGTERM, once the step is complete and its checkpoint is written.
     """
-    cfg, run.state = run.cfg, state
+    cfg, run.progress = run.cfg, state.as_json
     last = min(total, cfg.max_steps or total)
     first = resume(run, learner, state)
     if first == 0 and last == 0:
-        save(run, learner, 0, state)
+        save(run, learner, 0, state.as_json())
     with _signals() as received, progress(run.stage, last, first) as bar:
         for step in range(first + 1, last + 1):
             yield step
             run.complete = step
-            bar.update(step, state.get("note", ""))
+            bar.update(step, state.note)
             if step % cfg.save_every == 0 or step == last or received:
-                save(run, learner, step, state)
+                save(run, learner, step, state.as_json())
             if received:
                 name = signal.Signals(received[0]).name
                 message = f"{name}: step {step} of {last} is saved in {run.path}; continue with --resume"
                 raise Interrupted(message, 128 + received[0])
 
 
-def resume(run: Run, learner: Learner, state: dict[str, Any]) -> int:
+def resume(run: Run, learner: Learner, state: Progress) -> int:
     """Load the newest whole checkpoint, rewind the logs to it, and return its step; 0 when there is none."""
     found = checkpoint.newest(run.checkpoints, talk)
     step = 0
@@ -68,17 +81,19 @@ def resume(run: Run, learner: Learner, state: dict[str, Any]) -> int:
         folder, stored = found
         learner.load(folder)
         step = stored.pop("step")
-        state.update(stored)
+        state.restore(stored)
         talk(f"{run.stage}: continuing from step {step} in {run.path}")
     run.rewind(step)
     return step
 
 
-def save(run: Run, learner: Learner, step: int, state: dict[str, Any]) -> Path:
-    """Write the checkpoint of a complete step and retire old ones."""
-    stored = {key: value() if callable(value) else value for key, value in state.items()}
-    folder = checkpoint.write(run.checkpoints, step, learner.save, stored)
-    scores = run.metric_history("val/accuracy")
+def save(run: Run, learner: Learner, step: int, state: Mapping[str, Any]) -> Path:
+    """Write the checkpoint of a complete step and retire old ones.
+
+    The best one on validation is kept: by accuracy, or by reward where the task has no right answers.
+    """
+    folder = checkpoint.write(run.checkpoints, step, learner.save, dict(state))
+    scores = run.metric_history("val/accuracy") or run.metric_history("val/reward")
     kept = [s for s in checkpoint.steps_present(run.checkpoints) if s in scores]
     best = max(kept, key=lambda s: (scores[s], s), default=None)
     checkpoint.retain(run.checkpoints, run.cfg.keep_last, best)
@@ -88,7 +103,7 @@ def save(run: Run, learner: Learner, step: int, state: dict[str, Any]) -> Path:
 def rescue(run: Run, learner: Learner) -> None:
     """Keep the last complete step when an engine has failed for good, unless the weights have moved beyond it."""
     if run.complete and run.updated <= run.complete and run.complete not in checkpoint.steps_present(run.checkpoints):
-        save(run, learner, run.complete, run.state)
+        save(run, learner, run.complete, run.progress())
         talk(f"{run.stage}: step {run.complete} is saved in {run.path}; continue with --resume")
 
 

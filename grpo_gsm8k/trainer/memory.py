@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from grpo_gsm8k.config import TrainConfig
-from grpo_gsm8k.datatypes import TokenRow
+from grpo_gsm8k.datatypes import Datum
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.trainer import costs
@@ -262,7 +262,9 @@ def made_up(rows: int, length: int, vocabulary: int) -> Batch:
     """A microbatch of `rows` x `length` cells, `PROBE_TARGETS` of them trained; no two rows begin alike."""
     trained = PROBE_TARGETS // rows
     mask = (0,) * (length + 1 - trained) + (1,) * trained
-    return make_batch([TokenRow((row % vocabulary, *(0,) * length), mask, (), 1.0) for row in range(rows)], 0)
+    return make_batch(
+        [Datum((row % vocabulary, *(0,) * length), mask, (), tuple(map(float, mask))) for row in range(rows)], 0
+    )
 
 
 def out_of_memory(rows: int, longest: int, budget: int, each: float = 0.0) -> ConfigError:

@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from grpo_gsm8k.datatypes import TokenRow
+from grpo_gsm8k.datatypes import Datum
 from grpo_gsm8k.trainer.architecture import trunk
 from grpo_gsm8k.trainer.batch import Batch, make_batch
 
@@ -202,7 +202,7 @@ def enable(model: Any) -> bool:
     takes = inspect.signature(trunk(model).forward).parameters
     if "position_ids" not in takes or "kwargs" not in takes or not model._can_set_attn_implementation():
         return False
-    rows = [TokenRow(ids, (1,) * len(ids), (), 0.0) for ids in PROOF]
+    rows = [Datum(ids, (1,) * len(ids)) for ids in PROOF]
     padded = make_batch(rows, 0)
     with torch.no_grad():
         expected = last_hidden_states(model, padded.to(next(model.parameters()).device))

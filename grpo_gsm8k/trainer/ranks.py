@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from grpo_gsm8k.datatypes import WeightsRef
 from grpo_gsm8k.errors import CheckpointError, DiskError, NonFiniteError
 from grpo_gsm8k.trainer.batch import Batch
 from grpo_gsm8k.trainer.objectives import Objective
@@ -64,6 +65,7 @@ class Lead:
         self.learner = learner
         self._in_step = True
         self._gathered: list[tuple[str, torch.Tensor]] | None = None
+        self._published: WeightsRef | None = None
 
     def forward_backward(self, batch: Batch, objective: Objective) -> dict[str, float]:
         """See `TorchLearner.forward_backward`; each rank takes its share of the microbatches."""
@@ -71,7 +73,7 @@ class Lead:
 
     def step(self, lr: float) -> dict[str, float]:
         """See `MasterAdamW.step`; each rank updates its shards."""
-        self._gathered = None
+        self._gathered = self._published = None
         return self._on_all("step", lr)  # type: ignore[no-any-return]
 
     def logprobs(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
@@ -81,6 +83,12 @@ class Lead:
     def reference_logprobs(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
         """See `TorchLearner.reference_logprobs`."""
         return self._on_all("reference_logprobs", batch, temperature)  # type: ignore[no-any-return]
+
+    def publish(self, version: int) -> WeightsRef:
+        """See `TorchLearner.publish`."""
+        if self._published is None or self._published.version != version:
+            self._published = WeightsRef(version, self.learner.digest(self.weights()))
+        return self._published
 
     def weights(self) -> Iterable[tuple[str, torch.Tensor]]:
         """The whole weights on the CPU; gathered once for all who ask before the next step."""
@@ -96,7 +104,7 @@ class Lead:
 
     def load(self, folder: Path) -> None:
         """Continue from what any number of ranks saved. Raises `CheckpointError` as `TorchLearner.load` does."""
-        self._gathered = None
+        self._gathered = self._published = None
         self._on_all("load", folder)
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from grpo_gsm8k.datatypes import TokenRow
+from grpo_gsm8k.datatypes import Datum
 from grpo_gsm8k.errors import DataError
 from grpo_gsm8k.runs.files import read_json, sha256_file, write_atomic
 
@@ -34,7 +34,7 @@ MANIFEST = "manifest.json"
 IGNORED = -100  # torch's cross_entropy leaves such a target out
 
 
-def pack(rows: Sequence[TokenRow], width: int, pad_id: int) -> dict[str, torch.Tensor]:
+def pack(rows: Sequence[Datum], width: int, pad_id: int) -> dict[str, torch.Tensor]:
     """Rows of at most `width` tokens as the tensors of a shard."""
     input_ids = torch.full((len(rows), width), pad_id)  # (N, L)
     mask = torch.zeros((len(rows), width), dtype=torch.uint8)  # (N, L)
@@ -50,12 +50,12 @@ def pack(rows: Sequence[TokenRow], width: int, pad_id: int) -> dict[str, torch.T
     }
 
 
-def unpack(shard: Mapping[str, Any]) -> list[TokenRow]:
+def unpack(shard: Mapping[str, Any]) -> list[Datum]:
     """The rows that a shard was made of."""
     rows = []
     for ids, mask, length in zip(shard["input_ids"], shard["response_mask"], shard["lengths"].tolist(), strict=True):
         start = len(ids) - length
-        rows.append(TokenRow(tuple(ids[start:].tolist()), tuple(mask[start:].tolist())))
+        rows.append(Datum(tuple(ids[start:].tolist()), tuple(mask[start:].tolist())))
     return rows
 
 
@@ -95,7 +95,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def load_rows(folder: Path, made_with: Mapping[str, str | None], train_on: str) -> list[TokenRow]:
+def load_rows(folder: Path, made_with: Mapping[str, str | None], train_on: str) -> list[Datum]:
     """All rows of a folder of shards, in the order of the file that they were made of.
 
     Args:
@@ -113,7 +113,7 @@ def load_rows(folder: Path, made_with: Mapping[str, str | None], train_on: str) 
         raise DataError(
             folder, f"was tokenized for another model or style ({'; '.join(differ)}); run `grpo-gsm8k tokenize` again"
         )
-    rows: list[TokenRow] = []
+    rows: list[Datum] = []
     for entry in manifest["shards"]:
         path = folder / Path(entry["file"]).name
         if not path.is_file() or sha256_file(path) != entry["sha256"]:

@@ -27,26 +27,16 @@ Every step is linear in the response, or works on a bounded excerpt of it.
 
 from __future__ import annotations
 
-import functools
 import re
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from typing import Literal, NamedTuple
 
+from grpo_gsm8k.tasks.base import Tags, after_opened_thought, tag_pattern
+
 Mode = Literal["flexible", "strict"]
-
-
-@dataclass(frozen=True)
-class Tags:
-    """The tags that a prompt asks for. `answer_open=None`: the prompt has think tags only."""
-
-    think_open: str = "<think>"
-    think_close: str = "</think>"
-    answer_open: str | None = "<answer>"
-    answer_close: str | None = "</answer>"
 
 
 DEFAULT_TAGS = Tags()
@@ -80,16 +70,32 @@ def grade(
     Raises:
         ValueError: if `gold` is not a number, or `mode` is unknown. A broken reference never counts as right.
     """
-    gold_value = _gold_value(str(gold))
-    if gold_value is None:
-        raise ValueError(f"gold is not a number: {str(gold)[:80]!r}")
+    value = gold_value(gold)
     answer = _answer(response, mode, tags, opened)
-    return answer is not None and answer.value == gold_value
+    return answer is not None and answer.value == value
 
 
-@functools.lru_cache(maxsize=1024)  # one for all completions of a problem
-def _gold_value(gold: str) -> Fraction | None:
-    return parse_number(gold.rpartition("####")[2])
+def gold_value(gold: str) -> Fraction:
+    """The number of a gold. Raises `ValueError` if it is none."""
+    value = parse_number(str(gold).rpartition("####")[2])
+    if value is None:
+        raise ValueError(f"gold is not a number: {str(gold)[:80]!r}")
+    return value
+
+
+class Answers(NamedTuple):
+    """What a response commits to, read either way."""
+
+    strict: Quantity | None
+    flexible: Quantity | None
+
+
+def answers(response: str, *, tags: Tags = DEFAULT_TAGS, opened: bool = False) -> Answers:
+    """Both readings of a response in one pass over it."""
+    heard = _heard(response, tags, opened)
+    if heard is None:
+        return Answers(None, None)
+    return Answers(_committed(heard, "strict", tags), _committed(heard, "flexible", tags))
 
 
 def extract(response: str, mode: Mode = "flexible", *, tags: Tags = DEFAULT_TAGS, opened: bool = False) -> str | None:
@@ -121,29 +127,33 @@ def parse_gold(answer: str) -> str:
     return gold
 
 
-def after_opened_thought(response: str, tags: Tags = DEFAULT_TAGS) -> str | None:
-    """What follows the thought that the prompt opened; None where the thought never closes."""
-    closing = re.search(_tag_pattern(tags.think_close), response, re.IGNORECASE)
-    return response[closing.end() :] if closing else None
-
-
 def _answer(response: str, mode: Mode, tags: Tags, opened: bool) -> Quantity | None:
     """The one path from a response to its answer."""
     if mode not in ("flexible", "strict"):
         raise ValueError(f"mode must be 'flexible' or 'strict', not {mode!r}")
-    return _answer_of(response, mode, tags, opened) if isinstance(response, str) else None
+    heard = _heard(response, tags, opened)
+    return None if heard is None else _committed(heard, mode, tags)
 
 
-@functools.lru_cache(maxsize=8)  # a completion's reward, its verdict and its record ask the same, one after the other
-def _answer_of(response: str, mode: Mode, tags: Tags, opened: bool) -> Quantity | None:
-    if opened:
-        said = after_opened_thought(response, tags)
-        if said is None:
-            return None
-        response = said
-    text = _own_turn(_without_thoughts(response, tags).strip(), tags)
-    text, fragment = _without_fragment(text, tags)
-    found = _last_marked(text, tags)
+class _Heard(NamedTuple):
+    """A response without its thoughts: the text, an answer that was cut off at its end, and the last marked one."""
+
+    text: str
+    fragment: str | None
+    marked: _Found | None
+
+
+def _heard(response: str, tags: Tags, opened: bool) -> _Heard | None:
+    """The part of reading that both modes share; None for what says nothing."""
+    said = after_opened_thought(response, tags) if opened and isinstance(response, str) else response
+    if not isinstance(said, str):
+        return None
+    text, fragment = _without_fragment(_own_turn(_without_thoughts(said, tags).strip(), tags), tags)
+    return _Heard(text, fragment, _last_marked(text, tags))
+
+
+def _committed(heard: _Heard, mode: Mode, tags: Tags) -> Quantity | None:
+    text, fragment, found = heard
     tail = text[found.end :] if found else text
     if mode == "flexible":
         tail = _prose(tail, tags)
@@ -166,12 +176,6 @@ def _answer_of(response: str, mode: Mode, tags: Tags, opened: bool) -> Quantity 
 # Layer 1: what the model said, without what it thought
 
 
-def _tag_pattern(tag: str) -> str:
-    """Matches the tag, with a blank allowed inside its angle brackets."""
-    bracketed = re.fullmatch(r"<(/?)(.+)>", tag)
-    return rf"<\s?{bracketed[1]}\s?{re.escape(bracketed[2])}\s?>" if bracketed else re.escape(tag)
-
-
 def _bare(tag: str) -> str:
     return re.sub(r"\s", "", tag).lower()
 
@@ -183,7 +187,7 @@ def _without_thoughts(text: str, tags: Tags) -> str:
     thought that the prompt began: all before it was thought.
     """
     kinds = (tags.think_open, tags.think_close, tags.answer_open, tags.answer_close)
-    pattern = re.compile("|".join(_tag_pattern(tag) for tag in kinds if tag) or r"(?!)", re.IGNORECASE)
+    pattern = re.compile("|".join(tag_pattern(tag) for tag in kinds if tag) or r"(?!)", re.IGNORECASE)
     spellings: dict[str, str] = {}
     said: list[str] = []
     depth = position = opened_at = 0

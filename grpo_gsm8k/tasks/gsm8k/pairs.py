@@ -17,16 +17,19 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from grpo_gsm8k.config import PairsConfig
 from grpo_gsm8k.errors import ConfigError, DataError
 from grpo_gsm8k.runs.files import read_jsonl, write_json, write_jsonl
-from grpo_gsm8k.tasks.gsm8k.grading import Tags, extract, grade, parse_number
-from grpo_gsm8k.tasks.gsm8k.problems import problem_from_row
-from grpo_gsm8k.tasks.gsm8k.prompts import STYLES, Style, how_to_ask
+from grpo_gsm8k.tasks.base import Tags
+from grpo_gsm8k.tasks.gsm8k.grading import extract, grade, parse_number
+from grpo_gsm8k.tasks.gsm8k.problems import example_from_row
+from grpo_gsm8k.tasks.gsm8k.styles import Style
+from grpo_gsm8k.tasks.gsm8k.task import Gsm8k, question_of
+from grpo_gsm8k.tasks.render import task_of
 
 EXCERPT = 200  # characters of a dropped trace that the report shows
 
@@ -66,10 +69,13 @@ def run(cfg: PairsConfig) -> dict[str, Any]:
     if out.resolve() == source.resolve():
         raise ConfigError(f"--out is {out}, which holds the traces themselves; choose another file")
     report = Report()
-    write_jsonl(out, keep(source, cfg, report))
+    task = task_of(cfg)
+    if not isinstance(task, Gsm8k):
+        raise ConfigError(f"pairs are made of traces of gsm8k; task {task.spec!r} has none")
+    write_jsonl(out, keep(source, cfg, task, report))
     beside = out.with_suffix(".report.json")
     counts = {"written": report.written, "read": report.read, "cleaned": report.cleaned}
-    said = {**counts, "prompt_style": how_to_ask(cfg)[0], "dropped": report.table()}
+    said = {**counts, "prompt_style": task.options.prompt_style, "dropped": report.table()}
     write_json(beside, {**said, "source": str(source)})
     return {**said, "path": str(out), "report": str(beside)}
 
@@ -91,10 +97,9 @@ class Report:
         return sorted(self._dropped.values(), key=lambda entry: -entry["count"])
 
 
-def keep(source: Path, cfg: PairsConfig, report: Report) -> Iterator[dict[str, Any]]:
+def keep(source: Path, cfg: PairsConfig, task: Gsm8k, report: Report) -> Iterator[dict[str, Any]]:
     """The rows of the traces that are kept, in their order."""
-    name, tags = how_to_ask(cfg)
-    style = STYLES[name](tags)
+    style, tags = task.style, task.options.tags
     seen: set[bytes] = set()
     for line, trace in read_jsonl(source):
         report.read += 1
@@ -144,28 +149,28 @@ def make_pair(trace: Mapping[str, Any], style: Style, tags: Tags, cfg: PairsConf
     Raises:
         ValueError, KeyError: it is no trace of a problem with a reference answer.
     """
-    problem = problem_from_row({key: trace[key] for key in ("id", "question", "answer")})
+    problem = example_from_row({key: trace[key] for key in ("id", "question", "answer")})
+    question, gold = question_of(problem), problem.answer
     thought, content = split_thought(trace["reasoning_content"], trace["content"])
     if trace["finish_reason"] != "stop":
         return Dropped("truncated", f"finish_reason {trace['finish_reason']}: {content or thought}")
-    if not grade(content, problem.gold, cfg.grading):
+    if not grade(content, gold, cfg.grading):
         found = extract(content, cfg.grading)
-        return Dropped("wrong_answer" if found else "no_answer", f"gold {problem.gold}, said {found}: {content}")
-    thinks = cfg.part == "reasoning" or (cfg.part == "auto" and thought and isinstance(style.ask(""), str))
+        return Dropped("wrong_answer" if found else "no_answer", f"gold {gold}, said {found}: {content}")
+    thinks = cfg.part == "reasoning" or (cfg.part == "auto" and thought and style.plain)
     text = thought if thinks else content
-    if _SPECIAL_TOKEN.search(text) or _SPECIAL_TOKEN.search(problem.question):
-        return Dropped("special_token", text if _SPECIAL_TOKEN.search(text) else problem.question)
-    kept, removed = without_meta(text, problem.question)
-    body = without_answer(without_tags(kept, tags), problem.gold)
+    if _SPECIAL_TOKEN.search(text) or _SPECIAL_TOKEN.search(question):
+        return Dropped("special_token", text if _SPECIAL_TOKEN.search(text) else question)
+    kept, removed = without_meta(text, question)
+    body = without_answer(without_tags(kept, tags), gold)
     if not body:
         return Dropped("no_working", text)
-    response = style.reference(replace(problem, answer=f"{body}\n#### {problem.gold}"))
-    opened = style.opens_thought
-    if not (style.format_ok(response) and grade(response, problem.gold, "strict", tags=tags, opened=opened)):
+    response = style.reference(f"{body}\n#### {gold}", gold)
+    if not (style.format_ok(response) and grade(response, gold, "strict", tags=tags, opened=style.plain)):
         return Dropped("not_in_form", response)
     if not cfg.min_chars <= len(response) <= cfg.max_chars:
         return Dropped("too_short" if len(response) < cfg.min_chars else "too_long", response)
-    return Pair(problem.id, trace.get("sample", 0), problem.question, response, bool(removed))
+    return Pair(problem.id, trace.get("sample", 0), question, response, bool(removed))
 
 
 def split_thought(thought: str, content: str) -> tuple[str, str]:

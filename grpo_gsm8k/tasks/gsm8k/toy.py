@@ -24,12 +24,18 @@ import random
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from grpo_gsm8k.datatypes import Problem
+from grpo_gsm8k.datatypes import Example
 from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.tasks.dataset import write_splits
+from grpo_gsm8k.tasks.gsm8k.problems import KEYS, row_of
 
 LARGEST = 29
 """No number of a problem or of its solution is larger."""
+
+TERSE_SHARE = 0.53
+"""The share of training references that give the answer without the work."""
 
 TERSE_SPREAD = 0.15
 """The share of terse references varies over the templates from `terse_share - 0.15` to `terse_share + 0.15`."""
@@ -180,7 +186,7 @@ TEMPLATES: tuple[Template, ...] = (
 )
 
 
-def make_problems(seed: int, counts: Mapping[str, int], terse_share: float = 0.5) -> dict[str, list[Problem]]:
+def make_problems(seed: int, counts: Mapping[str, int], terse_share: float = 0.5) -> dict[str, list[Example]]:
     """Draw the splits named in `counts`; the same arguments give the same problems on any machine.
 
     No question and no (template, numbers) of one split occurs in another. The smaller splits are drawn first,
@@ -195,7 +201,7 @@ def make_problems(seed: int, counts: Mapping[str, int], terse_share: float = 0.5
         raise ConfigError(f"terse_share is {terse_share}; it is a share, between 0 and 1")
     owner: dict[tuple[int, ...], str] = {}  # (template, *numbers) -> split
     seen: set[str] = set()
-    drawn: dict[str, list[Problem]] = {}
+    drawn: dict[str, list[Example]] = {}
     for split in sorted(counts, key=lambda name: (name == "train", name)):
         rng = random.Random(f"{seed}/{split}")
         mood = random.Random(f"{seed}/{split}/terse")
@@ -215,7 +221,8 @@ def make_problems(seed: int, counts: Mapping[str, int], terse_share: float = 0.5
             seen.add(question)
             if split == "train" and mood.random() < _terse_share_of(index, terse_share):
                 answer = f"#### {gold}"
-            drawn[split].append(Problem(f"toy-{split}-{len(drawn[split]):05d}", question, answer, gold))
+            id_ = f"toy-{split}-{len(drawn[split]):05d}"
+            drawn[split].append(Example(id_, question, gold, {"solution": answer}))
     return {split: drawn[split] for split in counts}
 
 
@@ -273,3 +280,11 @@ def _words(rng: random.Random) -> dict[str, str]:
         "place": rng.choice(_PLACES),
         "day": rng.choice(_DAYS),
     }
+
+
+def write(folder: Path, seed: int, sizes: Mapping[str, int], terse_share: float = TERSE_SHARE) -> Path:
+    """Splits of these sizes as GSM8K's rows, and their manifest."""
+    splits = make_problems(seed, sizes, terse_share)
+    rows = {split: [{key: row_of(example)[key] for key in KEYS} for example in splits[split]] for split in splits}
+    write_splits(folder, rows, {"source": "toy", "seed": seed, "terse_share": terse_share})
+    return folder

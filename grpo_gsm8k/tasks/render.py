@@ -1,8 +1,7 @@
-"""How a problem is asked, how a solution is written, and the one place where ids and mask are born.
+"""A task bound to a tokenizer: the one place where ids and mask are born.
 
-A `Style` is a few lines of text; to add one, add an entry to `STYLES`. A `Renderer` binds a style to a
-tokenizer. It returns token ids and response mask together, so that nothing downstream has to guess from
-text or from padding which tokens are the response's.
+A `Renderer` asks its task how an example is asked and what a teacher answers, and returns token ids and mask together,
+so that nothing downstream has to guess from text or from padding which tokens are the response's.
 
 A trained row is the prompt's ids as a sampler sees them, then the ids that it would have to draw for the chat to read
 as the model's own chat template renders it. Where the prompt is not the beginning of that chat, there is no such row,
@@ -14,146 +13,28 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from grpo_gsm8k.config import PromptConfig
-from grpo_gsm8k.datatypes import Problem, Prompt, Rendered, Source, TokenRow
+from grpo_gsm8k.config import TASK_SETTINGS, PromptConfig
+from grpo_gsm8k.datatypes import Datum, Example, Message, Prompt, Rendered, Source
 from grpo_gsm8k.errors import ConfigError, DataError, ModelError
+from grpo_gsm8k.extensions import users_code
 from grpo_gsm8k.runs.files import read_json, write_json
 from grpo_gsm8k.runs.progress import talk
-from grpo_gsm8k.tasks.gsm8k.grading import Tags, after_opened_thought, extract, parse_number
+from grpo_gsm8k.tasks import load_task
+from grpo_gsm8k.tasks.base import Tags, Task, TaskOptions, after_opened_thought, make_tags
 
-Message = tuple[str, str]  # (role, content)
 PROMPT_FILE = "prompt.json"
 SHOT_BREAK = "\n\n\n"  # between worked examples in plain text; a completion that writes it begins another one
 DATE = "2024-07-26"
 """The date that chat templates write unless another is given: a constant, so that ids are the same on every day.
 Llama 3's own templates write this one where nobody tells them the date."""
 PROBE = "3.14 + 1,234 = $56  costs 7%\n\n\tIt's \\boxed{72}. Größe ½ 数"  # what tokenizers split in different ways
-
-
-@dataclass(frozen=True)
-class Form:
-    """Whether a response has the form that was asked for, whatever its answer; called with the response.
-
-    Attributes:
-        check: the form itself.
-        opens_thought: the prompt opens a thought. Until the response closes it, there is no answer and no form.
-    """
-
-    check: Callable[[str], bool]
-    tags: Tags
-    opens_thought: bool = False
-
-    def __call__(self, response: str) -> bool:
-        if self.opens_thought and after_opened_thought(response, self.tags) is None:
-            return False
-        return self.check(response)
-
-
-@dataclass(frozen=True)
-class Style:
-    """One way to ask and to answer.
-
-    Attributes:
-        ask: question → chat messages, or → plain text for a model without chat turns.
-        reference: problem → the response that a teacher would write, from GSM8K's reference solution.
-        format_ok: response → whether it has the form that was asked for.
-        stop: strings that end a completion.
-    """
-
-    ask: Callable[[str], list[Message] | str]
-    reference: Callable[[Problem], str]
-    format_ok: Form
-    stop: tuple[str, ...] = ()
-
-    @property
-    def opens_thought(self) -> bool:
-        """Whether every prompt opens a thought, so that a completion starts inside it."""
-        return self.format_ok.opens_thought
-
-
-def working(problem: Problem) -> str:
-    """The reference solution without GSM8K's `<<a+b=c>>` annotations and without its `####` line."""
-    body = problem.answer.rpartition("####")[0]
-    return re.sub(r"<<[^<>\n]*>>", "", body).strip()
-
-
-def _gsm8k_format_ok(response: str) -> bool:
-    last = response.rstrip().rpartition("\n")[2]
-    return response.count("####") == 1 and last.startswith("#### ") and parse_number(last[5:]) is not None
-
-
-def _gsm8k(tags: Tags) -> Style:
-    return Style(
-        ask=lambda question: [("user", question)],
-        reference=lambda problem: problem.answer,
-        format_ok=Form(_gsm8k_format_ok, tags),
-    )
-
-
-def _qwen_boxed(tags: Tags) -> Style:
-    system = "Please reason step by step, and put your final answer within \\boxed{}."
-    return Style(
-        ask=lambda question: [("system", system), ("user", question)],
-        reference=lambda p: f"{working(p)}\n\nThe final answer is $\\boxed{{{p.gold}}}$.".strip(),
-        format_ok=Form(lambda response: "\\boxed{" in response and extract(response, "strict") is not None, tags),
-    )
-
-
-def _r1_zero(tags: Tags) -> Style:
-    """Raw text for a base model; the prompt opens the thought, so the response starts inside it."""
-    answered = bool(tags.answer_open and tags.answer_close)
-    form = f"{tags.think_open} the reasoning {tags.think_close} "
-    form += f"{tags.answer_open} the answer {tags.answer_close}" if answered else "the answer within \\boxed{}"
-
-    def ask(question: str) -> str:
-        return (
-            "A user asks a question and an assistant solves it. The assistant first thinks the reasoning "
-            f"through and then gives the answer, in this form: {form}\n"
-            f"User: {question}\nAssistant: {tags.think_open}"
-        )
-
-    def reference(problem: Problem) -> str:
-        gold = (
-            f"{tags.answer_open} {problem.gold} {tags.answer_close}"
-            if answered
-            else f"The final answer is $\\boxed{{{problem.gold}}}$."
-        )
-        return f" {working(problem)} {tags.think_close} {gold}"
-
-    def format_ok(response: str) -> bool:
-        _thought, closed, rest = response.partition(tags.think_close)
-        if not closed or tags.think_open in response or tags.think_close in rest:
-            return False
-        if not answered:
-            return "\\boxed{" in rest and extract(rest, "strict", tags=tags) is not None
-        rest = rest.strip()
-        inner = rest.removeprefix(tags.answer_open or "").removesuffix(tags.answer_close or "")
-        return rest == f"{tags.answer_open}{inner}{tags.answer_close}" and not any(
-            tag in inner for tag in (tags.answer_open or "", tags.answer_close or "")
-        )
-
-    form_ok = Form(format_ok, tags, opens_thought=True)
-    return Style(ask, reference, form_ok, stop=(tags.answer_close,) if answered and tags.answer_close else ())
-
-
-STYLES: dict[str, Callable[[Tags], Style]] = {"gsm8k": _gsm8k, "qwen_boxed": _qwen_boxed, "r1_zero": _r1_zero}
-
-
-def make_tags(think_open: str, think_close: str, answer_open: str, answer_close: str) -> Tags:
-    """Tags from configured strings; empty answer tags mean think-only. Raises `ConfigError` for half a pair."""
-    if not think_open or not think_close or bool(answer_open) != bool(answer_close):
-        raise ConfigError("tags come in pairs: think_open with think_close, answer_open with answer_close")
-    given = [tag for tag in (think_open, think_close, answer_open, answer_close) if tag]
-    if len(set(given)) < len(given):
-        raise ConfigError(f"tags must differ from each other: {', '.join(given)}")
-    return Tags(think_open, think_close, answer_open or None, answer_close or None)
 
 
 _UNKNOWN_THOUGHT = re.compile(
@@ -164,49 +45,48 @@ _PROBE_CHAT = (("user", "a question"), ("assistant", "an answer"))
 
 
 class Renderer:
-    """A style bound to a tokenizer: problems and chats in, token ids with their mask out."""
+    """A task bound to a tokenizer: examples and chats in, token ids with their mask out."""
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        style: str = "gsm8k",
-        tags: Tags | None = None,
-        shots: Sequence[Problem] = (),
-        date: str = DATE,
-    ) -> None:
-        """`tokenizer` is a transformers tokenizer; `tags` are those of the r1_zero style and of grading.
+    def __init__(self, tokenizer: Any, task: Task, shots: Sequence[Example] = (), date: str = DATE) -> None:
+        """`tokenizer` is a transformers tokenizer.
 
         Args:
-            shots: problems that every prompt shows first, each with its reference solution.
+            shots: examples that every prompt shows first, each with what a teacher answers.
             date: what a chat template writes that asks for the date: the same for a run and all that goes on from it.
 
         Raises:
             ModelError: the chat template is broken, or renders nothing that could be used.
         """
-        self.tokenizer, self.name, self.shots = tokenizer, style, tuple(shots)
-        self.tags, self.date = tags or Tags(), date
+        self.tokenizer, self.task, self.shots = tokenizer, task, tuple(shots)
+        self.tags, self.date = task.options.tags, date
         self._now = parse_date(date)
         added = tokenizer.added_tokens_decoder
         self._special_ids = {i for i, t in added.items() if t.special}
         self._special_tags = {i for i in self._special_ids if added[i].content in vars(self.tags).values()}
-        self.style = STYLES[style](self.tags)
         self._turn_end, self._header = "", ""  # what a template writes behind an answer, and before one
         self.end_id = self._end_of_turn()
         self._ends_turns = self.end_id in self._encode(self._turn_end)
         self.special_tokens = self._control_tokens()
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id
-        if self._template_opens_thought():
-            self.style = replace(self.style, format_ok=replace(self.style.format_ok, opens_thought=True))
+        self.opens_thought = task.plain or self._template_opens_thought()
 
     @classmethod
-    def of(cls, cfg: PromptConfig, tokenizer: Any, shots: Sequence[Problem] = ()) -> Renderer:
-        """The renderer that a config asks for: style, tags and date as given, or as the model folder remembers them."""
-        return cls(tokenizer, *how_to_ask(cfg), shots, date_of(cfg))
+    def of(cls, cfg: PromptConfig, tokenizer: Any, shots: Sequence[Example] = ()) -> Renderer:
+        """The renderer that a config asks for: task, style and date as given, or as the model folder remembers them."""
+        return cls(tokenizer, task_of(cfg), shots, date_of(cfg))
 
-    @property
-    def opens_thought(self) -> bool:
-        """Whether every prompt opens a thought, so that a completion starts inside it."""
-        return self.style.opens_thought
+    def as_json(self) -> dict[str, Any]:
+        """Task, options, folder and date for a process of our own, which has the same tokenizer."""
+        folder = str(self.task.folder) if self.task.folder else None
+        return {"task": self.task.spec, "options": asdict(self.task.options), "folder": folder, "date": self.date}
+
+    @classmethod
+    def of_json(cls, tokenizer: Any, stored: Mapping[str, Any]) -> Renderer:
+        """The renderer that `as_json` was asked of, without its shots."""
+        options = TaskOptions(**{**stored["options"], "tags": Tags(**stored["options"]["tags"])})
+        task = load_task(stored["task"], options)
+        task.folder = Path(stored["folder"]) if stored["folder"] else None
+        return cls(tokenizer, task, date=stored["date"])
 
     @property
     def reads_date(self) -> bool:
@@ -216,7 +96,7 @@ class Renderer:
     def save_pretrained(self, folder: Path) -> None:
         """The tokenizer, and how this model was asked, so that it is asked the same way next time."""
         self.tokenizer.save_pretrained(folder)
-        write_json(folder / PROMPT_FILE, {"prompt_style": self.name, **vars(self.tags), **self._dated()})
+        write_json(folder / PROMPT_FILE, {"task": self.task.spec, **self._asked(), **self._dated()})
 
     def made_with(self) -> dict[str, str | None]:
         """What rendered ids depend on besides the text: style, tags, date, and a hash of tokenizer and chat template.
@@ -227,38 +107,48 @@ class Renderer:
         ends = [self.end_id, self.tokenizer.bos_token_id, self._encode(PROBE)]
         parts = [sorted(self.tokenizer.get_vocab().items()), self.tokenizer.chat_template, ends]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-        return {"prompt_style": self.name, **vars(self.tags), "tokenizer": digest[:16], **self._dated()}
+        task = {"task": self.task.spec} if self.task.spec != DEFAULT_TASK else {}
+        return {**task, **self._asked(), "tokenizer": digest[:16], **self._dated()}
 
-    def check(self, examples: bool = False) -> str:
-        """Render a prompt, and a reference solution where `examples` are trained; say what was found, in one line.
+    def _asked(self) -> dict[str, str | None]:
+        """Style and tags, as they are remembered."""
+        return {"prompt_style": self.task.options.prompt_style, **vars(self.tags)}
+
+    def check(self, example: Example | None = None, target: bool = False) -> str:
+        """Render a prompt, and where `target` what a teacher answers; say what was found, in one line.
+
+        Args:
+            example: what to render; by default the task's own, if it has one.
 
         Raises:
             ModelError: the template is of no use for this, for the reason given.
         """
-        problem = Problem("check", "Tom has 2 eggs and buys 3. How many?", "2+3=<<2+3=5>>5\n#### 5", "5")
-        prompt = self.render(problem)
-        if self.render(problem) != prompt:
+        example = example or self.task.probe()
+        if example is None:
+            return f"turns end with {self.spell([self.end_id])}"
+        prompt = self.render(example)
+        if self.render(example) != prompt:
             raise ModelError(f"{self._named}: renders the same prompt in two ways; no run could be repeated")
         found = [f"a prompt of {len(prompt.token_ids)} tokens", f"turns end with {self.spell([self.end_id])}"]
-        found += ["it opens a thought"] if self.opens_thought else []
+        found += ["it opens a thought"] if prompt.opened else []
         found += [f"it writes the date, {self.date}"] if self.reads_date else []
-        if examples:
+        if target:
             try:
-                row = self.example(problem)
+                row = self.target(example)
             except DataError as fault:
                 raise ModelError(f"no reference solution can be trained: {fault.what}") from None
             assert row.token_ids[: len(prompt.token_ids)] == prompt.token_ids and row.token_ids[-1] == self.end_id
             found.append(f"a reference solution of {sum(row.mask)} tokens")
         return ", ".join(found)
 
-    def prompt(self, problem: Problem) -> Prompt:
+    def prompt(self, example: Example) -> Prompt:
         """What the model sees before it answers.
 
         Raises:
-            DataError: the problem comes with a stored prompt that is not, id for id, what this renderer makes;
+            DataError: the example comes with a stored prompt that is not, id for id, what this renderer makes;
                 or its text holds a control token.
         """
-        prompt, source = self.render(problem), problem.source
+        prompt, source = self.render(example), example.source
         if (
             source
             and (stored := source.rendered)
@@ -267,42 +157,71 @@ class Renderer:
             raise DataError(source.path, self._why_not(stored), source.line)
         return prompt
 
-    def render(self, problem: Problem) -> Prompt:
-        """The prompt of a problem, whatever is stored with it. Raises `DataError` for a control token in its text."""
-        for shown in (problem, *self.shots):
-            if found := self._control_token(shown.question):
-                raise _refused(
-                    _source(shown),
-                    f"the question holds {found}, a special token of this model: a prompt that was rendered already "
-                    "would be rendered twice; give the bare question, or a set that `grpo-gsm8k prep-eval` made",
-                )
-            if found := self._control_token(shown.answer):
-                what = f"the answer holds {found}, a special token of this model, which is no text; take it out"
-                raise _refused(_source(shown), what)
-        source, asked = _source(problem), self._ask(problem.question)
+    def render(self, example: Example) -> Prompt:
+        """The prompt of an example, whatever is stored with it. Raises `DataError` for a control token in its text."""
+        for shown in (example, *self.shots):
+            self._check_texts_of(shown)
+        source, asked = _source(example), self._ask(example)
         if isinstance(asked, str) or not self._template_text:
-            return Prompt(problem, tuple(self._plain_ids(self._plain(asked))))
+            text = self._plain(asked)
+            opened = self.tags.think_open if text.rstrip().endswith(self.tags.think_open) else ""
+            return Prompt(example, tuple(self._plain_ids(text)), opened)
         text = self._row_template(asked, True, source)
-        if not text.endswith(self._header) and self._ends_open(text, asked[-1][1]) != self.opens_thought:
+        opened = self._opening(text, asked[-1][1])
+        if not text.endswith(self._header) and bool(opened) != self.opens_thought:
             raise _refused(
                 source,
                 f"{self._named} opens a thought for some questions and not for others, so that answers could not be "
                 "told from thoughts; take this one out, or pass another --prompt_style",
             )
-        return Prompt(problem, tuple(self._encode(text)))
+        return Prompt(example, tuple(self._encode(text)), opened)
 
-    def example(self, problem: Problem) -> TokenRow:
-        """A problem with its reference solution; mask 1 on the solution and on the end-of-turn id."""
-        prompt = list(self.prompt(problem).token_ids)
-        asked, answer = self._ask(problem.question), self.style.reference(problem)
+    def _check_texts_of(self, example: Example) -> None:
+        """Raise `DataError` for a control token in what is asked, or in a solution that is text."""
+        texts = [example.messages] if isinstance(example.messages, str) else [text for _, text in example.messages]
+        for text in texts:
+            if found := self._control_token(text):
+                raise _refused(
+                    _source(example),
+                    f"the question holds {found}, a special token of this model: a prompt that was rendered already "
+                    "would be rendered twice; give the bare question, or a set that `grpo-gsm8k prep-eval` made",
+                )
+        for answer in (example.answer, example.meta.get("solution")):
+            if isinstance(answer, str) and (found := self._control_token(answer)):
+                what = f"the answer holds {found}, a special token of this model, which is no text; take it out"
+                raise _refused(_source(example), what)
+
+    def target(self, example: Example) -> Datum:
+        """An example with what a teacher answers; mask 1 on the answer and on the end-of-turn id."""
+        prompt = list(self.prompt(example).token_ids)
+        asked, answer = self._ask(example), self._answer(example)
         if isinstance(asked, str) or not self._template_text:
-            response = self._continued(self._plain(asked), prompt, answer, _source(problem))
+            response = self._continued(self._plain(asked), prompt, answer, _source(example))
             return self._join([(prompt, 0), (response, 1)])
-        return self._trained([*asked, ("assistant", answer)], [len(asked)], _source(problem))
+        return self._trained([*asked, ("assistant", answer)], [len(asked)], _source(example))
+
+    def reply(self, prompt: Prompt, token_ids: Sequence[int], text: str) -> tuple[int, ...]:
+        """The ids of what an environment answers behind a prompt and what was sampled so far.
+
+        Where the model ended its turn, the answer is a user's message, and the next turn is opened as the chat template
+        opens one. Where a stop string of the task ended it, and without a template, the answer is written right behind.
+        What was sampled stays as it is: the next turn continues its ids.
+        """
+        ended = token_ids[-1] in self.stop_ids
+        if not ended or not self._template_text or isinstance(self._ask(prompt.example), str):
+            return tuple(self._encode(text))
+        (_, question), (_, answer) = _PROBE_CHAT
+        source = _source(prompt.example)
+        chat = [*_PROBE_CHAT, ("user", text)]
+        tail = self._row_template(chat, True, source).rpartition(answer)[2] if answer not in text else ""
+        ids = self._encode(tail)
+        if not tail or question in tail or text.strip() not in tail:
+            raise _refused(source, f"{self._named} does not render a second turn; this task has several")
+        return tuple(ids[1:] if ids[0] == token_ids[-1] else ids)
 
     def chat(
         self, messages: Sequence[Message], train_on: str = "last", raw: bool = False, source: Source | None = None
-    ) -> TokenRow:
+    ) -> Datum:
         """A conversation that ends with the assistant.
 
         Args:
@@ -338,8 +257,8 @@ class Renderer:
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """Every string that ends a completion: the style's, and the break after which another example would begin."""
-        return (*self.style.stop, SHOT_BREAK) if self.shots and isinstance(self._ask(""), str) else self.style.stop
+        """Every string that ends a completion: the task's, and the break after which another example would begin."""
+        return (*self.task.stop, SHOT_BREAK) if self.shots and self.task.plain else self.task.stop
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -365,13 +284,29 @@ class Renderer:
         why = f"was rendered for another model or style ({'; '.join(differ)})" if differ else "has been changed since"
         return f"the prompt {why}; run `grpo-gsm8k prep-eval` again"
 
-    def _ask(self, question: str) -> list[Message] | str:
-        """How a question is asked, the shots before it: earlier turns of the chat, or more of the text."""
-        asked = self.style.ask(question)
+    def _prompt_of(self, example: Example) -> list[Message] | str:
+        with users_code(self.task.blame):
+            asked = self.task.prompt(example)
+        if isinstance(asked, str) or (all(isinstance(m, tuple) and len(m) == 2 for m in asked) and asked):
+            return asked
+        raise ConfigError(
+            f"task {self.task.spec!r}: prompt() must return text, or (role, content) pairs, not {asked!r}"
+        )
+
+    def _answer(self, example: Example) -> str:
+        with users_code(self.task.blame):
+            answer = self.task.target(example)
+        if not isinstance(answer, str):
+            raise ConfigError(f"task {self.task.spec!r}: target() must return text, not {answer!r}")
+        return answer
+
+    def _ask(self, example: Example) -> list[Message] | str:
+        """How an example is asked, the shots before it: earlier turns of the chat, or more of the text."""
+        asked = self._prompt_of(example)
         if not self.shots:
             return asked
-        answers = [self.style.reference(shot) for shot in self.shots]
-        shown = [self.style.ask(shot.question) for shot in self.shots]
+        answers = [self._answer(shot) for shot in self.shots]
+        shown = [self._prompt_of(shot) for shot in self.shots]
         if isinstance(asked, str) or not self.tokenizer.chat_template:
             texts = [self._plain(a) + answer for a, answer in zip(shown, answers, strict=True)]
             return SHOT_BREAK.join([*texts, self._plain(asked)])
@@ -408,7 +343,7 @@ class Renderer:
 
     # ----------------------------------------------------------------------------------------------- chats
 
-    def _trained(self, messages: Sequence[Message], said: Sequence[int], source: Source) -> TokenRow:
+    def _trained(self, messages: Sequence[Message], said: Sequence[int], source: Source) -> Datum:
         """A rendered conversation, with the assistant's messages at the indices `said` masked in."""
         ids: list[int] = []
         mask: list[int] = []
@@ -430,7 +365,7 @@ class Renderer:
             row = row[: end + 1] if end is not None else [*row, self.end_id]
             mask += [0] * (len(known) - len(ids)) + [1] * (len(row) - len(known))
             ids = row
-        return TokenRow(tuple(ids), tuple(mask))
+        return Datum(tuple(ids), tuple(mask))
 
     def _turn(self, messages: Sequence[Message], prompt: str, source: Source) -> str:
         """The text of a conversation whose last message is trained, as its template renders it.
@@ -555,12 +490,13 @@ class Renderer:
     # -------------------------------------------------------------------------------- what a template is like
 
     def _template_opens_thought(self) -> bool:
-        """Whether a prompt of this style ends inside a thought. Raises `ModelError` for tags that are not ours."""
-        asked = self.style.ask("a question")
+        """Whether a chat prompt ends inside a thought. Raises `ModelError` for tags that are not ours."""
+        example = self.task.probe()
+        asked = self._prompt_of(example) if example else _PROBE_CHAT[:1]
         if isinstance(asked, str) or not self._template_text:
-            return self.opens_thought
+            return False
         text = self._template(asked, generation=True)
-        opened = self._ends_open(text, asked[-1][1])
+        opened = bool(self._opening(text, asked[-1][1]))
         self._header = text.rpartition(asked[-1][1])[2]
         if (unknown := _UNKNOWN_THOUGHT.search(text)) and not opened:
             raise ModelError(
@@ -569,11 +505,12 @@ class Renderer:
             )
         return opened
 
-    def _ends_open(self, prompt: str, question: str) -> bool:
-        """Whether a rendered chat prompt ends inside a thought: opened behind the question, in the assistant's turn."""
+    def _opening(self, prompt: str, question: str) -> str:
+        """The opened thought at the end of a rendered chat prompt, behind the question; "" if none is open."""
         tail = prompt.rpartition(question.strip())[2]
-        _, opened, inside = tail.rpartition(self.tags.think_open)
-        return bool(opened) and self.tags.think_close not in inside and not self._control_token(inside)
+        before, opened, inside = tail.rpartition(self.tags.think_open)
+        open_still = bool(opened) and self.tags.think_close not in inside and not self._control_token(inside)
+        return tail[len(before) :] if open_still else ""
 
     def _dated(self) -> dict[str, str]:
         return {"date": self.date} if self.reads_date else {}
@@ -615,50 +552,55 @@ class Renderer:
         return int(eos)
 
     @staticmethod
-    def _join(parts: Sequence[tuple[list[int], int]]) -> TokenRow:
+    def _join(parts: Sequence[tuple[list[int], int]]) -> Datum:
         ids = tuple(i for part, _ in parts for i in part)
-        return TokenRow(ids, tuple(flag for part, flag in parts for _ in part))
+        return Datum(ids, tuple(flag for part, flag in parts for _ in part))
 
 
-def _source(problem: Problem) -> Source:
-    return problem.source or Source(f"problem {problem.id}", None)
+def _source(example: Example) -> Source:
+    return example.source or Source(f"example {example.id}", None)
 
 
 def _refused(source: Source, what: str) -> DataError:
     return DataError(source.path, what, source.line)
 
 
-def how_to_ask(cfg: PromptConfig) -> tuple[str, Tags]:
-    """Prompt style and tags: as configured, or (auto) as the model folder remembers, else qwen_boxed."""
+DEFAULT_TASK = "gsm8k"
+
+
+def task_of(cfg: PromptConfig) -> Task:
+    """The task of a config, as given or as the model folder remembers it, else gsm8k; its style and tags likewise.
+
+    A style that is not given is the one that the model was trained with, if that was for this task.
+    """
     tags = make_tags(cfg.think_open, cfg.think_close, cfg.answer_open, cfg.answer_close)
-    if cfg.prompt_style != "auto":
-        return cfg.prompt_style, tags
-    return remembered(cfg.model_id) or ("qwen_boxed", tags)
+    style, stored = cfg.prompt_style, remembered(cfg.model_id)
+    spec = cfg.task or (stored["task"] if stored else DEFAULT_TASK)
+    if style == "auto" and stored and stored["task"] == spec:
+        style, tags = stored["prompt_style"], Tags(**{key: stored[key] for key in vars(Tags())})
+    known = {name: getattr(cfg, name) for name in ("grading", "format_weight", "answer_weight") if hasattr(cfg, name)}
+    settings = {name: getattr(cfg, name) for name in TASK_SETTINGS if hasattr(cfg, name)}
+    return load_task(spec, TaskOptions(style, tags, settings=settings, **known))
 
 
-def remembered(model_id: str) -> tuple[str, Tags] | None:
-    """Style and tags that a model folder was trained with; None if it does not say."""
-    stored = _remembered(model_id)
-    return stored and stored[:2]
+def remembered(model_id: str) -> dict[str, Any] | None:
+    """Task, style, tags and date that a model folder was trained with; None if it does not say."""
+    path = Path(model_id) / PROMPT_FILE
+    if not path.is_file():
+        return None
+    stored = {"task": DEFAULT_TASK, "date": None, **read_json(path)}
+    strings = isinstance(stored["task"], str) and isinstance(stored.get("prompt_style"), str)
+    if not strings or stored.keys() != {"task", "date", "prompt_style", *vars(Tags())}:
+        raise DataError(path, "does not say how the model is asked; pass --prompt_style")
+    return stored
 
 
 def date_of(cfg: PromptConfig) -> str:
     """The date that chat templates write: as configured, or as the model folder remembers, else `DATE`."""
     if cfg.date:
         return cfg.date
-    stored = _remembered(cfg.model_id)
-    return (stored and stored[2]) or DATE
-
-
-def _remembered(model_id: str) -> tuple[str, Tags, str | None] | None:
-    path = Path(model_id) / PROMPT_FILE
-    if not path.is_file():
-        return None
-    stored = read_json(path)
-    style, date = stored.pop("prompt_style", None), stored.pop("date", None)
-    if style not in STYLES or stored.keys() != vars(Tags()).keys():
-        raise DataError(path, "does not say how the model is asked; pass --prompt_style")
-    return style, Tags(**stored), date
+    stored = remembered(cfg.model_id)
+    return (stored and stored["date"]) or DATE
 
 
 def parse_date(text: str) -> datetime:
@@ -678,6 +620,6 @@ def check_lengths(prompts: Sequence[Prompt], context: int, source: str) -> None:
     if length >= context:
         raise DataError(
             source,
-            f"problem {longest.problem.id}: a prompt of {length} tokens does not fit into the model's context "
-            f"of {context}; leave this problem out, or take another model",
+            f"{longest.example.id}: a prompt of {length} tokens does not fit into the model's context "
+            f"of {context}; leave this one out, or take another model",
         )

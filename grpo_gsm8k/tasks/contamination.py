@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from grpo_gsm8k.datatypes import Problem
+from grpo_gsm8k.datatypes import Example
 from grpo_gsm8k.runs.files import read_jsonl
 from grpo_gsm8k.runs.progress import talk
-from grpo_gsm8k.tasks.gsm8k.problems import load_problems
-from grpo_gsm8k.tasks.gsm8k.prompts import working
+from grpo_gsm8k.tasks.base import Task, load_examples
+from grpo_gsm8k.tasks.gsm8k.styles import working
 
 NGRAM = 13
 SHORTEST = 8  # the smallest n of the paper; shorter texts coincide by chance and are not looked for
@@ -42,7 +42,7 @@ class Overlap:
         shared: the words.
     """
 
-    problem: Problem
+    example: Example
     kind: Kind
     whole: bool
     line: int
@@ -52,39 +52,40 @@ class Overlap:
 class Index:
     """The n-grams of test problems, to be looked up in training texts."""
 
-    def __init__(self, problems: Sequence[Problem], n: int = NGRAM, whole_questions: bool = False) -> None:
+    def __init__(self, examples: Sequence[Example], n: int = NGRAM, whole_questions: bool = False) -> None:
         """A text shorter than `n` words is looked for as a whole.
 
         Args:
             whole_questions: look for whole questions only, which is faster.
         """
-        self.problems, self.whole_questions = problems, whole_questions
-        self.texts: list[tuple[Problem, Kind, Words]] = []
+        self.whole_questions = whole_questions
+        self.texts: list[tuple[Example, Kind, Words]] = []
         self.grams: dict[Words, list[tuple[int, int]]] = defaultdict(list)  # n-gram → (text, position in it)
-        for problem in problems:
-            self._add(problem, "question", words(problem.question), n)
-            if not whole_questions:
-                self._add(problem, "solution", words(working(problem)), n)
+        for example in examples:
+            self._add(example, "question", words(example.text), n)
+            solution = example.meta.get("solution")
+            if isinstance(solution, str) and not whole_questions:
+                self._add(example, "solution", words(working(solution)), n)
         self.sizes = sorted({len(gram) for gram in self.grams})
 
-    def _add(self, problem: Problem, kind: Kind, text: Words, n: int) -> None:
+    def _add(self, example: Example, kind: Kind, text: Words, n: int) -> None:
         if len(text) < SHORTEST:
             return
         size = min(n, len(text))
         for start in range(1 if self.whole_questions else len(text) - size + 1):
             self.grams[text[start : start + size]].append((len(self.texts), start))
-        self.texts.append((problem, kind, text))
+        self.texts.append((example, kind, text))
 
     def overlaps(self, text: Words, line: int) -> Iterator[Overlap]:
         """Every overlap of one training text."""
         for at in range(len(text) - min(self.sizes, default=0) + 1):
             for size in self.sizes:
                 for number, start in self.grams.get(text[at : at + size], ()):
-                    problem, kind, full = self.texts[number]
+                    example, kind, full = self.texts[number]
                     whole = start == 0 and text[at : at + len(full)] == full
                     if whole or not self.whole_questions:
                         shared = full if whole else text[at : at + size]
-                        yield Overlap(problem, kind, whole, line, " ".join(shared))
+                        yield Overlap(example, kind, whole, line, " ".join(shared))
 
 
 def words(text: str) -> Words:
@@ -109,7 +110,7 @@ def scan(path: Path, index: Index, most_words: int | None = None) -> tuple[int, 
                 continue
             seen.add(text)
             for overlap in index.overlaps(text, line):
-                key = (overlap.problem.id, overlap.kind)
+                key = (overlap.example.id, overlap.kind)
                 if key not in found or (overlap.whole and not found[key].whole):
                     found[key] = overlap
     return rows, list(found.values())
@@ -124,9 +125,9 @@ def texts_of(value: Any) -> Iterator[str]:
             yield from texts_of(inner)
 
 
-def check(files: Sequence[Path], test: Path, n: int = NGRAM, examples: int = 3) -> dict[str, Any]:
+def check(files: Sequence[Path], test: Path, task: Task, n: int = NGRAM, examples: int = 3) -> dict[str, Any]:
     """What each training file shares with the test split: counts of test problems, and a few of the overlaps."""
-    problems = load_problems(test)
+    problems = load_examples(task, test)
     index, report = Index(problems, n), list[dict[str, Any]]()
     for path in files:
         rows, found = scan(path, index)
@@ -137,7 +138,7 @@ def check(files: Sequence[Path], test: Path, n: int = NGRAM, examples: int = 3) 
             for name, only_whole in (("whole", True), ("overlapping", False))
         }
         shown = [
-            {"line": o.line, "id": o.problem.id, "kind": o.kind, "whole": o.whole, "shared": o.shared}
+            {"line": o.line, "id": o.example.id, "kind": o.kind, "whole": o.whole, "shared": o.shared}
             for o in found[:examples]
         ]
         report.append({"path": str(path), "rows": rows, **counts, "examples": shown})
@@ -145,17 +146,17 @@ def check(files: Sequence[Path], test: Path, n: int = NGRAM, examples: int = 3) 
     return {"clean": clean, "ngram": n, "test_problems": len(problems), "files": report}
 
 
-def warn(files: Iterable[Path], test: Path) -> None:
+def warn(files: Iterable[Path], test: Path, task: Task) -> None:
     """One line on stderr for each JSONL file with whole test questions in it; a look at the start of training."""
     if not test.is_file():
         return
-    problems = load_problems(test)
+    problems = load_examples(task, test)
     index = Index(problems, SHORTEST, whole_questions=True)
     for path in files:
         found = scan(path, index, GLANCE)[1] if path.suffix == ".jsonl" and path.is_file() else []
         if found:
             first = min(found, key=lambda overlap: overlap.line)
             talk(
-                f"warning: {path} holds {len(found)} of the {len(problems)} test problems ({first.problem.id} in line "
+                f"warning: {path} holds {len(found)} of the {len(problems)} test problems ({first.example.id} in line "
                 f"{first.line}): accuracy on them will say little; see `grpo-gsm8k contamination`"
             )

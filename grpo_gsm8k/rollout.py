@@ -1,0 +1,283 @@
+"""The rollouts of a GRPO step: sampled, graded once, in order, and never sampled twice.
+
+on_policy     step k samples with the weights of k - 1 updates; the learner waits.
+one_step_off  step k trains on what was sampled while step k - 1 was trained, with the weights of k - 2 updates.
+              The first step is on-policy. Neither of the two devices waits for more than the slower one.
+
+What was sampled ahead is part of a checkpoint, so a resumed run trains on the same ids as the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from grpo_gsm8k.config import GrpoConfig
+from grpo_gsm8k.datatypes import Grade, Prompt, Rollout, Sampler, SamplingParams, Trajectory
+from grpo_gsm8k.engines.trajectories import sample_trajectories
+from grpo_gsm8k.errors import EngineError
+from grpo_gsm8k.evals.accuracy import record
+from grpo_gsm8k.repro import derive_seed, shuffled
+from grpo_gsm8k.tasks.rewards import Grader
+from grpo_gsm8k.workbench import Bench
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The graded groups of one step.
+
+    Attributes:
+        cursor: how many prompts have been drawn from the stream up to here.
+        seconds: what sampling and grading took.
+    """
+
+    groups: list[list[Rollout]]
+    cursor: int
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SourceState:
+    """Where a `RolloutSource` stands: its place in the stream of prompts, and what was sampled ahead."""
+
+    cursor: int = 0
+    ahead: Collected | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """For a checkpoint; floats keep every bit."""
+        ahead = self.ahead and {"cursor": self.ahead.cursor, "groups": [list(map(_row, g)) for g in self.ahead.groups]}
+        return {"cursor": self.cursor, "ahead": ahead}
+
+    @staticmethod
+    def of_json(stored: Mapping[str, Any], prompts: Sequence[Prompt]) -> SourceState:
+        """What `as_json` wrote. The prompts are those of the run."""
+        ahead, by_id = stored["ahead"], {prompt.example.id: prompt for prompt in prompts}
+        if not ahead:
+            return SourceState(stored["cursor"])
+        groups = [[_rollout(row, by_id) for row in group] for group in ahead["groups"]]
+        return SourceState(stored["cursor"], Collected(groups, ahead["cursor"]))
+
+
+def _row(rollout: Rollout) -> dict[str, Any]:
+    trajectory = {name: value for name, value in vars(rollout.trajectory).items() if name != "prompt"}
+    return {"id": rollout.trajectory.prompt.example.id, "trajectory": trajectory, "grade": asdict(rollout.grade)}
+
+
+def _rollout(row: Mapping[str, Any], by_id: Mapping[str, Prompt]) -> Rollout:
+    fields = dict[str, Any](row["trajectory"])
+    fields |= {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+    return Rollout(Trajectory(prompt=by_id[row["id"]], **fields), Grade(**row["grade"]))
+
+
+class RolloutSource:
+    """The rollouts of each step, sampled when they are needed or one step ahead."""
+
+    def __init__(self, cfg: GrpoConfig, bench: Bench, prompts: Sequence[Prompt], grader: Grader) -> None:
+        self.cfg, self.bench, self.prompts, self.grader = cfg, bench, prompts, grader
+        self.cursor = 0
+        self._ahead: Future[Collected] | None = None
+        self._pool = ThreadPoolExecutor(1)
+
+    def take(self, step: int) -> tuple[list[list[Rollout]], dict[str, float]]:
+        """The groups of `step`, and with one_step_off the start of the next ones; metrics of both.
+
+        Raises:
+            EngineError: the sampler failed, or sampled with weights that are too old.
+        """
+        metrics, began = dict[str, float](), time.perf_counter()
+        if self._ahead is None:
+            metrics |= self.bench.sync(step - 1)
+            self._begin(step)
+        assert self._ahead is not None
+        synced = time.perf_counter()
+        ready = self._ahead.result()
+        waited = time.perf_counter() - synced
+        self._ahead, self.cursor = None, ready.cursor
+        if self.cfg.mode == "one_step_off" and step < self.cfg.steps:
+            metrics |= self.bench.sync(step - 1)
+            self._begin(step + 1)
+        sync = time.perf_counter() - began - waited
+        metrics |= {"time/wait": waited, "time/sync": sync, **ready.seconds, **self._staleness(step, ready.groups)}
+        return ready.groups, metrics
+
+    def state(self) -> SourceState:
+        """What a checkpoint must hold. Waits for what is being sampled ahead."""
+        try:
+            return SourceState(self.cursor, self._ahead.result() if self._ahead else None)
+        except EngineError:  # the checkpoint is being written because of it; the step will be sampled anew
+            return SourceState(self.cursor)
+
+    def restore(self, state: SourceState) -> None:
+        """Go on from a checkpoint."""
+        self.cursor, self._ahead = state.cursor, None
+        if state.ahead:
+            self._ahead = Future()
+            self._ahead.set_result(state.ahead)
+
+    def settle(self) -> None:
+        """Wait until nothing is being sampled: a validation needs the sampler."""
+        if self._ahead:
+            self._ahead.result()
+
+    def close(self) -> None:
+        """Let what is being sampled end."""
+        self._pool.shutdown()
+
+    def _begin(self, step: int) -> None:
+        self._ahead = self._pool.submit(collect, self.cfg, self.bench, self.prompts, self.grader, step, self.cursor)
+
+    def _staleness(self, step: int, groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
+        """Updates between the weights that sampled and those that are trained; one at most."""
+        staleness = [step - 1 - rollout.trajectory.policy_version for group in groups for rollout in group]
+        bound = 1 if self.cfg.mode == "one_step_off" else 0
+        if not 0 <= min(staleness) <= max(staleness) <= bound:
+            raise EngineError(
+                f"step {step}: rollouts are {max(staleness)} updates old, {self.cfg.mode} allows {bound}; "
+                "stopped before training on them, the checkpoints are good"
+            )
+        return {"staleness/mean": sum(staleness) / len(staleness), "staleness/max": float(max(staleness))}
+
+
+def collect(
+    cfg: GrpoConfig, bench: Bench, prompts: Sequence[Prompt], grader: Grader, step: int, cursor: int
+) -> Collected:
+    """Graded groups for one step, in order; groups without variance are replaced up to the configured times."""
+    wanted = cfg.rollouts_per_step // cfg.group_size
+    groups: list[list[Rollout]] = []
+    spare: list[list[Rollout]] = []  # zero variance: used only when nothing better was found in time
+    seconds = {"time/sampling": 0.0, "time/compute_rewards": 0.0}
+    params = sampling_params(cfg, bench)
+    for attempt in range(cfg.resample_zero_variance + 1):
+        missing = wanted - len(groups)
+        asked = [prompt_at(prompts, cursor + i, cfg.seed) for i in range(missing)]
+        cursor += missing
+        began = time.perf_counter()
+        seed = derive_seed(cfg.seed, "grpo", step, attempt)  # a resumed run draws the same
+        how = {"n": cfg.group_size, "seed": seed, "context": bench.context}
+        sampled_P_G = sample_trajectories(bench.sampler, bench.renderer, asked, params, **how)
+        sampled = time.perf_counter()
+        for group, grades in zip(sampled_P_G, grader.grade(sampled_P_G), strict=True):
+            rollouts = [Rollout(trajectory, grade) for trajectory, grade in zip(group, grades, strict=True)]
+            flat = len({grade.reward for grade in grades}) == 1
+            (spare if flat and cfg.resample_zero_variance else groups).append(rollouts)
+        seconds["time/sampling"] += sampled - began
+        seconds["time/compute_rewards"] += time.perf_counter() - sampled
+        if len(groups) == wanted:
+            break
+    return Collected(groups + spare[: wanted - len(groups)], cursor, seconds)
+
+
+def prompt_at(prompts: Sequence[Prompt], k: int, seed: int) -> Prompt:
+    """The k-th prompt of an endless stream: every epoch is a fresh shuffle of all prompts."""
+    epoch, i = divmod(k, len(prompts))
+    return prompts[shuffled(len(prompts), derive_seed(seed, "prompts", epoch))[i]]
+
+
+def sampling_params(cfg: GrpoConfig, bench: Bench) -> SamplingParams:
+    """How the rollouts of every step are sampled."""
+    return SamplingParams(cfg.max_new_tokens, cfg.temperature, cfg.top_p, bench.renderer.stop)
+
+
+# --------------------------------------------------------------------------------------------------- metrics
+
+
+def rollout_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
+    """What the rewards, groups, outcomes and lengths of one step look like."""
+    rollouts = [rollout for group in groups for rollout in group]
+    rewards = [r.grade.reward for r in rollouts]
+    lengths = [sum(r.trajectory.mask) for r in rollouts]
+    cut = [r.trajectory.finish_reason == "length" for r in rollouts]
+    advantages = [r.advantage for r in rollouts]
+    means: dict[str, Sequence[float]] = {
+        "length/terminated_mean": [n for n, c in zip(lengths, cut, strict=True) if not c],
+        **(outcome_metrics(groups) if all(r.grade.correct is not None for r in rollouts) else {}),
+        "groups/zero_std_frac": [len({r.grade.reward for r in g}) == 1 for g in groups],
+        "reward/mean": rewards,
+        "length/mean": lengths,
+        "length/clipped_frac": cut,
+        "advantage/mean": advantages,
+        **{
+            f"reward/{name}": [r.grade.components.get(name, 0.0) for r in rollouts]
+            for name in sorted({name for r in rollouts for name in r.grade.components})
+        },
+    }
+    return {
+        **{name: statistics.fmean(values) for name, values in means.items() if values},
+        "reward/std": statistics.pstdev(rewards),
+        "reward/min": min(rewards),
+        "reward/max": max(rewards),
+        "length/min": min(lengths),
+        "length/max": max(lengths),
+        "advantage/min": min(advantages),
+        "advantage/max": max(advantages),
+        **turn_metrics(rollouts),
+    }
+
+
+def outcome_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, Sequence[float]]:
+    """What a task with right answers says; each trajectory has exactly one of the four outcomes."""
+    rollouts = [rollout for group in groups for rollout in group]
+    right = [bool(r.grade.correct) for r in rollouts]
+    cut = [r.trajectory.finish_reason == "length" for r in rollouts]
+    formless = [r.grade.format_ok is False for r in rollouts]
+    each = list(zip(right, cut, formless, strict=True))
+    return {
+        "length/right_mean": [sum(r.trajectory.mask) for r in rollouts if r.grade.correct],
+        "length/wrong_mean": [sum(r.trajectory.mask) for r in rollouts if not r.grade.correct],
+        "groups/all_right_frac": [all(r.grade.correct for r in g) for g in groups],
+        "groups/all_wrong_frac": [not any(r.grade.correct for r in g) for g in groups],
+        "outcome/right_frac": right,
+        "outcome/truncated_frac": [not r and c for r, c, _ in each],
+        "outcome/format_error_frac": [not r and not c and f for r, c, f in each],
+        "outcome/wrong_frac": [not r and not c and not f for r, c, f in each],
+    }
+
+
+def turn_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Turns of the model, where any trajectory has several."""
+    turns = [r.trajectory.turns for r in rollouts]
+    return {"turns/mean": statistics.fmean(turns), "turns/max": float(max(turns))} if max(turns) > 1 else {}
+
+
+def sample_row(bench: Bench, rollout: Rollout, group: int) -> dict[str, Any]:
+    """One rollout as a row of `samples/`; `group` numbers the prompts of the step."""
+    return {
+        **record(rollout, bench.renderer),
+        "group": group,
+        "reward": rollout.grade.reward,
+        "components": dict(rollout.grade.components),
+        "advantage": rollout.advantage,
+        "policy_version": rollout.trajectory.policy_version,
+        "seed": rollout.trajectory.seed,
+    }
+
+
+class StepTimer:
+    """Times the phases of a step: `time/<phase>` and `time/total`, in seconds, and which side was idle."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.started = self.last = time.perf_counter()
+        self.sampler, self.busy_before = sampler, sampler.busy_s
+        self.laps = dict.fromkeys(("build_data", "training", "eval"), 0.0)
+
+    def restart(self) -> None:
+        """Restart the lap timer without recording."""
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Record the time since the last lap."""
+        now = time.perf_counter()
+        self.laps[name] += now - self.last
+        self.last = now
+
+    def metrics(self, waited: float) -> dict[str, float]:
+        """All laps and the whole; the learner was idle while it `waited` for rollouts, the sampler when not busy."""
+        total = time.perf_counter() - self.started
+        busy = min(self.sampler.busy_s - self.busy_before, total)
+        laps = {f"time/{name}": seconds for name, seconds in self.laps.items()}
+        idle = {"perf/learner_idle_frac": waited / total, "perf/sampler_idle_frac": 1 - busy / total}
+        return laps | idle | {"time/total": total}

@@ -1,0 +1,191 @@
+"""A folder of splits: train.jsonl, val.jsonl, test.jsonl, and the manifest that vouches for them.
+
+`manifest.json` is written last. It holds no time and no path, so the same rows give the same bytes anywhere. Writing
+the same again verifies the files against it and changes nothing; other rows over an existing folder are refused. A run
+that was killed left no manifest, and the next one writes the files anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo_gsm8k.errors import DataError
+from grpo_gsm8k.runs.files import (
+    json_line,
+    parse_line,
+    read_json,
+    read_jsonl,
+    read_lines,
+    sha256_file,
+    write_json,
+    write_jsonl,
+)
+from grpo_gsm8k.tasks.base import SPLITS, Task, load_examples
+
+FORMAT = 1
+MEND = "restore it, or delete the folder and run again"
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says.
+
+    Attributes:
+        path: the file.
+        provenance: what the splits were made of, for GSM8K `source`, `revision`, `seed` and `eval_n`.
+        counts: problems in each split.
+        files: sha256 of each split's file.
+        content: sha256 of each split's ids, questions and answers in order, however the file is formatted.
+    """
+
+    path: Path
+    provenance: dict[str, Any]
+    counts: dict[str, int]
+    files: dict[str, str]
+    content: dict[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        parts = {"counts": self.counts, "files": self.files, "content": self.content}
+        return {"format": FORMAT, **self.provenance, **parts}
+
+
+def write_splits(out_dir: Path, splits: Mapping[str, Sequence[Row]], provenance: Mapping[str, Any]) -> Path:
+    """Write `train.jsonl`, `val.jsonl`, `test.jsonl` and, last, `manifest.json`; or verify them, row by row.
+
+    Args:
+        out_dir: made if missing.
+        splits: the rows of exactly train, val and test, none empty, each with an id, no id twice.
+        provenance: what the rows were made of (plain JSON values); goes into the manifest.
+
+    Returns:
+        The path of the manifest.
+
+    Raises:
+        DataError: the folder holds other data, or a row of it was changed: names the file and the line.
+    """
+    out_dir = Path(out_dir)
+    assert set(splits) == set(SPLITS) and all(splits.values()), "train, val and test are needed, none empty"
+    ids = [row["id"] for rows in splits.values() for row in rows]
+    assert len(set(ids)) == len(ids), "an id occurs twice"
+    rows = {split: list(splits[split]) for split in SPLITS}
+    manifest = Manifest(
+        path=out_dir / "manifest.json",
+        provenance=json.loads(json.dumps(dict(provenance))),
+        counts={split: len(rows[split]) for split in SPLITS},
+        files={f"{split}.jsonl": _sha256(map(json_line, rows[split])) for split in SPLITS},
+        content={split: content_sha256(rows[split]) for split in SPLITS},
+    )
+    if manifest.path.exists():
+        existing = read_manifest(out_dir)
+        refuse_difference(existing, manifest.provenance)
+        for split in SPLITS:
+            _compare(out_dir / f"{split}.jsonl", rows[split])
+        if existing != manifest:
+            raise DataError(manifest.path, f"was changed after it was written; {MEND}")
+        return manifest.path
+    for split in SPLITS:
+        _refuse_foreign(out_dir / f"{split}.jsonl", tuple(rows[split][0]))
+    for split in SPLITS:
+        write_jsonl(out_dir / f"{split}.jsonl", rows[split])
+    write_json(manifest.path, manifest.as_json())
+    return manifest.path
+
+
+def verify(out_dir: Path, task: Task) -> Manifest:
+    """Read every split and recompute every hash of the manifest.
+
+    Raises:
+        DataError: a file is missing, broken, or not what the manifest says.
+    """
+    manifest = read_manifest(Path(out_dir))
+    line_of: dict[str, str] = {}
+    for split in SPLITS:
+        path = Path(out_dir) / f"{split}.jsonl"
+        if not path.exists():
+            raise DataError(path, f"is missing, though the manifest lists it; {MEND}")
+        for line, example in enumerate(load_examples(task, path), 1):
+            first = line_of.setdefault(example.id, f"{path.name}:{line}")
+            if first != f"{path.name}:{line}":
+                raise DataError(path, f"duplicate id {example.id!r}: it is in {first} already", line)
+        rows = [row for _, row in read_jsonl(path)]
+        facts = (len(rows), sha256_file(path), content_sha256(rows))
+        if facts != (manifest.counts[split], manifest.files[path.name], manifest.content[split]):
+            raise DataError(path, f"is not what the manifest says: one of them was changed; {MEND}")
+    return manifest
+
+
+def content_sha256(rows: Iterable[Row]) -> str:
+    """Hash of ids, questions and answers in order: one JSON array `[id, question, answer]` a line, UTF-8."""
+    arrays = ([row["id"], row.get("question", row.get("messages")), row.get("answer")] for row in rows)
+    return _sha256((json.dumps(array, ensure_ascii=False) + "\n").encode() for array in arrays)
+
+
+def read_manifest(out_dir: Path) -> Manifest:
+    path = out_dir / "manifest.json"
+    if not path.exists():
+        raise DataError(path, f"does not exist; make the data with `grpo-gsm8k data --out_dir {out_dir}`")
+    fields = read_json(path)
+    if fields.pop("format", None) != FORMAT:
+        raise DataError(path, f"is no data manifest of format {FORMAT}; choose another folder")
+    try:
+        counts, files, content = (fields.pop(key) for key in ("counts", "files", "content"))
+        sound = set(counts) == set(content) == set(SPLITS) and set(files) == {f"{s}.jsonl" for s in SPLITS}
+    except (KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise DataError(path, f"is damaged; {MEND}")
+    return Manifest(path, provenance=fields, counts=counts, files=files, content=content)
+
+
+def refuse_difference(manifest: Manifest, provenance: Mapping[str, Any]) -> None:
+    there, asked = manifest.provenance, provenance
+    keys = [key for key in dict.fromkeys([*asked, *there]) if there.get(key) != asked.get(key)]
+    if keys:
+        what = ", ".join(f"{key} {there.get(key)!r} and not {asked.get(key)!r}" for key in keys)
+        raise DataError(manifest.path, f"was made with {what}; choose another --out_dir")
+
+
+def _refuse_foreign(path: Path, keys: tuple[str, ...]) -> None:
+    """Without a manifest, only what an earlier, killed run wrote may be replaced."""
+    if not path.exists():
+        return
+    try:
+        _, row = next(iter(read_jsonl(path)))
+    except DataError:
+        row = {}
+    if tuple(row) != keys:
+        raise DataError(path, "was there before and is not of this command; choose another --out_dir")
+
+
+def _compare(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Name the first row of the file that is not the row it should be."""
+    if not path.exists():
+        raise DataError(path, f"is missing, though the manifest lists it; {MEND}")
+    line = 0
+    for line, raw in read_lines(path):
+        if line > len(rows):
+            raise DataError(path, f"has a row too many; {MEND}", line)
+        expected = rows[line - 1]
+        if raw != json_line(expected):
+            try:
+                found = parse_line(raw)
+            except ValueError as fault:
+                raise DataError(path, f"was changed after it was written: {fault}; {MEND}", line) from None
+            keys = [key for key in expected if found.get(key) != expected[key]]
+            what = f"{', '.join(keys)} of {expected['id']}" if keys else f"the form of {expected['id']}"
+            raise DataError(path, f"{what} was changed after it was written; {MEND}", line)
+    if line < len(rows):
+        raise DataError(path, f"the row of {rows[line]['id']} is missing; {MEND}", line + 1)
+
+
+def _sha256(chunks: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
