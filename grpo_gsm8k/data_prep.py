@@ -122,7 +122,7 @@ def prepare(
             raise damage from None
         raise
     rows = {split: [{key: row_of(example)[key] for key in KEYS} for example in splits[split]] for split in splits}
-    write_splits(out_dir, rows, provenance)
+    write_splits(out_dir, rows, provenance, load_task("gsm8k"))
     return _summary(read_manifest(out_dir), verified=False)
 
 

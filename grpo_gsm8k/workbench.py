@@ -6,6 +6,7 @@ The stages' `train` functions receive these; a test hands them toys instead.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -387,7 +388,7 @@ def evaluate_model(
     params = dataclasses.replace(params, stop=renderer.stop)
     ref = WeightsRef(0, weights_sha256(adapter.own_weights(model)))
     with open_sampler(cfg, model, renderer, Path(cfg.out_dir)) as sampler:
-        sampler.load(ref, lambda: adapter.own_weights(model))
+        sampler.load(ref, functools.partial(adapter.own_weights, model))
         preflight.fly(Subject(model, renderer, prompts, sampler=sampler))
         del model
         how: dict[str, Any] = {"samples": samples, "seeds": seeds, "title": title, "context": context}

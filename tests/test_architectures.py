@@ -18,6 +18,7 @@ from grpo_gsm8k.datatypes import Prompt, SamplingParams
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.engines.vllm import max_model_len
 from grpo_gsm8k.errors import ConfigError, ModelError
+from grpo_gsm8k.repro import requests
 from grpo_gsm8k.trainer.architecture import context_length
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner

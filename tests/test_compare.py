@@ -15,6 +15,7 @@ from grpo_gsm8k import config, fast_eval_vllm
 from grpo_gsm8k.cli import main
 from grpo_gsm8k.errors import ConfigError, DataError, UserError
 from grpo_gsm8k.evals.compare import compare_files
+from grpo_gsm8k.tasks import load_task
 from grpo_gsm8k.tasks.render import SHOT_BREAK
 from tests.toys import load_problems, renderer_for, word_problem
 
@@ -129,7 +130,7 @@ def test_shots_are_earlier_turns_of_the_chat(tiny):
     assert said[5] == ASKED.text and said[6] == "" and renderer.stop == ()
     # A shot is rendered as the same problem is for training: its ids are part of the prompt.
     bare = renderer_for(renderer.tokenizer, "qwen_boxed")
-    example = bare.example(SHOTS[0]).token_ids
+    example = bare.target(SHOTS[0]).token_ids
     assert renderer.prompt(ASKED).token_ids[: len(example)] == example
 
 
@@ -159,7 +160,7 @@ def test_shots_come_from_the_named_file_and_never_from_the_evaluated_one(tiny, t
     lines = [*test.read_text().splitlines(), *train.read_text().splitlines()[:2]]
     mixed.write_text("".join(json.dumps({**json.loads(line), "id": f"m{i}"}) + "\n" for i, line in enumerate(lines)))
     evaluated = load_problems(test)
-    drawn = fast_eval_vllm.draw_shots(eval_config(tiny, tmp_path, shots=2, shots_path=str(mixed)), evaluated)
+    drawn = fast_eval_vllm.draw_shots(eval_config(tiny, tmp_path, shots=2, shots_path=str(mixed)), load_task("gsm8k"), evaluated)
     assert {shot.id for shot in drawn} == {"m16", "m17"}  # the two that are not evaluated
     for flags, said in (
         ({"shots_path": str(test)}, "has 0 problems that are not evaluated"),
@@ -167,7 +168,7 @@ def test_shots_come_from_the_named_file_and_never_from_the_evaluated_one(tiny, t
         ({}, "--shots needs --shots_path"),
     ):
         with pytest.raises(ConfigError, match=said):
-            fast_eval_vllm.draw_shots(eval_config(tiny, tmp_path, **{"shots": 2, **flags}), evaluated)
+            fast_eval_vllm.draw_shots(eval_config(tiny, tmp_path, **{"shots": 2, **flags}), load_task("gsm8k"), evaluated)
     result = fast_eval_vllm.run(eval_config(tiny, tmp_path, shots=1, shots_path=str(train)))
     rows = [json.loads(line) for line in Path(result["results_path"]).read_text().splitlines()]
     shown = {row["prompt"].split("<|im_end|>")[0] for row in rows}

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
+from grpo_gsm8k.tasks import load_task
 from grpo_gsm8k.tasks.contamination import Index, check, scan, texts_of, warn, words
 from tests.toys import load_problems, make_data, word_problem
 
 QUESTION = "Ann buys 12 red apples, eats 3 of them, and gives half of what is left to her old friend Ben. How many?"
 ANSWER = "After eating, there are 12-3=<<12-3=9>>9 apples left in the basket on the table by the window.\n#### 4.5"
+
+GSM8K = load_task("gsm8k")
 
 
 def write(path: Path, *rows: dict[str, Any]) -> Path:
@@ -26,7 +29,7 @@ def held_out(tmp_path):
 
 
 def counts(path, test, n=13):
-    found = check([path], test, n)["files"][0]
+    found = check([path], test, GSM8K, n)["files"][0]
     kinds = ("questions_whole", "questions_overlapping", "solutions_whole", "solutions_overlapping")
     return tuple(found[kind] for kind in kinds)
 
@@ -47,7 +50,7 @@ def test_a_whole_question_is_found_in_any_form(row, tmp_path, held_out):
     }
     path = write(tmp_path / "train.jsonl", other, row)
     assert counts(path, held_out) == (1, 1, 0, 0)
-    report = check([path], held_out)
+    report = check([path], held_out, GSM8K)
     assert not report["clean"] and report["files"][0]["examples"][0]["line"] == 2
 
 
@@ -57,7 +60,7 @@ def test_thirteen_words_in_common_are_an_overlap_and_twelve_are_not(tmp_path, he
         text = "x y " + " ".join(asked[2 : 2 + size]) + " z"
         path = write(tmp_path / f"{size}.jsonl", {"question": text, "answer": "#### 1"})
         assert counts(path, held_out) == expected
-        assert check([path], held_out)["clean"]
+        assert check([path], held_out, GSM8K)["clean"]
     assert counts(path, held_out, 12) == (0, 1, 0, 0)
     path = write(tmp_path / "5.jsonl", {"question": "x " + " ".join(asked[2:7]), "answer": "#### 1"})
     assert counts(path, held_out, 5) == (0, 1, 0, 0) and counts(path, held_out, 6) == (0, 0, 0, 0)
@@ -74,7 +77,7 @@ def test_short_texts_are_looked_for_as_a_whole_or_not_at_all(tmp_path):
     index = Index([word_problem("a", nine, "#### 1", "1"), word_problem("b", seven, "#### 1", "1")])
     path = write(tmp_path / "t.jsonl", {"x": nine + " than him"}, {"x": seven}, {"x": nine[:-6]})
     rows, found = scan(path, index)
-    assert rows == 3 and [(o.problem.id, o.whole, o.line) for o in found] == [("a", True, 1)]
+    assert rows == 3 and [(o.example.id, o.whole, o.line) for o in found] == [("a", True, 1)]
 
 
 def test_texts_are_values_not_keys():
@@ -84,12 +87,12 @@ def test_texts_are_values_not_keys():
 def test_training_warns_of_test_questions_and_of_nothing_else(tmp_path, capsys):
     data = make_data(tmp_path / "data")
     test = data / "test.jsonl"
-    warn([data / "train.jsonl", tmp_path / "shards"], test)
-    warn([data / "train.jsonl"], tmp_path / "absent.jsonl")
+    warn([data / "train.jsonl", tmp_path / "shards"], test, GSM8K)
+    warn([data / "train.jsonl"], tmp_path / "absent.jsonl", GSM8K)
     assert capsys.readouterr().err == ""
     long = next(p for p in load_problems(test) if len(words(p.text)) > 12)
     leaked = write(tmp_path / "leaked.jsonl", {"prompt": "hello"}, {"prompt": f"Please: {long.text}"})
-    warn([leaked], test)
+    warn([leaked], test, GSM8K)
     said = capsys.readouterr().err
     assert f"{leaked} holds 1 of the 16 test problems ({long.id} in line 2)" in said and said.count("\n") == 1
 
@@ -105,7 +108,7 @@ def test_the_warning_stands_at_the_start_of_training(tiny, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_real_splits_share_no_question(gsm8k_dir):
-    found = check([gsm8k_dir / "train.jsonl"], gsm8k_dir / "test.jsonl")
+    found = check([gsm8k_dir / "train.jsonl"], gsm8k_dir / "test.jsonl", GSM8K)
     assert found["clean"] and found["test_problems"] == 1319 and found["files"][0]["questions_overlapping"] < 10
 
 

@@ -18,9 +18,12 @@ from typing import Any
 import pytest
 
 from grpo_gsm8k import data_prep
-from grpo_gsm8k.data_prep import prepare, verify, write_splits
+from grpo_gsm8k.data_prep import prepare
 from grpo_gsm8k.errors import ConfigError, DataError, DiskError, UserError
-from tests.toys import load_split, word_problem
+from grpo_gsm8k.tasks import dataset, load_task
+from grpo_gsm8k.tasks.dataset import content_sha256, write_splits
+from grpo_gsm8k.tasks.gsm8k.problems import row_of
+from tests.toys import load_split
 
 OUTPUTS = ["manifest.json", "test.jsonl", "train.jsonl", "val.jsonl"]
 
@@ -139,9 +142,9 @@ def test_manifest(tmp_path: Path, source: Path) -> None:
 
 
 def test_content_hash_by_hand() -> None:
-    problem = word_problem(id="a", question='Say "é"?', answer="#### 1", gold="1")
+    problem = {"id": "a", "question": 'Say "é"?', "answer": "#### 1", "gold": "1"}
     by_hand = '["a", "Say \\"é\\"?", "#### 1"]\n'
-    assert data_prep.content_sha256([problem]) == hashlib.sha256(by_hand.encode()).hexdigest()
+    assert content_sha256([problem]) == hashlib.sha256(by_hand.encode()).hexdigest()
 
 
 def test_the_same_arguments_give_the_same_bytes_anywhere(tmp_path: Path, source: Path) -> None:
@@ -354,9 +357,15 @@ def test_sources_that_are_none(tmp_path: Path, source: Path) -> None:
 # --- other problems than GSM8K ------------------------------------------------------------------------------
 
 
-def toys(n: int) -> dict[str, list[Example]]:
+def verify(folder: Path) -> dataset.Manifest:
+    return dataset.verify(folder, load_task("gsm8k"))
+
+
+def toys(n: int) -> dict[str, list[dict[str, str]]]:
     return {
-        split: [word_problem(f"toy-{split}-{i}", f"{split} {i}?", f"#### {i}", f"{i}") for i in range(n)]
+        split: [
+            {"id": f"toy-{split}-{i}", "question": f"{split} {i}?", "answer": f"#### {i}", "gold": f"{i}"} for i in range(n)
+        ]
         for split in ("train", "val", "test")
     }
 
@@ -364,7 +373,9 @@ def toys(n: int) -> dict[str, list[Example]]:
 def test_write_splits(tmp_path: Path) -> None:
     manifest = write_splits(tmp_path / "toy", toys(3), {"source": "toy", "seed": 5})
     assert manifest == tmp_path / "toy" / "manifest.json"
-    assert load_split(tmp_path / "toy", "val") == toys(3)["val"]
+    assert [row_of(example) for example in load_split(tmp_path / "toy", "val")] == [
+        {**row, "gold_num": int(row["gold"])} for row in toys(3)["val"]
+    ]
     found = verify(tmp_path / "toy")
     assert found.provenance == {"source": "toy", "seed": 5}
     assert found.counts == {"train": 3, "val": 3, "test": 3}

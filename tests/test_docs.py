@@ -25,9 +25,10 @@ import typer
 import yaml
 
 from grpo_gsm8k import bench, cli, config, r1_traces
-from grpo_gsm8k.datatypes import Completion
+from grpo_gsm8k.datatypes import Completion, Prompt, Trajectory
 from grpo_gsm8k.runs import diagnosis
-from grpo_gsm8k.tasks.rewards import make_reward, score
+from grpo_gsm8k.tasks import load_task
+from grpo_gsm8k.tasks.rewards import Grader, make_reward
 from tests.toys import word_problem
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -386,9 +387,10 @@ def test_other_blocks_can_be_read(page, tmp_path, monkeypatch):
             monkeypatch.chdir(tmp_path)
             monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
             monkeypatch.delitem(sys.modules, "mine", raising=False)
-            reward = make_reward("mine:short_and_right", format_ok=bool)
-            found = score(reward, Completion((5, 6), (0.0, 0.0), "It is 72.", "stop"), word_problem("a", "", "", "72"))
-            assert found.total == pytest.approx(1.05)
+            said = Completion((5, 6), (0.0, 0.0), "It is 72.", "stop")
+            group = [Trajectory.of(Prompt(word_problem("a", "", "", "72"), (1,)), said)]
+            ((found,),) = Grader(load_task("gsm8k"), make_reward("mine:short_and_right")).grade([group])
+            assert found.reward == pytest.approx(1.05)
         else:
             assert language in ("bash", ""), language
 

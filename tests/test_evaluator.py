@@ -16,7 +16,6 @@ from grpo_gsm8k.config import EngineConfig
 from grpo_gsm8k.engines.process import Engine
 from grpo_gsm8k.errors import ConfigError, DataError, EngineError
 from grpo_gsm8k.evals.evaluator import AsyncEvaluator
-from grpo_gsm8k.tasks.gsm8k.grading import Tags
 from grpo_gsm8k.trainer.policy import weights_sha256
 from grpo_gsm8k.workbench import open_bench
 from tests.toys import load_split, stage_config
@@ -33,7 +32,7 @@ def evaluator(tmp_path):
 
     def make(fault="", backlog="all", gate="gate", **start):
         cfg = config.build(EngineConfig, {"device": "cpu", "engine_patience_s": 20.0})
-        renderer = SimpleNamespace(name="gsm8k", tags=Tags())
+        renderer = SimpleNamespace(as_json=dict)
         start |= {"fault": fault, "marker": str(tmp_path / "marker"), "gate": str(tmp_path / gate)}
         engine = Engine(cfg, renderer, ["cpu"], module="tests.fake_engine", **start)
         made.append(AsyncEvaluator(engine, tmp_path / "pending", backlog))

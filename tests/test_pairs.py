@@ -8,11 +8,11 @@ import pytest
 
 from grpo_gsm8k import config
 from grpo_gsm8k.errors import DataError
-from grpo_gsm8k.tasks.conversations import Example, check_chat, load_pairs
+from grpo_gsm8k.tasks.conversations import Conversation, check_chat, load_pairs
 from grpo_gsm8k.tasks.gsm8k import pairs
 from grpo_gsm8k.tasks.gsm8k.grading import Tags
 from grpo_gsm8k.tasks.gsm8k.pairs import Dropped, make_pair
-from grpo_gsm8k.tasks.render import STYLES
+from grpo_gsm8k.tasks.gsm8k.styles import STYLES
 from tests.toys import cli
 
 QUESTION = "Ann has 48 clips in April and half as many in May. How many in all?"
@@ -142,7 +142,7 @@ def test_the_command_keeps_counts_and_reports(tmp_path, style):
     found = check_chat(out)
     assert found.ok and found.rows == 1 and found.stats["roles"]["assistant"] == 1
     (example,) = load_pairs(out)
-    assert isinstance(example, Example) and example.raw is (style == "r1_zero")
+    assert isinstance(example, Conversation) and example.raw is (style == "r1_zero")
 
 
 def test_traces_that_cannot_be_used_leave_no_file(tmp_path):

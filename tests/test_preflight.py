@@ -125,10 +125,10 @@ def unresized(tiny, tmp_path_factory):
 
 def test_ids_that_have_no_embedding_are_refused_before_anything_is_computed(unresized, tiny, tmp_path):
     what = "has id 32[01], the model has 320 embeddings"
-    with pytest.raises(DataError, match=f"the prompt of problem .* {what}"):
+    with pytest.raises(DataError, match=f"the prompt of .* {what}"):
         evaluate(unresized, tiny, tmp_path, prompt_style="r1_zero")
     for name in ("sft", "grpo"):
-        with pytest.raises(DataError, match=f"the prompt of problem .* {what}"):
+        with pytest.raises(DataError, match=f"the prompt of .* {what}"):
             stage(name, unresized, tiny, tmp_path / name, prompt_style="r1_zero")
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text('{"prompt": "1+1?", "response": "2"}\n{"prompt": "1+1?", "response": "<think>2"}\n')

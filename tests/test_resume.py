@@ -19,7 +19,7 @@ from grpo_gsm8k.runs.directory import open_run
 from grpo_gsm8k.tasks.rewards import make_reward
 from grpo_gsm8k.trainer import checkpoint, loop
 from grpo_gsm8k.workbench import open_bench
-from tests.toys import REPOSITORY, cli, load_split, stage_config
+from tests.toys import REPOSITORY, cli, graded, load_split, stage_config
 
 REWARD = "tests.toys:even_tokens"  # varies within the groups of a random model, so that every step moves the weights
 STAGES = {"sft": sft.run, "ei": ei.run, "grpo": grpo.run, "one_step_off": grpo.run}
@@ -233,13 +233,13 @@ def interrupted_at(step, cfg):
         sample = bench.sampler.sample
 
         def pressing(prompts, params):
-            if bench.sampler.version == step - 1 and params.n > 1:
+            if bench.sampler.version == step - 1 and len(prompts[0].seeds) > 1:
                 signal.raise_signal(signal.SIGINT)
             return sample(prompts, params)
 
         bench.sampler.sample = pressing
         prompts = bench.prompts(load_split(Path(cfg.data), "train"), cfg.data)
-        grpo.train(cfg, bench, prompts, make_reward(cfg.reward, format_ok=bool))
+        grpo.train(cfg, bench, prompts, graded(bench, make_reward(cfg.reward)))
 
 
 def grpo_flags(tiny, out):

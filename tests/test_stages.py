@@ -15,9 +15,12 @@ from grpo_gsm8k.engines import process
 from grpo_gsm8k.errors import ConfigError, DataError, RunDirError, UserError
 from grpo_gsm8k.evals.accuracy import evaluate
 from grpo_gsm8k.evals.stats import bootstrap_mean, compare, pass_at_k, wilson
+from grpo_gsm8k.tasks import load_task
+from grpo_gsm8k.tasks.base import TaskOptions
+from grpo_gsm8k.tasks.render import Renderer
 from grpo_gsm8k.trainer.policy import load_tokenizer
 from grpo_gsm8k.workbench import open_bench
-from tests.toys import load_problems, renderer_for, stage_config, word_problem
+from tests.toys import load_problems, stage_config, word_problem
 
 
 def rows_of(path):
@@ -81,16 +84,18 @@ def test_examples_that_are_too_long_are_left_out_and_counted(tiny, tmp_path):
 class Scripted:
     """A sampler that says what it was told to say."""
 
-    def __init__(self, tokenizer, texts):
+    def __init__(self, tokenizer, prompts, texts):
         self.tokenizer, self.texts, self.asked = tokenizer, texts, []
+        self.examples = {prompt.token_ids: prompt.example for prompt in prompts}
 
-    def load_weights(self, version, tensors):
+    def load(self, ref, tensors=None):
         """Nothing to load."""
 
-    def sample(self, prompts, params):
-        """The scripted texts of each problem; a text that ends in … was cut."""
+    def sample(self, requests, params):
+        """The scripted texts of each example; a text that ends in … was cut."""
         self.asked.append(params)
-        return [[self.completion(t) for t in self.texts(p.problem)][: params.n] for p in prompts]
+        texts = [self.texts(self.examples[request.token_ids])[: len(request.seeds)] for request in requests]
+        return [[self.completion(text) for text in each] for each in texts]
 
     def completion(self, text):
         """A completion whose ids are the text's."""
@@ -104,14 +109,16 @@ def test_expert_iteration_keeps_what_is_right_finished_and_distinct(tiny, tmp_pa
     cfg = stage_config("ei", **flags, **where)
     with open_bench(cfg, "ei", {}) as bench:
         right = "work\n#### {0}", "more work\n#### {0}", "#### {0}"
+        problems = load_problems(tiny.data / "train.jsonl")
+        prompts = bench.prompts(problems, "train")
         bench.sampler = Scripted(
             bench.renderer.tokenizer,
+            prompts,
             lambda p: [
                 t.format(p.answer) for t in (right[0], right[0], right[1] + "…", "#### 1{0}", right[1], right[2])
             ],
         )
-        problems = load_problems(tiny.data / "train.jsonl")
-        ei.train(cfg, bench, bench.prompts(problems, "train"))
+        ei.train(cfg, bench, prompts)
         kept = rows_of(bench.run.path / "rounds/round_01.jsonl")
         gold = {p.id: p.answer for p in problems}
         texts = {(row["id"], row["text"]) for row in kept}
@@ -132,19 +139,21 @@ def test_expert_iteration_in_which_nothing_is_right_trains_nothing_and_says_so(t
     cfg = stage_config("ei", **flags, model_id=str(tiny.model), data=str(tiny.data), out_dir=str(tmp_path / "run"))
     with open_bench(cfg, "ei", {}) as bench:
         before = {name: w.clone() for name, w in bench.learner.weights()}
-        bench.sampler = Scripted(bench.renderer.tokenizer, lambda p: ["no idea"] * 2)
-        ei.train(cfg, bench, bench.prompts(load_problems(tiny.data / "train.jsonl"), "train"))
+        prompts = bench.prompts(load_problems(tiny.data / "train.jsonl"), "train")
+        bench.sampler = Scripted(bench.renderer.tokenizer, prompts, lambda p: ["no idea"] * 2)
+        ei.train(cfg, bench, prompts)
         assert all((w == before[name]).all() for name, w in bench.learner.weights())
     assert "nothing to learn from" in capsys.readouterr().err
 
 
 def test_evaluation_by_hand(tiny):
-    renderer = renderer_for(load_tokenizer(config.build(config.ModelConfig, {"model_id": str(tiny.model)})))
+    tokenizer = load_tokenizer(config.build(config.ModelConfig, {"model_id": str(tiny.model)}))
+    renderer = Renderer(tokenizer, load_task("gsm8k", TaskOptions("gsm8k", grading="strict")))
     problems = [word_problem(f"p{i}", "q", "#### 7", "7") for i in range(4)]
     said = {"p0": ["#### 7"] * 4, "p1": ["#### 7", "#### 7", "#### 8", "…"], "p2": ["#### 7", "8", "", "9"]}
-    sampler = Scripted(renderer.tokenizer, lambda p: said.get(p.id, ["no"] * 4))
-    prompts = [Prompt(p, (1,)) for p in problems]
-    result = evaluate(sampler, prompts, SamplingParams(4, 8, 1.0), renderer, "abc", "strict")
+    prompts = [Prompt(p, (i,)) for i, p in enumerate(problems)]
+    sampler = Scripted(renderer.tokenizer, prompts, lambda p: said.get(p.id, ["no"] * 4))
+    result = evaluate(sampler, prompts, SamplingParams(8, 1.0), renderer, "abc", samples=4)
     assert result.accuracy == pytest.approx((4 + 2 + 1 + 0) / 16) and result.n == 4
     # pass@2 of 4, 2, 1 and 0 right of four: 1, 1 - 1/6, 1 - 3/6, 0
     assert result.pass_at_k["2"] == pytest.approx((1 + 5 / 6 + 1 / 2) / 4)

@@ -33,7 +33,7 @@ from grpo_gsm8k.errors import EngineError
 from grpo_gsm8k.evals.accuracy import read_results
 from grpo_gsm8k.evals.stats import compare
 from grpo_gsm8k.runs.files import read_jsonl
-from grpo_gsm8k.tasks.rewards import make_reward
+from grpo_gsm8k.tasks.rewards import Grader
 from grpo_gsm8k.trainer import adapter
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner
@@ -309,7 +309,7 @@ def test_the_probe_fires_when_the_prefix_cache_keeps_old_weights(
     broken_sampler, vllm, learner, trained, renderer, prompts
 ):
     """Prompts that fill a block of the cache (128 tokens on a CPU): a shorter one is never cached there."""
-    problems = [prompt.problem for prompt in prompts]
+    problems = [prompt.example for prompt in prompts]
     questions = [" ".join(p.text for p in problems[16 * i : 16 * i + 16]) for i in range(8)]
     long = [renderer.prompt(word_problem(f"long-{i}", question, "", "0")) for i, question in enumerate(questions)]
     assert min(len(prompt.token_ids) for prompt in long) > 256
@@ -404,8 +404,8 @@ def test_a_run_goes_on_after_its_engine_is_killed_while_it_samples(trained, tmp_
             sampler = bench.sampler = Watched(bench.sampler)
             if kills:
                 sampler.call_to_kill_in = 2
-            reward = make_reward("default", format_ok=bench.renderer.style.format_ok)
-            grpo.train(cfg, bench, bench.prompts(load_split(trained.data, "train"), "train"), reward)
+            prompts = bench.prompts(load_split(trained.data, "train"), "train")
+            grpo.train(cfg, bench, prompts, Grader(bench.renderer.task))
             assert bench.sampler.restarts == kills == sampler.killed
             metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             ended.append(([row["reward/mean"] for row in metrics], weights_sha256(bench.learner.weights())))
@@ -423,8 +423,9 @@ class Watched(ProcessSampler):
         self.calls = self.killed = 0
 
     def sample(self, prompts, params):
-        self.calls += params.n > 1  # a probe asks for one each
-        if params.n == 1 or self.calls != self.call_to_kill_in:
+        probes = len(prompts[0].seeds) == 1
+        self.calls += not probes
+        if probes or self.calls != self.call_to_kill_in:
             return super().sample(prompts, params)
         self.sampling = True
         killer = threading.Thread(target=self.kill)

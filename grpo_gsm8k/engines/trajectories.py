@@ -63,8 +63,9 @@ class _Conversation:
 
     def hear(self, turn: Completion) -> None:
         """Append a turn of the model, cut where the trajectory's budget ends."""
-        room = self.budget - sum(self.mask)
-        n = min(len(turn.token_ids), room)
+        n = len(turn.token_ids)
+        if self.turns:  # the sampler was asked for as many as a whole trajectory may have
+            n = min(n, self.budget - sum(self.mask))
         self.turns.append(turn)
         self.ids += turn.token_ids[:n]
         self.mask += (1,) * n
@@ -86,7 +87,7 @@ class _Conversation:
             return False
         added = self.renderer.reply(self.prompt, self.ids, said)
         whole = len(self.prompt.token_ids) + len(self.ids) + len(added)
-        if sum(self.mask) == self.budget or (self.context and whole >= self.context):
+        if sum(self.mask) >= self.budget or (self.context and whole >= self.context):
             self.finish_reason = "length"
             return False
         self.ids += added

@@ -55,13 +55,14 @@ class Manifest:
         return {"format": FORMAT, **self.provenance, **parts}
 
 
-def write_splits(out_dir: Path, splits: Mapping[str, Sequence[Row]], provenance: Mapping[str, Any]) -> Path:
+def write_splits(out_dir: Path, splits: Mapping[str, Sequence[Row]], provenance: Mapping[str, Any], task: Task | None = None) -> Path:
     """Write `train.jsonl`, `val.jsonl`, `test.jsonl` and, last, `manifest.json`; or verify them, row by row.
 
     Args:
         out_dir: made if missing.
         splits: the rows of exactly train, val and test, none empty, each with an id, no id twice.
         provenance: what the rows were made of (plain JSON values); goes into the manifest.
+        task: says what is wrong with a row that was changed.
 
     Returns:
         The path of the manifest.
@@ -85,7 +86,7 @@ def write_splits(out_dir: Path, splits: Mapping[str, Sequence[Row]], provenance:
         existing = read_manifest(out_dir)
         refuse_difference(existing, manifest.provenance)
         for split in SPLITS:
-            _compare(out_dir / f"{split}.jsonl", rows[split])
+            _compare(out_dir / f"{split}.jsonl", rows[split], task)
         if existing != manifest:
             raise DataError(manifest.path, f"was changed after it was written; {MEND}")
         return manifest.path
@@ -163,7 +164,7 @@ def _refuse_foreign(path: Path, keys: tuple[str, ...]) -> None:
         raise DataError(path, "was there before and is not of this command; choose another --out_dir")
 
 
-def _compare(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def _compare(path: Path, rows: Sequence[Row], task: Task | None) -> None:
     """Name the first row of the file that is not the row it should be."""
     if not path.exists():
         raise DataError(path, f"is missing, though the manifest lists it; {MEND}")
@@ -175,6 +176,8 @@ def _compare(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         if raw != json_line(expected):
             try:
                 found = parse_line(raw)
+                if task:
+                    task.example(found)
             except ValueError as fault:
                 raise DataError(path, f"was changed after it was written: {fault}; {MEND}", line) from None
             keys = [key for key in expected if found.get(key) != expected[key]]

@@ -258,7 +258,7 @@ class Renderer:
     @property
     def stop(self) -> tuple[str, ...]:
         """Every string that ends a completion: the task's, and the break after which another example would begin."""
-        return (*self.task.stop, SHOT_BREAK) if self.shots and self.task.plain else self.task.stop
+        return (*self.task.stop, SHOT_BREAK) if self.shots and (self.task.plain or not self._template_text) else self.task.stop
 
     @property
     def stop_ids(self) -> frozenset[int]:
