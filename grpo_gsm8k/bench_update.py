@@ -124,7 +124,7 @@ def compare_gradients(kind: str, args: argparse.Namespace) -> dict[str, float]:
     from safetensors.torch import load_file, save_file
 
     rows = make_rows(args)[:4]
-    rows[1] = Datum(rows[1].token_ids, (0,) * len(rows[1].mask), rows[1].logprobs)
+    rows[1] = Datum(rows[1].token_ids, (0,) * len(rows[1].mask), rows[1].logprobs, rows[1].advantages)
     model = bench.make_model(args)
     update = _trl(model, args, kind) if kind in PEERS else _ours(model, args, kind)
     update(rows, TEMPERATURE, "keep")

@@ -364,7 +364,8 @@ def verify(folder: Path) -> dataset.Manifest:
 def toys(n: int) -> dict[str, list[dict[str, str]]]:
     return {
         split: [
-            {"id": f"toy-{split}-{i}", "question": f"{split} {i}?", "answer": f"#### {i}", "gold": f"{i}"} for i in range(n)
+            {"id": f"toy-{split}-{i}", "question": f"{split} {i}?", "answer": f"#### {i}", "gold": f"{i}"}
+            for i in range(n)
         ]
         for split in ("train", "val", "test")
     }

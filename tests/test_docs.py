@@ -387,6 +387,10 @@ def test_other_blocks_can_be_read(page, tmp_path, monkeypatch):
             monkeypatch.chdir(tmp_path)
             monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
             monkeypatch.delitem(sys.modules, "mine", raising=False)
+            if "Task" in text:
+                graded = load_task("mine:Shout").grade(word_problem("a", "hi", "", "HI"), "HI ")
+                assert graded.correct and graded.reward == 1.0
+                continue
             said = Completion((5, 6), (0.0, 0.0), "It is 72.", "stop")
             group = [Trajectory.of(Prompt(word_problem("a", "", "", "72"), (1,)), said)]
             ((found,),) = Grader(load_task("gsm8k"), make_reward("mine:short_and_right")).grade([group])

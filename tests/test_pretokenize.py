@@ -11,8 +11,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from grpo_gsm8k import config, fast_eval_vllm, pretokenize, sft
-from grpo_gsm8k.data_prep import write_splits
 from grpo_gsm8k.errors import ConfigError, DataError
+from grpo_gsm8k.runs.files import write_jsonl
+from grpo_gsm8k.tasks import load_task
 from tests.toys import REPOSITORY, cli, load_problems, make_model, stage_config
 
 
@@ -174,6 +175,9 @@ def test_the_first_readmes_command(tiny, prepared, tmp_path):
 
 
 def test_where_a_problem_was_read_is_no_part_of_the_data(prepared, tmp_path):
-    a, b, c = ([problem] for problem in load_problems(prepared[0])[:3])
-    write_splits(tmp_path, {"train": a, "val": b, "test": c}, {"source": "set"})
-    assert rows_of(tmp_path / "val.jsonl")[0].keys() == {"id", "question", "answer", "gold"}
+    task = load_task("gsm8k")
+    rows = [task.row(problem) for problem in load_problems(prepared[0])[:3]]
+    assert rows[0].keys() == {"id", "question", "answer", "gold", "gold_num"}
+    for name in ("bare", "again"):
+        write_jsonl(tmp_path / name, rows)
+    assert load_problems(tmp_path / "bare") == load_problems(tmp_path / "again") == load_problems(prepared[0])[:3]

@@ -49,7 +49,7 @@ def story(run: Path):
 @pytest.fixture
 def every_answer_right(monkeypatch):
     """A random model solves nothing; for expert iteration to have something to learn from, say it does."""
-    monkeypatch.setattr(ei, "keep_right", lambda cfg, bench, prompt, completions: list(completions[:2]))
+    monkeypatch.setattr(ei, "keep_right", lambda cfg, group: list(group[:2]))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -285,5 +285,5 @@ def size_of(run: Path) -> int:
 def test_step_zero_is_a_checkpoint_when_there_is_nothing_to_do(tiny, tmp_path):
     cfg = config_of("grpo", tiny, tmp_path / "run")
     with open_bench(cfg, "grpo", {}) as bench:
-        assert list(loop.steps(bench.run, bench.learner, 0, {})) == []
+        assert list(loop.steps(bench.run, bench.learner, 0, loop.Progress())) == []
         assert checkpoint.steps_present(bench.run.checkpoints) == [0]
