@@ -482,6 +482,7 @@ def resolve(
     section: str,
     *,
     preset: str | None = None,
+    task: str = "",
     config_file: Path | None = None,
     flags: Mapping[str, Any] | None = None,
     sets: typing.Sequence[str] = (),
@@ -490,6 +491,7 @@ def resolve(
 
     Args:
         section: a key of `SECTIONS`.
+        task: whose preset it is; by default that of the flags.
         flags: only those that were given.
         sets: `key=value` strings; `section.key=value` is for that section alone.
 
@@ -501,7 +503,7 @@ def resolve(
     typed = dict(flags or {})
     if preset:
         _known(preset, preset_names(), "unknown preset")
-        values |= _over_algorithm(_layer(read_toml(preset_path(preset, str(typed.get("task", "")))), section))
+        values |= _over_algorithm(_layer(read_toml(preset_path(preset, task or str(typed.get("task", "")))), section))
     if config_file:
         values |= _over_algorithm(_layer(read_toml(config_file), section))
     for item in sets:

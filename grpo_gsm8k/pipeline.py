@@ -190,7 +190,8 @@ def _resolver(
                 {"engine": cfg.engine} if cfg.engine else {}
             )
             own |= {"task": cfg.task} if cfg.task else {}
-        return config.resolve(section, preset=cfg.preset, config_file=config_file, flags={**own, **flags}, sets=scoped)
+        layers: dict[str, Any] = {"preset": cfg.preset, "task": cfg.task, "config_file": config_file}
+        return config.resolve(section, **layers, flags={**own, **flags}, sets=scoped)
 
     return resolve
 

@@ -164,6 +164,15 @@ def test_chat_has_presets_of_its_own(preset: str, batch: int, epochs: int, steps
     assert grpo.algorithm in ("importance_sampling", "ppo")
     assert config.resolve("sft", preset=preset, flags={"task": "gsm8k"}) != sft
     assert config.resolve("grpo", preset=preset, flags={"task": "../presets/chat"}).algorithm == ""
+    assert (config.resolve("toy", preset=preset, task="chat").train < 18000) == (preset == "tiny")
+
+
+def test_a_common_key_is_for_every_stage_that_knows_it() -> None:
+    sets = ["common.length_words=12", "common.epochs=2"]
+    assert [config.resolve(stage, sets=sets).length_words for stage in ("sft", "grpo", "eval")] == [12, 12, 12]
+    assert config.resolve("sft", sets=sets).epochs == 2
+    with pytest.raises(ConfigError, match="did you mean 'length_words'"):
+        config.resolve("sft", sets=["common.lenght_words=12"])
 
 
 def test_importance_sampling_is_the_surrogate_without_its_clip() -> None:
