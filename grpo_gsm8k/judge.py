@@ -86,6 +86,10 @@ class JudgeSettings:
             sound = False
         if not sound:
             raise ConfigError("--judge_base_url must read https://host/path, without a user or password in it")
+        if self.concurrency < 1 or self.budget < 0 or not 0 < self.timeout_s < float("inf"):
+            raise ConfigError(
+                "--judge_concurrency must be at least 1, --judge_budget at least 0, and --judge_timeout_s above 0"
+            )
         if not self.model:
             raise ConfigError("--preference judge needs --judge_model, the judge's name at --judge_base_url")
         try:

@@ -3,9 +3,9 @@
     grpo-gsm8k demo                                           the tiny preset, nothing needed but this package
     grpo-gsm8k pipeline --preset full --data artifacts/data   Qwen2.5-Math-1.5B on the real GSM8K
 
-Nothing here is special to the demo. Where no data is named, word problems are made up and written as the same
-three JSONL files, and one file is split into three; where no model is named (and the preset names none), a tiny one is made as the same kind of
-folder. From there on it is a model folder and three files like any other.
+Nothing here is special to the demo. Where no data is named, the task makes some and writes it as the same three JSONL
+files, and one file is split into three; where no model is named (and the preset names none), a tiny one is made as the
+same kind of folder. From there on it is a model folder and three files like any other.
 """
 
 from __future__ import annotations

@@ -178,6 +178,13 @@ def test_a_function_that_returns_nonsense_is_blamed_in_one_line(id_: str, compla
         ({"preference": "judge", "judge_base_url": "http://k:s@x/v1", "judge_model": "m"}, "without a user"),
         ({"preference": "judge", "judge_base_url": "http://x/v1", "judge_model": ""}, "needs --judge_model"),
         (
+            {"preference": "judge", "judge_base_url": "http://x", "judge_model": "m", "judge_concurrency": 0},
+            "at least 1",
+        ),
+        ({"preference": "judge", "judge_base_url": "http://x", "judge_model": "m", "judge_timeout_s": 0.0}, "above 0"),
+        ({"preference": "judge", "judge_base_url": "http://x", "judge_model": "m", "judge_budget": -1}, "at least 0"),
+        ({"length_words": -1}, "--length_words -1: must be at least 0"),
+        (
             {"preference": "judge", "judge_base_url": "http://x", "judge_model": "m", "judge_api_key_env": "NOT_SET"},
             "NOT_SET holds no API key.*--judge_api_key_env",
         ),

@@ -61,6 +61,8 @@ class Chat(Task):
         settings = self.options.settings
         self.preference = str(settings.get("preference", "length"))
         self.words = int(settings.get("length_words", 0))
+        if self.words < 0:
+            raise ConfigError(f"--length_words {self.words}: must be at least 0")
         self._judge: Judge | None = None
         self._judge_settings: JudgeSettings | None = None
         self._function: Callable[..., Any] | None = None
