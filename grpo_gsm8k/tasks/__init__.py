@@ -22,6 +22,7 @@ TASKS = {
     "gsm8k_calculator": "grpo_gsm8k.tasks.calculator:Gsm8kCalculator",
     "math": "grpo_gsm8k.tasks.math.task:Math",
     "sort_words": "grpo_gsm8k.tasks.sort_words:SortWords",
+    "chat": "grpo_gsm8k.tasks.chat:Chat",
 }
 """Name → class. To add a task, add its file to this folder and its line here."""
 

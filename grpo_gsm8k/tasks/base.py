@@ -83,6 +83,7 @@ class TaskOptions:
         tags: around thoughts and answers.
         grading: "strict" demands a marked answer.
         format_weight, answer_weight: of the two components of the usual reward.
+        settings: of single tasks, by the names that they have in the config (chat: preference, judge_model, …).
     """
 
     prompt_style: str = "auto"
@@ -90,6 +91,7 @@ class TaskOptions:
     grading: Literal["strict", "flexible"] = "flexible"
     format_weight: float = 0.2
     answer_weight: float = 0.8
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Env(Protocol):
@@ -196,6 +198,11 @@ class Task:
             return {"id": example.id, "question": example.messages, "answer": example.answer, **example.meta}
         messages = [{"role": role, "content": content} for role, content in example.messages]
         return {"id": example.id, "messages": messages, "answer": example.answer, **example.meta}
+
+    has_right_answers: bool = True
+    """Whether a grade says what is correct. Without, the mean reward is the figure, and expert iteration has no use."""
+    folder: Path | None = None
+    """Where the task may keep files during a run; set when the run directory is open."""
 
     def vote(self, answer: str | None) -> Hashable:
         """What an answer counts as in a majority vote, however it is written."""

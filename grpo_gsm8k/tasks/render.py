@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from grpo_gsm8k.config import PromptConfig
+from grpo_gsm8k.config import TASK_SETTINGS, PromptConfig
 from grpo_gsm8k.datatypes import Datum, Example, Message, Prompt, Rendered, Source
 from grpo_gsm8k.errors import ConfigError, DataError, ModelError
 from grpo_gsm8k.runs.files import read_json, write_json
@@ -75,14 +75,17 @@ class Renderer:
         return cls(tokenizer, task_of(cfg), shots, date_of(cfg))
 
     def as_json(self) -> dict[str, Any]:
-        """Task, options and date for a process of our own, which has the same tokenizer."""
-        return {"task": self.task.spec, "options": asdict(self.task.options), "date": self.date}
+        """Task, options, folder and date for a process of our own, which has the same tokenizer."""
+        folder = str(self.task.folder) if self.task.folder else None
+        return {"task": self.task.spec, "options": asdict(self.task.options), "folder": folder, "date": self.date}
 
     @classmethod
     def of_json(cls, tokenizer: Any, stored: Mapping[str, Any]) -> Renderer:
         """The renderer that `as_json` was asked of, without its shots."""
         options = TaskOptions(**{**stored["options"], "tags": Tags(**stored["options"]["tags"])})
-        return cls(tokenizer, load_task(stored["task"], options), date=stored["date"])
+        task = load_task(stored["task"], options)
+        task.folder = Path(stored["folder"]) if stored["folder"] else None
+        return cls(tokenizer, task, date=stored["date"])
 
     @property
     def reads_date(self) -> bool:
@@ -601,7 +604,8 @@ def task_of(cfg: PromptConfig) -> Task:
     if style == "auto" and stored and stored["task"] == spec:
         style, tags = stored["prompt_style"], Tags(**{key: stored[key] for key in vars(Tags())})
     known = {name: getattr(cfg, name) for name in ("grading", "format_weight", "answer_weight") if hasattr(cfg, name)}
-    return load_task(spec, TaskOptions(style, tags, **known))
+    settings = {name: getattr(cfg, name) for name in TASK_SETTINGS if hasattr(cfg, name)}
+    return load_task(spec, TaskOptions(style, tags, settings=settings, **known))
 
 
 def remembered(model_id: str) -> dict[str, Any] | None:
