@@ -172,7 +172,7 @@ def test_a_function_that_returns_nonsense_is_blamed_in_one_line(id_: str, compla
     [
         ({"preference": "lenght"}, "must be length, judge"),
         ({"preference": "tests.no_such:fn"}, "no module"),
-        ({"preference": "tests.test_chat_task:CHAT"}, "is no function"),
+        ({"preference": "tests.test_chat_task:CHAT"}, "cannot be called"),
         ({"preference": "judge", "judge_base_url": "", "judge_model": "m"}, "--judge_base_url must read"),
         ({"preference": "judge", "judge_base_url": "http://[", "judge_model": "m"}, "--judge_base_url must read"),
         ({"preference": "judge", "judge_base_url": "http://k:s@x/v1", "judge_model": "m"}, "without a user"),
