@@ -297,7 +297,7 @@ def test_few_calls_lie_between_a_run_and_its_loss(bench_of, monkeypatch):
     hops: list[list[str]] = []
     cfg, bench, prompts = bench_of(steps=1, head="plain")
     monkeypatch.setattr(grpo, "make_loss", lambda spec, settings: Traced())
-    grpo.train(cfg, bench, prompts, even_tokens)
+    grpo.train(cfg, bench, prompts, graded(bench, even_tokens))
     path = ["train", "update", "update", "forward_backward", "_passes", "_pass", "update_loss", "per_token_loss"]
     assert [name for name in hops[0] if not name.startswith("<")] == path  # run calls train, the last one the loss
     assert 1 + len(hops[0]) + 1 <= 11, hops[0]  # 11 functions, 10 calls
