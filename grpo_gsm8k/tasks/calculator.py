@@ -29,7 +29,7 @@ from .rationals import Fault
 from .rationals import evaluate as _value
 
 OPEN, CLOSE = "<<", ">>"
-HOW = "Calculate with <<48/2>>: the value follows."
+HOW = "You have a calculator: write <<48/2>> and the value of 48/2 follows at once."
 MAX_CALLS = 12  # in one trajectory; no solution of GSM8K has more than 9 calculations
 
 
