@@ -1,7 +1,8 @@
 """Every setting of every stage: declared once here, with its help and its default.
 
 From a field come the command-line flag, its help text and the TOML key. The layers, weakest first:
-the default here, the preset (`presets/<name>.toml`), `--config FILE`, the flags, `--set key=value`.
+the default here, the preset (`presets/<name>.toml`, or the task's own in `presets/<task>/`), `--config FILE`, the
+flags, `--set key=value`.
 A layer that names an `algorithm` lays that paper's settings down first and its own over them; the flags and
 `--set` count as one layer in this, so whatever is typed is stronger.
 An unknown key is an error that names the nearest known one.
@@ -95,7 +96,29 @@ class PromptConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig(PromptConfig):
+class PreferenceConfig(PromptConfig):
+    """What the chat task prefers; see tasks/chat.py."""
+
+    preference: str = opt(
+        "length", "chat: reward by length, by a judge who compares answers (judge), or by package.module:function"
+    )
+    length_words: int = opt(0, "chat: length that is wished for, in words; 0: that of the reference answer", ge=0)
+    judge_base_url: str = opt(
+        "", "chat: OpenAI-compatible endpoint of the judge, as in http://localhost:8000/v1", runtime=True
+    )
+    judge_model: str = opt("", "chat: the judge's name there")
+    judge_api_key_env: str = opt(
+        "", "chat: environment variable that holds the judge's key; empty: none is sent", runtime=True
+    )
+    judge_concurrency: int = opt(8, "chat: most calls of the judge at once", runtime=True, ge=1)
+    judge_budget: int = opt(
+        0, "chat: most calls of the judge in this run directory; 0 for no limit", runtime=True, ge=0
+    )
+    judge_timeout_s: float = opt(120.0, "chat: seconds that one call of the judge may take", runtime=True, gt=0)
+
+
+@dataclass(frozen=True)
+class ModelConfig(PreferenceConfig):
     """Where the model is, and how its answers are taken."""
 
     device: str = opt("auto", "cpu, cuda, cuda:0, or auto")
@@ -240,7 +263,9 @@ class SftConfig(TrainConfig):
     """Supervised fine-tuning on worked solutions."""
 
     data_path: str = opt(
-        "", "JSONL of {prompt, response} or {messages}, or a folder of shards; empty for the solutions in --data"
+        "",
+        "JSONL of {prompt, response} or {messages}, a folder of shards, or a data set of the hub as "
+        "hf:OWNER/NAME[:split][@REVISION]; empty for the solutions in --data",
     )
     train_on: Literal["last", "all"] = opt("last", "which assistant messages of a chat are trained")
     max_length: int = opt(2048, "longer examples are left out, and counted", ge=1)
@@ -308,6 +333,16 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     # Williams 1992, doi 10.1007/BF00992696
     "reinforce": {**_PLAIN, **_REINFORCE, "baseline": "none"},
     "reinforce_baseline": {**_PLAIN, **_REINFORCE},
+    # the ratio times the advantage, unclipped, summed over tokens: the loss `importance_sampling` of the Tinker API
+    "importance_sampling": {
+        **_PLAIN,
+        "std_norm": False,
+        "aggregation": "constant",
+        "clip_eps": 1.0,
+        "clip_eps_high": 1e9,
+    },
+    # arXiv 1707.06347 eq. 7 over all tokens, with group-relative advantages instead of a critic's
+    "ppo": {**_PLAIN, "aggregation": "token"},
     # arXiv 1912.09729 eq. 5, with group-relative advantages instead of a critic's
     "ppo_dual_clip": {**_PLAIN, "aggregation": "token", "dual_clip": 3.0},
     # arXiv 2511.20347
@@ -476,6 +511,7 @@ class ToyConfig:
     train: int = opt(18000, "training examples", ge=1, le=10_000_000)
     val: int = opt(200, "validation examples", ge=1, le=10_000_000)
     test: int = opt(600, "held-out test examples", ge=1, le=10_000_000)
+    tiny: bool = opt(False, "small examples, from a teacher of mixed quality: what the tiny model learns from")
 
 
 @dataclass(frozen=True)
@@ -495,6 +531,9 @@ class PipelineConfig:
     resume: bool = opt(False, "continue where an earlier call stopped")
 
 
+TASK_SETTINGS = tuple(field.name for field in dataclasses.fields(PreferenceConfig) if "chat:" in field.metadata["help"])
+"""Fields that reach a task as `TaskOptions.settings`."""
+
 SECTIONS: dict[str, type] = {
     "sft": SftConfig,
     "ei": EiConfig,
@@ -513,6 +552,12 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
+def preset_path(preset: str, task: str = "") -> Path:
+    """The file of a preset: the task's own where it has one (`presets/<task>/<name>.toml`)."""
+    own = PRESETS / task / f"{preset}.toml"
+    return own if task.isidentifier() and own.is_file() else PRESETS / f"{preset}.toml"
+
+
 def read_toml(path: Path) -> dict[str, dict[str, Any]]:
     """The tables of a recipe file, every key checked. Raises `ConfigError` naming the file and the key."""
     try:
@@ -525,24 +570,35 @@ def read_toml(path: Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"{path}: cannot be read: {fault.strerror}") from None
     except (ValueError, RecursionError) as fault:  # broken TOML, broken UTF-8, a number of 5000 digits, NUL in the path
         raise ConfigError(f"{path}: not a TOML file: {fault}") from None
+    of_tasks = tables.get("task", {})
+    if not isinstance(of_tasks, dict) or not all(isinstance(own, dict) for own in of_tasks.values()):
+        raise ConfigError(f"{path}: what is for one task must stand in a table such as [task.countdown.grpo]")
+    _check_tables({name: table for name, table in tables.items() if name != "task"}, path, "")
+    for task, own in of_tasks.items():
+        _check_tables(own, path, f"task.{task}.")
+    return tables
+
+
+def _check_tables(tables: Mapping[str, Any], path: Path, before: str) -> None:
+    """Raise `ConfigError` for a table or a key that is not known."""
     everywhere = {name for cls in SECTIONS.values() for name in _fields(cls)}
     for table, values in tables.items():
-        _known(table, [*SECTIONS, "common"], f"{path}: unknown table")
+        _known(table, [*SECTIONS, "common"], f"{path}: unknown table" + (f" in [{before[:-1]}]" if before else ""))
         if not isinstance(values, dict):
-            raise ConfigError(f"{path}: {table!r} must stand in a table such as [grpo] or [common]")
+            raise ConfigError(f"{path}: {table!r} must stand in a table such as [{before}grpo] or [{before}common]")
         known = everywhere if table == "common" else _fields(SECTIONS[table])
         for key, value in values.items():
-            _known(key, known, f"{path}: [{table}] unknown key")
+            _known(key, known, f"{path}: [{before}{table}] unknown key")
             for cls in SECTIONS.values() if table == "common" else [SECTIONS[table]]:
                 if key in _fields(cls):
-                    _coerce(cls, key, value, f"{path}: [{table}] {key} =")
-    return tables
+                    _coerce(cls, key, value, f"{path}: [{before}{table}] {key} =")
 
 
 def resolve(
     section: str,
     *,
     preset: str | None = None,
+    task: str = "",
     config_file: Path | None = None,
     flags: Mapping[str, Any] | None = None,
     sets: typing.Sequence[str] = (),
@@ -551,6 +607,8 @@ def resolve(
 
     Args:
         section: a key of `SECTIONS`.
+        task: whose presets and whose tables `[task.NAME.section]` count; by default the task that the flags or the
+            files name.
         flags: only those that were given.
         sets: `key=value` strings; `section.key=value` is for that section alone.
 
@@ -561,24 +619,27 @@ def resolve(
     values: dict[str, Any] = {}
     if preset:
         _known(preset, preset_names(), "unknown preset")
-    for path in [PRESETS / f"{preset}.toml"] if preset else []:
-        values |= _over_algorithm(_layer(read_toml(path), section))
-    if config_file:
-        values |= _over_algorithm(_layer(read_toml(config_file), section))
     typed = dict(flags or {})
+    task = task or str(typed.get("task", ""))
+    files = [read_toml(path) for path in ([preset_path(preset, task)] if preset else []) + [config_file] if path]
+    task = task or next((t for file in files[::-1] if (t := _layer(file, section).get("task"))), "")
+    for file in files:
+        values |= _over_algorithm(_layer(file, section))
+        values |= _over_algorithm(_layer(file.get("task", {}).get(task, {}), section))
     for item in sets:
         key, equals, text = item.partition("=")
         table, dot, name = key.strip().rpartition(".")
         if not equals:
             raise ConfigError(f"--set {item}: must read key=value")
         if dot:
-            _known(table, SECTIONS, f"--set {item}: unknown section")
-            _known(name, _fields(SECTIONS[table]), f"--set {item}: unknown key")
+            _known(table, [*SECTIONS, "common"], f"--set {item}: unknown section")
+            known = [key for stage in SECTIONS.values() for key in _fields(stage)]
+            _known(name, known if table == "common" else _fields(SECTIONS[table]), f"--set {item}: unknown key")
         else:
             _known(name, _fields(cls), f"--set {item}: unknown key")
-        value = _coerce(SECTIONS[table] if dot else cls, name, text.strip(), f"--set {key.strip()} =")
-        if not dot or table == section:
-            typed[name] = value
+        if not dot or table == section or (table == "common" and name in _fields(cls)):
+            owner = SECTIONS.get(table, cls)
+            typed[name] = _coerce(owner, name, text.strip(), f"--set {key.strip()} =")
     return build(cls, values | _over_algorithm(typed))
 
 

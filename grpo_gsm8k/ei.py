@@ -106,7 +106,10 @@ def yield_metrics(kept: Sequence[Rollout], problems: int, sampled: int, done: in
 
 def run(cfg: EiConfig) -> dict[str, Any]:
     """The stage as a command: load, train, return the result."""
-    examples, source = load_split(task_of(cfg), cfg.data, "train"), Path(cfg.data) / "train.jsonl"
+    task = task_of(cfg)
+    if not task.has_right_answers:
+        raise ConfigError(f"task {task.spec!r} knows no right answers, which expert iteration keeps: use grpo instead")
+    examples, source = load_split(task, cfg.data, "train"), Path(cfg.data) / "train.jsonl"
     with open_bench(cfg, "ei", {"train": source}) as bench:
         train(cfg, bench, bench.prompts(examples, source))
         return bench.finish()

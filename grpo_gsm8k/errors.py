@@ -13,7 +13,8 @@ for it. Whatever is not in this tree is a bug and keeps its traceback.
     │   ├── DiskError                    the disk is full or cannot be written
     │   └── NonFiniteError               a loss or gradient that is not a number; the batch was kept
     ├── EngineError             exit 1   a sampling or evaluating process that fails again and again, or that
-    │                                    does not hold the weights it was given; checkpoints are good
+    │   │                                does not hold the weights it was given; checkpoints are good
+    │   └── JudgeError                   a judge that cannot be reached, answers nonsense, or has no budget left
     ├── LaunchError             exit 1   a rented machine that could not be had, was lost, or whose job failed
     └── Interrupted             exit 130 Ctrl-C (143 on SIGTERM); a checkpoint was written first
 """
@@ -75,6 +76,10 @@ class NonFiniteError(UserError):
 
 class EngineError(GrpoError):
     """An engine process fails again and again, or does not sample from the weights that it was given."""
+
+
+class JudgeError(EngineError):
+    """A judge of answers cannot be reached, answers what is no verdict, or has used up its budget."""
 
 
 class LaunchError(GrpoError):

@@ -49,6 +49,7 @@ def run(cfg: EvalConfig, results_path: Path | None = None, title: str = "eval") 
             "several --samples or --seeds need --temperature above 0: greedy completions are all the same"
         )
     task = task_of(cfg)
+    task.folder = results_path.parent if results_path else Path(cfg.out_dir)
     examples = load_examples(task, cfg.eval_path)
     shots = draw_shots(cfg, task, examples)
     if results_path is None:

@@ -3,9 +3,9 @@
     grpo-gsm8k demo                                           the tiny preset, nothing needed but this package
     grpo-gsm8k pipeline --preset full --data artifacts/data   Qwen2.5-Math-1.5B on the real GSM8K
 
-Nothing here is special to the demo. Where no data is named, word problems are made up and written as the same
-three JSONL files; where no model is named (and the preset names none), a tiny one is made as the same kind of
-folder. From there on it is a model folder and three files like any other.
+Nothing here is special to the demo. Where no data is named, the task makes some and writes it as the same three JSONL
+files, and one file is split into three; where no model is named (and the preset names none), a tiny one is made as the
+same kind of folder. From there on it is a model folder and three files like any other.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from typing import Any
 from grpo_gsm8k import config, ei, fast_eval_vllm, grpo, report, sft
 from grpo_gsm8k.config import STAGES, EvalConfig, PipelineConfig, TinyModelConfig, ToyConfig
 from grpo_gsm8k.datatypes import Example
-from grpo_gsm8k.errors import ConfigError, RunDirError
+from grpo_gsm8k.errors import ConfigError, DataError, RunDirError
 from grpo_gsm8k.evals.accuracy import read_results
 from grpo_gsm8k.evals.stats import compare
+from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.runs.directory import RUNS, new_path
-from grpo_gsm8k.runs.files import read_json, write_json
+from grpo_gsm8k.runs.files import read_json, sha256_file, write_json
 from grpo_gsm8k.runs.progress import talk
-from grpo_gsm8k.tasks.base import SPLITS, Task, load_split
-from grpo_gsm8k.tasks.dataset import verify
+from grpo_gsm8k.tasks.base import SPLITS, Task, load_examples, load_split
+from grpo_gsm8k.tasks.dataset import verify, write_splits
 from grpo_gsm8k.tasks.render import task_of
 from grpo_gsm8k.trainer.ranks import world
 
@@ -50,7 +51,12 @@ def run(cfg: PipelineConfig, config_file: Path | None = None, sets: Sequence[str
     began = time.monotonic() - before.get("seconds", 0.0)
     first = resolve("sft", {"model_id": cfg.model_id} if cfg.model_id else {})
     task, model, given = task_of(first), first.model_id, cfg.data or first.data
+    planned = [stage for stage in STAGES if stage != "ei" or task.has_right_answers]
+    if cfg.stop_after and cfg.stop_after not in planned:
+        raise ConfigError(f"--stop_after {cfg.stop_after}: task {task.spec!r} has the stages {', '.join(planned)}")
     data = Path(given) if given else make_data(task, folder / "data", resolve("toy", {}), cfg.seed)
+    if data.is_file():
+        data = split_file(task, data, folder / "data", cfg.seed)
     if (data / "manifest.json").is_file():
         verify(data, task)
     examples = {split: load_split(task, data, split) for split in SPLITS}
@@ -65,7 +71,7 @@ def run(cfg: PipelineConfig, config_file: Path | None = None, sets: Sequence[str
     }
     result |= {"model_id": model, "seconds": 0.0, "stages": [], "comparisons": []}
     finished = before.get("stages", [])
-    for stage in STAGES:
+    for stage in planned:
         started = time.monotonic()
         if stage in TRAINERS:
             flags = {"model_id": model, "data": str(data), "out_dir": str(folder / stage), "resume": True}
@@ -92,6 +98,23 @@ def make_data(task: Task, folder: Path, cfg: ToyConfig, seed: int) -> Path:
     return made
 
 
+def split_file(task: Task, path: Path, folder: Path, seed: int) -> Path:
+    """One file of examples as three splits: a tenth of it, drawn by the seed, to validate and a tenth to test.
+
+    Raises:
+        DataError: it has too few examples.
+    """
+    examples = load_examples(task, path)
+    part = max(1, len(examples) // 10)
+    if len(examples) < 3:
+        raise DataError(path, f"has {len(examples)} examples; three are the fewest to train, validate and test on")
+    order = shuffled(len(examples), derive_seed(seed, "splits"))
+    ends = {"test": order[:part], "val": order[part : 2 * part], "train": order[2 * part :]}
+    rows = {name: [task.row(examples[i]) for i in sorted(chosen)] for name, chosen in ends.items()}
+    write_splits(folder, rows, {"source": path.name, "sha256": sha256_file(path), "seed": seed})
+    return folder
+
+
 def make_tiny(folder: Path, cfg: TinyModelConfig, task: Task, examples: Sequence[Example], seed: int) -> Path:
     """A tiny model with random weights and a tokenizer trained on questions and reference answers."""
     from grpo_gsm8k.trainer.tiny_model import make_tiny_model
@@ -105,9 +128,9 @@ def make_tiny(folder: Path, cfg: TinyModelConfig, task: Task, examples: Sequence
 
 
 def texts_of(task: Task, example: Example) -> list[str]:
-    """What a tokenizer learns from an example: the question, and the solution or what a teacher answers."""
-    solution = example.meta.get("solution")
-    return [example.text, solution if isinstance(solution, str) else task.target(example)]
+    """What a tokenizer learns from an example: how it is asked, and what a teacher answers."""
+    asked = task.prompt(example)
+    return [*([asked] if isinstance(asked, str) else [text for _, text in asked]), task.target(example)]
 
 
 def _outcome(row: Mapping[str, Any]) -> str:
@@ -145,6 +168,8 @@ def evaluate_stage(
 
 def comparisons(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Each stage against the one before it, and the last against SFT, paired over the test problems."""
+    if any(stage["accuracy"] is None for stage in stages):
+        return []  # nothing is right or wrong
     pairs = list(pairwise(stages))
     if len(stages) == len(STAGES):
         pairs.append((stages[1], stages[-1]))
@@ -170,7 +195,9 @@ def _resolver(
                 {"engine": cfg.engine} if cfg.engine else {}
             )
             own |= {"task": cfg.task} if cfg.task else {}
-        return config.resolve(section, preset=cfg.preset, config_file=config_file, flags={**own, **flags}, sets=scoped)
+        return config.resolve(
+            section, preset=cfg.preset, config_file=config_file, flags={**own, **flags}, sets=scoped, task=cfg.task
+        )
 
     return resolve
 
@@ -201,7 +228,7 @@ def _unfinished(mine: Mapping[str, Any]) -> Path:
     """The newest pipeline of these settings that has not ended; a new folder when there is none."""
     for stored in sorted(RUNS.glob("*/pipeline_config.json"), reverse=True):
         result = stored.with_name("pipeline.json")
-        ended = result.is_file() and len(read_json(result)["stages"]) == len(STAGES)
+        ended = result.is_file() and [row["name"] for row in read_json(result)["stages"]][-1:] == [STAGES[-1]]
         if read_json(stored) == mine and not ended:
             return stored.parent
     return new_path()

@@ -209,8 +209,10 @@ def section(anchor: str, title: str, *body: Html) -> Html:
 
 
 def result_section(run: Run) -> Html:
-    """Accuracy of each stage: figure, paired comparisons in words, table."""
+    """Accuracy of each stage: figure, paired comparisons in words, table. Without right answers, the mean rewards."""
     stages = run.stages
+    if run.rewarded:
+        return section("result", "Mean reward by stage", reward_table(run.rewarded))
     if not stages:
         return Html()
     dots = []
@@ -240,6 +242,25 @@ def result_section(run: Run) -> Html:
     ]
     grid = tag("div", picture, tag("div", *words, class_="wide words"), class_="grid")
     return section("result", "Accuracy by stage", grid, table(head, rows))
+
+
+def reward_table(stages: Sequence[Mapping[str, Any]]) -> Html:
+    """The mean reward of each stage on the test examples."""
+    head = ("stage", "mean reward", "95 % CI", "n", "tokens", "cut off", "time", "weights")
+    rows = [
+        (
+            label(s["name"]),
+            tag("b", f"{s['reward']:.3f}"),
+            " – ".join(f"{v:.3f}" for v in pair(s.get("ci95")) or ()) or "–",
+            number(s.get("n"), "{:,.0f}") or "–",
+            number(s.get("mean_tokens"), "{:,.0f}") or "–",
+            percent(s.get("truncated")),
+            duration(s.get("seconds")),
+            tag("code", str(s.get("weights_sha256") or "–")[:12]),
+        )
+        for s in stages
+    ]
+    return table(head, rows)
 
 
 def time_section(run: Run) -> Html:
@@ -293,8 +314,10 @@ def _answer(title: str, row: Mapping[str, Any] | None) -> Html:
     if row is None:
         return tag("div", tag("h4", title), tag("p", "not answered", class_="mute"), class_="answer")
     right, response = bool(row.get("correct")), str(row.get("response", ""))
-    facts = ["right" if right else "wrong"]
-    facts += [f"answer {str(row['extracted'])[:40]}" if row.get("extracted") not in (None, "") else "no answer found"]
+    judged = row.get("correct", False) is not None  # a task by preference knows no right answers
+    facts = ["right" if right else "wrong"] if judged else []
+    found = row.get("extracted") not in (None, "")
+    facts += [f"answer {str(row['extracted'])[:40]}"] if found else ["no answer found"] if judged else []
     facts += [f"{row['tokens']} tokens"] if number(row.get("tokens")) else []
     facts += ["cut off"] if row.get("finish_reason") == "length" else []
     facts += [f"reward {row['reward']:.3g}"] if number(row.get("reward")) else []
@@ -304,9 +327,9 @@ def _answer(title: str, row: Mapping[str, Any] | None) -> Html:
     start = "\n".join(response.split("\n")[:LONG_LINES])[:LONG_TEXT]
     if len(response) > len(start):
         body = [tag("pre", start, " …"), fold(f"all {len(response):,} characters", *body)]
-    mark = tag("span", "✓" if right else "✗", class_="mark")
+    mark = tag("span", "✓" if right else "✗", class_="mark") if judged else Html()
     return tag("div", tag("h4", mark, title), tag("p", " · ".join(facts), class_="mute"), *body,
-               class_="answer right" if right else "answer wrong")  # fmt: skip
+               class_="answer right" if right else "answer wrong" if judged else "answer")  # fmt: skip
 
 
 def samples_section(run: Run) -> Html:

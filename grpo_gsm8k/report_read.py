@@ -43,9 +43,16 @@ class Run:
         """The evaluated stages in order; where pipeline.json lacks one, counted from its eval rows."""
         listed = [s for s in _dicts(self.summary.get("stages")) if number(s.get("accuracy")) and "name" in s]
         known = {s.get("name") for s in listed}
-        counted = [_count(name, rows) for name, rows in self.evals.items() if rows and name not in known]
+        graded = {name: rows for name, rows in self.evals.items() if any(_graded(row) for row in rows)}
+        counted = [_count(name, rows) for name, rows in graded.items() if name not in known]
         order = list(STAGES)
         return sorted(listed + counted, key=lambda s: order.index(s["name"]) if s["name"] in order else 99)
+
+    @property
+    def rewarded(self) -> list[dict[str, Any]]:
+        """The evaluated stages of a task without right answers, which have a mean reward instead of an accuracy."""
+        listed = _dicts(self.summary.get("stages"))
+        return [s for s in listed if "name" in s and number(s.get("reward")) and not number(s.get("accuracy"))]
 
     @property
     def comparisons(self) -> list[dict[str, Any]]:
@@ -55,6 +62,11 @@ class Run:
 
 def _dicts(value: object) -> list[dict[str, Any]]:
     return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
+
+
+def _graded(row: Mapping[str, Any]) -> bool:
+    """Whether a row of an evaluation is right or wrong; one without the key is wrong."""
+    return row.get("correct", False) is not None
 
 
 def _count(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -98,11 +110,12 @@ def read_run(path: Path) -> Run:
         return Run(path, {}, {kind: curves}, {kind: path}, {}, notes)
     parts = {name: _read_curves(folder, notes, path, f"{name}/") for name, folder in folders.items()}
     run = Run(path, summary, parts, folders, evals, notes)
-    stages = run.stages
-    absent = [label for name, label in STAGES.items() if name not in {s["name"] for s in stages}]
+    seen = {s["name"] for s in [*run.stages, *run.rewarded]}
+    skipped = {"ei"} if run.rewarded else set()  # it keeps what is right, and nothing is
+    absent = [label for name, label in STAGES.items() if name not in seen | skipped]
     if absent:
         notes.append(f"No evaluation yet of {', '.join(absent)}: the run was stopped before, or is still going.")
-    for stage in stages:
+    for stage in run.stages:
         rows = evals.get(stage["name"], [])
         if not rows:
             notes.append(f"evals/{stage['name']}.jsonl is missing, so its answers are not shown.")
@@ -316,6 +329,10 @@ def change(first: Mapping[str, Any], last: Mapping[str, Any], paired: Mapping[st
 def headline(run: Run) -> str:
     """The result of a run in one sentence."""
     stages = run.stages
+    if rewarded := run.rewarded:
+        count = number(rewarded[-1].get("n"), "{:,.0f}") or "an unknown number of"
+        before, after = rewarded[0]["reward"], rewarded[-1]["reward"]
+        return f"Mean reward from {before:.3f} to {after:.3f} on {count} held-out examples"
     if len(stages) > 1:
         ends = (stages[0]["name"], stages[-1]["name"])
         paired = next((c for c in run.comparisons if (c.get("a"), c.get("b")) == ends), None)

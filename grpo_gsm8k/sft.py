@@ -5,6 +5,7 @@ its end-of-turn id; the loss is the mean over the response tokens of the whole u
 
     grpo-gsm8k sft --model_id MODEL --data DIR                         # the reference solutions of train.jsonl
     grpo-gsm8k sft --model_id MODEL --data_path pairs.jsonl --eval_set_path DIR/val.jsonl   # or a folder of shards
+    grpo-gsm8k sft --model_id MODEL --data_path hf:OWNER/NAME --eval_set_path DIR/val.jsonl # a data set of the hub
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from grpo_gsm8k.config import SftConfig, TrainConfig
 from grpo_gsm8k.datatypes import Datum, Example
 from grpo_gsm8k.errors import ConfigError, DataError
+from grpo_gsm8k.hub_datasets import local_path
 from grpo_gsm8k.preflight import check_rows
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.runs.progress import talk
@@ -76,7 +78,7 @@ def run(cfg: SftConfig) -> dict[str, Any]:
     """The stage as a command: load, train, return the result."""
     if not cfg.eval_every:
         raise ConfigError("eval_every = 0: fine-tuning is always evaluated; give the steps between evaluations")
-    source = Path(cfg.data_path or Path(cfg.data) / "train.jsonl")
+    source = local_path(cfg.data_path, cfg.out_dir) if cfg.data_path else Path(cfg.data) / "train.jsonl"
     if sharded := bool(cfg.data_path) and source.is_dir():
         read_manifest(source)
     examples: Sequence[Conversation | Example] = []

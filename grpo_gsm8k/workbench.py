@@ -161,6 +161,7 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
     if cfg.uses_vllm:
         placements(cfg, gpus=torch.cuda.device_count())
     with open_run(cfg, stage, {**inputs, "eval_set": eval_path}) as run, ExitStack() as open_until_the_end:
+        task.folder = run.path
         contamination.warn(inputs.values(), Path(cfg.data) / "test.jsonl", task)
         # Before the model is loaded: what is wrong with a template shows at once.
         renderer = Renderer(load_tokenizer(cfg), task, date=date_of(cfg))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 
 import pytest
@@ -150,3 +151,66 @@ def test_a_device_for_vllm_says_that_vllm_samples():
     before = vars(config.resolve("grpo", flags={"vllm_device": "cuda:1"}))
     assert config.differences(before, config.resolve("grpo")) == ["engine: 'vllm' then, 'hf' now"]
     assert config.differences(before, config.resolve("grpo", flags={"vllm_device": "cuda:2"})) == []
+
+
+def test_a_file_may_have_tables_for_one_task(tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        "[common]\nmax_new_tokens = 9\n[grpo]\nsteps = 5\ngroup_size = 4\n"
+        "[task.countdown.common]\nmax_new_tokens = 7\n[task.countdown.grpo]\nsteps = 6\n"
+    )
+    for given in ({"task": "countdown"}, {"flags": {"task": "countdown"}}):
+        cfg = config.resolve("grpo", config_file=recipe, **given)
+        assert (cfg.steps, cfg.group_size, cfg.max_new_tokens) == (6, 4, 7)
+    for given in ({}, {"task": "gsm8k"}, {"flags": {"task": "mine:Task"}}):
+        assert config.resolve("grpo", config_file=recipe, **given).steps == 5
+    assert config.resolve("grpo", config_file=recipe, task="countdown", flags={"steps": 1}).steps == 1
+    recipe.write_text(recipe.read_text() + '[task."mine:Task".grpo]\nsteps = 8\n')
+    assert config.resolve("grpo", config_file=recipe, flags={"task": "mine:Task"}).steps == 8
+    recipe.write_text('[common]\ntask = "countdown"\n[task.countdown.grpo]\nsteps = 6\n')
+    assert config.resolve("grpo", config_file=recipe).steps == 6
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("[task.countdown.grop]\nsteps = 1", r"unknown table in \[task.countdown\] 'grop'; did you mean 'grpo'"),
+        ("[task.countdown.grpo]\nstep = 1", r"\[task.countdown.grpo\] unknown key 'step'; did you mean 'steps'"),
+        ("[task.countdown]\nsteps = 1", "unknown table in"),
+        ("[task]\ncountdown = 1", r"must stand in a table such as \[task.countdown.grpo\]"),
+        ("task = 1", r"must stand in a table such as \[task.countdown.grpo\]"),
+    ],
+)
+def test_a_mistake_in_a_tasks_table(tmp_path, text, said):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        config.resolve("grpo", config_file=recipe)
+
+
+@pytest.mark.parametrize(
+    ("preset", "batch", "epochs", "steps"), [("tiny", 8, 1, 10), ("quick", 32, 1, 100), ("full", 64, 3, 500)]
+)
+def test_chat_has_presets_of_its_own(preset: str, batch: int, epochs: int, steps: int) -> None:
+    sft = config.resolve("sft", preset=preset, flags={"task": "chat"})
+    grpo = config.resolve("grpo", preset=preset, flags={"task": "chat"})
+    assert (sft.batch_size, sft.epochs, grpo.steps) == (batch, epochs, steps)
+    assert grpo.rollouts_per_step == batch * grpo.group_size
+    assert grpo.algorithm in ("importance_sampling", "ppo")
+    assert config.resolve("sft", preset=preset, flags={"task": "gsm8k"}) != sft
+    assert config.resolve("grpo", preset=preset, flags={"task": "../presets/chat"}).algorithm == ""
+    assert (config.resolve("toy", preset=preset, task="chat").train < 18000) == (preset == "tiny")
+
+
+def test_a_common_key_is_for_every_stage_that_knows_it() -> None:
+    sets = ["common.length_words=12", "common.epochs=2"]
+    assert [config.resolve(stage, sets=sets).length_words for stage in ("sft", "grpo", "eval")] == [12, 12, 12]
+    assert config.resolve("sft", sets=sets).epochs == 2
+    with pytest.raises(ConfigError, match="did you mean 'length_words'"):
+        config.resolve("sft", sets=["common.lenght_words=12"])
+
+
+def test_importance_sampling_is_the_surrogate_without_its_clip() -> None:
+    cfg = config.resolve("grpo", flags={"algorithm": "importance_sampling"})
+    assert (cfg.loss, cfg.clip_eps, cfg.std_norm) == ("grpo_clip", 1.0, False)
+    assert cfg.clip_eps_high > math.exp(20)  # log-ratios are bounded by 20

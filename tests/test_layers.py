@@ -20,13 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom to the top. A module may import from its own layer (without a circle) and from those below.
 # `name*` stands for every module of the package's top level that begins so.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("__init__", "interrupts", "errors", "datatypes", "config", "plugins"),
-    ("tasks", "runs", "repro", "presets"),
+    ("__init__", "interrupts", "errors", "datatypes", "config", "plugins", "r1_traces"),
+    ("tasks", "runs", "repro", "presets", "judge"),
     ("trainer", "engines"),
     ("evals",),
     ("preflight",),
     ("rollout", "workbench"),
-    ("data_prep", "r1_traces", "pretokenize", "sft", "ei", "grpo", "fast_eval_vllm"),
+    ("data_prep", "hub_datasets", "pretokenize", "sft", "ei", "grpo", "fast_eval_vllm"),
     ("report*", "pipeline", "serve", "launch", "doctor", "bench*"),
     ("cli", "__main__"),
 )
@@ -41,8 +41,8 @@ NETWORK = {
     "urllib.request",
     "urllib3",
 }
-MAY_USE_THE_NETWORK = {"data_prep", "r1_traces", "launch", "serve"}  # and one function of doctor
-IN_ONE_MODULE_ONLY = ("vllm", "wandb")
+MAY_USE_THE_NETWORK = {"data_prep", "hub_datasets", "judge", "r1_traces", "launch", "serve"}  # and a function of doctor
+IN_ONE_MODULE_ONLY = ("vllm", "wandb", "datasets")
 MAY_CATCH_EVERYTHING = {"plugins"}  # a user's own function can raise anything; it becomes one line
 HEAVY = {"torch", "transformers", "vllm", "datasets", "wandb", "matplotlib", "scipy"}
 

@@ -27,6 +27,7 @@ from grpo_gsm8k.config import TrainConfig
 from grpo_gsm8k.errors import DataError, RunDirError
 from grpo_gsm8k.runs import wandb_sink
 from grpo_gsm8k.runs.files import (
+    SOURCE_SUFFIX,
     append_jsonl,
     disk_errors,
     make_folder,
@@ -138,7 +139,7 @@ def open_run(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path]) -> Iterat
         DataError: an input is missing, or differs from what the run began with.
     """
     path = Path(cfg.out_dir) if cfg.out_dir else _default_path(cfg, stage)
-    hashes = {name: {"path": str(file), "sha256": _hash(file)} for name, file in inputs.items()}
+    hashes = {name: _input(file) for name, file in inputs.items()}
     with disk_errors(path):  # a name that is too long, a circle of links
         made = not path.exists()
         if not made and not path.is_dir():
@@ -199,6 +200,13 @@ def _same_run(path: Path, stage: str, cfg: TrainConfig, hashes: Mapping[str, Map
     for name, entry in hashes.items():
         if before.get(name, {}).get("sha256") != entry["sha256"]:
             raise DataError(entry["path"], f"has changed since the run in {path} began; pick another --out_dir")
+
+
+def _input(file: Path) -> dict[str, Any]:
+    """Path and hash of an input, and what it was made from where a file beside it says so."""
+    source = file.with_suffix(SOURCE_SUFFIX)
+    made = {"from": read_json(source)} if source.is_file() else {}
+    return {"path": str(file), "sha256": _hash(file), **made}
 
 
 def _hash(file: Path) -> str:

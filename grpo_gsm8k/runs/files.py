@@ -40,6 +40,7 @@ _DISK_ERRNOS = frozenset(
         errno.ELOOP,
     }
 )
+SOURCE_SUFFIX = ".source.json"  # of the file beside a data file that says what it was made from
 BOM = b"\xef\xbb\xbf"  # what some editors put before UTF-8
 _NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP})  # some network file systems
 

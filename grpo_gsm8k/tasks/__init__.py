@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from grpo_gsm8k.tasks.base import Task, TaskOptions
 
 TASKS = {
+    "countdown": "grpo_gsm8k.tasks.countdown:Countdown",
     "gsm8k": "grpo_gsm8k.tasks.gsm8k.task:Gsm8k",
+    "gsm8k_calculator": "grpo_gsm8k.tasks.calculator:Gsm8kCalculator",
+    "math": "grpo_gsm8k.tasks.math.task:Math",
+    "sort_words": "grpo_gsm8k.tasks.sort_words:SortWords",
+    "chat": "grpo_gsm8k.tasks.chat:Chat",
 }
 """Name → class. To add a task, add its file to this folder and its line here."""
 

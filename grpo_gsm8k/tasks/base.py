@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Env", "Example", "Grade", "Message", "Tags", "Task", "TaskOptions", "load_examples", "load_split"]
 
+Author = Literal["model", "env"]
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 QUESTION_KEYS = ("question", "prompt", "problem")
@@ -82,6 +83,7 @@ class TaskOptions:
         tags: around thoughts and answers.
         grading: "strict" demands a marked answer.
         format_weight, answer_weight: of the two components of the usual reward.
+        settings: of single tasks, by the names that they have in the config (chat: preference, judge_model, …).
     """
 
     prompt_style: str = "auto"
@@ -89,6 +91,7 @@ class TaskOptions:
     grading: Literal["strict", "flexible"] = "flexible"
     format_weight: float = 0.2
     answer_weight: float = 0.8
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Env(Protocol):
@@ -153,6 +156,13 @@ class Task:
         """What a teacher answers; supervised fine-tuning learns it. Raises `ConfigError` where a task has none."""
         raise ConfigError(f"task {self.spec} has no reference answers to learn: pass pairs as --data_path")
 
+    def target_turns(self, example: Example) -> list[tuple[Author, str]]:
+        """What a teacher answers, turn by turn: the texts as they follow one another, each with its author.
+
+        A task with an environment says here what the environment would add; that is never trained.
+        """
+        return [("model", self.target(example))]
+
     def grade(self, example: Example, response: str) -> Grade:
         """The verdict on a response."""
         raise NotImplementedError(f"{type(self).__name__}.grade")
@@ -188,6 +198,11 @@ class Task:
             return {"id": example.id, "question": example.messages, "answer": example.answer, **example.meta}
         messages = [{"role": role, "content": content} for role, content in example.messages]
         return {"id": example.id, "messages": messages, "answer": example.answer, **example.meta}
+
+    has_right_answers: bool = True
+    """Whether a grade says what is correct. Without, the mean reward is the figure, and expert iteration has no use."""
+    folder: Path | None = None
+    """Where the task may keep files during a run; set when the run directory is open."""
 
     def vote(self, answer: str | None) -> Hashable:
         """What an answer counts as in a majority vote, however it is written."""

@@ -2,8 +2,8 @@
 
 A row is `{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}`: at most
 one system message, which comes first, then user and assistant in turns, the assistant last. Or it is
-`{"prompt": "…", "response": "…"}`, a user and an assistant message; with `"raw": true` its prompt is the text as the
-model reads it, without a chat's turns. Other keys are allowed and ignored.
+`{"prompt": "…", "response": "…"}` (or `completion`), a user and an assistant message; with `"raw": true` its prompt is
+the text as the model reads it, without a chat's turns. Other keys are allowed and ignored.
 
 `validate` and every reader for training go through `read_chat`: one check for all of them.
 """
@@ -21,6 +21,7 @@ from grpo_gsm8k.errors import DataError
 from grpo_gsm8k.runs.files import json_type, parse_line, read_lines
 
 ROLES = ("system", "user", "assistant")
+ANSWER_KEYS = ("response", "completion")  # of a row with a prompt
 
 
 class Fault(TypedDict):
@@ -101,19 +102,30 @@ def read_chat(raw: bytes) -> tuple[Conversation | None, list[str]]:
         row = parse_line(raw)
     except ValueError as fault:
         return None, [str(fault)]
-    pair = "messages" not in row and ("prompt" in row or "response" in row)
-    faults = _pair_faults(row) if pair else _faults(row)
-    if faults:
-        return None, faults
+    return conversation_of(row)
+
+
+def conversation_of(row: Mapping[str, Any], answered: bool = True) -> tuple[Conversation | None, list[str]]:
+    """The conversation in one row, or everything that is wrong with it.
+
+    Args:
+        answered: the last message must be the assistant's.
+    """
+    pair = "messages" not in row and any(key in row for key in ("prompt", *ANSWER_KEYS))
     if pair:
-        return Conversation((("user", row["prompt"]), ("assistant", row["response"])), row.get("raw", False)), []
+        answer = next((key for key in ANSWER_KEYS if key in row), ANSWER_KEYS[0])
+        faults = _pair_faults(row, answer)
+        said = () if faults else (("user", row["prompt"]), ("assistant", row[answer]))
+        return (None, faults) if faults else (Conversation(said, row.get("raw", False)), [])
+    if faults := _faults(row, answered):
+        return None, faults
     return Conversation(tuple((message["role"], message["content"]) for message in row["messages"])), []
 
 
-def _pair_faults(row: Mapping[str, Any]) -> list[str]:
+def _pair_faults(row: Mapping[str, Any], answer: str) -> list[str]:
     raw = row.get("raw", False)
     wrong = [] if isinstance(raw, bool) else [f"raw must be true or false, not {json_type(raw)}"]
-    return [*_text_faults(row, "prompt", "prompt"), *_text_faults(row, "response", "response"), *wrong]
+    return [*_text_faults(row, "prompt", "prompt"), *_text_faults(row, answer, answer), *wrong]
 
 
 def _text_faults(row: Mapping[str, Any], key: str, name: str) -> list[str]:
@@ -124,7 +136,7 @@ def _text_faults(row: Mapping[str, Any], key: str, name: str) -> list[str]:
     return [] if row[key].strip() else [f"{name} is empty"]
 
 
-def _faults(row: Mapping[str, Any]) -> list[str]:
+def _faults(row: Mapping[str, Any], answered: bool = True) -> list[str]:
     """Everything that is wrong with a row; the order of roles is judged only where every role is known."""
     messages = row.get("messages")
     if "messages" not in row:
@@ -147,10 +159,10 @@ def _faults(row: Mapping[str, Any]) -> list[str]:
         else:
             faults.append(f"messages[{i}].role is missing")
         faults += _text_faults(message, "content", f"messages[{i}].content")
-    return faults + _order_faults(roles) if len(roles) == len(messages) else faults
+    return faults + _order_faults(roles, answered) if len(roles) == len(messages) else faults
 
 
-def _order_faults(roles: Sequence[str]) -> list[str]:
+def _order_faults(roles: Sequence[str], answered: bool) -> list[str]:
     faults = [
         f"messages[{i}].role is system, which may only be the first message"
         for i, role in enumerate(roles)
@@ -162,7 +174,10 @@ def _order_faults(roles: Sequence[str]) -> list[str]:
         if role == previous:
             where = f"follows another {role} message" if turn else "comes before any user message"
             faults.append(f"messages[{i}].role is {role}, which {where}; user and assistant take turns")
-    if "assistant" not in roles:
+    if not answered:
+        if "user" not in roles:
+            faults.append("messages has no user message, so there is nothing to answer")
+    elif "assistant" not in roles:
         faults.append("messages has no assistant message, so there is nothing to learn")
     elif roles[-1] != "assistant":
         faults.append(f"messages ends with {roles[-1]}; the last message must be the assistant's")

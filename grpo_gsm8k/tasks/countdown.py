@@ -1,5 +1,7 @@
 r"""Countdown: reach a target from given numbers, each used exactly once, with `+ - * /` and brackets.
 
+The rows are `{"numbers": [3, 5, 8], "target": 16}`; a `"solution"` replaces the solver's as what a teacher answers.
+
 The grader reads the committed expression (the last `<answer>`, the last `\boxed{}`, "the answer is …", else the last
 line that is a calculation; thoughts never count) and evaluates it exactly with an own parser. House rulings:
 
@@ -16,17 +18,94 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
+from grpo_gsm8k.datatypes import Example, Grade, Message
+from grpo_gsm8k.errors import DataError
+from grpo_gsm8k.runs.files import json_type
+
 from . import splits
+from .base import Split, Task, id_of, text_of
 from .rationals import Fault, Value, evaluate
 from .responses import first_sentence, last_lines, marked, own_turn, spoken, without_thoughts
-from .splits import Split
 
 MAX_EXPRESSION = 4_000  # characters of a committed answer that are read
+MAX_NUMBERS = 6  # the solver tries all ways to combine so many in a few seconds at most
+
+
+class Countdown(Task):
+    """Numbers and a target."""
+
+    name = "countdown"
+
+    def example(self, row: Mapping[str, Any]) -> Example:
+        """A row `{"numbers": […], "target": n}`; `answer` is the target."""
+        numbers, target = row.get("numbers"), row.get("target")
+        if not isinstance(numbers, list) or not numbers or any(type(number) is not int for number in numbers):
+            raise ValueError(f"'numbers' must be an array of whole numbers, not {_kind(numbers)}")
+        if type(target) is not int:
+            raise ValueError(f"'target' must be a whole number, not {json_type(target)}")
+        if "solution" in row:
+            text_of(row, "solution")
+        meta = {key: value for key, value in row.items() if key not in ("id", "target")}
+        text = f"Use each of the numbers {', '.join(map(str, numbers))} exactly once to make {target}."
+        return Example(id_of(row, text), text, target, meta)
+
+    def row(self, example: Example) -> dict[str, Any]:
+        """The columns that `example` reads."""
+        return {"id": example.id, "target": example.answer, **example.meta}
+
+    def prompt(self, example: Example) -> list[Message]:
+        """One question that says what is allowed and how to answer."""
+        rules = "Calculate with + - * / and parentheses. Work it out, then write the expression in <answer></answer>."
+        return [("user", f"{example.messages} {rules}")]
+
+    def target(self, example: Example) -> str:
+        """The row's own solution, else one that the solver finds."""
+        if "solution" in example.meta:
+            return str(example.meta["solution"])
+        source = example.source
+        where = (source.path, source.line) if source else (f"example {example.id}", None)
+        numbers = example.meta["numbers"]
+        if len(numbers) > MAX_NUMBERS:
+            raise DataError(where[0], f"{len(numbers)} numbers: the solver takes {MAX_NUMBERS} at most", where[1])
+        found = solution(numbers, example.answer)
+        if found is None:
+            raise DataError(where[0], f"no expression with {numbers} makes {example.answer}", where[1])
+        return found
+
+    def grade(self, example: Example, response: str) -> Grade:
+        """`format_weight` for an expression in answer tags at the end, `answer_weight` for the right one."""
+        numbers, target = example.meta["numbers"], example.answer
+        read = committed(response) if isinstance(response, str) else []
+        correct = any(_reaches(reading, numbers, target) for reading in read)
+        form = _FORM.search(response[-MAX_EXPRESSION:]) if isinstance(response, str) else None
+        format_ok = form is not None and _value(form[1].strip()) is not None
+        parts = {"format": self.options.format_weight * format_ok, "answer": self.options.answer_weight * correct}
+        answer = read[0] if read else None
+        return Grade(sum(parts.values()), parts, correct=correct, format_ok=format_ok, answer=answer)
+
+    def generate(self, folder: Path, seed: int, sizes: Mapping[str, int]) -> Path:
+        """Examples by seed; with `tiny`, small ones, from a teacher of mixed quality: see `hasty`."""
+        tiny = bool(sizes.get("tiny"))
+
+        def draw(split: Split, count: int) -> list[dict[str, Any]]:
+            rows = generate(split, count, seed, TINY if tiny else STANDARD)
+            return [hasty(row, seed) for row in rows] if tiny and split == "train" else rows
+
+        return splits.write(folder, seed, sizes, draw)
+
+
+_FORM = re.compile(r"<answer>([^<>]*)</answer>\s*$")
+
+
+def _kind(numbers: Any) -> str:
+    wrong = [number for number in numbers if type(number) is not int] if isinstance(numbers, list) else []
+    return f"one with {json_type(wrong[0])} in it" if wrong else "an empty one" if numbers == [] else json_type(numbers)
 
 
 def grade(response: str, numbers: list[int], target: int) -> bool:
@@ -128,6 +207,7 @@ class Level:
 
 STANDARD = Level()
 EASY = Level(smallest_count=2, largest_count=3, largest_number=9, largest_target=60, operators="+-*")
+TINY = Level(smallest_count=3, largest_count=3, largest_number=19, largest_target=57, operators="+-")
 
 
 def split_of(numbers: Sequence[int], target: int) -> Split:
@@ -244,3 +324,52 @@ def solution(numbers: Sequence[int], target: int) -> str | None:
         return None
     expression, steps = found
     return "\n".join([*steps, f"<answer>{expression}</answer>"])
+
+
+def search(numbers: Sequence[int], target: int) -> str | None:
+    """A solution that tries sums and differences, each step written down, until one makes the target.
+
+    The largest number comes first, and last it is taken from the others: with `+` and `-` there is nothing else, as
+    long as no step falls below 0.
+    """
+    steps: list[str] = []
+    largest, *others = sorted(numbers, reverse=True)
+    found = _extended(str(largest), largest, others, target, steps)
+    if found is None and others:
+        found = _extended(str(others[0]), others[0], [*others[1:], -largest], target, steps)
+    return found and "\n".join([*steps, f"<answer>{found}</answer>"])
+
+
+def _extended(expression: str, value: int, rest: Sequence[int], target: int, steps: list[str]) -> str | None:
+    """The first expression that goes on from this one, over all of `rest`, and makes the target.
+
+    A number of `rest` below 0 is subtracted, others are added or subtracted.
+    """
+    if not rest:
+        return expression if value == target else None
+    for term in (rest[0], -rest[0]) if rest[0] > 0 else rest[:1]:
+        reached = value + term
+        if reached < 0:
+            continue
+        sign = f"{'+' if term > 0 else '-'}{abs(term)}"
+        steps.append(f"{value}{sign}={reached}")
+        if found := _extended(expression + sign, reached, rest[1:], target, steps):
+            return found
+    return None
+
+
+HASTY_SHARE = 0.55
+"""The share of generated training solutions that give an expression without having tried any."""
+
+
+def hasty(row: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """A row with a solution: a search, or an expression that was not tried and is seldom right.
+
+    A model that imitates this teacher guesses where it could have searched; reinforcement learning finds out.
+    """
+    rng = random.Random(f"{seed}/{row['id']}/hasty")
+    if rng.random() >= HASTY_SHARE:
+        return {**row, "solution": search(row["numbers"], row["target"])}
+    first, *rest = row["numbers"]
+    guess = str(first) + "".join(f"{rng.choice('+-')}{number}" for number in rest)
+    return {**row, "solution": f"<answer>{guess}</answer>"}

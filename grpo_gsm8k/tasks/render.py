@@ -20,13 +20,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from grpo_gsm8k.config import PromptConfig
+from grpo_gsm8k.config import TASK_SETTINGS, PromptConfig
 from grpo_gsm8k.datatypes import Datum, Example, Message, Prompt, Rendered, Source
 from grpo_gsm8k.errors import ConfigError, DataError, ModelError
 from grpo_gsm8k.runs.files import read_json, write_json
 from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.tasks import load_task
-from grpo_gsm8k.tasks.base import Tags, Task, TaskOptions, after_opened_thought, make_tags
+from grpo_gsm8k.tasks.base import Author, Tags, Task, TaskOptions, after_opened_thought, make_tags
 
 PROMPT_FILE = "prompt.json"
 SHOT_BREAK = "\n\n\n"  # between worked examples in plain text; a completion that writes it begins another one
@@ -75,14 +75,17 @@ class Renderer:
         return cls(tokenizer, task_of(cfg), shots, date_of(cfg))
 
     def as_json(self) -> dict[str, Any]:
-        """Task, options and date for a process of our own, which has the same tokenizer."""
-        return {"task": self.task.spec, "options": asdict(self.task.options), "date": self.date}
+        """Task, options, folder and date for a process of our own, which has the same tokenizer."""
+        folder = str(self.task.folder) if self.task.folder else None
+        return {"task": self.task.spec, "options": asdict(self.task.options), "folder": folder, "date": self.date}
 
     @classmethod
     def of_json(cls, tokenizer: Any, stored: Mapping[str, Any]) -> Renderer:
         """The renderer that `as_json` was asked of, without its shots."""
         options = TaskOptions(**{**stored["options"], "tags": Tags(**stored["options"]["tags"])})
-        return cls(tokenizer, load_task(stored["task"], options), date=stored["date"])
+        task = load_task(stored["task"], options)
+        task.folder = Path(stored["folder"]) if stored["folder"] else None
+        return cls(tokenizer, task, date=stored["date"])
 
     @property
     def reads_date(self) -> bool:
@@ -188,13 +191,31 @@ class Renderer:
                 raise _refused(_source(example), what)
 
     def target(self, example: Example) -> Datum:
-        """An example with what a teacher answers; mask 1 on the answer and on the end-of-turn id."""
+        """An example with what a teacher answers; mask 1 on the answer and on the end-of-turn id.
+
+        Of several turns, mask 0 on the environment's.
+        """
         prompt = list(self.prompt(example).token_ids)
-        asked, answer = self._ask(example), self._answer(example)
+        asked, turns = self._ask(example), self._turns(example)
+        answer = "".join(text for _, text in turns)
         if isinstance(asked, str) or not self._template_text:
             response = self._continued(self._plain(asked), prompt, answer, _source(example))
-            return self._join([(prompt, 0), (response, 1)])
-        return self._trained([*asked, ("assistant", answer)], [len(asked)], _source(example))
+            row = self._join([(prompt, 0), (response, 1)])
+        else:
+            row = self._trained([*asked, ("assistant", answer)], [len(asked)], _source(example))
+        return row if len(turns) == 1 else self._in_turns(row, prompt, turns, _source(example))
+
+    def _in_turns(self, row: Datum, prompt: list[int], turns: Sequence[tuple[Author, str]], source: Source) -> Datum:
+        """The row of several turns, each tokenised by itself, as the next one continues the ids of those before."""
+        said = "".join(text for _, text in turns)
+        before, found, after = self.spell(row.token_ids[len(prompt) :]).partition(said)
+        texts = [text for _, text in turns]
+        texts[0], texts[-1] = before + texts[0], texts[-1] + after
+        parts = [(self._encode(text), int(author == "model")) for text, (author, _) in zip(texts, turns, strict=True)]
+        joined = self._join([(prompt, 0), *parts])
+        if not found or self.spell(joined.token_ids) != self.spell(row.token_ids):
+            raise _refused(source, f"{self._named} does not render this answer as it is written; it has several turns")
+        return joined
 
     def reply(self, prompt: Prompt, token_ids: Sequence[int], text: str) -> tuple[int, ...]:
         """The ids of what an environment answers behind a prompt and what was sampled so far.
@@ -294,11 +315,15 @@ class Renderer:
         )
 
     def _answer(self, example: Example) -> str:
+        return "".join(text for _, text in self._turns(example))
+
+    def _turns(self, example: Example) -> list[tuple[Author, str]]:
         with self.task.guarded():
-            answer = self.task.target(example)
-        if not isinstance(answer, str):
-            raise ConfigError(f"task {self.task.spec!r}: target() must return text, not {answer!r}")
-        return answer
+            turns = self.task.target_turns(example)
+        for _, text in turns:
+            if not isinstance(text, str):
+                raise ConfigError(f"task {self.task.spec!r}: target() must return text, not {text!r}")
+        return turns
 
     def _ask(self, example: Example) -> list[Message] | str:
         """How an example is asked, the shots before it: earlier turns of the chat, or more of the text."""
@@ -579,7 +604,8 @@ def task_of(cfg: PromptConfig) -> Task:
     if style == "auto" and stored and stored["task"] == spec:
         style, tags = stored["prompt_style"], Tags(**{key: stored[key] for key in vars(Tags())})
     known = {name: getattr(cfg, name) for name in ("grading", "format_weight", "answer_weight") if hasattr(cfg, name)}
-    return load_task(spec, TaskOptions(style, tags, **known))
+    settings = {name: getattr(cfg, name) for name in TASK_SETTINGS if hasattr(cfg, name)}
+    return load_task(spec, TaskOptions(style, tags, settings=settings, **known))
 
 
 def remembered(model_id: str) -> dict[str, Any] | None:

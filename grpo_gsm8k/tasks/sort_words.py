@@ -1,7 +1,8 @@
 """Sort words: write a list of words back in alphabetical order, exactly and with nothing else.
 
-A small task that a tiny model learns in minutes. The reward is 0 for a wrong list; for the right one it falls with the
-length beyond what is needed: half of it is left when a response is twice as long as the list.
+The rows are `{"words": ["tun", "bel"]}`; a `"solution"` replaces the sorted list as what a teacher answers. A small
+task that a tiny model learns in minutes. The reward is 0 for a wrong list; for the right one it falls with the length
+beyond what is needed: half of it is left when a response is twice as long as the list.
 
 Words are made of syllables, so there is no list of words to ship; an example's split is a property of its words.
 """
@@ -10,13 +11,17 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from grpo_gsm8k.datatypes import Example, Grade, Message
+from grpo_gsm8k.runs.files import json_type
+
 from . import splits
+from .base import Split, Task, id_of, text_of
 from .responses import marked, own_turn, without_thoughts
-from .splits import Split
 
 _ONSETS = [*"bcdfghjklmnprstvwz", "br", "cl", "dr", "fl", "gr", "pl", "st", "tr"]
 _VOWELS = "aeiou"
@@ -33,16 +38,96 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Level:
-    """How many words, of how many syllables; `letters` cuts words short."""
+    """How many words, of how many syllables; `letters` cuts words short. Or words drawn from a `vocabulary`."""
 
     smallest_count: int = 3
     largest_count: int = 6
     syllables: int = 2
     letters: int = 12
+    vocabulary: tuple[str, ...] = ()
 
 
 STANDARD = Level()
 EASY = Level(smallest_count=2, largest_count=3, syllables=1, letters=3)
+ANIMALS = (
+    "ant ape bat bee cat cow dog duck elk emu fox frog goat hen ibis jay kiwi lynx mole newt owl pig quail rat seal "
+    "toad viper wolf yak zebra"
+)
+TINY = Level(smallest_count=3, largest_count=5, vocabulary=tuple(ANIMALS.split()))
+
+
+class SortWords(Task):
+    """Lists of words to be sorted."""
+
+    name = "sort_words"
+
+    def example(self, row: Mapping[str, Any]) -> Example:
+        """A row `{"words": […]}`; `answer` is the sorted list."""
+        words = row.get("words")
+        if not isinstance(words, list) or not words:
+            raise ValueError(f"'words' must be an array of words, not {json_type(words)}")
+        for word in words:
+            if not isinstance(word, str) or _words(word) != [word]:
+                raise ValueError(f"'words' holds {word!r}, which is no word: letters only, with - or ' between them")
+        if "solution" in row:
+            text_of(row, "solution")
+        meta = {key: value for key, value in row.items() if key not in ("id", "words")}
+        text = " ".join(words)
+        return Example(id_of(row, text), text, reference(words).split(), meta)
+
+    def row(self, example: Example) -> dict[str, Any]:
+        """The columns that `example` reads."""
+        return {"id": example.id, "words": asked(example), **example.meta}
+
+    def prompt(self, example: Example) -> list[Message]:
+        """One question, the words in it."""
+        return [("user", f"Sort alphabetically. Write only the words, with blanks between them: {example.messages}")]
+
+    def target(self, example: Example) -> str:
+        """The row's own solution, else the sorted list."""
+        return str(example.meta.get("solution") or " ".join(example.answer))
+
+    def grade(self, example: Example, response: str) -> Grade:
+        """1 for the right list, less what it is too long by (`length`); 0 for any other."""
+        verdict = grade(response, asked(example))
+        same_words = sorted(map(str.casefold, verdict.answer)) == sorted(map(str.casefold, asked(example)))
+        return Grade(
+            reward=verdict.reward,
+            components={"sorted": float(verdict.correct), "length": verdict.reward - float(verdict.correct)},
+            correct=verdict.correct,
+            format_ok=same_words,
+            answer=" ".join(verdict.answer) or None,
+        )
+
+    def generate(self, folder: Path, seed: int, sizes: Mapping[str, int]) -> Path:
+        """Lists by seed; with `tiny`, small ones, from a teacher of mixed quality: see `careless`."""
+        tiny = bool(sizes.get("tiny"))
+
+        def draw(split: Split, count: int) -> list[dict[str, Any]]:
+            rows = generate(split, count, seed, TINY if tiny else STANDARD)
+            return [careless(row, seed) for row in rows] if tiny and split == "train" else rows
+
+        return splits.write(folder, seed, sizes, draw)
+
+
+def asked(example: Example) -> list[str]:
+    """The words in the order of the question."""
+    assert isinstance(example.messages, str)
+    return example.messages.split()
+
+
+CARELESS_SHARE = {3: 0.35, 4: 0.5, 5: 0.65}
+"""The share of lists of so many words that the teacher of the generated training data does not sort."""
+
+
+def careless(row: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """A row with a solution that may be wrong: the longer the list, the more often it is copied as it stands.
+
+    A model that imitates this teacher copies many lists that it could have sorted; reinforcement learning finds out.
+    """
+    share = CARELESS_SHARE.get(len(row["words"]), 0.5)
+    copied = random.Random(f"{seed}/{row['id']}/careless").random() < share
+    return {**row, "solution": " ".join(row["words"]) if copied else reference(row["words"])}
 
 
 def reference(words: Sequence[str]) -> str:
@@ -108,5 +193,7 @@ def generate(split: Split, count: int, seed: int, level: Level = STANDARD) -> li
 
 
 def _word(level: Level, rng: random.Random) -> str:
+    if level.vocabulary:
+        return rng.choice(level.vocabulary)
     parts = [rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(rng.randint(1, level.syllables))]
     return ("".join(parts) + rng.choice(_ENDS))[: level.letters]

@@ -6,10 +6,15 @@ Train, validation and test are then disjoint for all seeds, sizes and levels, an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
-Split = Literal["train", "val", "test"]
+from grpo_gsm8k.errors import ConfigError
+
+from .base import SPLITS, Split
+from .dataset import write_splits
+
 PATIENCE = 5_000  # draws in a row without a new example, after which the level counts as exhausted
 
 
@@ -43,3 +48,20 @@ def collect(split: Split, count: int, draw: Callable[[], tuple[str, dict[str, An
                 f"only {len(found)} of {count} {split} examples found: ask for fewer, or for a harder level"
             )
     return list(found.values())
+
+
+def write(
+    folder: Path, seed: int, sizes: Mapping[str, int], draw: Callable[[Split, int], list[dict[str, Any]]]
+) -> Path:
+    """Writes the rows that `draw(split, count)` returns for each split, and their manifest.
+
+    Raises:
+        ConfigError: there are fewer different examples than `sizes` asks for.
+    """
+    try:
+        rows: dict[str, list[dict[str, Any]]] = {split: draw(split, sizes[split]) for split in SPLITS}
+    except ValueError as fault:
+        raise ConfigError(str(fault)) from None
+    provenance = {"source": "generated", "seed": seed, "tiny": bool(sizes.get("tiny"))}
+    write_splits(folder, rows, provenance)
+    return folder

@@ -28,6 +28,7 @@ from pathlib import Path
 
 from grpo_gsm8k.datatypes import Example
 from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.tasks.base import SPLITS
 from grpo_gsm8k.tasks.dataset import write_splits
 from grpo_gsm8k.tasks.gsm8k.problems import KEYS, row_of
 
@@ -186,7 +187,9 @@ TEMPLATES: tuple[Template, ...] = (
 )
 
 
-def make_problems(seed: int, counts: Mapping[str, int], terse_share: float = 0.5) -> dict[str, list[Example]]:
+def make_problems(
+    seed: int, counts: Mapping[str, int], terse_share: float = 0.5, largest: int = LARGEST
+) -> dict[str, list[Example]]:
     """Draw the splits named in `counts`; the same arguments give the same problems on any machine.
 
     No question and no (template, numbers) of one split occurs in another. The smaller splits are drawn first,
@@ -196,6 +199,7 @@ def make_problems(seed: int, counts: Mapping[str, int], terse_share: float = 0.5
         seed: the seed of every draw.
         counts: how many problems each split has. Only the one named "train" has terse references.
         terse_share: the share of them, 0 to 1.
+        largest: no number is larger; above `LARGEST`, the ranges of the templates grow in proportion.
     """
     if not 0 <= terse_share <= 1:
         raise ConfigError(f"terse_share is {terse_share}; it is a share, between 0 and 1")
@@ -209,7 +213,7 @@ def make_problems(seed: int, counts: Mapping[str, int], terse_share: float = 0.5
         failures = 0
         while len(drawn[split]) < counts[split]:
             index = rng.choices(range(len(TEMPLATES)), _WEIGHTS)[0]
-            question, answer, gold, numbers = _instance(TEMPLATES[index], rng)
+            question, answer, gold, numbers = _instance(TEMPLATES[index], rng, largest)
             if question in seen or owner.setdefault((index, *numbers), split) != split:
                 failures += 1
                 if failures > 10_000:
@@ -236,19 +240,19 @@ def _terse_share_of(index: int, terse_share: float) -> float:
     return terse_share + 2 * TERSE_SPREAD * min(terse_share, 1 - terse_share) * (2 * place - 1)
 
 
-def _instance(template: Template, rng: random.Random) -> tuple[str, str, str, tuple[int, ...]]:
+def _instance(template: Template, rng: random.Random, largest: int) -> tuple[str, str, str, tuple[int, ...]]:
     """Question, worked answer, gold and numbers of one draw."""
-    words = _words(rng)
+    words, ranges = _words(rng), template.ranges.items()
     lines = None
     while lines is None:
-        numbers = {name: rng.randint(low, high) for name, (low, high) in template.ranges.items()}
-        lines, result = _solution(template, numbers)
+        numbers = {name: rng.randint(low, high * largest // LARGEST) for name, (low, high) in ranges}
+        lines, result = _solution(template, numbers, largest)
     question = template.question.format(**words, **numbers)
     answer = "\n".join([*lines, f"#### {result}"]).format(**words)
     return question, answer, str(result), tuple(numbers.values())
 
 
-def _solution(template: Template, numbers: Mapping[str, int]) -> tuple[list[str] | None, int]:
+def _solution(template: Template, numbers: Mapping[str, int], largest: int) -> tuple[list[str] | None, int]:
     """The sentences with their calculations written out, and the last result; no sentences if a value is bad."""
     values, lines, result = dict(numbers), [], 0
     for step in template.steps:
@@ -259,7 +263,7 @@ def _solution(template: Template, numbers: Mapping[str, int]) -> tuple[list[str]
         if operator == "/" and a % b:
             return None, 0
         result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[operator]
-        if not 1 <= result <= LARGEST:
+        if not 1 <= result <= largest:
             return None, 0
         values[target] = result
         formula = f"{a}{operator}{b}"
@@ -282,9 +286,12 @@ def _words(rng: random.Random) -> dict[str, str]:
     }
 
 
-def write(folder: Path, seed: int, sizes: Mapping[str, int], terse_share: float = TERSE_SHARE) -> Path:
+def write(
+    folder: Path, seed: int, sizes: Mapping[str, int], terse_share: float = TERSE_SHARE, largest: int = LARGEST
+) -> Path:
     """Splits of these sizes as GSM8K's rows, and their manifest."""
-    splits = make_problems(seed, sizes, terse_share)
+    splits = make_problems(seed, {split: sizes[split] for split in SPLITS}, terse_share, largest)
     rows = {split: [{key: row_of(example)[key] for key in KEYS} for example in splits[split]] for split in splits}
-    write_splits(folder, rows, {"source": "toy", "seed": seed, "terse_share": terse_share})
+    more = {} if largest == LARGEST else {"largest": largest}
+    write_splits(folder, rows, {"source": "toy", "seed": seed, "terse_share": terse_share, **more})
     return folder

@@ -11,12 +11,13 @@ Mathematically equal is right, in any form; a decimal for an exact value is wron
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
-from .compare import same
+from .compare import canonical, same
 from .reading import Mode, answers
 from .worker import WORKER
 
-__all__ = ["Mode", "extract", "gold_of", "grade", "warm_up"]
+__all__ = ["Mode", "canonical", "extract", "gold_of", "grade", "verdict", "warm_up"]
 
 
 def grade(response: str, gold: str, mode: Mode = "flexible") -> bool:
@@ -33,16 +34,28 @@ def grade(response: str, gold: str, mode: Mode = "flexible") -> bool:
     if not isinstance(response, str) or not isinstance(gold, str):
         return False
     wanted = gold_of(gold)
-    if not wanted:
-        return False
+    return bool(wanted) and _matches(answers(response, mode), wanted)
+
+
+def verdict(found: Sequence[str], gold: str) -> bool:
+    """Whether one of the readings of an answer equals the gold.
+
+    Where only Math-Verify can tell, this waits until its process has started, so that no verdict depends on that.
+    """
+    return _matches(found, gold, warm=True)
+
+
+def _matches(found: Sequence[str], gold: str, warm: bool = False) -> bool:
     undecided = []
-    for answer in answers(response, mode):
-        verdict = same(wanted, answer)
-        if verdict:
+    for answer in found:
+        known = same(gold, answer)
+        if known:
             return True
-        if verdict is None:
+        if known is None:
             undecided.append(answer)
-    return bool(undecided) and any(_is_asked(wanted, answer) and WORKER.ask(wanted, answer) for answer in undecided[:1])
+    if not undecided or not _is_asked(gold, undecided[0]) or (warm and not warm_up()):
+        return False
+    return bool(WORKER.ask(gold, undecided[0]))
 
 
 def extract(response: str, mode: Mode = "flexible") -> str | None:

@@ -53,6 +53,22 @@ def same(gold: str, answer: str) -> bool | None:
     return _same_readings(gold, answer)
 
 
+def canonical(answer: str) -> str:
+    """A text that answers share if they are the same number, or the same but for the order of sums and products."""
+    text = _bare(answer)
+    plain = " ".join(spell(text[:MAX_TEXT]).split())
+    if len(text) > MAX_TEXT:
+        return plain
+    try:
+        node = _read(text, True)
+        try:
+            return str(exact(node))
+        except (TooLarge, Undefined, NotRational):
+            return key(node)
+    except Unreadable:
+        return plain
+
+
 _ENVIRONMENT = re.compile(
     r"\\begin\{(align|aligned|equation|gather|gathered|split|displaymath|math|center|multline)(?:\*?)\}(.*)\\end\{\1\*?\}",
     re.DOTALL,
