@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from grpo_gsm8k.datatypes import Message
-from grpo_gsm8k.tasks.base import Tags
+from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.tasks.base import Tags, Task, TaskOptions
 from grpo_gsm8k.tasks.gsm8k.grading import extract, parse_number
 
 
@@ -95,4 +96,18 @@ def _r1_zero(tags: Tags) -> Style:
     return Style(ask, reference, format_ok, stop, plain=True)
 
 
+DEFAULT_STYLE = "qwen_boxed"
 STYLES: dict[str, Callable[[Tags], Style]] = {"gsm8k": _gsm8k, "qwen_boxed": _qwen_boxed, "r1_zero": _r1_zero}
+
+
+class StyledTask(Task):
+    """A task that is asked in one of the `STYLES`."""
+
+    def __init__(self, options: TaskOptions | None = None) -> None:
+        super().__init__(options)
+        if self.options.prompt_style == "auto":
+            self.options = replace(self.options, prompt_style=DEFAULT_STYLE)
+        if self.options.prompt_style not in STYLES:
+            raise ConfigError(f"prompt_style {self.options.prompt_style!r}: must be one of {', '.join(STYLES)}")
+        self.style = STYLES[self.options.prompt_style](self.options.tags)
+        self.stop, self.plain = self.style.stop, self.style.plain

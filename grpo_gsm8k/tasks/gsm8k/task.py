@@ -9,34 +9,22 @@ The reward is `format_weight` for the form that the prompt asked for and `answer
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from grpo_gsm8k.datatypes import Example, Grade, Message, Trajectory
-from grpo_gsm8k.errors import ConfigError
-from grpo_gsm8k.tasks.base import Task, TaskOptions, after_opened_thought, summed
+from grpo_gsm8k.tasks.base import after_opened_thought, summed
 from grpo_gsm8k.tasks.gsm8k.grading import answers, gold_value, parse_number
 from grpo_gsm8k.tasks.gsm8k.problems import example_from_row, row_of
-from grpo_gsm8k.tasks.gsm8k.styles import STYLES
+from grpo_gsm8k.tasks.gsm8k.styles import StyledTask
 
 PROBE = Example("check", "Tom has 2 eggs and buys 3. How many?", "5", {"solution": "2+3=<<2+3=5>>5\n#### 5"})
-DEFAULT_STYLE = "qwen_boxed"
 
 
-class Gsm8k(Task):
+class Gsm8k(StyledTask):
     """Word problems whose answer is a number."""
 
     name = "gsm8k"
-
-    def __init__(self, options: TaskOptions | None = None) -> None:
-        super().__init__(options)
-        if self.options.prompt_style == "auto":
-            self.options = replace(self.options, prompt_style=DEFAULT_STYLE)
-        if self.options.prompt_style not in STYLES:
-            raise ConfigError(f"prompt_style {self.options.prompt_style!r}: must be one of {', '.join(STYLES)}")
-        self.style = STYLES[self.options.prompt_style](self.options.tags)
-        self.stop, self.plain = self.style.stop, self.style.plain
 
     def example(self, row: Mapping[str, Any]) -> Example:
         """See `problems.example_from_row`."""

@@ -19,31 +19,21 @@ from pathlib import Path
 from typing import Any
 
 from grpo_gsm8k.datatypes import Example, Grade, Message, Source
-from grpo_gsm8k.errors import ConfigError, DataError
+from grpo_gsm8k.errors import DataError
 from grpo_gsm8k.runs.files import json_type
 
-from ..base import Task, TaskOptions, id_of, read_examples, text_of
-from ..gsm8k.styles import STYLES
+from ..base import id_of, read_examples, text_of
+from ..gsm8k.styles import StyledTask
 from . import canonical, extract, gold_of, verdict
 from .reading import answers
 
 PROBE = Example("check", "What is $1+1$?", "2", {"solution": "It is $\\boxed{2}$."})
-DEFAULT_STYLE = "qwen_boxed"
 
 
-class Math(Task):
+class Math(StyledTask):
     """Problems whose answer is LaTeX."""
 
     name = "math"
-
-    def __init__(self, options: TaskOptions | None = None) -> None:
-        super().__init__(options)
-        if self.options.prompt_style == "auto":
-            self.options = replace(self.options, prompt_style=DEFAULT_STYLE)
-        if self.options.prompt_style not in STYLES:
-            raise ConfigError(f"prompt_style {self.options.prompt_style!r}: must be one of {', '.join(STYLES)}")
-        self.style = STYLES[self.options.prompt_style](self.options.tags)
-        self.stop, self.plain = self.style.stop, self.style.plain
 
     def examples(self, path: Path | str) -> list[Example]:
         """The problems of a JSONL file, of a `.json` file, or of a folder of `.json` files."""
