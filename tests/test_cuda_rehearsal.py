@@ -19,7 +19,7 @@ from grpo_gsm8k.trainer.data import weighted
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.losses import LOSSES, GrpoClip, Objective
 from tests.rehearsal import CUDNN, MATH, Pretend
-from tests.toys import datum, make_data, make_model
+from tests.toys import datum, make_data, make_model, tensor_of
 
 V = 211
 CLIP = Objective(GrpoClip(), temperature=0.7)
@@ -80,7 +80,7 @@ def after_an_update(dtype, device, objective, **flags):
     learner = learner_on(device, dtype, **flags)
     metrics = learner.forward_backward(update_data(), objective)
     learner.step(1e-3)
-    return learner.logprobs(update_data(), objective.temperature), metrics
+    return tensor_of(learner.logprobs(update_data(), objective.temperature)), metrics
 
 
 # ------------------------------------------------------------------------------------------------------ updates
