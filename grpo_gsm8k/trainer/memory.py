@@ -173,7 +173,7 @@ def engine_share(cfg: TrainConfig, model: Any, overlaps: bool) -> float:
         raise ConfigError(
             f"vLLM has no room beside the learner on {device}: of {total / 1e9:.0f} GB the learner keeps "
             f"{resting / 1e9:.0f} GB and {free / 1e9:.0f} GB are free; pass --optimizer_device cpu, --lora_rank, "
-            "another --vllm_device, or --gpu_mem_util to try it all the same"
+            "another --vllm_device, --engine hf, or --gpu_mem_util to try it all the same"
         )
     talk(f"vLLM takes {share:.2f} of {device}: the learner keeps {resting / 1e9:.1f} of {total / 1e9:.0f} GB")
     return share
