@@ -240,8 +240,8 @@ class TrainConfig(PolicyConfig):
     )
     packing: Literal["auto", "on", "off"] = opt(
         "auto",
-        "no cell of padding, and a prompt read once for all its completions; auto: on a CPU, and on a GPU in bfloat16 "
-        "unless it is deterministic, if the model can",
+        "no cell of padding, and a prompt read once for all its completions; auto: on a CPU, and on a GPU in bfloat16, "
+        "if the model can",
     )
     activation_checkpointing: bool = opt(
         False, "keep only each layer's input, and compute the rest again in the backward pass", runtime=True

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config, Qw
 from grpo_gsm8k import config, ei, grpo, repro, sft
 from grpo_gsm8k.config import TrainConfig
 from grpo_gsm8k.engines.hf import _cumsum
-from grpo_gsm8k.trainer import kernels
+from grpo_gsm8k.trainer import kernels, memory
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.losses import LOSSES, GrpoClip, Objective
@@ -165,6 +165,26 @@ def test_a_frozen_pass_waits_for_its_answer_alone():
 
 
 # ------------------------------------------------------------------------------------------------------ kernels
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+def test_rows_stand_end_to_end_by_default_in_bfloat16(deterministic):
+    """One kernel for all rows of a pass, whose shape is the pass's; in float32 it does not exist."""
+    repro.set_deterministic(deterministic)
+    for dtype, packs in ((torch.bfloat16, True), (torch.float32, False)):
+        with Pretend() as gpu:
+            learner = learner_on("cuda", dtype, deterministic=deterministic, max_tokens_per_microbatch=48)
+            gpu.attention.clear()
+            learner.forward_backward(update_batch(), CLIP)
+        assert learner.packs is packs and {kernel == "varlen" for kernel, _ in gpu.attention} == {packs}
+
+
+def test_shards_in_float32_are_known_to_compute_in_bfloat16():
+    """Several ranks hold float32 shards: how their rows are read decides the memory that is predicted."""
+    with Pretend():
+        model, cfg = qwen().to("cuda"), TrainConfig(engine="vllm")
+        assert memory.gauge_of(model, cfg, torch.bfloat16, 2, False).end_to_end
+        assert not memory.gauge_of(model, cfg, torch.float32, 2, False).end_to_end
 
 
 def test_what_torch_would_take_by_itself():

@@ -151,7 +151,7 @@ def gauge_of(model: Any, cfg: TrainConfig, dtype: torch.dtype, ranks: int, compi
     flops = gpu.flops * ranks if gpu and dtype == torch.bfloat16 else 0.0
     setup = replace(costs.setup_of(cfg, dtype.itemsize, ranks), compiled=compiled)
     beside = costs.beside_bytes(shape, setup, cfg)
-    return Gauge(shape, setup, CudaMeter(device), flops, beside, packing.reads_varlen(model))
+    return Gauge(shape, setup, CudaMeter(device), flops, beside, packing.reads_varlen(model, dtype))
 
 
 def engine_share(cfg: TrainConfig, model: Any, overlaps: bool) -> float:
