@@ -45,6 +45,7 @@ def opt(
     help: str,
     *,
     runtime: bool = False,
+    settled: bool = False,
     also: str = "",
     ge: float | None = None,
     gt: float | None = None,
@@ -55,13 +56,15 @@ def opt(
 
     Args:
         runtime: may differ between a run and its continuation.
+        settled: `auto` is replaced by what it means on this machine when a run begins; a continuation keeps that.
         also: a second flag.
         ge, gt, le, lt: bounds of a number, from whichever layer it comes.
     """
     bounds = {"at least": ge, "above": gt, "at most": le, "below": lt}
     range_ = {words: bound for words, bound in bounds.items() if bound is not None}
     return dataclasses.field(
-        default=default, metadata={"help": help, "runtime": runtime, "also": also, "range": range_}
+        default=default,
+        metadata={"help": help, "runtime": runtime, "settled": settled, "also": also, "range": range_},
     )
 
 
@@ -139,7 +142,10 @@ class EngineConfig(ModelConfig):
     """Who samples, and where."""
 
     engine: str = opt(
-        "hf", "hf: transformers in this process; vllm: in its own (as --vllm_device says); or package.module:Class"
+        "auto",
+        "hf: transformers in this process; vllm: in its own (as --vllm_device says); or package.module:Class; auto: "
+        "vllm where it is installed and the model is on a GPU, unless deterministic, else hf",
+        settled=True,
     )
     vllm_device: str = opt(
         "", "cuda:1 or cpu; empty: a GPU that the trainer is not on, else the trainer's", runtime=True
@@ -166,12 +172,12 @@ class EngineConfig(ModelConfig):
     def __post_init__(self) -> None:
         if self.vllm_device or self.vllm_devices:  # so that the config says it, and a resumed run is held to it
             object.__setattr__(self, "engine", "vllm")
-        if self.engine not in ENGINES and not is_users(self.engine):
-            raise ConfigError(f"engine = {self.engine!r}: must be {', '.join(ENGINES)}, or package.module:Class")
+        if self.engine not in ("auto", *ENGINES) and not is_users(self.engine):
+            raise ConfigError(f"engine = {self.engine!r}: must be auto, {', '.join(ENGINES)}, or package.module:Class")
 
     @property
     def uses_vllm(self) -> bool:
-        """Whether vLLM samples."""
+        """Whether vLLM samples. False for `auto`, which a stage settles before it opens anything."""
         return self.engine == "vllm"
 
 
@@ -234,8 +240,8 @@ class TrainConfig(PolicyConfig):
     )
     packing: Literal["auto", "on", "off"] = opt(
         "auto",
-        "no cell of padding, and a prompt read once for all its completions; auto: on a CPU, and on a GPU in bfloat16 "
-        "unless it is deterministic, if the model can",
+        "no cell of padding, and a prompt read once for all its completions; auto: on a CPU, and on a GPU in bfloat16, "
+        "if the model can",
     )
     activation_checkpointing: bool = opt(
         False, "keep only each layer's input, and compute the rest again in the backward pass", runtime=True
@@ -523,7 +529,7 @@ class PipelineConfig:
     data: str = opt("", "folder with train.jsonl, val.jsonl, test.jsonl; empty for the preset's")
     model_id: str = opt("", "model to start from; empty for the preset's")
     out_dir: str = opt("", "pipeline directory; empty for artifacts/runs/<UTC stamp>_<git sha>")
-    engine: str = opt("", "who samples in every stage, hf or vllm; empty for the preset's")
+    engine: str = opt("", "who samples in every stage, auto, hf or vllm; empty for the preset's")
     stop_after: str = opt("", "last stage to run: base, sft, ei or grpo")
     max_steps: int = opt(0, "stop every training stage after this many steps; 0 for all", ge=0)
     seed: int = opt(0, "decides every random draw", ge=0)
@@ -661,7 +667,8 @@ def to_toml(config: Any, table: str) -> str:
 def differences(old: Mapping[str, Any], new: Any) -> list[str]:
     """How a stored config differs from `new`, in the fields that a continuation must not change."""
     fixed = [f for f in dataclasses.fields(new) if not f.metadata["runtime"]]
-    pairs = [(f.name, old.get(f.name), getattr(new, f.name)) for f in fixed]
+    kept = {f.name for f in fixed if f.metadata["settled"] and getattr(new, f.name) == "auto"}
+    pairs = [(f.name, old.get(f.name), getattr(new, f.name)) for f in fixed if f.name not in kept]
     return [f"{name}: {before!r} then, {now!r} now" for name, before, now in pairs if before != now]
 
 

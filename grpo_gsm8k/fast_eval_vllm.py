@@ -30,7 +30,7 @@ from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.tasks.base import Task, load_examples
 from grpo_gsm8k.tasks.contamination import words
 from grpo_gsm8k.tasks.render import task_of
-from grpo_gsm8k.workbench import evaluate_model
+from grpo_gsm8k.workbench import evaluate_model, settled
 
 
 def run(cfg: EvalConfig, results_path: Path | None = None, title: str = "eval") -> dict[str, Any]:
@@ -48,7 +48,7 @@ def run(cfg: EvalConfig, results_path: Path | None = None, title: str = "eval") 
         raise ConfigError(
             "several --samples or --seeds need --temperature above 0: greedy completions are all the same"
         )
-    task = task_of(cfg)
+    cfg, task = settled(cfg), task_of(cfg)
     task.folder = results_path.parent if results_path else Path(cfg.out_dir)
     examples = load_examples(task, cfg.eval_path)
     shots = draw_shots(cfg, task, examples)

@@ -20,13 +20,13 @@ from grpo_gsm8k.config import ENGINES, EngineConfig, EvalConfig, GrpoConfig, Mod
 from grpo_gsm8k.datatypes import Evaluator, Example, Learner, Prompt, Sampler, SamplingParams, WeightsRef
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.engines.probe import TOLERANCE, probe
-from grpo_gsm8k.engines.process import Engine, ProcessSampler, placements, trained_on
+from grpo_gsm8k.engines.process import C, Engine, ProcessSampler, placements, settle, trained_on
 from grpo_gsm8k.errors import ConfigError, EngineError, RunDirError
 from grpo_gsm8k.evals.accuracy import CHUNK, Evaluation, evaluate
 from grpo_gsm8k.evals.evaluator import AsyncEvaluator, InlineEvaluator
 from grpo_gsm8k.plugins import calling, is_users, load_object
 from grpo_gsm8k.preflight import Subject, check_ids, embeddings_of
-from grpo_gsm8k.runs.directory import Run, open_run
+from grpo_gsm8k.runs.directory import Run, continued, open_run
 from grpo_gsm8k.runs.files import atomic_folder
 from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.tasks import contamination
@@ -151,6 +151,7 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
         inputs: name → file that the stage reads, besides the evaluation set.
         overlaps: the sampler works while the learner does, so on one GPU neither can make room for the other.
     """
+    cfg = settled(cfg, stage)
     if world().rank:
         ranks.follow(make_learner(cfg, load_seeded(cfg), None))
         raise SystemExit(0)
@@ -190,6 +191,14 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
         except KeyboardInterrupt:
             loop.rescue_interrupted(run, learner)
             raise
+
+
+def settled(cfg: C, stage: str = "") -> C:
+    """`cfg` with the engine that `auto` means: that of the run which is continued, else this machine's."""
+    before = continued(cfg, stage) if isinstance(cfg, TrainConfig) else {}
+    if cfg.engine == "auto" and "engine" in before:
+        return dataclasses.replace(cfg, engine=before["engine"])
+    return settle(cfg, str(pick_device(cfg.device)), torch.cuda.device_count(), world().local_size)
 
 
 def evaluates_apart(cfg: TrainConfig, stage: str) -> bool:
@@ -263,6 +272,7 @@ def open_sampler(
         overlaps: see `open_bench`.
     """
     here = world()
+    assert cfg.engine != "auto", "whoever opens a sampler has settled the engine"
     if is_users(cfg.engine):
         make = load_object(cfg.engine, "engine", ENGINES)
         with calling(f"engine {cfg.engine!r}"):

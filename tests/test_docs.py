@@ -425,6 +425,41 @@ def test_the_findings_are_those_of_the_diagnosis():
     assert len(names) == len(set(names))
 
 
+def test_what_would_have_gone_wrong_on_a_gpu_has_its_tests():
+    rows = next(t for t in tables(DOCS / "performance.md") if "finding" in t[0])
+    assert {int(row[""]) for row in rows} == set(range(1, 15))
+    source = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row["test"])
+        assert named and row["what a user would have seen"], row
+        for name in named:
+            assert f"\ndef {name}(" in source, f"there is no {name}"
+
+
+NO_DEFAULT_OF_SPEED = {
+    *("grading", "max_new_tokens", "seed", "wandb_project", "run_name", "engine_patience_s", "data", "out_dir"),
+    *("resume", "max_steps", "save_every", "keep_last", "eval_every", "eval_examples", "eval_set_path", "eval_device"),
+    *("eval_backlog", "probe_tolerance", "lr", "lr_schedule", "warmup_steps", "weight_decay", "beta1", "beta2"),
+    *("grad_clip",),
+}
+"""Fields that say what is learned and where it is kept, not how fast."""
+
+
+def test_every_default_says_what_it_was_chosen_by():
+    """All fields of the samplers' and learners' configs; a new one is put on the page, or on the list above."""
+    mine = [cls.__annotations__ for cls in (config.ModelConfig, config.EngineConfig, config.TrainConfig)]
+    fields = {name for names in mine for name in names} - NO_DEFAULT_OF_SPEED | {"mode"}
+    declared = config.GrpoConfig.__dataclass_fields__
+    first, second = (t for t in tables(DOCS / "performance.md") if {"flag", "default"} <= t[0].keys())
+    assert {row["flag"].strip("`-") for row in second} == fields
+    for row in (*first, *second):
+        default = declared[row["flag"].strip("`-")].default
+        assert row["default"] == (f"`{default}`" if default != "" else ""), row
+    for row in second:
+        for device in ("on a CPU", "on a GPU"):
+            assert "measured" in row[device] or re.search(r"\d", row[device]), row
+
+
 def test_the_messages_are_printed_somewhere():
     rows = [row for table in tables(DOCS / "troubleshooting.md") if "message" in table[0] for row in table]
     quoted = [message for row in rows for message in re.findall(r"`([^`]+)`", row["message"])]

@@ -215,7 +215,7 @@ def recited(tmp_path_factory):
     learned = Path(sft.run(stage_config("sft", **flags))["model"])
     renderer = renderer_for(load_tokenizer(engine_config(learned)), "r1_zero")
     prompts = [renderer.prompt(problem) for problem in load_split(data, "train")]
-    answers = [renderer.target(prompt.problem).token_ids[len(prompt.token_ids) :] for prompt in prompts]
+    answers = [renderer.target(prompt.example).token_ids[len(prompt.token_ids) :] for prompt in prompts]
     candidates = {i for ids in answers for i in ids[3:-6]}
     extra = min(candidates, key=lambda i: (abs(sum(i in ids for ids in answers) - len(answers) // 2), i))
     stored = json.loads((learned / "generation_config.json").read_text())

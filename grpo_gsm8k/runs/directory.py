@@ -162,6 +162,19 @@ def open_run(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path]) -> Iterat
             run.close()
 
 
+def continued(cfg: TrainConfig, stage: str) -> Mapping[str, Any]:
+    """The stored config of the run that `cfg` continues; empty where it begins one."""
+    path = Path(cfg.out_dir) if cfg.out_dir else _unfinished(cfg, stage)
+    return _stored(path, stage) if cfg.resume and path else {}
+
+
+def _stored(path: Path, stage: str) -> Mapping[str, Any]:
+    """What a run directory says of this stage; nothing where it is of another stage, or of no run."""
+    file = path / "config.toml"
+    table: Mapping[str, Any] = tomllib.loads(file.read_text(encoding="utf-8")).get(stage, {}) if file.is_file() else {}
+    return table
+
+
 def _leave_no_trace(path: Path, made: bool) -> None:
     """Empty the folder of a run that never took a step. A folder that was there before (a mount, a link) stays.
 
@@ -227,15 +240,20 @@ def _lock(path: Path) -> Iterator[None]:
 
 def _default_path(cfg: TrainConfig, stage: str) -> Path:
     """A new stamped folder; with `--resume`, the newest unfinished one of the same stage and config."""
-    if cfg.resume:
-        for path in sorted(RUNS.glob("*"), reverse=True):
-            stored = path / "config.toml"
-            if stored.is_file() and not (path / "result.json").is_file():
-                table = tomllib.loads(stored.read_text(encoding="utf-8")).get(stage)
-                if table is not None and not config.differences(table, cfg):
-                    talk(f"resuming {path}")
-                    return path
-    return new_path()
+    path = _unfinished(cfg, stage)
+    if path is None:
+        return new_path()
+    talk(f"resuming {path}")
+    return path
+
+
+def _unfinished(cfg: TrainConfig, stage: str) -> Path | None:
+    """With `--resume`, the newest unfinished run of the same stage and config."""
+    for path in sorted(RUNS.glob("*"), reverse=True) if cfg.resume else ():
+        table = {} if (path / "result.json").is_file() else _stored(path, stage)
+        if table and not config.differences(table, cfg):
+            return path
+    return None
 
 
 def new_path() -> Path:
