@@ -18,8 +18,11 @@ import pytest
 from scipy.stats import binomtest
 
 from grpo_gsm8k.errors import RunDirError
-from grpo_gsm8k.report import page, write_report
-from grpo_gsm8k.report_read import comparison_sentence, headline, p_value, read_run, readings
+from grpo_gsm8k.report import write_report
+from grpo_gsm8k.report.findings import comparison_sentence, headline, readings
+from grpo_gsm8k.report.page import page
+from grpo_gsm8k.report.read import read_run
+from grpo_gsm8k.report.words import p_value
 
 HOSTILE = "</pre></script><img onerror=alert(1) src=x><svg onload=alert(2)> & \"quoted\" 'single' $x^2$"
 STAGES = ("base", "sft", "ei", "grpo")

@@ -1,4 +1,4 @@
-"""What a run directory holds, read for the report, and its numbers in words. Knows files, no markup.
+"""What a run directory holds, read for the report. Knows files, no markup.
 
 A run that is still going or was killed is read as far as it went; what is missing or broken becomes a note.
 """
@@ -10,20 +10,16 @@ import math
 import platform
 import re
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from grpo_gsm8k.errors import RunDirError
 from grpo_gsm8k.evals.accuracy import grouped
-from grpo_gsm8k.report_figures import TIMES, Curves
-from grpo_gsm8k.runs import diagnosis
-from grpo_gsm8k.runs.diagnosis import RISING, Finding, trend
+from grpo_gsm8k.report.panels import TIMES, Curves
+from grpo_gsm8k.report.words import LARGEST, STAGES, label, number, pair
 
-STAGES = {"base": "Base", "sft": "SFT", "ei": "EI", "grpo": "GRPO"}
-LARGEST = 1e100
 TRAINING = ("sft", "ei", "grpo")
 
 
@@ -185,18 +181,6 @@ def read_config(folder: Path, notes: list[str], root: Path) -> dict[str, Any]:
         return {}
 
 
-def findings(run: Run) -> list[Finding]:
-    """What holds the reward of its GRPO stage back, with examples from the last step that kept its samples."""
-    curves = run.parts.get("grpo", Curves(()))
-    if not curves.rows:
-        return []
-    folder = run.folders["grpo"]
-    config = read_config(folder, run.notes, run.path).get("grpo", {})
-    kept = sorted(folder.glob("samples/step_*.jsonl"))
-    samples = read_lines(kept[-1], run.notes, run.path, "grpo/samples/") if kept else []
-    return diagnosis.diagnose(curves.rows, config, samples)
-
-
 def read_lines(path: Path, notes: list[str], root: Path, where: str = "") -> list[dict[str, Any]]:
     """The objects in a JSONL file; lines that are none are counted in `notes`."""
     rows, broken = [], 0
@@ -257,166 +241,16 @@ def last_evaluation(run: Run) -> tuple[str, dict[str, list[dict[str, Any]]]]:
     return title, grouped([r for r in rows if isinstance(r.get("id"), str) and isinstance(r.get("correct"), bool)])
 
 
-# -- numbers in words ---------------------------------------------------------------------------------
+def flat_config(run: Run) -> dict[str, object]:
+    flat: dict[str, object] = {}
 
-
-def number(value: object, form: str = "{:.4g}") -> str:
-    """A finite number as text, else ''."""
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST
-    return form.format(value).replace("e-0", "e-").replace("-", "−") if ok else ""
-
-
-def percent(share: object) -> str:
-    """0.123 -> '12.3 %', with a space that does not break."""
-    return number(100 * share, "{:.1f}\u00a0%") or "–" if isinstance(share, int | float) else "–"
-
-
-def duration(seconds: object) -> str:
-    """3700 -> '1 h 2 min', 95 -> '1 min 35 s'."""
-    if not isinstance(seconds, int | float) or not number(seconds):
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.{0 if seconds >= 10 else 1}f}\u00a0s"
-    large, small, units = (round(seconds), 60, "min s") if seconds < 3600 else (round(seconds / 60), 60, "h min")
-    unit, rest = units.split()
-    return f"{large // small}\u00a0{unit} {large % small}\u00a0{rest}"
-
-
-def label(stage: object) -> str:
-    return STAGES.get(str(stage), str(stage))
-
-
-def pair(value: object) -> tuple[float, float] | None:
-    if isinstance(value, list) and len(value) == 2 and all(number(v) for v in value):
-        return float(value[0]), float(value[1])
-    return None
-
-
-def p_value(p: object) -> str:
-    if not isinstance(p, int | float) or not number(p):
-        return "not recorded"
-    if p >= 0.001:
-        return f"=\u00a0{p:.3f}"
-    if p < 1e-12:
-        return "<\u00a010⁻¹²"
-    mantissa, exponent = f"{p:.1e}".split("e")
-    return (
-        f"=\u00a0{mantissa}\u00a0×\u00a010{str(int(exponent)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
-    )
-
-
-def points(interval: tuple[float, float]) -> str:
-    return f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}".replace("-", "−")
-
-
-def change(first: Mapping[str, Any], last: Mapping[str, Any], paired: Mapping[str, Any] | None, where: str) -> str:
-    """One honest sentence on two scores: the paired interval decides, else whether their own overlap."""
-    a, b = percent(first["accuracy"]), percent(last["accuracy"])
-    on = f"on {number(last.get('n'), '{:,.0f}') or 'an unknown number of'} {where}"
-    ci_a, ci_b, ci = pair(first.get("ci95")), pair(last.get("ci95")), pair((paired or {}).get("ci95"))
-    gain = last["accuracy"] - first["accuracy"]
-    if ci:
-        clear = ci[0] > 0 or ci[1] < 0
-    elif ci_a and ci_b:
-        clear = ci_a[1] < ci_b[0] or ci_b[1] < ci_a[0]
-    else:
-        return f"From {a} to {b} {on} (no intervals recorded)"
-    if not clear:
-        return f"No measurable change: {a} before, {b} after, {on}"
-    return f"From {a} to {b} {on}" if gain > 0 else f"It got worse: from {a} to {b} {on}"
-
-
-def headline(run: Run) -> str:
-    """The result of a run in one sentence."""
-    stages = run.stages
-    if rewarded := run.rewarded:
-        count = number(rewarded[-1].get("n"), "{:,.0f}") or "an unknown number of"
-        before, after = rewarded[0]["reward"], rewarded[-1]["reward"]
-        return f"Mean reward from {before:.3f} to {after:.3f} on {count} held-out examples"
-    if len(stages) > 1:
-        ends = (stages[0]["name"], stages[-1]["name"])
-        paired = next((c for c in run.comparisons if (c.get("a"), c.get("b")) == ends), None)
-        return change(stages[0], stages[-1], paired, "held-out problems")
-    if stages:
-        score = f"{label(stages[0]['name'])}: {percent(stages[0]['accuracy'])}"
-        count = number(stages[0].get("n"), "{:,.0f}") or "an unknown number of"
-        return f"{score} on {count} held-out problems; nothing to compare it with yet"
-    for curves in reversed(run.parts.values()):
-        scores = [_score(row) for row in curves.rows if number(row.get("val/accuracy"))]
-        if len(scores) > 1:
-            return change(scores[0], scores[-1], None, "validation problems")
-        if scores:
-            return f"{percent(scores[0]['accuracy'])} on the validation problems; one evaluation so far"
-        for metric, name in (("reward/mean", "Mean reward"), ("loss", "Loss")):
-            if values := curves.ends(metric):
-                steps = len(curves.series(metric)[0])
-                return f"{name} from {values[0]:.3g} to {values[1]:.3g} in {steps:,} steps; accuracy not evaluated"
-    return "Nothing recorded yet"
-
-
-def _score(row: Mapping[str, float]) -> dict[str, Any]:
-    """A validation row in the form of a stage."""
-    interval = [row.get("val/ci_low"), row.get("val/ci_high")]
-    return {"accuracy": row["val/accuracy"], "n": row.get("val/n"), "ci95": interval}
-
-
-def stage_story(run: Run) -> str:
-    """Which stage brought how much, and whether the last one is the best."""
-    stages = run.stages
-    steps = [
-        f"{label(b['name'])} {100 * (b['accuracy'] - a['accuracy']):+.1f}".replace("-", "−")
-        for a, b in pairwise(stages)
-    ]
-    if not steps:
-        return ""
-    best = max(stages, key=lambda s: float(s["accuracy"]))
-    behind = best["accuracy"] - stages[-1]["accuracy"]
-    story = f"Change at each stage, in points: {', '.join(steps)}."
-    return story + (f" The best stage was {label(best['name'])}, not the last." if behind > 0 else "")
-
-
-def comparison_sentence(c: Mapping[str, Any]) -> str:
-    """A paired comparison between two stages in words."""
-    a, b, ci = label(c.get("a")), label(c.get("b")), pair(c.get("ci95")) or (0.0, 0.0)
-    gain = number(100 * c["difference"], "{:+.1f}") if number(c.get("difference")) else "?"
-    counts = f"{b} solved {number(c.get('won'), '{:,.0f}') or '?'} that {a} missed"
-    counts += f" and missed {number(c.get('lost'), '{:,.0f}') or '?'} that {a} solved"
-    clear = "" if ci[0] > 0 or ci[1] < 0 else " This may be luck: the interval includes zero."
-    p = f"exact McNemar p\u00a0{p_value(c.get('p_value'))}"
-    n = f"n\u00a0=\u00a0{number(c.get('n'), '{:,.0f}') or '?'}"
-    return f"{counts}: {gain} points (95 % CI {points(ci)}; {p}; {n}).{clear}"
-
-
-# -- what the GRPO curves say -------------------------------------------------------------------------
-
-
-def readings(curves: Curves, found: Collection[str] = ()) -> list[tuple[bool, str]]:
-    """The signals in plain sentences: (nothing to worry about, sentence).
-
-    Args:
-        found: names of the findings; what is judged there is not judged again here.
-    """
-    said = []
-    rewards = curves.series("reward/mean")[1]
-    if ends := curves.ends("reward/mean"):
-        span, slope = f"{ends[0]:.3g} to {ends[1]:.3g}", trend(rewards)
-        if len(rewards) < diagnosis.WINDOW:
-            said.append((False, f"Only {len(rewards)} steps: too few to say whether the reward moves ({span})."))
-        elif abs(slope) < RISING or (slope > 0) != (ends[1] > ends[0]):
-            said.append((False, f"The reward did not move beyond its step-to-step noise ({span})."))
+    def walk(prefix: str, value: object) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}".lstrip("."), inner)
         else:
-            way = "rose" if slope > 0 else "fell"
-            said.append((way == "rose", f"The reward {way} from {span}, beyond its step-to-step noise."))
-    if mixed := curves.ends("groups/mixed_frac"):
-        text = f"{percent(mixed[1])} of the groups at the end are mixed and still carry a gradient."
-        said.append((not {"flat_groups", "too_easy"} & {*found}, text))
-    if entropy := curves.ends("policy/entropy"):
-        text = f"Entropy went from {entropy[0]:.3g} to {entropy[1]:.3g} nats per token."
-        said.append(("entropy" not in found, text))
-    if gaps := curves.series("mismatch/logp_abs_mean")[1]:
-        text = f"The mean |Δ log p| between sampler and trainer never exceeded {max(gaps):.2g}."
-        said.append(("mismatch" not in found, text if max(gaps) else "Sampler and trainer agree to the bit."))
-    if cut := curves.ends("outcome/truncated_frac"):
-        text = f"{percent(cut[1])} of the responses at the end ran into the token limit."
-        said += [("cut_off" not in found, text)] if cut[1] else []
-    return said
+            flat[prefix] = value
+
+    for folder in dict.fromkeys([run.path, *run.folders.values()]):
+        walk("" if folder == run.path else folder.name, read_config(folder, run.notes, run.path))
+    return flat
