@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
+from xml.sax.saxutils import escape
 
 from grpo_gsm8k.report.panels import Line, Panel
 
@@ -49,7 +50,10 @@ def _tick(value: float, percent: bool = False) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}".replace("e-0", "e-")
 
 
-def _svg(name: str, size: tuple[float, float], paint: Callable[[Axes], None], left: float = 0.47) -> str:
+def _svg(
+    name: str, size: tuple[float, float], paint: Callable[[Axes], None], said: str = "", left: float = 0.47
+) -> str:
+    """What `paint` draws, as an inline SVG. `said` is what a screen reader reads in its place; `name` by default."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -84,10 +88,10 @@ def _svg(name: str, size: tuple[float, float], paint: Callable[[Axes], None], le
         paint(axes)
         out = io.StringIO()
         fig.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return _inline(out.getvalue(), name)
+    return _inline(out.getvalue(), said or name)
 
 
-def _inline(svg: str, name: str) -> str:
+def _inline(svg: str, said: str) -> str:
     """Only the <svg> element, without namespaces, ids nobody refers to, global styles and fixed colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->|<defs>\s*</defs>", "", svg, flags=re.S)
@@ -99,7 +103,8 @@ def _inline(svg: str, name: str) -> str:
     svg = re.sub(r' d="[^"]*"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m[0].replace("\n", "")), svg)
     for variable, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--{variable})")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{name}"', 1).strip()
+    label = escape(said, {'"': "&quot;"})
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).strip()
 
 
 def prefix_ids(svg: str, prefix: str) -> str:
@@ -107,8 +112,13 @@ def prefix_ids(svg: str, prefix: str) -> str:
     return re.sub(r'(\bid="|"#|url\(#)', rf"\g<1>{prefix}", svg)
 
 
-def draw(panel: Panel, lines: Sequence[Line], band: tuple[list[float], list[float], list[float]] | None = None) -> str:
-    """The SVG of one panel. `band` is (xs, lower, upper), shaded behind the first line."""
+def draw(
+    panel: Panel,
+    lines: Sequence[Line],
+    band: tuple[list[float], list[float], list[float]] | None = None,
+    said: str = "",
+) -> str:
+    """The SVG of one panel. `band` is (xs, lower, upper), shaded behind the first line; `said` replaces the picture."""
 
     def paint(axes: Axes) -> None:
         from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
@@ -149,7 +159,7 @@ def draw(panel: Panel, lines: Sequence[Line], band: tuple[list[float], list[floa
             bottom, top = axes.get_ylim()
             axes.set_ylim(max(bottom, -0.02 if panel.kind != "stack" else 0), min(top, 1.02))
 
-    return _svg(panel.title, (5.0, 2.5) if panel.wide else (3.6, 2.2), paint)
+    return _svg(panel.title, (5.0, 2.5) if panel.wide else (3.6, 2.2), paint, said)
 
 
 def _stacked(lines: Sequence[Line], most: int = 300) -> tuple[list[float], list[list[float]]]:
@@ -178,7 +188,10 @@ def draw_stages(rows: Sequence[tuple[str, float, float, float]]) -> str:
         axes.set_yticks(range(len(rows)), [row[0] for row in rows], color=COLOURS["ink"])
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v, True)))
 
-    return _svg("Accuracy by stage", (5.0, 0.7 + 0.5 * len(rows)), paint)
+    said = "; ".join(
+        f"{name} {100 * value:.1f} %, {100 * low:.1f} to {100 * high:.1f}" for name, value, low, high in rows
+    )
+    return _svg("Accuracy by stage", (5.0, 0.7 + 0.5 * len(rows)), paint, f"Accuracy by stage: {said}")
 
 
 def draw_bars(title: str, rows: Sequence[tuple[str, float, str]]) -> str:
@@ -192,7 +205,8 @@ def draw_bars(title: str, rows: Sequence[tuple[str, float, str]]) -> str:
         axes.set_yticks(range(len(rows)), [row[0] for row in rows], color=COLOURS["ink"])
         axes.spines["bottom"].set_visible(False)
 
-    return _svg(title, (5.0, 2.5), paint)
+    said = "; ".join(f"{name} {text}" for name, _, text in rows)
+    return _svg(title, (5.0, 2.5), paint, f"{title}: {said}")
 
 
 def sparkline(ys: Sequence[float]) -> str:

@@ -11,8 +11,8 @@ class Html(str):
 
 
 def tag(name: str, *children: object, **attributes: object) -> Html:
-    """`<name …>children</name>`; children are escaped unless they are `Html`."""
-    opened = "".join(f' {k.rstrip("_")}="{html.escape(str(v))}"' for k, v in attributes.items() if v)
+    """`<name …>children</name>`; children are escaped unless they are `Html`, and `aria_label` is `aria-label`."""
+    opened = "".join(f' {k.rstrip("_").replace("_", "-")}="{html.escape(str(v))}"' for k, v in attributes.items() if v)
     body = "".join(c if isinstance(c, Html) else html.escape(str(c)) for c in children)
     return Html(f"<{name}{opened}>{body}</{name}>")
 
@@ -25,11 +25,24 @@ def join(parts: Iterable[Html]) -> Html:
 # -- pieces of the page -------------------------------------------------------------------------------
 
 
-def table(head: Sequence[object], rows: Iterable[Sequence[object]], css: str = "") -> Html:
-    """A table that scrolls sideways on its own where the screen is narrow."""
-    top = tag("thead", tag("tr", *(tag("th", cell) for cell in head)))
-    body = join(tag("tr", *(tag("td", cell) for cell in row)) for row in rows)
-    return tag("div", tag("table", top, tag("tbody", body), class_=css), class_="scroll")
+def region(label: str, *body: Html, css: str = "scroll") -> Html:
+    """What scrolls on its own where the screen is narrow; the keyboard reaches it, and a screen reader names it."""
+    return tag("div", *body, class_=css, role="region", aria_label=label, tabindex="0")
+
+
+def table(caption: str, head: Sequence[object], rows: Iterable[Sequence[object]]) -> Html:
+    """A table that scrolls sideways on its own; the first cell of each row is the row's heading.
+
+    Args:
+        caption: above the table, and the name of its region: no two on a page are alike.
+    """
+    top = tag("thead", tag("tr", *(tag("th", cell, scope="col") for cell in head)))
+    lines = []
+    for first, *rest in rows:
+        heading = tag("th", tag("span", first), scope="row")
+        lines.append(tag("tr", heading, *(tag("td", cell) for cell in rest)))
+    body = tag("table", tag("caption", caption), top, tag("tbody", join(lines)))
+    return region(caption, body)
 
 
 def fold(title: object, *body: Html) -> Html:
@@ -41,6 +54,11 @@ def preformatted(text: str, most: int = 40_000) -> Html:
     """Text as it is, cut where it is very long."""
     rest = len(text) - most
     return tag("pre", text[:most], f"\n… {rest:,} more characters" if rest > 0 else "")
+
+
+def mark(sign: str) -> Html:
+    """A sign for the eye; the words beside it say the same."""
+    return tag("span", sign, class_="mark", aria_hidden="true")
 
 
 def frame(title: str, picture: Html, caption: str, wide: bool = True, keys: Iterable[Html] = ()) -> Html:

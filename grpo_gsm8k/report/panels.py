@@ -32,6 +32,7 @@ class Panel:
     x: str = "step"
     band: tuple[str, str] | None = None  # metrics of the lower and upper bound of the first line
     colours: tuple[str, ...] = SERIES
+    unless: str = ""  # a metric that takes this figure's place
 
 
 def _val(with_format: bool = True) -> Panel:
@@ -47,6 +48,15 @@ def _val(with_format: bool = True) -> Panel:
     )
 
 
+_VAL_REWARD = Panel(
+    "Mean reward in validation",
+    (("val/reward", "mean reward"),),
+    "Held-out examples of a task without right answers; a change smaller than the shaded 95 % interval may be luck.",
+    kind="points",
+    wide=True,
+    band=("val/ci_low", "val/ci_high"),
+    unless="val/accuracy",
+)
 _GRAD = Panel(
     "Gradient norm", (("policy/grad_norm", "norm"),), "Before clipping; spikes mark steps that could do harm."
 )
@@ -66,6 +76,7 @@ GRPO_PANELS = (
         wide=True,
     ),
     _val(),
+    _VAL_REWARD,
     Panel(
         "Groups by outcome",
         (
@@ -148,7 +159,7 @@ GRPO_PANELS = (
         "Relative size of a step; about 0.001 is large, far less moves nothing.",
     ),
 )
-SFT_PANELS = (_LOSS, _val(), _GRAD, _LR, _SPEED)
+SFT_PANELS = (_LOSS, _val(), _VAL_REWARD, _GRAD, _LR, _SPEED)
 EI_PANELS = (
     Panel(
         "Yield per round",
@@ -183,7 +194,15 @@ TIME_PANEL = Panel(
 )
 PANELS = {"grpo": GRPO_PANELS, "sft": SFT_PANELS, "ei": EI_PANELS}
 OVERLAID = {
-    *("reward/mean", "val/accuracy", "length/mean", "policy/entropy", "policy/grad_norm", "policy/clip_frac"),
+    *(
+        "reward/mean",
+        "val/accuracy",
+        "val/reward",
+        "length/mean",
+        "policy/entropy",
+        "policy/grad_norm",
+        "policy/clip_frac",
+    ),
     *("mismatch/logp_abs_mean", "loss", "ei/yield", "diversity/unique_frac", "diversity/repeated_4grams"),
 }
 _MIXED = Panel("Mixed groups", (("groups/mixed_frac", "mixed groups"),), "", percent=True)
@@ -235,7 +254,9 @@ class Line:
 
 
 def panel_lines(panel: Panel, curves: Curves) -> list[Line]:
-    """The lines of `panel` that this run recorded."""
+    """The lines of `panel` that this run recorded; none where another figure takes its place."""
+    if panel.unless and curves.series(panel.unless)[1]:
+        return []
     found = [
         Line(label, colour, *curves.series(metric, panel.x))
         for (metric, label), colour in zip(panel.lines, panel.colours, strict=False)
@@ -244,9 +265,10 @@ def panel_lines(panel: Panel, curves: Curves) -> list[Line]:
 
 
 def overlay_lines(panel: Panel, runs: Mapping[str, Curves]) -> list[Line]:
-    """The first metric of `panel`, one line for each run that recorded it."""
+    """The first metric of `panel`, one line for each run that recorded it, and no figure in its place."""
     found = [
         Line(label, SERIES[i % len(SERIES)], *curves.series(panel.lines[0][0], panel.x))
         for i, (label, curves) in enumerate(runs.items())
+        if not (panel.unless and curves.series(panel.unless)[1])
     ]
     return [line for line in found if line.xs]

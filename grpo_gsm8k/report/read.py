@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import json
 import math
-import platform
-import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from grpo_gsm8k.errors import RunDirError
 from grpo_gsm8k.evals.accuracy import grouped
+from grpo_gsm8k.evals.stats import rate_interval
 from grpo_gsm8k.report.panels import TIMES, Curves
 from grpo_gsm8k.report.words import LARGEST, STAGES, label, number, pair
 
@@ -50,6 +50,28 @@ class Run:
         listed = _dicts(self.summary.get("stages"))
         return [s for s in listed if "name" in s and number(s.get("reward")) and not number(s.get("accuracy"))]
 
+    @cached_property
+    def config(self) -> dict[str, object]:
+        """Every setting as `stage.name`, the same for a stage of a pipeline and for a run of that stage alone."""
+        flat: dict[str, object] = {}
+
+        def walk(prefix: str, value: object) -> None:
+            if isinstance(value, dict):
+                for key, inner in value.items():
+                    walk(f"{prefix}.{key}", inner)
+            else:
+                flat[prefix] = value
+
+        for kind, folder in self.folders.items():
+            for table, settings in read_config(folder, self.notes, self.path).items():
+                walk(kind if table == kind else f"{kind}.{table}", settings)
+        return flat
+
+    def first_setting(self, name: str) -> str:
+        """A setting in the first stage that has one; "" without."""
+        values = (self.config.get(f"{kind}.{name}") for kind in self.folders)
+        return str(next((value for value in values if value not in (None, "")), ""))
+
     @property
     def comparisons(self) -> list[dict[str, Any]]:
         """The paired comparisons between stages."""
@@ -70,9 +92,13 @@ def _count(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         return sum(1 for row in rows if row.get(key) == value) / len(rows)
 
     tokens = [row["tokens"] for row in rows if isinstance(row.get("tokens"), int)]
+    outcomes: dict[str, list[bool]] = {}
+    for row in rows:
+        outcomes.setdefault(str(row.get("id")), []).append(row.get("correct") is True)
     return {
         "name": name,
         "accuracy": share("correct", True),
+        "ci95": list(rate_interval(list(outcomes.values()))),
         "n": len(rows),
         "format_accuracy": share("format_ok", True),
         "truncated": share("finish_reason", "length"),
@@ -144,25 +170,6 @@ def is_inside(path: Path, root: Path) -> bool:
         return False
 
 
-_PATH = re.compile(r"(?<![\w./~])(?:/[\w.+@%-]+){2,}/?")
-_ADDRESS = re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)*")
-
-
-def public(text: str) -> str:
-    """A text of the run's provenance without what names people and machines: the page may be published.
-
-    Of an absolute path the last part stays; addresses and this machine's name go.
-    """
-
-    def last(match: re.Match[str]) -> str:
-        parts = match[0].strip("/").split("/")
-        return f"…/{parts[-1]}" if len(parts) > 2 else "…"  # /home/NAME is a name
-
-    text = _ADDRESS.sub("[address]", _PATH.sub(last, text.replace("file://", "")))
-    host = platform.node()
-    return re.sub(rf"\b{re.escape(host)}\b", "[host]", text) if len(host) > 3 and host != "localhost" else text
-
-
 def _read_json(path: Path, root: Path, notes: list[str]) -> dict[str, Any]:
     try:
         value = json.loads(read_text(path, root) or "{}")
@@ -227,30 +234,36 @@ def _derive(row: dict[str, float]) -> dict[str, float]:
     return row
 
 
-def last_evaluation(run: Run) -> tuple[str, dict[str, list[dict[str, Any]]]]:
-    """The last evaluation that kept its answers: what it is called, and its rows by problem; ("", {}) without one."""
-    names = [s["name"] for s in run.stages if run.evals.get(s["name"])]
-    if names:
-        title, rows = f"{label(names[-1])}, test", run.evals[names[-1]]
-    else:
-        kept = [path for folder in run.folders.values() for path in sorted(folder.glob("evals/step_*.jsonl"))]
-        if not kept:
-            return "", {}
-        title = f"validation, step {int(kept[-1].stem.removeprefix('step_')):,}"
-        rows = read_lines(kept[-1], run.notes, run.path, "evals/")
-    return title, grouped([r for r in rows if isinstance(r.get("id"), str) and isinstance(r.get("correct"), bool)])
+Problems = dict[str, list[dict[str, Any]]]  # problem id -> its graded completions
 
 
-def flat_config(run: Run) -> dict[str, object]:
-    flat: dict[str, object] = {}
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation that kept its answers."""
 
-    def walk(prefix: str, value: object) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}".lstrip("."), inner)
-        else:
-            flat[prefix] = value
+    title: str  # "GRPO, test" or "GRPO, validation, step 20"
+    stage: str
+    problems: Problems
 
-    for folder in dict.fromkeys([run.path, *run.folders.values()]):
-        walk("" if folder == run.path else folder.name, read_config(folder, run.notes, run.path))
-    return flat
+
+def evaluations(run: Run) -> list[Evaluated]:
+    """The evaluations that two runs can be compared on: the test of the last stage, and each part's last validation."""
+    names = [s["name"] for s in run.stages if run.evals.get(s["name"])][-1:]
+    found = [Evaluated(f"{label(name)}, test", name, by_problem(run.evals[name])) for name in names]
+    for kind in reversed(list(run.folders)):
+        if steps := validations(run, kind):
+            step, path = list(steps.items())[-1]
+            rows = read_lines(path, run.notes, run.path, f"{kind}/evals/")
+            found.append(Evaluated(f"{label(kind)}, validation, step {step:,}", kind, by_problem(rows)))
+    return [one for one in found if one.problems]
+
+
+def validations(run: Run, kind: str) -> dict[int, Path]:
+    """Step -> the answers of that validation, for those of a training run that were kept."""
+    kept = sorted(run.folders[kind].glob("evals/step_*.jsonl"))
+    return {int(path.stem.removeprefix("step_")): path for path in kept if path.stem.removeprefix("step_").isdigit()}
+
+
+def by_problem(rows: Sequence[dict[str, Any]]) -> Problems:
+    """The rows that are graded right or wrong, by their problem."""
+    return grouped([r for r in rows if isinstance(r.get("id"), str) and isinstance(r.get("correct"), bool)])

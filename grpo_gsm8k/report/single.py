@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grpo_gsm8k.report import figures
-from grpo_gsm8k.report.findings import comparison_sentence, findings
-from grpo_gsm8k.report.markup import Html, fold, frame, join, preformatted, section, table, tag
+from grpo_gsm8k.report.findings import findings, readings
+from grpo_gsm8k.report.headline import comparison_sentence
+from grpo_gsm8k.report.markup import Html, fold, frame, join, preformatted, region, section, table, tag
+from grpo_gsm8k.report.names import command, data_name, model_name, public
 from grpo_gsm8k.report.panels import TIME_PANEL, Curves, panel_lines
-from grpo_gsm8k.report.read import Run, flat_config, public, read_text
+from grpo_gsm8k.report.read import Run, read_text
 from grpo_gsm8k.report.samples import samples_section, training_samples
-from grpo_gsm8k.report.training import calm, diagnosis_section, figure, panels, signals
+from grpo_gsm8k.report.training import calm, diagnosis_section, figure, panels, reading_list, signals
 from grpo_gsm8k.report.words import LONG_NAMES, STAGES, duration, label, number, pair, percent
 
 TEXTS = {".txt", ".toml", ".json", ".diff", ".md", ""}
@@ -33,7 +35,7 @@ def result_section(run: Run) -> Html:
     caption = "Dots are accuracies, bars 95 % intervals; where bars overlap, the paired comparison decides."
     picture = frame("Share of test problems solved", Html(figures.draw_stages(dots)), caption)
     words = [
-        tag("div", tag("h3", f"{label(c.get('a'))} → {label(c.get('b'))}"), tag("p", comparison_sentence(c)))
+        tag("div", tag("h3", f"{label(c.get('a'))} to {label(c.get('b'))}"), tag("p", comparison_sentence(c)))
         for c in run.comparisons
     ] or [tag("p", "No paired comparisons recorded.", class_="mute")]
     head = ("stage", "accuracy", "95 % CI", "n", "right format", "tokens", "cut off", "time", "weights")
@@ -52,7 +54,7 @@ def result_section(run: Run) -> Html:
         for s in stages
     ]
     grid = tag("div", picture, tag("div", *words, class_="wide words"), class_="grid")
-    return section("result", "Accuracy by stage", grid, table(head, rows))
+    return section("result", "Accuracy by stage", grid, table("Each stage on the test problems", head, rows))
 
 
 def reward_table(stages: Sequence[Mapping[str, Any]]) -> Html:
@@ -71,7 +73,7 @@ def reward_table(stages: Sequence[Mapping[str, Any]]) -> Html:
         )
         for s in stages
     ]
-    return table(head, rows)
+    return table("Each stage on the test examples", head, rows)
 
 
 def time_section(run: Run) -> Html:
@@ -89,33 +91,33 @@ def time_section(run: Run) -> Html:
     if lines:
         whole = sum(sum(line.ys) for line in lines)
         rows = [(line.label, duration(sum(line.ys)), percent(sum(line.ys) / (whole or 1))) for line in lines]
-        totals = fold("Totals over all GRPO steps", table(("part", "time", "share"), rows))
+        title = "Totals over all GRPO steps"
+        totals = fold(title, table(title, ("part", "time", "share"), rows))
     return section("time", "Time", tag("div", *parts, class_="grid"), totals) if parts else Html()
 
 
 def provenance(run: Run) -> Html:
     """Config, command, data hashes and the system, as the run wrote them."""
-    folds = []
+    texts: dict[str, str] = {}
     for folder in dict.fromkeys([run.path, *run.folders.values()]):
         names = ["command.txt", "config.toml", "pipeline_config.json", "data.json", "code.diff"]
         found = [folder / name for name in names] + sorted((folder / "sys").glob("*"))
         for path in found:  # the environment may name people and machines: it stays behind
             text = "" if path.stem.startswith("env") or path.suffix not in TEXTS else read_text(path, run.path)
             if text.strip():
-                folds.append(fold(path.relative_to(run.path).as_posix(), preformatted(public(text))))
+                shown = command(text, run) if path.name == "command.txt" else public(text, run)
+                texts[path.relative_to(run.path).as_posix()] = shown
     if run.summary:
-        folds.append(fold("pipeline.json", preformatted(public(json.dumps(run.summary, indent=2, ensure_ascii=False)))))
+        texts["pipeline.json"] = public(json.dumps(run.summary, indent=2, ensure_ascii=False), run)
+    folds = [fold(name, region(name, preformatted(text), css="long")) for name, text in texts.items()]
     return section("provenance", "Configuration and provenance", *folds)
 
 
 def facts(run: Run) -> list[tuple[str, object]]:
     """What one wants to know about a run before reading on."""
-    config = {key.rpartition(".")[2]: value for key, value in flat_config(run).items()}
-    inside = f"{run.summary.get('run_dir', run.path)}/"
-    found: dict[str, object] = {}
-    for name, key in (("model", "model_id"), ("data", "data"), ("preset", "preset"), ("seed", "seed")):
-        value = run.summary[key] if key in run.summary else config.get(key, "")
-        found[name] = public(str(value).replace(inside, ""))
+    found: dict[str, object] = {"model": model_name(run), "data": data_name(run)}
+    for name in ("task", "preset", "seed"):
+        found[name] = public(str(run.summary.get(name, run.first_setting(name))), run)
     found["time"] = duration(run.summary["seconds"]) if number(run.summary.get("seconds")) else ""
     for kind, curves in run.parts.items():
         found[f"{STAGES[kind]} steps"] = f"{len(curves.rows):,}" if curves.rows else ""
@@ -124,7 +126,7 @@ def facts(run: Run) -> list[tuple[str, object]]:
     commits = [re.search(r"^# .*?commit ([0-9a-f]{7,8})", text) for text in begins]
     commits.append(re.search(r"_([0-9a-f]{7,8})(?:-dirty)?$", run.path.name))
     found["commit"] = next((tag("code", match[1]) for match in commits if match), "")
-    commands = [public(read_text(folder / "command.txt", run.path)).strip() for folder in folders]
+    commands = [command(read_text(folder / "command.txt", run.path), run) for folder in folders]
     found["command"] = next((tag("code", text[:400]) for text in commands if text), "")
     return [(name, value) for name, value in found.items() if value != ""]
 
@@ -136,9 +138,12 @@ def run_page(run: Run) -> Html:
     if grpo and grpo.rows:
         found = findings(run)
         parts.append(diagnosis_section(found) if found else Html())
-        story = (signals(grpo, found), Html() if found else calm(grpo), panels(grpo, "grpo"))
+        said = readings(run, "grpo", {finding.name for finding in found})
+        story = (signals(grpo, said), Html() if found else calm(grpo, said), panels(grpo, "grpo"))
         parts.append(section("grpo", "GRPO: is it learning, and from what", *story))
-    early = {kind: run.parts[kind] for kind in ("sft", "ei") if kind in run.parts}
-    parts += [section(k, LONG_NAMES[k], panels(curves, k)) for k, curves in early.items() if curves.rows]
+    for kind in ("sft", "ei"):
+        if kind in run.parts and run.parts[kind].rows:
+            words = reading_list(readings(run, kind))
+            parts.append(section(kind, LONG_NAMES[kind], words, panels(run.parts[kind], kind)))
     parts += [time_section(run), samples_section(run), training_samples(run, run.notes), provenance(run)]
     return join(part for part in parts if part)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from grpo_gsm8k.report import figures
-from grpo_gsm8k.report.findings import readings
-from grpo_gsm8k.report.markup import Html, fold, frame, join, section, table, tag
+from grpo_gsm8k.report.findings import TONES, Reading
+from grpo_gsm8k.report.markup import Html, fold, frame, join, mark, section, table, tag
 from grpo_gsm8k.report.panels import PANELS, TIME_PANEL, Curves, Line, Panel, panel_lines
 from grpo_gsm8k.report.samples import answer, question
-from grpo_gsm8k.report.words import number, percent
+from grpo_gsm8k.report.words import LONG_NAMES, number, percent
 from grpo_gsm8k.runs.diagnosis import WINDOW, Finding, loss_note
 
 SIGNALS = (  # (label, metric, is a share, what it tells)
@@ -23,7 +23,6 @@ SIGNALS = (  # (label, metric, is a share, what it tells)
     ("|Δ log p| mean", "mismatch/logp_abs_mean", False, "sampler against trainer; should stay small"),
     ("Gradient norm", "policy/grad_norm", False, "before clipping"),
 )
-LONG_TEXT, LONG_LINES, MOST_TEXT = 320, 8, 6000  # characters and lines shown at once; characters at all
 HOW_TO_READ = (
     "Start and end are means over the first and the last tenth of the steps. In the figures thin lines are single "
     "steps, thick lines their running mean over a twentieth of the run; the number beside a name is its end."
@@ -31,6 +30,7 @@ HOW_TO_READ = (
 
 
 def figure(panel: Panel, lines: list[Line], band: Any = None) -> Html:
+    """A panel drawn, with the last value of each line beside its name."""
     keys = [
         tag("span", tag("i", class_=line.colour), line.label, " ", tag("b", _last(panel, line)), class_="key")
         for line in (reversed(lines) if panel.kind == "stack" else lines)
@@ -39,7 +39,9 @@ def figure(panel: Panel, lines: list[Line], band: Any = None) -> Html:
     if panel.log and (zeros := sum(y <= 0 for line in lines for y in line.ys)):
         caption += f" {zeros:,} values are exactly zero and have no place on a log axis."
         lines = [kept for line in lines if (kept := line.positive()).xs]
-    picture = Html(figures.draw(panel, lines, band)) if lines else tag("p", "Zero at every step.", class_="empty")
+    told = "; ".join(f"{line.label} ends at {_last(panel, line)}" for line in lines)
+    zero = tag("p", "Zero at every step.", class_="empty")
+    picture = Html(figures.draw(panel, lines, band, f"{panel.title}: {told}")) if lines else zero
     return frame(panel.title, picture, caption, panel.wide, keys)
 
 
@@ -57,7 +59,7 @@ def panels(curves: Curves, kind: str) -> Html:
     for panel in PANELS[kind]:
         lines = panel_lines(panel, curves)
         if not lines:
-            absent.append(panel.title)
+            absent += [] if panel.unless else [panel.title]
             continue
         band = None
         if panel.band:
@@ -76,12 +78,19 @@ def _other_metrics(curves: Curves, kind: str) -> Html:
         if ys and name not in used:
             spark = Html(figures.sparkline(ys))
             rows.append((tag("code", name), spark, len(ys), *map(number, (ys[0], ys[-1], min(ys), max(ys)))))
-    head = ("metric", "", "values", "first", "last", "min", "max")
-    return fold(f"All other metrics ({len(rows)})", table(head, rows)) if rows else Html()
+    head = ("metric", "course", "values", "first", "last", "min", "max")
+    title = f"All other metrics of {LONG_NAMES[kind]} ({len(rows)})"
+    return fold(title, table(title, head, rows)) if rows else Html()
 
 
-def signals(curves: Curves, found: Sequence[Finding]) -> Html:
-    """A handful of GRPO's metrics at the start and at the end."""
+def reading_list(said: Sequence[Reading]) -> Html:
+    """The readings, each with a word that says whether it is good news."""
+    items = [tag("li", tag("b", TONES[one.tone], class_="tone"), " ", one.text, class_=one.tone) for one in said]
+    return tag("ul", *items, class_="readings") if items else Html()
+
+
+def signals(curves: Curves, said: Sequence[Reading]) -> Html:
+    """What the curves of GRPO say, and a handful of its metrics at the start and at the end."""
     rows = []
     for title, metric, share, tells in SIGNALS:
         if ends := curves.ends(metric):
@@ -89,18 +98,16 @@ def signals(curves: Curves, found: Sequence[Finding]) -> Html:
             rows.append((tag("span", title, tag("small", tells)), a, b))
     if not rows:
         return Html()
-    sentences = readings(curves, {finding.name for finding in found})
-    words = [tag("li", text, class_="good" if good else "warn") for good, text in sentences]
-    said = tag("div", tag("ul", *words, class_="readings"), tag("p", HOW_TO_READ, class_="mute"))
-    return tag("div", said, table(("", "start", "end"), rows), class_="halves")
+    words = tag("div", reading_list(said), tag("p", HOW_TO_READ, class_="mute"))
+    return tag("div", words, table("Start and end of the run", ("signal", "start", "end"), rows), class_="halves")
 
 
 def diagnosis_section(found: Sequence[Finding]) -> Html:
     """What holds the reward back, heaviest first, with completions that show it."""
     blocks = []
     for finding in found:
-        mark = tag("span", "!" if finding.alarm else "✓", class_="mark")
-        words = (tag("h3", mark, finding.seen), tag("p", finding.why), tag("p", tag("b", "To do: "), finding.todo))
+        sign = mark("!" if finding.alarm else "✓")
+        words = (tag("h3", sign, finding.seen), tag("p", finding.why), tag("p", tag("b", "To do: "), finding.todo))
         shown = [tag("div", question(row), answer(str(row.get("id", "")), row)) for row in finding.examples]
         examples = fold("Examples", tag("div", *shown, class_="answers")) if shown else Html()
         blocks.append(tag("article", *words, examples, class_="finding warn" if finding.alarm else "finding"))
@@ -108,9 +115,9 @@ def diagnosis_section(found: Sequence[Finding]) -> Html:
     return section("diagnosis", "What holds the reward back", tag("p", lead, class_="mute"), *blocks)
 
 
-def calm(curves: Curves) -> Html:
+def calm(curves: Curves, said: Sequence[Reading]) -> Html:
     """One line for a run that gives no reason to worry."""
-    note = loss_note(curves.rows)
-    words = ["Nothing is seen that holds the reward back."] if len(curves.rows) >= WINDOW else []
+    note, uneasy = loss_note(curves.rows), any(one.tone in ("worse", "watch") for one in said)
+    words = ["Nothing is seen that holds the reward back."] if len(curves.rows) >= WINDOW and not uneasy else []
     words += [note.seen] if note else []
     return tag("p", " ".join(words), class_="mute") if words else Html()

@@ -29,17 +29,25 @@ def duration(seconds: object) -> str:
     return f"{large // small}\u00a0{unit} {large % small}\u00a0{rest}"
 
 
+def signed(value: float, form: str = "{:+.3g}") -> str:
+    """A difference, with its sign."""
+    return number(value, form) or "?"
+
+
 def label(stage: object) -> str:
+    """A stage as the page calls it."""
     return STAGES.get(str(stage), str(stage))
 
 
 def pair(value: object) -> tuple[float, float] | None:
+    """The two numbers of an interval, or None where they are none."""
     if isinstance(value, list) and len(value) == 2 and all(number(v) for v in value):
         return float(value[0]), float(value[1])
     return None
 
 
 def p_value(p: object) -> str:
+    """0.04 -> '= 0.040', 1e-9 -> '= 1.0 × 10⁻⁹'."""
     if not isinstance(p, int | float) or not number(p):
         return "not recorded"
     if p >= 0.001:
@@ -53,4 +61,5 @@ def p_value(p: object) -> str:
 
 
 def points(interval: tuple[float, float]) -> str:
+    """An interval of a difference of shares: (-0.01, 0.02) -> '−1.0 to +2.0'."""
     return f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}".replace("-", "−")
