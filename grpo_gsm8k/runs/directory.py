@@ -217,9 +217,26 @@ def _same_run(path: Path, stage: str, cfg: TrainConfig, hashes: Mapping[str, Map
 
 def _input(file: Path) -> dict[str, Any]:
     """Path and hash of an input, and what it was made from where a file beside it says so."""
+    found: dict[str, Any] = {"path": str(file), "sha256": _hash(file)}
     source = file.with_suffix(SOURCE_SUFFIX)
-    made = {"from": read_json(source)} if source.is_file() else {}
-    return {"path": str(file), "sha256": _hash(file), **made}
+    if source.is_file():
+        found["from"] = read_json(source)
+    if manifest := _manifest(file, found["sha256"]):
+        found["manifest"] = manifest
+    return found
+
+
+def _manifest(file: Path, sha256: str) -> dict[str, Any]:
+    """What the manifest of the file's folder says of its rows; {} where there is none, or one of other rows."""
+    path = file.with_name("manifest.json")
+    try:
+        manifest = read_json(path) if path.is_file() else {}
+    except DataError:  # anyone may call a file so
+        return {}
+    files = manifest.get("files")
+    if not isinstance(files, dict) or files.get(file.name) != sha256:
+        return {}
+    return {key: value for key, value in manifest.items() if key not in ("format", "files", "content")}
 
 
 def _hash(file: Path) -> str:
