@@ -6,10 +6,14 @@ import itertools
 import json
 import os
 import re
+import runpy
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import torch
+import typer
 
 from grpo_gsm8k import cli, config, data_prep, environment, fast_eval_vllm, originals, workbench
 from grpo_gsm8k.errors import ConfigError
@@ -112,8 +116,6 @@ def test_only_the_usual_folders_are_filled(call, hub, tiny):
 
 
 def test_auto_takes_vllm_where_it_can_run(monkeypatch):
-    import torch
-
     def chosen(**flags):
         return fast_eval_vllm.with_engine(config.resolve("eval", flags=flags)).engine
 
@@ -145,6 +147,65 @@ def test_what_only_vllm_reads_is_named_under_another_engine(flags, named, capsys
     assert named in capsys.readouterr().err if named else capsys.readouterr().err == ""
 
 
+# ------------------------------------------------------------------------------------------- data and shards
+
+
+def test_data_prep_without_flags_and_from_a_script(call, hub):
+    assert data_prep.main([]) == 0
+    assert sorted(path.name for path in Path("artifacts/gsm8k").iterdir()) == [
+        *("manifest.json", "test.jsonl", "train.jsonl", "val.jsonl"),
+    ]
+    again = data_prep.main(out_dir="artifacts/other", seed=31415, eval_n=800, revision="main", cache_dir="cache")
+    assert again == 0 and Path("artifacts/other/val.jsonl").read_bytes().count(b"\n") == 800
+    assert hub == [(data_prep.PINNED, None), ("main", "cache")]
+
+
+def script(name, *words):
+    """A script of scripts/shell, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *map(str, words)])
+        runpy.run_path(str(REPOSITORY / "scripts/shell" / name), run_name="__main__")
+
+
+def test_the_scripts_of_the_first_readme_one_after_the_other(call, tiny):
+    """The evaluation set, then the shards beside it, in either order; then SFT on them, validated on that set."""
+    pairs = Path("artifacts/r1_sft_pairs.jsonl")
+    pairs.parent.mkdir()
+    rows = [{"prompt": f"What is {n} + 1?", "response": f"It is {n + 1}.\n#### {n + 1}"} for n in range(6)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = ["--model_id", tiny.model, "--prompt_style", "gsm8k"]
+    val = ["--infile", tiny.data / "val.jsonl", "--outfile", "artifacts/tokenized/val_for_vllm.jsonl"]
+    script("prep_val_for_vllm.py", *model, *val)
+    script("pretokenize_r1_pairs.py", *model)  # its own --infile, --out_dir and width
+    script("prep_val_for_vllm.py", *model, *val)
+    script("pretokenize_r1_pairs.py", *model, "--infile", pairs, "--out_dir", "artifacts/tokenized")
+    found = sorted(path.name for path in Path("artifacts/tokenized").iterdir())
+    assert found == ["manifest.json", "shard_00000.pt", "val_for_vllm.jsonl"]
+    shard = torch.load("artifacts/tokenized/shard_00000.pt", weights_only=True)
+    assert shard.keys() >= {"input_ids", "labels", "response_mask", "pad_token_id", "meta"}
+    assert shard["input_ids"].shape == shard["labels"].shape == shard["response_mask"].shape == (6, 2048)
+    assert (shard["input_ids"][:, 0] == shard["pad_token_id"]).all()  # padded on the left
+    assert (shard["labels"] != -100).equal(shard["response_mask"].bool()) and shard["response_mask"].any(1).all()
+    row = json.loads(Path("artifacts/tokenized/val_for_vllm.jsonl").read_text().splitlines()[0])
+    assert row.keys() >= {"prompt", "gold", "gold_num"}
+    flags = ["--data_path", "artifacts/tokenized", "--eval_set_path", "artifacts/tokenized/val_for_vllm.jsonl"]
+    flags += [
+        "--eval_every",
+        "4",
+        "--eval_examples",
+        "2",
+        "--max_steps",
+        "1",
+        "--max_new_tokens",
+        "4",
+        "--device",
+        "cpu",
+    ]
+    code, out, err = call("sft", *model, *flags, "--out_dir", "run", "--json")
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["step"] == 1  # behind what the scripts printed
+
+
 # ------------------------------------------------------------------------------------------- where data lie
 
 
@@ -170,7 +231,6 @@ def test_data_lie_in_artifacts_gsm8k_where_that_alone_is_there(tmp_path, monkeyp
 
 def options():
     """Every option of every command, as it is declared."""
-    import typer
 
     def walk(command):
         for parameter in command.params:
@@ -188,14 +248,12 @@ def test_another_name_of_a_flag_stands_for_one_and_hides_none():
 
 
 def test_names_of_grpo_with_tinker_are_understood():
-    import typer
-
     words = """--model_name M --n_grpo_steps=5 --learning_rate=2e-5 --group_size=2 --advantage_eps=1e-5
         --use_std_normalization --cliprange=0.3 --sampling_temperature=0.7 --sampling_max_tokens=512 --log_path=d
-        --lora_rank 4 --save_every=2 --eval_every=3 --wandb_project=p --wandb_name=w""".split()
+        --lora_rank 4 --save_every=2 --eval_every=3 --wandb_project=p --wandb_name=w"""
     command = typer.main.get_command(cli.app).commands["grpo"]
     command.context_settings = cli.app.info.context_settings
-    given = command.make_context("grpo", words).params
+    given = command.make_context("grpo", words.split()).params
     expected = {"model_id": "M", "steps": 5, "lr": 2e-5, "group_size": 2, "advantage_eps": 1e-5, "std_norm": True}
     expected |= {"clip_eps": 0.3, "temperature": 0.7, "max_new_tokens": 512, "out_dir": "d", "lora_rank": 4}
     expected |= {"save_every": 2, "eval_every": 3, "wandb_project": "p", "run_name": "w"}
