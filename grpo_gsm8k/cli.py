@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from grpo_gsm8k import config, interrupts
+from grpo_gsm8k import config, environment, interrupts, originals
 from grpo_gsm8k.errors import ConfigError, GrpoError, Interrupted, ModelError, UserError
 from grpo_gsm8k.launch import settings as launch_settings
 from grpo_gsm8k.runs import streams
@@ -40,7 +40,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={
-        "token_normalize_func": lambda token: token.replace("_", "-"),  # --model_id = --model-id
+        "token_normalize_func": originals.name_here,  # --model_id = --model-id, --learning_rate = --lr
         "help_option_names": ["-h", "--help"],
     },
 )
@@ -159,7 +159,7 @@ register("pipeline", config.PipelineConfig, _pipeline)
 _stage("sft", "sft", "Supervised fine-tuning on worked solutions.")
 _stage("ei", "ei", "Expert iteration: sample, keep what is right, fine-tune, again.")
 _stage("grpo", "grpo", "Group relative policy optimisation.")
-_stage("eval", "fast_eval_vllm", "Accuracy of a model on a file of problems.", "print_eval")
+_stage("eval", "fast_eval_vllm", "Accuracy of a model on a file of problems.", "print_eval", "command")
 _stage("prep-eval", "pretokenize", "An evaluation set as one model will see it: prompts rendered, golds checked.")
 _stage("pairs", "tasks.gsm8k.pairs", "Teacher traces → pairs to fine-tune on: the right ones, in one prompt style.")
 _stage("tokenize", "pretokenize", "Pairs → shards of token ids for one model.", function="tokenize")
@@ -276,7 +276,7 @@ def compare(
 @app.command()
 def contamination(
     files: Annotated[list[Path], typer.Argument(help="training files: any JSONL")],
-    test: Annotated[Path, typer.Option(help="the test split")] = Path("artifacts/data/test.jsonl"),
+    test: Annotated[Path, typer.Option(help="the test split")] = Path(config.DATA) / "test.jsonl",
     task: Annotated[str, typer.Option(help="whose test split it is")] = "gsm8k",
     ngram: Annotated[int, typer.Option(min=1, max=config.MOST, help="words in common that count")] = 13,
     examples: Annotated[int, typer.Option(min=0, max=config.MOST, help="overlaps shown of each file")] = 3,
@@ -285,7 +285,8 @@ def contamination(
     """Test problems in training files: word n-grams that both have."""
     from grpo_gsm8k.tasks.contamination import check
 
-    show(check(files, test, load_task(task), ngram, examples), as_json, "print_contamination")
+    split = Path(config.found_data(str(test)) or test)
+    show(check(files, split, load_task(task), ngram, examples), as_json, "print_contamination")
 
 
 @app.command()
@@ -480,6 +481,7 @@ def _run(argv: list[str] | None) -> int:
     """The command's exit code; what a person can mend becomes one line."""
     try:
         with streams.stdout_errors():
+            environment.load()
             code = app(argv, prog_name="grpo-gsm8k", standalone_mode=False) or 0
         if code != 130:  # what typer makes of a KeyboardInterrupt
             return int(code)
@@ -500,7 +502,10 @@ def _run(argv: list[str] | None) -> int:
             fault.show()
         else:
             command = getattr(getattr(fault, "ctx", None), "command_path", "grpo-gsm8k")
-            _say(f"error: {fault.format_message().rstrip('.')}; see `{command} --help`")
+            flag = getattr(fault, "option_name", None)
+            renamed = originals.RENAMED.get(flag) if type(fault).__name__ == "NoSuchOption" else None
+            what = f"{flag}: {renamed}" if renamed else fault.format_message().rstrip(".")
+            _say(f"error: {what}; see `{command} --help`")
         return int(fault.exit_code)
     except KeyboardInterrupt:
         _say(interrupts.LINE)

@@ -37,6 +37,7 @@ C = TypeVar("C")
 PRESETS = Path(__file__).parent / "presets"
 STAGES = ("base", "sft", "ei", "grpo")
 ENGINES = ("hf", "vllm")
+DATA, OTHER_DATA = "artifacts/data", "artifacts/gsm8k"  # where data lie that nobody names: the first that is there
 MOST = 2**63 - 1  # of any whole number: what a seed of torch and a tensor's size can be
 
 
@@ -141,6 +142,8 @@ class ModelConfig(PreferenceConfig):
 class EngineConfig(ModelConfig):
     """Who samples, and where."""
 
+    ONLY_VLLM: typing.ClassVar[tuple[str, ...]] = ("tp_size", "gpu_mem_util", "max_model_len", "weight_transfer")
+
     engine: str = opt(
         "auto",
         "hf: transformers in this process; vllm: in its own (as --vllm_device says); or package.module:Class; auto: "
@@ -179,6 +182,14 @@ class EngineConfig(ModelConfig):
     def uses_vllm(self) -> bool:
         """Whether vLLM samples. False for `auto`, which a stage settles before it opens anything."""
         return self.engine == "vllm"
+
+    @property
+    def unread(self) -> list[str]:
+        """vLLM's settings, as `--name value`, that were given and that the embedded engine does not read."""
+        if self.engine != "hf":
+            return []
+        given = [f for f in dataclasses.fields(self) if f.name in self.ONLY_VLLM and getattr(self, f.name) != f.default]
+        return [f"--{field.name} {getattr(self, field.name)}" for field in given]
 
 
 @dataclass(frozen=True)
@@ -449,7 +460,10 @@ class GrpoConfig(TrainConfig):
 class EvalConfig(EngineConfig):
     """Accuracy of a model on a file of problems."""
 
-    eval_path: str = opt("artifacts/data/test.jsonl", "problems, or the rows that prep-eval writes")
+    eval_path: str = opt(
+        "artifacts/data/test.jsonl", "problems, or the rows that prep-eval writes; GSM8K is fetched where there is none"
+    )
+    eval_n: int = opt(0, "validation problems that are reserved when the data are fetched; 0 for 512", ge=0)
     limit: int = opt(0, "only the first so many problems; 0 for all", ge=0)
     samples: int = opt(1, "completions per problem and seed", ge=1, le=100_000)
     seeds: str = opt("", "several sampling seeds, as in 0,1,2; empty for --seed alone")
@@ -571,7 +585,8 @@ def read_toml(path: Path) -> dict[str, dict[str, Any]]:
             raise ConfigError(f"{path}: is a device, not a config file")
         tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
+        hint = f"; the preset is --preset {path}" if str(path) in preset_names() else ""
+        raise ConfigError(f"{path}: no such config file{hint}") from None
     except OSError as fault:
         raise ConfigError(f"{path}: cannot be read: {fault.strerror}") from None
     except (ValueError, RecursionError) as fault:  # broken TOML, broken UTF-8, a number of 5000 digits, NUL in the path
@@ -646,7 +661,15 @@ def resolve(
         if not dot or table == section or (table == "common" and name in _fields(cls)):
             owner = SECTIONS.get(table, cls)
             typed[name] = _coerce(owner, name, text.strip(), f"--set {key.strip()} =")
-    return build(cls, values | _over_algorithm(typed))
+    values |= _over_algorithm(typed)
+    return build(cls, {f.name: found for f in dataclasses.fields(cls) if (found := found_data(f.default))} | values)
+
+
+def found_data(default: Any) -> str:
+    """A default below `artifacts/data`, in `artifacts/gsm8k` where that folder alone is there; "" for any other."""
+    if not isinstance(default, str) or Path(DATA).exists() or not Path(OTHER_DATA).is_dir():
+        return ""
+    return default.replace(DATA, OTHER_DATA, 1) if f"{default}/".startswith(f"{DATA}/") else ""
 
 
 def build(cls: type[C], values: Mapping[str, Any]) -> C:

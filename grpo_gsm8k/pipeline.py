@@ -151,6 +151,7 @@ def evaluate_stage(
     if summary_path.is_file() and read_json(summary_path)["model_id"] == model:
         summary = read_json(summary_path)
     else:
+        cfg = replace(cfg, engine="hf") if cfg.engine == "auto" else cfg  # unless asked otherwise, as the stages sample
         summary = fast_eval_vllm.run(cfg, results, f"{stage}: test")
     keys = (
         "accuracy",

@@ -125,8 +125,8 @@ def begin(folder: Path, plan: Mapping[str, Any]) -> None:
     if "made_with" in before:
         if changed := [key for key in plan if before.get(key) != plan[key]]:
             raise ConfigError(f"{folder}: was begun with another {', '.join(changed)}; pick another --out_dir")
-    elif folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder}: holds other files and no shards; pick another --out_dir")
+    elif path.exists() or (folder.exists() and any(folder.glob("shard_*"))):
+        raise ConfigError(f"{folder}: holds shards or a manifest of something else; pick another --out_dir")
     else:
         write_json(path, plan)
 

@@ -155,6 +155,7 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
     if world().rank:
         ranks.follow(make_learner(cfg, load_seeded(cfg), None))
         raise SystemExit(0)
+    warn_of_unread(cfg)
     eval_path = Path(cfg.eval_set_path or Path(cfg.data) / "val.jsonl")
     task = task_of(cfg)
     examples = load_examples(task, eval_path)
@@ -199,6 +200,12 @@ def settled(cfg: C, stage: str = "") -> C:
     if cfg.engine == "auto" and "engine" in before:
         return dataclasses.replace(cfg, engine=before["engine"])
     return settle(cfg, str(pick_device(cfg.device)), torch.cuda.device_count(), world().local_size)
+
+
+def warn_of_unread(cfg: EngineConfig) -> None:
+    """Name the settings that are vLLM's alone and were given to the embedded engine."""
+    if cfg.unread:
+        talk(f"{', '.join(cfg.unread)}: only vLLM reads this, and --engine is {cfg.engine}")
 
 
 def evaluates_apart(cfg: TrainConfig, stage: str) -> bool:
@@ -390,6 +397,7 @@ def evaluate_model(
     shots: Sequence[Example] = (),
 ) -> Evaluation:
     """Load a model, evaluate it on `examples` (with each of `seeds`, after `shots`), let it go."""
+    warn_of_unread(cfg)
     repro.set_deterministic(cfg.deterministic)
     # An engine is given the weights like any other time, from a copy on the CPU: their hash is what was evaluated.
     if cfg.uses_vllm:

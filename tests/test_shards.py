@@ -140,7 +140,7 @@ def test_other_settings_other_inputs_and_other_files_are_refused(tiny, pairs, tm
         with pytest.raises(ConfigError, match=words):
             tokenize(tiny, pairs, folder, **flags)
     assert contents(folder) == before
-    with pytest.raises(ConfigError, match="holds other files"):
+    with pytest.raises(ConfigError, match="a manifest of something else"):
         tokenize(tiny, pairs, tiny.data)
     with pytest.raises(DataError, match="no example fits into 5 tokens"):
         tokenize(tiny, pairs, tmp_path / "narrow", max_total_tokens=5)
@@ -219,6 +219,7 @@ def test_the_command_in_two_processes_killed_and_continued(tiny, pairs, tmp_path
     many = tmp_path / "many.jsonl"
     many.write_text(pairs.read_text() * 100)
     flags = ["--model_id", tiny.model, "--prompt_style", "gsm8k", "--max_total_tokens", "64", "--shard_rows", "200"]
+    flags += ["--format", "pt"]  # the script's own
     done = cli("tokenize", *flags, "--data_path", many, "--out_dir", tmp_path / "one", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["written"] == 1900, done.stderr
     script = [sys.executable, REPOSITORY / "scripts/shell/pretokenize_r1_pairs.py", *flags, "--infile", many]

@@ -175,6 +175,26 @@ def _stored(path: Path, stage: str) -> Mapping[str, Any]:
     return table
 
 
+@contextmanager
+def recorded(cfg: Any, stage: str, inputs: Mapping[str, Path]) -> Iterator[Path]:
+    """A new folder of `artifacts/runs` for a command that trains nothing: config, command, code, machine, inputs.
+
+    It is removed again if the command fails. Raises as `open_run` does.
+    """
+    hashes = {name: _input(file) for name, file in inputs.items()}
+    while True:
+        path = new_path()
+        with disk_errors(path), contextlib.suppress(FileExistsError):  # another process has just taken the name
+            path.mkdir(parents=True)
+            break
+    try:
+        _begin(path, stage, cfg, hashes)
+        yield path
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
 def _leave_no_trace(path: Path, made: bool) -> None:
     """Empty the folder of a run that never took a step. A folder that was there before (a mount, a link) stays.
 
@@ -193,7 +213,7 @@ def _leave_no_trace(path: Path, made: bool) -> None:
             path.rmdir()
 
 
-def _begin(path: Path, stage: str, cfg: TrainConfig, hashes: Mapping[str, Any]) -> None:
+def _begin(path: Path, stage: str, cfg: Any, hashes: Mapping[str, Any]) -> None:
     """What every run starts with. The config comes last: a folder without one is a run that never began."""
     strange = sorted(p.name for p in path.iterdir() if p.name not in OWN and not p.name.startswith(".tmp-"))
     if strange:
