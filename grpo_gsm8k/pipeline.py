@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,8 +26,9 @@ from grpo_gsm8k.errors import ConfigError, DataError, RunDirError
 from grpo_gsm8k.evals.accuracy import read_results
 from grpo_gsm8k.evals.stats import compare
 from grpo_gsm8k.repro import derive_seed, shuffled
+from grpo_gsm8k.runs import lock
 from grpo_gsm8k.runs.directory import RUNS, new_path
-from grpo_gsm8k.runs.files import read_json, sha256_file, write_json
+from grpo_gsm8k.runs.files import disk_errors, make_folder, read_json, sha256_file, write_json
 from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.tasks.base import SPLITS, Task, load_examples, load_split
 from grpo_gsm8k.tasks.dataset import verify, write_splits
@@ -46,7 +48,12 @@ def run(cfg: PipelineConfig, config_file: Path | None = None, sets: Sequence[str
     for section in (*TRAINERS, "eval", "toy", "tiny_model"):
         resolve(section, {})  # a mistake in a recipe shows before any work is done
     grpo.check(resolve("grpo", {}))
-    folder = _open(cfg, sets)
+    with _opened(cfg, sets) as folder:
+        return _stages(cfg, folder, resolve)
+
+
+def _stages(cfg: PipelineConfig, folder: Path, resolve: Callable[[str, Mapping[str, Any]], Any]) -> dict[str, Any]:
+    """Data, model, then stage after stage; `pipeline.json` is written after each."""
     before = _stored(folder)
     began = time.monotonic() - before.get("seconds", 0.0)
     first = resolve("sft", {"model_id": cfg.model_id} if cfg.model_id else {})
@@ -202,26 +209,30 @@ def _resolver(
     return resolve
 
 
-def _open(cfg: PipelineConfig, sets: Sequence[str]) -> Path:
-    """The pipeline's folder: new, or with `--resume` the one of the same settings."""
+@contextmanager
+def _opened(cfg: PipelineConfig, sets: Sequence[str]) -> Iterator[Path]:
+    """The pipeline's folder, locked: new, or with `--resume` the one of the same settings."""
     mine = {**vars(replace(cfg, resume=False, stop_after="", max_steps=0, out_dir="")), "set": list(sets)}
     folder = Path(cfg.out_dir) if cfg.out_dir else _unfinished(mine) if cfg.resume else new_path()
     stored = folder / "pipeline_config.json"
-    if folder.exists() and not folder.is_dir():
-        raise RunDirError(f"{folder}: is a file, not a folder")
-    begun = folder.is_dir() and any(path != stored for path in folder.iterdir())
+    with disk_errors(folder):
+        if folder.exists() and not folder.is_dir():
+            raise RunDirError(f"{folder}: is a file, not a folder")
+        lock.refuse_if_held(folder)
+        begun = folder.is_dir() and any(path.name not in (stored.name, lock.NAME) for path in folder.iterdir())
     if begun and not stored.is_file():
         raise RunDirError(f"{folder}: is not empty and holds no pipeline; pick another --out_dir")
     if begun and not cfg.resume:
         raise RunDirError(f"{folder}: exists already; pass --resume to continue it, or another --out_dir")
-    if begun:
-        before = read_json(stored)
+    make_folder(folder)
+    with lock.hold(folder, "pipeline"):
+        before = read_json(stored) if begun else mine
         changed = [f"{k}: {before.get(k)!r} then, {v!r} now" for k, v in mine.items() if before.get(k) != v]
         if changed:
             raise RunDirError(f"{folder}: was begun differently ({'; '.join(changed)}); pick another --out_dir")
-    else:
-        write_json(stored, mine)
-    return folder
+        if not begun:
+            write_json(stored, mine)
+        yield folder
 
 
 def _unfinished(mine: Mapping[str, Any]) -> Path:
