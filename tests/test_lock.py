@@ -17,7 +17,9 @@ from grpo_gsm8k.runs.directory import open_run
 from tests.toys import REPOSITORY, stage_config
 
 HOLDER = "import sys, time; from grpo_gsm8k.runs import lock\n"
-HOLDER += "with lock.hold(__import__('pathlib').Path(sys.argv[1]), sys.argv[2]): print('held', flush=True); time.sleep(60)"
+HOLDER += (
+    "with lock.hold(__import__('pathlib').Path(sys.argv[1]), sys.argv[2]): print('held', flush=True); time.sleep(60)"
+)
 
 
 @contextlib.contextmanager
