@@ -1,9 +1,10 @@
 """The nouns that travel through the house, and the protocols at its seams.
 
     Example → Prompt(token_ids) → Completion(token_ids, logprobs, finish_reason, policy_version) → Trajectory
-            → Grade → Rollout(trajectory, grade, advantage) → Datum → Batch (in trainer/batch.py: tensors)
+            → Grade → Rollout(trajectory, grade, advantage) → Datum
 
-Everything here is a frozen dataclass without tensors, so that any room may import it at no cost.
+Everything here is a frozen dataclass without tensors, so that any room may import it at no cost. The tensors that a
+learner makes of its data are its own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     import torch
 
     from grpo_gsm8k.evals.accuracy import Evaluation
-    from grpo_gsm8k.trainer.batch import Batch
     from grpo_gsm8k.trainer.losses import Objective
 
 FinishReason = Literal["stop", "length", "turns"]
@@ -122,14 +122,20 @@ class Datum:
     Attributes:
         token_ids: prompt and response.
         mask: 1 on the tokens whose prediction is trained (the response), 0 elsewhere. Same length.
-        logprobs: the log-probability each trained token was sampled with, 0 elsewhere; or empty.
+        logprobs: of the policy that drew each trained token, 0 elsewhere; or empty. They are the sampler's, until
+            those of a frozen pass take their place.
         advantages: of each token, 0 where the mask is; or empty.
+        ref_logprobs: of the reference model of the KL term; or empty.
+        weights: what each token counts: the loss of an update is the sum of weight x per-token loss. Set over the
+            whole pass (`trainer.data.weighted`), so that any split of it gives the same gradient; empty for 1 each.
     """
 
     token_ids: tuple[int, ...]
     mask: tuple[int, ...]
     logprobs: tuple[float, ...] = ()
     advantages: tuple[float, ...] = ()
+    ref_logprobs: tuple[float, ...] = ()
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -292,15 +298,15 @@ class Evaluator(Protocol):
 class Learner(Protocol):
     """Who learns. `forward_backward` takes a whole update and may split it as it likes."""
 
-    def forward_backward(self, batch: Batch, objective: Objective) -> dict[str, float]: ...
+    def forward_backward(self, data: Sequence[Datum], objective: Objective) -> dict[str, float]: ...
 
     def step(self, lr: float) -> dict[str, float]: ...
 
-    def logprobs(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
-        """Log-probabilities of the targets without gradient, `(B, T)`, zero where the mask is zero."""
+    def logprobs(self, data: Sequence[Datum], temperature: float = 1.0) -> list[tuple[float, ...]]:
+        """Log-probabilities of each row's tokens without gradient, as long as its ids; 0 where the mask is 0."""
         ...
 
-    def reference_logprobs(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+    def reference_logprobs(self, data: Sequence[Datum], temperature: float = 1.0) -> list[tuple[float, ...]]:
         """The same of the reference model: the one that the run began with, also after a resume."""
         ...
 

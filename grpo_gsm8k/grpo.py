@@ -27,7 +27,7 @@ from typing import Any
 
 from grpo_gsm8k import plugins
 from grpo_gsm8k.config import GrpoConfig
-from grpo_gsm8k.datatypes import Datum, Grade, Prompt, Rollout
+from grpo_gsm8k.datatypes import Datum, Grade, Learner, Prompt, Rollout
 from grpo_gsm8k.engines.probe import sampled_datum
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.evals.diversity import diversity
@@ -38,11 +38,10 @@ from grpo_gsm8k.tasks.base import load_split
 from grpo_gsm8k.tasks.render import task_of
 from grpo_gsm8k.tasks.rewards import Grader, make_reward
 from grpo_gsm8k.trainer import loop
-from grpo_gsm8k.trainer.batch import (
-    Batch,
+from grpo_gsm8k.trainer.data import (
     ImportanceCorrection,
-    make_batch,
     mismatch_metrics,
+    weighted,
     with_old_logprobs,
     with_ref_logprobs,
 )
@@ -203,8 +202,8 @@ def update(cfg: GrpoConfig, bench: Bench, rows: Sequence[Datum], step: int) -> d
     if not rows:  # every completion was cut, and cut ones are masked
         return {}
     objective, lr = objective_of(cfg), lr_at(step, cfg.steps, cfg)
-    batch, mismatch = whole_batch(cfg, bench, rows, step)
-    updates = minibatches(cfg, batch, step)
+    data, mismatch = whole_pass(cfg, bench.learner, rows, step)
+    updates = minibatches(cfg, data, step)
     history = [loop.update(bench.run, bench.learner, part, objective, lr, step) for part in updates]
     mean = {key: statistics.fmean(metrics[key] for metrics in history) for key in history[0]}
     return mean | {key: value for key, value in history[0].items() if key.startswith("mismatch/")} | mismatch
@@ -224,45 +223,42 @@ def objective_of(cfg: GrpoConfig) -> Objective:
     )
 
 
-def whole_batch(cfg: GrpoConfig, bench: Bench, rows: Sequence[Datum], step: int) -> tuple[Batch, dict[str, float]]:
-    """All rows of a step, and how far apart sampler and trainer were, where that was looked at.
+def whole_pass(
+    cfg: GrpoConfig, learner: Learner, rows: Sequence[Datum], step: int
+) -> tuple[list[Datum], dict[str, float]]:
+    """All rows of a step, weighted, and how far apart sampler and trainer were, where that was looked at.
 
     The loss weights are those of the whole pass: a row weighs the same in whichever minibatch it comes to stand. Old
     log-probabilities never change between the updates: that is what the clip is for.
     """
     order = shuffled(len(rows), derive_seed(cfg.seed, "minibatches", step))
-    chosen = [rows[r] for r in order]
-    batch = make_batch(chosen, bench.renderer.pad_id, cfg.aggregation, cfg.max_new_tokens)
-    assert all(  # what is trained is what was sampled
-        tuple(batch.targets[b, :n].tolist()) == row.token_ids[1:]
-        for b, (n, row) in enumerate(zip(batch.lengths, chosen, strict=True))
-    )
+    data = weighted([rows[r] for r in order], cfg.aggregation, cfg.max_new_tokens)
     mismatch: dict[str, float] = {}
     if cfg.frozen_pass:  # before the first update moves the weights
-        frozen = bench.learner.logprobs(batch, cfg.temperature)
+        frozen = learner.logprobs(data, cfg.temperature)
         correction = objective_of(cfg).correction
-        mismatch = mismatch_metrics([batch], [frozen], correction)
-        batch = with_old_logprobs(batch, frozen, correction)
+        mismatch = mismatch_metrics(data, frozen, correction)
+        data = with_old_logprobs(data, frozen, correction)
     if cfg.kl_coef:
-        batch = with_ref_logprobs(batch, bench.learner.reference_logprobs(batch, cfg.temperature))
-    return batch, mismatch
+        data = with_ref_logprobs(data, learner.reference_logprobs(data, cfg.temperature))
+    return data, mismatch
 
 
-def minibatches(cfg: GrpoConfig, batch: Batch, step: int) -> Iterator[Batch]:
+def minibatches(cfg: GrpoConfig, data: Sequence[Datum], step: int) -> Iterator[list[Datum]]:
     """The updates of a step: `minibatches` a pass, or as many as there are rows, each pass in an order of its own.
 
     Their sizes differ by one at most, and their weights are multiplied by their number, so that the mean over a pass is
-    the loss of the whole batch.
+    the loss of the whole.
     """
-    parts = min(cfg.minibatches, len(batch))
+    parts = min(cfg.minibatches, len(data))
+    scaled = [replace(row, weights=tuple(weight * parts for weight in row.weights)) for row in data]
     for epoch in range(cfg.epochs):
-        order: Sequence[int] = range(len(batch))  # of the first pass: `whole_batch` has shuffled
+        order: Sequence[int] = range(len(data))  # of the first pass: `whole_pass` has shuffled
         if epoch:
-            order = shuffled(len(batch), derive_seed(cfg.seed, "minibatches", step, epoch))
-        ends = [-(-len(batch) * k // parts) for k in range(parts + 1)]
+            order = shuffled(len(data), derive_seed(cfg.seed, "minibatches", step, epoch))
+        ends = [-(-len(data) * k // parts) for k in range(parts + 1)]
         for start, end in pairwise(ends):
-            part = batch.select(order[start:end])
-            yield replace(part, weights=part.weights * parts)
+            yield [scaled[i] for i in order[start:end]]
 
 
 # ------------------------------------------------------------------------------------------------ the command

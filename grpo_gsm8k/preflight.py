@@ -18,6 +18,7 @@ configuration; the data are looked at each time.
 from __future__ import annotations
 
 import shutil
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,15 +31,14 @@ from safetensors import SafetensorError
 from grpo_gsm8k.config import ModelConfig, TrainConfig
 from grpo_gsm8k.datatypes import Datum, Example, Learner, Prompt, Sampler, SamplingParams
 from grpo_gsm8k.engines.hf import HFSampler
-from grpo_gsm8k.engines.probe import TOLERANCE, completed
+from grpo_gsm8k.engines.probe import TOLERANCE, completed, logprob_differences
 from grpo_gsm8k.errors import CheckpointError, ConfigError, DataError, DiskError, ModelError, UserError
 from grpo_gsm8k.repro import requests
 from grpo_gsm8k.runs.files import disk_errors
 from grpo_gsm8k.tasks.render import Renderer
-from grpo_gsm8k.trainer import adapter, packing
-from grpo_gsm8k.trainer.batch import Batch, make_batch
+from grpo_gsm8k.trainer import adapter
 from grpo_gsm8k.trainer.learner import TorchLearner
-from grpo_gsm8k.trainer.logprobs import token_logprobs
+from grpo_gsm8k.trainer.logprobs import frozen_logprobs, own_logprobs
 from grpo_gsm8k.trainer.policy import dtype_name, load_model, load_tokenizer, prepare_to_save, weights_sha256
 from grpo_gsm8k.trainer.ranks import world
 
@@ -180,26 +180,10 @@ def _rows(prompts: Sequence[Prompt]) -> list[Datum]:
     return [Datum(row, (0, *(1,) * (len(row) - 1))) for row in ids if len(row) > 1]
 
 
-@torch.no_grad()
-def _plain(model: Any, batch: Batch) -> torch.Tensor:
-    """Log-probabilities of the targets by `model(...).logits`, a row at a time, `(B, T)` on the CPU."""
-    training, out = model.training, torch.zeros_like(batch.mask)
-    model.eval()
-    try:
-        for row, length in enumerate(batch.lengths):
-            ids = batch.input_ids[row : row + 1, :length].to(model.device)
-            logits = model(input_ids=ids, use_cache=False).logits[0]
-            logp = logits.float().log_softmax(-1).cpu()
-            out[row, :length] = logp.gather(-1, batch.targets[row, :length].unsqueeze(-1)).squeeze(-1)
-    finally:
-        model.train(training)
-    return out * batch.mask
-
-
-def _near(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor, subject: Subject, who: str) -> float:
-    """The mean difference of log-probabilities. Raises `ModelError` if it is more than arithmetic makes."""
+def _near(data: Sequence[Datum], logprobs: Sequence[Sequence[float]], subject: Subject, who: str) -> float:
+    """The mean difference from `data`'s log-probabilities. Raises `ModelError` if it is more than arithmetic makes."""
     limit = LIMIT[dtype_name(subject.model.named_parameters())]
-    distance = float(((found - expected) * mask).abs().sum() / mask.sum())
+    distance = statistics.fmean(logprob_differences(data, logprobs))
     if not distance <= limit:
         raise ModelError(
             f"{type(subject.model).__name__}: {who} log-probabilities differ from the model's own logits by "
@@ -209,22 +193,16 @@ def _near(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor, subje
 
 
 def _trainer(subject: Subject) -> str:
-    batch = make_batch(_rows(subject.prompts), subject.renderer.pad_id)
-    expected = _plain(subject.model, batch)
+    rows = _rows(subject.prompts)
+    expected = own_logprobs(subject.model, rows)
+    data = [replace(row, logprobs=own) for row, own in zip(rows, expected, strict=True)]
     assert subject.learner is not None
     if world().size > 1:  # all ranks take part
-        return (
-            f"within {_near(subject.learner.logprobs(batch), expected, batch.mask, subject, RANKS):.1g} of the logits'"
-        )
+        return f"within {_near(data, subject.learner.logprobs(data), subject, RANKS):.1g} of the logits'"
     distance = 0.0
     for packs in {False, subject.packs}:
-        found = torch.zeros_like(batch.mask)
-        for rows, part in packing.microbatches(batch, 1 << 20, range(len(batch)), packs):
-            with torch.no_grad():
-                logp, _ = token_logprobs(subject.model, part.to(subject.model.device), statistics=False)
-            found[rows, : logp.shape[1]] = logp.cpu()
         who = f"the trainer's ({'packed' if packs else 'padded'} rows)"
-        distance = max(distance, _near(found, expected, batch.mask, subject, who))
+        distance = max(distance, _near(data, frozen_logprobs(subject.model, data, packs), subject, who))
     return f"log-probabilities within {distance:.1g} of the logits'{', packed too' if subject.packs else ''}"
 
 
@@ -238,8 +216,7 @@ def _sampler(subject: Subject, sampler: Sampler) -> str:
     if isinstance(sampler, HFSampler):
         sampler.busy_s = busy
     rows = [completed(one, completion) for one, group in zip(asked, drawn, strict=True) for completion in group]
-    batch = make_batch(rows, subject.renderer.pad_id)
-    distance = _near(batch.old_logprobs, _plain(subject.model, batch), batch.mask, subject, "the sampler's")
+    distance = _near(rows, own_logprobs(subject.model, rows), subject, "the sampler's")
     return f"log-probabilities within {distance:.1g} of the logits'"
 
 

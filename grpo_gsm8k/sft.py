@@ -26,7 +26,7 @@ from grpo_gsm8k.tasks.base import load_split
 from grpo_gsm8k.tasks.conversations import Conversation, load_pairs
 from grpo_gsm8k.tasks.render import task_of
 from grpo_gsm8k.trainer import loop
-from grpo_gsm8k.trainer.batch import make_batch
+from grpo_gsm8k.trainer.data import weighted
 from grpo_gsm8k.trainer.losses import CrossEntropy, Objective
 from grpo_gsm8k.trainer.optimizer import lr_at
 from grpo_gsm8k.trainer.shards import MANIFEST, load_rows, read_manifest
@@ -65,8 +65,7 @@ def fit_step(
     epoch, k = divmod(step - start - 1, updates_per_epoch(len(rows), batch_size))
     order = shuffled(len(rows), derive_seed(seed, "order", epoch))
     chosen = [rows[i] for i in order[k * batch_size : (k + 1) * batch_size]]
-    batch = make_batch(chosen, bench.renderer.pad_id, "token")
-    return loop.update(bench.run, bench.learner, batch, Objective(CrossEntropy()), lr, step)
+    return loop.update(bench.run, bench.learner, weighted(chosen, "token"), Objective(CrossEntropy()), lr, step)
 
 
 def updates_per_epoch(rows: int, batch_size: int) -> int:

@@ -94,7 +94,7 @@ class Bench:
             return ref, {}
         tolerance = cfg.probe_tolerance or TOLERANCE[dtype_name(self.learner.weights())]
         prompts = self.val[: cfg.probe_prompts]
-        return ref, probe(self.sampler, self.learner, prompts, self.renderer.pad_id, version, tolerance)
+        return ref, probe(self.sampler, self.learner, prompts, version, tolerance)
 
     def validate(self, step: int, total: int) -> dict[str, float]:
         """Submit the weights of this step when it is due; log what has come back.

@@ -15,11 +15,11 @@ from grpo_gsm8k import config, ei, grpo, repro, sft
 from grpo_gsm8k.config import TrainConfig
 from grpo_gsm8k.engines.hf import _cumsum
 from grpo_gsm8k.trainer import kernels
-from grpo_gsm8k.trainer.batch import make_batch
+from grpo_gsm8k.trainer.data import weighted
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.losses import LOSSES, GrpoClip, Objective
 from tests.rehearsal import CUDNN, MATH, Pretend
-from tests.toys import datum, make_data, make_model
+from tests.toys import datum, make_data, make_model, tensor_of
 
 V = 211
 CLIP = Objective(GrpoClip(), temperature=0.7)
@@ -59,7 +59,7 @@ def qwen(dtype=torch.float32, layers=2):
     return model
 
 
-def update_batch(groups=4):
+def update_data(groups=4):
     draw, rows = random.Random(0), []
     for group in range(groups):
         prompt = tuple(draw.randrange(3, V) for _ in range(draw.randrange(1, 9)))
@@ -68,7 +68,7 @@ def update_batch(groups=4):
             ids = (*prompt, *(draw.randrange(3, V) for _ in range(n)))
             old = (0.0,) * len(prompt) + tuple(draw.gauss(-5, 0.4) for _ in range(n))
             rows.append(datum(ids, (0,) * len(prompt) + (1,) * n, old, (1.0 if member else -1.0) if group else 0.0))
-    return make_batch(rows, 0, "token")
+    return weighted(rows, "token")
 
 
 def learner_on(device, dtype=torch.float32, **flags):
@@ -78,9 +78,9 @@ def learner_on(device, dtype=torch.float32, **flags):
 def after_an_update(dtype, device, objective, **flags):
     """Log-probabilities of the batch after one step, and what the update reported."""
     learner = learner_on(device, dtype, **flags)
-    metrics = learner.forward_backward(update_batch(), objective)
+    metrics = learner.forward_backward(update_data(), objective)
     learner.step(1e-3)
-    return learner.logprobs(update_batch(), objective.temperature), metrics
+    return tensor_of(learner.logprobs(update_data(), objective.temperature)), metrics
 
 
 # ------------------------------------------------------------------------------------------------------ updates
@@ -144,12 +144,12 @@ def test_a_microbatch_waits_at_most_three_times(packing):
     for cells in (40, 4096):
         with Pretend() as gpu:
             learner = learner_on("cuda", torch.bfloat16, packing=packing, max_tokens_per_microbatch=cells)
-            learner.forward_backward(update_batch(8), CLIP)
+            learner.forward_backward(update_data(8), CLIP)
             learner.optimizer.zero_grad()
             gpu.syncs.clear()
             gpu.where.clear()
-            learner.forward_backward(update_batch(8), CLIP)
-        parts = len(list(learner._microbatches(update_batch(8), range(16))))
+            learner.forward_backward(update_data(8), CLIP)
+        parts = learner.passes(update_data(8))
         waits[parts] = sum(gpu.syncs.values())
         assert waits[parts] <= 2 * parts + 1, gpu.where.most_common()
     assert max(waits) > 3 and min(waits) == 1  # one for the mask that transformers makes, one for the head
@@ -160,7 +160,7 @@ def test_a_frozen_pass_waits_for_its_answer_alone():
         learner = learner_on("cuda", torch.bfloat16, max_tokens_per_microbatch=4096)
         gpu.syncs.clear()
         gpu.where.clear()
-        learner.logprobs(update_batch())
+        learner.logprobs(update_data())
     assert sum(gpu.syncs.values()) <= 2, gpu.where.most_common()  # one is the mask that transformers makes
 
 
@@ -214,9 +214,9 @@ def out_of_memory_at(learner, monkeypatch, fails):
 
 def test_an_update_that_does_not_fit_is_made_again_in_smaller_passes(monkeypatch, capsys):
     plain, learner = (learner_on("cpu", max_tokens_per_microbatch=80, packing="off") for _ in range(2))
-    expected = plain.forward_backward(update_batch(), CLIP)
+    expected = plain.forward_backward(update_data(), CLIP)
     asked = out_of_memory_at(learner, monkeypatch, lambda number, part: number == 1)
-    found = learner.forward_backward(update_batch(), CLIP)
+    found = learner.forward_backward(update_data(), CLIP)
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     for name, master in learner.optimizer.masters.items():
         assert torch.allclose(master.grad, plain.optimizer.masters[name].grad, atol=1e-6), name
@@ -228,7 +228,7 @@ def test_memory_that_lacks_twice_is_the_users_to_mend(monkeypatch):
     learner = learner_on("cpu", max_tokens_per_microbatch=80, packing="off")
     out_of_memory_at(learner, monkeypatch, lambda number, part: True)
     with pytest.raises(config.ConfigError, match="--max_tokens_per_microbatch"):
-        learner.forward_backward(update_batch(), CLIP)
+        learner.forward_backward(update_data(), CLIP)
 
 
 # ------------------------------------------------------------------------------------------------------- stages

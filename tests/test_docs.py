@@ -400,7 +400,7 @@ def test_other_blocks_can_be_read(page, tmp_path, monkeypatch):
                 ((found,),) = Grader(load_task("gsm8k"), make_reward("mine:short_and_right")).grade([group])
                 assert found.reward == pytest.approx(1.05)
             else:
-                batch = make_batch(rows(([1, 2], 1), advantage=2.0, logprob=-1.0), 0)
+                batch = make_batch(rows(([1, 2], 1), advantage=2.0, logprob=-1.0))
                 loss = make_loss("mine:Clipped", {"clip_eps": 0.5})(torch.tensor([[0.0]]), batch)
                 assert float(loss) == pytest.approx(-3.0)
                 best = advantages_of(stage_config("grpo", advantage="mine:best_only"), [Grade(1.0), Grade(0.2)])

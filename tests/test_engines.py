@@ -104,11 +104,11 @@ def test_the_probe_passes_only_when_the_weights_are_the_learners(tiny, parts, re
     model, renderer, prompts = parts
     learner = TorchLearner(model, renderer, train_config())
     load(real, 5, learner.weights())
-    found = probe(real, learner, prompts, renderer.pad_id, 5, 1e-3)
+    found = probe(real, learner, prompts, 5, 1e-3)
     assert found["sync/probe_logp_abs_max"] < 1e-5
     load(real, 6, changed(model))  # the engine takes them, but they are not the learner's
     with pytest.raises(EngineError, match="version 6"):
-        probe(real, learner, prompts, renderer.pad_id, 6, 1e-3)
+        probe(real, learner, prompts, 6, 1e-3)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])

@@ -323,7 +323,7 @@ def kill_at(stage, number, tmp_path):
                 process.send_signal(number)
 
         fake.watch = watch
-        said = process.communicate(timeout=60)[1]
+        said = process.communicate(timeout=180)[1]
         left = fake.billable()
         os.environ["RUNPOD_API_BASE_URL"] = fake.url
         reaped = manage.reap(tmp_path / "state", everything=True) if number == signal.SIGKILL else {"deleted": []}

@@ -43,6 +43,7 @@ NETWORK = {
 }
 MAY_USE_THE_NETWORK = {"data_prep", "hub_datasets", "judge", "r1_traces", "launch", "serve"}  # and a function of doctor
 IN_ONE_MODULE_ONLY = ("vllm", "wandb", "datasets")
+PRIVATE = {f"{PACKAGE}.trainer.batch": "trainer"}  # a learner is given data; the tensors are its own affair
 MAY_CATCH_EVERYTHING = {"plugins"}  # a user's own function can raise anything; it becomes one line
 HEAVY = {"torch", "transformers", "vllm", "datasets", "wandb", "matplotlib", "scipy"}
 
@@ -160,6 +161,8 @@ def complaints(sources: Mapping[str, str]) -> list[str]:
             below = layer_of(room_of(reached)) if reached else None
             if below is not None and below > own_layer:
                 found.append(f"{where}: imports upward, {reached}")
+            if reached in PRIVATE and room != PRIVATE[reached]:
+                found.append(f"{where}: {reached} is private to {PRIVATE[reached]}/")
             if room == "tasks" and i.is_of("torch"):
                 found.append(f"{where}: torch in {room}/")
             if room == "r1_traces" and i.target.split(".")[0] not in {*sys.stdlib_module_names, "aiohttp"}:
@@ -288,7 +291,7 @@ CLEAN = {
     "trainer/batch.py": "import torch\nfrom grpo_gsm8k import errors, datatypes",
     "engines/vllm_engine.py": "def f():\n    import vllm",
     "r1_traces.py": "import asyncio, urllib.request, aiohttp",
-    "sft.py": "import torch\nfrom .trainer.batch import B\nfrom grpo_gsm8k.datatypes import Batch",
+    "sft.py": "import torch\nfrom .trainer.losses import L\nfrom grpo_gsm8k.datatypes import Datum",
     "ei.py": "from grpo_gsm8k import sft\nif __name__ == '__main__':\n    from grpo_gsm8k.cli import run",
     "doctor.py": "from urllib.parse import urlsplit\ndef reach():\n    import urllib.request, urllib.error",
     "cli.py": "import typer\nfrom grpo_gsm8k import doctor, errors\ndef sft():\n    from grpo_gsm8k import sft",
@@ -326,6 +329,11 @@ def test_a_clean_package_has_no_complaint() -> None:
         ("attic/old.py", "", "attic.old: in no layer"),
         ("tasks/types.py", "", "tasks.types: named like the standard library's types"),
         ("trainer/queue/__init__.py", "", "trainer.queue: named like the standard library's queue"),
+        (
+            "sft.py",
+            "def f():\n    from .trainer.batch import B",
+            "trainer.batch is private to trainer/",
+        ),
         ("tasks/grading.py", "def f():\n    import torch.nn", "tasks.grading:2: torch in tasks/"),
         ("evals/worker.py", "def f():\n    from vllm import LLM", "vllm is imported in more than one module"),
         ("sft.py", "import aiohttp", "sft:1: aiohttp touches the network"),

@@ -28,8 +28,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from grpo_gsm8k.engines import channel, process
 from grpo_gsm8k.engines.process import placements, trained_on
 from grpo_gsm8k.errors import ConfigError, DiskError, NonFiniteError
-from grpo_gsm8k.trainer.batch import make_batch, with_old_logprobs, with_ref_logprobs
+from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.costs import LEAST_CELLS, Setup
+from grpo_gsm8k.trainer.data import weighted, with_old_logprobs, with_ref_logprobs
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.losses import GrpoClip, Objective
 from grpo_gsm8k.trainer.memory import Gauge, shape_of
@@ -46,9 +47,9 @@ POLICY = Objective(GrpoClip(0.2, 0.2), temperature=0.7, kl_coef=0.3)
 SEQUENCES = [(range(3, 3 + n), p) for n, p in [(9, 4), (4, 1), (13, 6), (6, 2), (11, 3)]]
 
 
-def small_batch(advantage=0.5):
+def small_update(advantage=0.5):
     drawn = [rows(s, advantage=(-1) ** i * (advantage + i), logprob=-3.0)[0] for i, s in enumerate(SEQUENCES)]
-    return make_batch(drawn, 0, "sequence")
+    return weighted(drawn, "sequence")
 
 
 def make_learner(kind, dtype=torch.float32, **flags):
@@ -62,12 +63,13 @@ def make_learner(kind, dtype=torch.float32, **flags):
 
 def learn(learner, steps):
     """Updates with everything that is asked of a learner; what it said."""
-    batch, said = small_batch(), []
+    data, said = small_update(), []
     for step in steps:
-        frozen, reference = (f(batch, 0.7) for f in (learner.logprobs, learner.reference_logprobs))
-        update = with_ref_logprobs(with_old_logprobs(batch, frozen), reference)
+        frozen, reference = (f(data, 0.7) for f in (learner.logprobs, learner.reference_logprobs))
+        update = with_ref_logprobs(with_old_logprobs(data, frozen), reference)
         metrics = learner.forward_backward(update, POLICY) | learner.step(1e-2 / step)
-        said.append({k: v for k, v in metrics.items() if not k.startswith("perf/")} | {"logp": float(frozen.sum())})
+        logp = sum(map(sum, frozen))
+        said.append({k: v for k, v in metrics.items() if not k.startswith("perf/")} | {"logp": logp})
     return said
 
 
@@ -78,9 +80,9 @@ def story(learner, folder, other):
     learner.save(folder)
     said += learn(learner, [3])
     with pytest.raises(NonFiniteError):
-        learner.forward_backward(small_batch(float("inf")), POLICY)
+        learner.forward_backward(small_update(float("inf")), POLICY)
     weights = {f"whole.{name}": tensor.clone() for name, tensor in learner.weights()}
-    learner.logprobs(small_batch())  # must leave nothing gathered behind, or the next step would start from it
+    learner.logprobs(small_update())  # must leave nothing gathered behind, or the next step would start from it
     learner.load(other)
     said += learn(learner, [3])
     weights |= {f"resumed.{name}": tensor.clone() for name, tensor in learner.weights()}
@@ -174,7 +176,7 @@ def test_three_ranks_learn_what_one_process_learns(dtype, compiles, tmp_path):
 
 
 def test_every_row_is_trained_by_one_rank_and_all_pass_through_the_model_as_often():
-    batch = small_batch()
+    batch = make_batch(small_update())
     shares = [share(batch, 13, range(5), rank, 4) for rank in range(4)]
     assert sorted(row for parts in shares for taken, _ in parts for row in taken) == [0, 1, 2, 3, 4]
     assert [len(parts) for parts in shares] == [1, 1, 1, 1]

@@ -385,13 +385,13 @@ def test_several_turns_are_trained_with_the_environment_masked(words, tmp_path):
 
         bench.sampler.sample = ends
         seen, learn = [], bench.learner.forward_backward
-        bench.learner.forward_backward = lambda batch, *more: (seen.append(batch), learn(batch, *more))[1]
+        bench.learner.forward_backward = lambda data, *more: (seen.append(data), learn(data, *more))[1]
         examples = load_examples(bench.renderer.task, words[1] / "train.jsonl")
         grpo.train(cfg, bench, bench.prompts(examples, "train"), Grader(bench.renderer.task))
     (row,) = metrics_of(tmp_path)
     assert row["turns/mean"] == 2.0 and row["length/mean"] == 6.0
-    assert seen[0].mask.sum(1).tolist() == [6.0] * 16  # three sampled tokens a turn
-    assert max(seen[0].lengths) > 6 + 12
+    assert [sum(row.mask) for row in seen[0]] == [6] * 16  # three sampled tokens a turn
+    assert max(len(row.token_ids) for row in seen[0]) > 7 + 12
 
 
 # -------------------------------------------------------------------------------------------------- resuming

@@ -27,7 +27,7 @@ from grpo_gsm8k import config, fast_eval_vllm, grpo, pipeline, sft
 from grpo_gsm8k.config import EngineConfig
 from grpo_gsm8k.datatypes import SamplingParams
 from grpo_gsm8k.engines.hf import HFSampler
-from grpo_gsm8k.engines.probe import TOLERANCE, completed, probe
+from grpo_gsm8k.engines.probe import TOLERANCE, completed, logprob_differences, probe
 from grpo_gsm8k.engines.process import Engine, ProcessSampler
 from grpo_gsm8k.errors import EngineError
 from grpo_gsm8k.evals.accuracy import read_results
@@ -35,7 +35,7 @@ from grpo_gsm8k.evals.stats import compare
 from grpo_gsm8k.runs.files import read_jsonl
 from grpo_gsm8k.tasks.rewards import Grader
 from grpo_gsm8k.trainer import adapter
-from grpo_gsm8k.trainer.batch import make_batch
+from grpo_gsm8k.trainer.data import weighted
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.losses import CrossEntropy, Objective
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer, weights_sha256
@@ -125,9 +125,8 @@ def learner(trained, renderer):
 def gap(learner, prompts, drawn, temperature=1.0) -> float:
     """Mean |logp difference| between what was sampled and what the trainer makes of the same ids."""
     pairs = [(prompt, c) for prompt, group in zip(prompts, drawn, strict=True) for c in group]
-    batch = make_batch([completed(prompt, c) for prompt, c in pairs], 0)
-    delta = (learner.logprobs(batch, temperature) - batch.old_logprobs)[batch.mask.bool()]
-    return float(delta.abs().mean())
+    data = [completed(prompt, c) for prompt, c in pairs]
+    return statistics.fmean(logprob_differences(data, learner.logprobs(data, temperature)))
 
 
 def same_ids(a, b) -> float:
@@ -138,8 +137,8 @@ def same_ids(a, b) -> float:
 def optimizer_step(learner, trained, renderer, number: int) -> None:
     """One update on worked solutions, large enough to be seen: the embeddings, and with them the tied head, move."""
     problems = load_split(trained.data, "train")[32 * number : 32 * (number + 1)]
-    batch = make_batch([renderer.target(problem) for problem in problems], renderer.pad_id)
-    learner.forward_backward(batch, Objective(CrossEntropy()))
+    data = weighted([renderer.target(problem) for problem in problems], "token")
+    learner.forward_backward(data, Objective(CrossEntropy()))
     learner.step(1e-3)
 
 
@@ -268,7 +267,7 @@ def test_after_each_of_ten_updates_the_sampler_is_the_trainers_equal(vllm, learn
         before = frozen(learner)
         optimizer_step(learner, trained, renderer, version)
         load(vllm, version, learner.weights())
-        probed = probe(vllm, learner, prompts[:8], renderer.pad_id, version, TOLERANCE["float32"])
+        probed = probe(vllm, learner, prompts[:8], version, TOLERANCE["float32"])
         theirs, drawn = draw(vllm, prompts, greedy), draw(vllm, prompts, drawing, 1, 11)
         assert {c.policy_version for group in theirs + drawn for c in group} == {version}
         assert same_ids(theirs, draw(HFSampler(learner.model, renderer), prompts, greedy)) >= AGREE
@@ -300,9 +299,9 @@ def test_the_probe_fires_when_the_tied_head_keeps_old_weights(broken_sampler, vl
     stale = broken_sampler("head")
     for sampler in (vllm, stale):
         load(sampler, 1, learner.weights())
-    probe(vllm, learner, prompts[:8], renderer.pad_id, 1, TOLERANCE["float32"])
+    probe(vllm, learner, prompts[:8], 1, TOLERANCE["float32"])
     with pytest.raises(EngineError, match="does not sample from it"):
-        probe(stale, learner, prompts[:8], renderer.pad_id, 1, TOLERANCE["float32"])
+        probe(stale, learner, prompts[:8], 1, TOLERANCE["float32"])
 
 
 def test_the_probe_fires_when_the_prefix_cache_keeps_old_weights(
@@ -316,14 +315,14 @@ def test_the_probe_fires_when_the_prefix_cache_keeps_old_weights(
     stale = broken_sampler("cache")
     for sampler in (vllm, stale):
         load(sampler, 0, learner.weights())
-        probe(sampler, learner, long, renderer.pad_id, 0, TOLERANCE["float32"])
+        probe(sampler, learner, long, 0, TOLERANCE["float32"])
     for number in range(3):
         optimizer_step(learner, trained, renderer, number)
     for sampler in (vllm, stale):
         load(sampler, 1, learner.weights())
-    probe(vllm, learner, long, renderer.pad_id, 1, TOLERANCE["float32"])
+    probe(vllm, learner, long, 1, TOLERANCE["float32"])
     with pytest.raises(EngineError, match="does not sample from it"):
-        probe(stale, learner, long, renderer.pad_id, 1, TOLERANCE["float32"])
+        probe(stale, learner, long, 1, TOLERANCE["float32"])
 
 
 # ------------------------------------------------------------------------------------------------- the command line

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 from grpo_gsm8k.datatypes import Completion, Datum, Learner, Prompt, Request, Sampler, SamplingParams, Trajectory
 from grpo_gsm8k.errors import EngineError
 from grpo_gsm8k.repro import requests
-from grpo_gsm8k.trainer.batch import make_batch
 
 PARAMS = SamplingParams(max_new_tokens=16, temperature=1.0)
 """Few tokens, many prompts: a stale prefix cache shows in the first token, a stale head in every one."""
@@ -35,8 +35,14 @@ def completed(request: Request, completion: Completion) -> Datum:
     return Datum(request.token_ids + completion.token_ids, mask, zeros + completion.logprobs)
 
 
+def logprob_differences(data: Sequence[Datum], logprobs: Sequence[Sequence[float]]) -> list[float]:
+    """|difference| from the log-probabilities that the rows hold, of each masked token."""
+    rows = [zip(row.mask, row.logprobs, other, strict=True) for row, other in zip(data, logprobs, strict=True)]
+    return [abs(mine - other) for row in rows for masked, mine, other in row if masked]
+
+
 def probe(
-    sampler: Sampler, learner: Learner, prompts: Sequence[Prompt], pad_id: int, version: int, tolerance: float
+    sampler: Sampler, learner: Learner, prompts: Sequence[Prompt], version: int, tolerance: float
 ) -> dict[str, float]:
     """Draw a few tokens and score them.
 
@@ -51,9 +57,8 @@ def probe(
     """
     asked = requests(prompts, 1, 0)
     rows = [completed(one, drawn) for one, (drawn,) in zip(asked, sampler.sample(asked, PARAMS), strict=True)]
-    batch = make_batch(rows, pad_id)
-    delta = ((learner.logprobs(batch) - batch.old_logprobs) * batch.mask).abs()
-    mean, largest = float(delta.sum() / batch.mask.sum()), float(delta.max())
+    delta = logprob_differences(rows, learner.logprobs(rows))
+    mean, largest = statistics.fmean(delta), max(delta)
     if not mean <= tolerance:
         raise EngineError(
             f"version {version} was handed over, but the sampler does not sample from it: its log-probabilities are "

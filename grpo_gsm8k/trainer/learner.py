@@ -15,11 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from grpo_gsm8k.config import PromptConfig, TrainConfig
-from grpo_gsm8k.datatypes import WeightsRef
+from grpo_gsm8k.datatypes import Datum, WeightsRef
 from grpo_gsm8k.errors import CheckpointError, ConfigError, NonFiniteError
 from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.trainer import adapter, architecture, costs, dcp, memory, packing, pretrained
-from grpo_gsm8k.trainer.batch import Batch
+from grpo_gsm8k.trainer.batch import Batch, make_batch, unshifted
 from grpo_gsm8k.trainer.compiled import compiles
 from grpo_gsm8k.trainer.head import FusedGrad
 from grpo_gsm8k.trainer.kernels import choose_attention
@@ -78,7 +78,7 @@ class TorchLearner:
         """Most cells of a microbatch (`Batch.cells`): as configured, or what fits at its first use."""
         return self.cfg.max_tokens_per_microbatch or self._cells_that_fit()
 
-    def forward_backward(self, batch: Batch, objective: Objective) -> dict[str, float]:
+    def forward_backward(self, data: Sequence[Datum], objective: Objective) -> dict[str, float]:
         """Accumulate the gradient of one whole update, microbatch by microbatch.
 
         It skips rows that cannot have a gradient (`losses.rows_to_train`); the weights of the others are set from the
@@ -93,6 +93,7 @@ class TorchLearner:
             NonFiniteError: when the loss is NaN or infinite. No gradient is kept.
             ConfigError: when a microbatch does not fit into the GPU's memory; says what to lower.
         """
+        batch = make_batch(data)
         rows = rows_to_train(batch, objective)
         self.budget  # noqa: B018  (its probe leaves no gradient, so it comes before the first pass)
         if self.gauge:
@@ -176,18 +177,26 @@ class TorchLearner:
         return metrics | (self.gauge.finish() if self.gauge else {})
 
     @torch.no_grad()
-    def logprobs(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
-        """Log-probabilities of the targets from a frozen pass, `(B, T)` on the CPU."""
-        return self._frozen_pass(self.model, batch, temperature)
+    def logprobs(self, data: Sequence[Datum], temperature: float = 1.0) -> list[tuple[float, ...]]:
+        """Log-probabilities of the rows' trained tokens from a frozen pass; see `datatypes.Learner`."""
+        return self._frozen_logprobs(self.model, data, temperature)
 
     @torch.no_grad()
-    def reference_logprobs(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+    def reference_logprobs(self, data: Sequence[Datum], temperature: float = 1.0) -> list[tuple[float, ...]]:
         """The same under the reference model, the one that the run started from."""
         if self.first_adapter is not None:
             with adapter.swapped(self.model, self.first_adapter):
-                return self._frozen_pass(self.model, batch, temperature)
+                return self._frozen_logprobs(self.model, data, temperature)
         assert self.reference is not None, "this learner was made without a reference model"
-        return self._frozen_pass(self.reference, batch, temperature)
+        return self._frozen_logprobs(self.reference, data, temperature)
+
+    def passes(self, data: Sequence[Datum]) -> int:
+        """How many forward passes an update on all of these rows takes."""
+        return sum(1 for _ in self._microbatches(make_batch(data), range(len(data))))
+
+    def _frozen_logprobs(self, model: Any, data: Sequence[Datum], temperature: float) -> list[tuple[float, ...]]:
+        batch = make_batch(data)
+        return unshifted(self._frozen_pass(model, batch, temperature), batch.lengths)
 
     def _frozen_pass(self, model: Any, batch: Batch, temperature: float, retried: bool = False) -> torch.Tensor:
         out, stuck = torch.zeros_like(batch.mask), None

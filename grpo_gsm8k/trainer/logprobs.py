@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +11,9 @@ import torch
 from grpo_gsm8k.datatypes import Datum
 from grpo_gsm8k.errors import ModelError
 from grpo_gsm8k.trainer import architecture
-from grpo_gsm8k.trainer.batch import Batch, make_batch
+from grpo_gsm8k.trainer.batch import Batch, make_batch, unshifted
 from grpo_gsm8k.trainer.head import FusedGrad, target_logprobs
-from grpo_gsm8k.trainer.packing import PROOF, last_hidden_states
+from grpo_gsm8k.trainer.packing import PROOF, last_hidden_states, microbatches
 
 WIDE = (torch.float32, torch.float64)
 
@@ -58,6 +59,34 @@ def token_logprobs(
 
 
 @torch.no_grad()
+def frozen_logprobs(model: Any, data: Sequence[Datum], packs: bool) -> list[tuple[float, ...]]:
+    """What a learner of this model returns as its `logprobs`, of a few short rows, packed or padded."""
+    batch = make_batch(data)
+    out = torch.zeros_like(batch.mask)
+    for rows, part in microbatches(batch, 1 << 20, range(len(batch)), packs):
+        logp, _ = token_logprobs(model, part.to(model.device), statistics=False)
+        out[rows, : logp.shape[1]] = logp.cpu()
+    return unshifted(out, batch.lengths)
+
+
+@torch.no_grad()
+def own_logprobs(model: Any, data: Sequence[Datum]) -> list[tuple[float, ...]]:
+    """The same by `model(...).logits`, a row at a time."""
+    training, batch = model.training, make_batch(data)
+    out = torch.zeros_like(batch.mask)
+    model.eval()
+    try:
+        for row, length in enumerate(batch.lengths):
+            ids = batch.input_ids[row : row + 1, :length].to(model.device)
+            logits = model(input_ids=ids, use_cache=False).logits[0]
+            logp = logits.float().log_softmax(-1).cpu()
+            out[row, :length] = logp.gather(-1, batch.targets[row, :length].unsqueeze(-1)).squeeze(-1)
+    finally:
+        model.train(training)
+    return unshifted(out * batch.mask, batch.lengths)
+
+
+@torch.no_grad()
 def check_head(model: Any) -> None:
     """Hold what is trained against the model's own logits, on a few short rows.
 
@@ -86,8 +115,8 @@ def check_head(model: Any) -> None:
         Datum((ids[0], *each.argmax(-1).tolist()), (0,) + (1,) * (len(ids) - 1))
         for ids, each in zip(PROOF, logits, strict=True)
     ]
-    likeliest = make_batch(rows, 0)
-    read = make_batch([Datum(ids, row.mask) for ids, row in zip(PROOF, rows, strict=True)], 0)
+    likeliest = make_batch(rows)
+    read = make_batch([Datum(ids, row.mask) for ids, row in zip(PROOF, rows, strict=True)])
     batch = replace(likeliest, input_ids=read.input_ids).to(device)
     found = token_logprobs(model, batch, statistics=False)[0][batch.mask.bool()]
     own = torch.cat([each.log_softmax(-1).amax(-1) for each in logits])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,13 @@ import torch
 from safetensors.torch import save_file
 
 from grpo_gsm8k import interrupts
-from grpo_gsm8k.datatypes import Learner
+from grpo_gsm8k.datatypes import Datum, Learner
 from grpo_gsm8k.errors import Interrupted, NonFiniteError
 from grpo_gsm8k.runs.directory import Run
 from grpo_gsm8k.runs.files import disk_errors
 from grpo_gsm8k.runs.progress import progress, talk
 from grpo_gsm8k.trainer import checkpoint
-from grpo_gsm8k.trainer.batch import Batch
+from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.losses import Objective
 from grpo_gsm8k.trainer.policy import weights_sha256
 from grpo_gsm8k.trainer.ranks import world
@@ -169,19 +169,21 @@ def finish(run: Run, learner: Learner) -> dict[str, Any]:
     return run.finish(step, run.checkpoints / f"step_{step:06d}", weights_sha256(learner.weights()))
 
 
-def update(run: Run, learner: Learner, batch: Batch, objective: Objective, lr: float, step: int) -> dict[str, float]:
+def update(
+    run: Run, learner: Learner, data: Sequence[Datum], objective: Objective, lr: float, step: int
+) -> dict[str, float]:
     """One optimizer step on one whole update.
 
     Raises:
         NonFiniteError: before the weights change. The batch is kept in the run directory.
     """
     try:
-        metrics = learner.forward_backward(batch, objective)
+        metrics = learner.forward_backward(data, objective)
         run.updated = step
         return metrics | learner.step(lr)
     except NonFiniteError as fault:
         kept = run.path / f"nonfinite_step_{step:06d}.safetensors"
-        tensors = {name: t.contiguous() for name, t in vars(batch).items() if torch.is_tensor(t)}
+        tensors = {name: t.contiguous() for name, t in vars(make_batch(data)).items() if torch.is_tensor(t)}
         with disk_errors(kept):
             save_file(tensors, kept)
         raise NonFiniteError(

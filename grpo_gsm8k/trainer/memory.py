@@ -23,6 +23,7 @@ from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.trainer import costs, packing
 from grpo_gsm8k.trainer.batch import Batch, make_batch
 from grpo_gsm8k.trainer.costs import GIB, Setup, Shape
+from grpo_gsm8k.trainer.data import weighted
 from grpo_gsm8k.trainer.ranks import world
 
 CPU_CELLS = 3072  # measured: more take memory, and save little time (artifacts/RESULTS.md)
@@ -273,9 +274,9 @@ def made_up(rows: int, length: int, vocabulary: int) -> Batch:
     """A microbatch of `rows` x `length` cells, `PROBE_TARGETS` of them trained; no two rows begin alike."""
     trained = PROBE_TARGETS // rows
     mask = (0,) * (length + 1 - trained) + (1,) * trained
-    return make_batch(
-        [Datum((row % vocabulary, *(0,) * length), mask, (), tuple(map(float, mask))) for row in range(rows)], 0
-    )
+    advantages = tuple(map(float, mask))
+    data = [Datum((row % vocabulary, *(0,) * length), mask, (), advantages) for row in range(rows)]
+    return make_batch(weighted(data, "token"))
 
 
 def out_of_memory(rows: int, longest: int, budget: int, each: float = 0.0) -> ConfigError:

@@ -298,7 +298,7 @@ def last_hidden_states(model: Any, batch: Batch) -> torch.Tensor:
 def packed_batch(sequences: Sequence[Sequence[int]]) -> Batch:
     """Rows of these ids, every token a target, packed."""
     rows = [Datum(tuple(ids), (1,) * len(ids)) for ids in sequences]
-    padded = make_batch(rows, 0)
+    padded = make_batch(rows)
     return replace(padded, shared=tuple(_in_common(padded, range(len(rows)))))
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,9 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from grpo_gsm8k.datatypes import WeightsRef
+from grpo_gsm8k.datatypes import Datum, WeightsRef
 from grpo_gsm8k.errors import CheckpointError, DiskError, NonFiniteError
-from grpo_gsm8k.trainer.batch import Batch
 from grpo_gsm8k.trainer.losses import Objective
 
 PATIENCE = timedelta(days=30)  # between commands; a rank that dies is noticed at once all the same
@@ -67,22 +66,22 @@ class Lead:
         self._gathered: list[tuple[str, torch.Tensor]] | None = None
         self._published: WeightsRef | None = None
 
-    def forward_backward(self, batch: Batch, objective: Objective) -> dict[str, float]:
+    def forward_backward(self, data: Sequence[Datum], objective: Objective) -> dict[str, float]:
         """See `TorchLearner.forward_backward`; each rank takes its share of the microbatches."""
-        return self._on_all("forward_backward", batch, objective)  # type: ignore[no-any-return]
+        return self._on_all("forward_backward", data, objective)  # type: ignore[no-any-return]
 
     def step(self, lr: float) -> dict[str, float]:
         """See `MasterAdamW.step`; each rank updates its shards."""
         self._gathered = self._published = None
         return self._on_all("step", lr)  # type: ignore[no-any-return]
 
-    def logprobs(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+    def logprobs(self, data: Sequence[Datum], temperature: float = 1.0) -> list[tuple[float, ...]]:
         """See `TorchLearner.logprobs`; each rank does its share of the rows."""
-        return self._on_all("logprobs", batch, temperature)  # type: ignore[no-any-return]
+        return self._on_all("logprobs", data, temperature)  # type: ignore[no-any-return]
 
-    def reference_logprobs(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+    def reference_logprobs(self, data: Sequence[Datum], temperature: float = 1.0) -> list[tuple[float, ...]]:
         """See `TorchLearner.reference_logprobs`."""
-        return self._on_all("reference_logprobs", batch, temperature)  # type: ignore[no-any-return]
+        return self._on_all("reference_logprobs", data, temperature)  # type: ignore[no-any-return]
 
     def publish(self, version: int) -> WeightsRef:
         """See `TorchLearner.publish`."""

@@ -1,6 +1,6 @@
 """The learner of several ranks: FSDP2 shards the model, each rank takes its share of every update.
 
-The loss weights are those of the whole update (`trainer/batch.py`), so gradients are summed over the ranks, not
+The loss weights are those of the whole update (`trainer/data.py`), so gradients are summed over the ranks, not
 averaged, and any number of ranks gives the gradient of one. Each rank holds float32 shards; where training is in
 bfloat16, FSDP rounds them on the way to the forward pass and sums gradients in float32.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -75,17 +77,16 @@ def _against_the_trainer(
 ) -> dict[str, float]:
     """How far the sampler's log-probabilities are from a frozen pass of the trainer."""
     from grpo_gsm8k.config import TrainConfig
-    from grpo_gsm8k.engines.probe import completed
-    from grpo_gsm8k.trainer.batch import make_batch
+    from grpo_gsm8k.engines.probe import completed, logprob_differences
     from grpo_gsm8k.trainer.learner import TorchLearner
 
-    batch = make_batch([completed(p, c) for p, g in zip(prompts, drawn, strict=True) for c in g], 0)
+    rows = [completed(p, c) for p, g in zip(prompts, drawn, strict=True) for c in g]
     cfg = TrainConfig(engine="vllm", max_tokens_per_microbatch=64 if is_toy(args) else 8192, compile="off")
     learner = TorchLearner(model.requires_grad_(True), None, cfg)
-    off = (learner.logprobs(batch) - batch.old_logprobs).abs() * batch.mask
-    assert bool(off.isfinite().all())
+    off = logprob_differences(rows, learner.logprobs(rows))
+    assert all(map(math.isfinite, off))
     model.requires_grad_(False)
-    return {"logp_error_mean": float(off.sum() / batch.mask.sum()), "logp_error_max": float(off.max())}
+    return {"logp_error_mean": statistics.fmean(off), "logp_error_max": max(off)}
 
 
 def grpo_run(
