@@ -22,7 +22,7 @@ import typer
 from grpo_gsm8k import config, environment, interrupts, originals
 from grpo_gsm8k.errors import ConfigError, GrpoError, Interrupted, ModelError, UserError
 from grpo_gsm8k.launch import settings as launch_settings
-from grpo_gsm8k.runs import streams
+from grpo_gsm8k.runs import progress, streams
 from grpo_gsm8k.runs.clean import printable, printable_json
 from grpo_gsm8k.tasks import load_task
 from grpo_gsm8k.tasks.base import load_examples
@@ -74,8 +74,8 @@ def register(
     name: str,
     cls: type,
     call: Callable[..., Mapping[str, Any]],
-    skip: tuple[str, ...] = (),
     table: str = "",
+    skip: tuple[str, ...] = (),
     into: typer.Typer = app,
 ) -> None:
     """A command whose flags are the fields of `cls`, which prints what `call(flags, **layers)` returns.
@@ -86,7 +86,9 @@ def register(
 
     def command(as_json: bool, **flags: Any) -> None:
         layers = {key: flags.pop(key) for key in inspect.signature(call).parameters if key != "flags"}
-        show(call({key: value for key, value in flags.items() if value is not None}, **layers), as_json, table)
+        with progress.doing(name):
+            result = call({key: value for key, value in flags.items() if value is not None}, **layers)
+        show(result, as_json, table)
 
     own = list(inspect.signature(call, eval_str=True).parameters.values())[1:]
     json_flag = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
@@ -127,19 +129,35 @@ def _short(value: Any) -> str:
 
 Preset = Annotated[str | None, typer.Option(help=f"one of {', '.join(config.preset_names())}")]
 Recipe = Annotated[Path | None, typer.Option("--config", help="TOML recipe laid over the preset")]
+Browse = Annotated[bool, typer.Option("--open", help="open the report in the browser")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="key=value or stage.key=value; several times")]
 
 
-def _pipeline(flags: Mapping[str, Any], config_file: Recipe = None, sets: Sets = None) -> Mapping[str, Any]:
+def _pipeline(
+    flags: Mapping[str, Any], config_file: Recipe = None, sets: Sets = None, browse: Browse = False
+) -> Mapping[str, Any]:
     """All stages: base → SFT → expert iteration → GRPO → report."""
     from grpo_gsm8k import pipeline
 
-    return pipeline.run(config.build(config.PipelineConfig, flags), config_file, sets or ())
+    result = pipeline.run(config.build(config.PipelineConfig, flags), config_file, sets or ())
+    if browse:
+        _browse(Path(result["report"]))
+    return result
 
 
-def _demo(flags: Mapping[str, Any], config_file: Recipe = None, sets: Sets = None) -> Mapping[str, Any]:
+def _demo(
+    flags: Mapping[str, Any], config_file: Recipe = None, sets: Sets = None, browse: Browse = False
+) -> Mapping[str, Any]:
     """A toy model learns to reason, on this machine, in minutes: `pipeline --preset tiny`."""
-    return _pipeline(flags, config_file, sets)
+    return _pipeline(flags, config_file, sets, browse)
+
+
+def _browse(page: Path) -> None:
+    """Show a page in the browser, where there is one."""
+    import webbrowser
+
+    if not webbrowser.open(page.resolve().as_uri()):
+        _say(f"--open: no browser on this machine; the page is {page}")
 
 
 def _stage(section: str, module: str, help: str, table: str = "", function: str = "run") -> None:
@@ -154,8 +172,8 @@ def _stage(section: str, module: str, help: str, table: str = "", function: str 
     register(section, config.SECTIONS[section], call, table=table)
 
 
-register("demo", config.PipelineConfig, _demo, skip=("preset", "data", "model_id"))
-register("pipeline", config.PipelineConfig, _pipeline)
+register("demo", config.PipelineConfig, _demo, "print_pipeline", skip=("preset", "data", "model_id"))
+register("pipeline", config.PipelineConfig, _pipeline, "print_pipeline")
 _stage("sft", "sft", "Supervised fine-tuning on worked solutions.")
 _stage("ei", "ei", "Expert iteration: sample, keep what is right, fine-tune, again.")
 _stage("grpo", "grpo", "Group relative policy optimisation.")
@@ -295,12 +313,17 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="the page; by default report.html, for several runs comparison.html")
     ] = None,
+    browse: Browse = False,
     as_json: Json = False,
 ) -> None:
     """One self-contained HTML page about one run or several."""
     from grpo_gsm8k.report import write_report
 
-    show({"path": str(write_report(runs, out))}, as_json)
+    with progress.doing("report"):
+        page = write_report(runs, out)
+    show({"path": str(page)}, as_json)
+    if browse:
+        _browse(page)
 
 
 @app.command()
@@ -502,7 +525,7 @@ def _run(argv: list[str] | None) -> int:
             fault.show()
         else:
             command = getattr(getattr(fault, "ctx", None), "command_path", "grpo-gsm8k")
-            flag = getattr(fault, "option_name", None)
+            flag = str(getattr(fault, "option_name", ""))
             renamed = originals.RENAMED.get(flag) if type(fault).__name__ == "NoSuchOption" else None
             what = f"{flag}: {renamed}" if renamed else fault.format_message().rstrip(".")
             _say(f"error: {what}; see `{command} --help`")

@@ -21,7 +21,7 @@ from grpo_gsm8k.engines.trajectories import sample_trajectories
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.runs.files import read_jsonl, write_jsonl
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import doing, talk
 from grpo_gsm8k.sft import fit_step
 from grpo_gsm8k.tasks.base import load_split
 from grpo_gsm8k.tasks.render import task_of
@@ -64,7 +64,8 @@ def round_rows(
     chosen = [prompts[i] for i in order[: cfg.prompts_per_round]]
     params = SamplingParams(cfg.max_new_tokens, cfg.temperature, cfg.top_p, bench.renderer.stop)
     how = {"n": cfg.samples_per_prompt, "seed": derive_seed(cfg.seed, "ei-sample", done), "context": bench.context}
-    sampled_P_G = sample_trajectories(bench.sampler, bench.renderer, chosen, params, **how)
+    with doing(f"round {done + 1}: sampling {cfg.samples_per_prompt} x {len(chosen)}"):
+        sampled_P_G = sample_trajectories(bench.sampler, bench.renderer, chosen, params, **how)
     grades_P_G = Grader(bench.renderer.task).grade(sampled_P_G)
     if any(grade.correct is None for grades in grades_P_G for grade in grades):
         raise ConfigError(f"task {cfg.task!r} knows no right answers, which expert iteration keeps: use grpo instead")

@@ -25,7 +25,7 @@ from grpo_gsm8k.engines import handover
 from grpo_gsm8k.engines.channel import Child, ChildGone, environment_of
 from grpo_gsm8k.engines.handover import Outbox
 from grpo_gsm8k.errors import ConfigError, EngineError
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import doing, talk
 from grpo_gsm8k.tasks.render import Renderer
 from grpo_gsm8k.trainer.ranks import world
 
@@ -193,13 +193,14 @@ class Engine:
 
     def _ready(self) -> Child:
         if self._child is None:
-            self._child = Child(
-                self._module,
-                self._start,
-                patience_s=self.patience_s,
-                environment=self._environment,
-                log=self._log,
-            )
+            with doing(f"starting the {self.name}"):
+                self._child = Child(
+                    self._module,
+                    self._start,
+                    patience_s=self.patience_s,
+                    environment=self._environment,
+                    log=self._log,
+                )
             if self.held:
                 answer = self._child.call("load", self.patience_s, **handover.as_json(self.held))
                 if "refused" in answer:

@@ -10,7 +10,6 @@ data.json      sha256 of every input        result.json                 written 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import shutil
 import sys
@@ -25,7 +24,7 @@ from typing import Any
 from grpo_gsm8k import config, repro
 from grpo_gsm8k.config import TrainConfig
 from grpo_gsm8k.errors import DataError, RunDirError
-from grpo_gsm8k.runs import wandb_sink
+from grpo_gsm8k.runs import lock, wandb_sink
 from grpo_gsm8k.runs.files import (
     SOURCE_SUFFIX,
     append_jsonl,
@@ -144,10 +143,11 @@ def open_run(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path]) -> Iterat
         made = not path.exists()
         if not made and not path.is_dir():
             raise RunDirError(f"{path}: is a file, not a run directory")
+        lock.refuse_if_held(path)
         if not made and any(path.iterdir()) and not cfg.resume:
             raise RunDirError(f"{path}: exists already; pass --resume to continue it, or another --out_dir")
     make_folder(path)
-    with _lock(path):
+    with lock.hold(path, stage):
         if (path / "config.toml").is_file():
             _same_run(path, stage, cfg, hashes)
         else:
@@ -263,16 +263,6 @@ def _hash(file: Path) -> str:
     if not file.is_file():
         raise DataError(file, "does not exist; make it with `grpo-gsm8k data --out_dir DIR`")
     return sha256_file(file)
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with disk_errors(path), (path / ".lock").open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunDirError(f"{path}: another process is writing this run") from None
-        yield
 
 
 def _default_path(cfg: TrainConfig, stage: str) -> Path:

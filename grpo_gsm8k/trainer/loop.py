@@ -66,12 +66,22 @@ def steps(run: Run, learner: Learner, total: int, state: Progress) -> Iterator[i
         for step in range(first + 1, last + 1):
             yield step
             run.complete = step
-            bar.update(step, state.note)
+            bar.update(step, ", ".join(filter(None, [state.note, _validated(run)])))
             if step % cfg.save_every == 0 or step == last or received:
                 save(run, learner, step, state.as_json())
             if received:
                 name = signal.Signals(received[0]).name
                 raise Interrupted(_saved(name, step, run), 128 + received[0])
+
+
+def _validated(run: Run) -> str:
+    """The newest validation, beside the bar."""
+    for row in reversed(run.history()):
+        if row.get("val/accuracy") is not None:
+            return f"accuracy {100 * row['val/accuracy']:.1f} %"
+        if row.get("val/reward") is not None:
+            return f"validation reward {row['val/reward']:.3f}"
+    return ""
 
 
 def resume(run: Run, learner: Learner, state: Progress) -> int:
