@@ -5,6 +5,7 @@ The default part takes each path once; the whole matrix of options, dtypes and l
 
 from __future__ import annotations
 
+import contextlib
 import random
 from types import SimpleNamespace
 
@@ -12,11 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-from grpo_gsm8k import config, ei, grpo, repro, sft
+from grpo_gsm8k import config, ei, fast_eval_vllm, grpo, repro, sft
 from grpo_gsm8k.config import TrainConfig
 from grpo_gsm8k.datatypes import Request, SamplingParams
 from grpo_gsm8k.engines import static_cache
 from grpo_gsm8k.engines.hf import HFSampler, _cumsum
+from grpo_gsm8k.runs.files import read_jsonl
 from grpo_gsm8k.trainer import kernels, memory
 from grpo_gsm8k.trainer.data import weighted
 from grpo_gsm8k.trainer.learner import TorchLearner
@@ -361,3 +363,17 @@ def test_a_stage_runs_and_resumes_there(name, dtype, tmp_path):
         result = module.run(config.resolve(stage, preset="tiny", flags={**flags, "resume": True}))
     assert result["weights_sha256"]
     assert_kernels(gpu)
+
+
+@pytest.mark.slow
+def test_an_evaluation_there_is_the_one_here(tiny, tmp_path):
+    flags = {"model_id": str(tiny.model), "eval_path": str(tiny.data / "test.jsonl"), "prompt_style": "gsm8k"}
+    flags |= {"limit": 6, "max_new_tokens": 12, "dtype": "float32", "engine": "hf", "samples": 2, "temperature": 1.0}
+    found = []
+    for device, there in (("cpu", contextlib.nullcontext()), ("cuda", Pretend())):
+        cfg = config.resolve("eval", flags={**flags, "device": device, "out_dir": str(tmp_path / device)})
+        with there:
+            result = fast_eval_vllm.run(cfg)
+        rows = [row for _, row in read_jsonl(result["results_path"])]
+        found.append([(row["id"], row["response"], row["weights_sha256"]) for row in rows])
+    assert len(found[0]) == 12 and found[0] == found[1]

@@ -511,7 +511,7 @@ def test_several_runs_are_compared_problem_by_problem(tmp_path: Path) -> None:
     p = binomtest(won, won + lost).pvalue
     gain = 100 * (won - lost) / 200
     assert won > lost
-    cells = r"second GRPO, test 200 ([\d.]+) % ([\d.]+) % ([+−\d.]+) [+−\d.]+ to [+−\d.]+ better (\d+) (\d+) (\S+)"
+    cells = r"second ([\d.]+) % ([\d.]+) % ([+−\d.]+) [+−\d.]+ to [+−\d.]+ better GRPO, test 200 (\d+) (\d+) (\S+)"
     row = re.search(cells, text)
     scores = [f"{len(solved) / 2:.1f}" for solved in reversed(right)]
     assert row and row.groups()[:5] == (*scores, f"{gain:+.1f}", str(won), str(lost))
@@ -528,7 +528,7 @@ def test_training_runs_are_compared_on_their_last_validation(tmp_path: Path) -> 
             jsonl(tmp_path / name / f"evals/step_{step:06d}.jsonl", eval_rows("grpo", skill * step / 20, 60, 3))
     text = check(write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "c.html").read_text())
     assert "Each run against a" in text
-    assert re.search(r"b GRPO, validation, step 20 60 [\d.]+ % [\d.]+ % \+[\d.]+ .*? better", text)
+    assert re.search(r"b [\d.]+ % [\d.]+ % \+[\d.]+ .*? better GRPO, validation, step 20 60", text)
 
 
 def test_diversity_is_drawn(tmp_path: Path) -> None:

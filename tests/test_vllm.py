@@ -184,7 +184,7 @@ def test_an_adapter_is_all_that_reaches_vllm(vllm, trained, renderer, prompts, t
             before = frozen(learner)
             optimizer_step(learner, trained, renderer, version)
             load(sampler, version, learner.weights())
-            with safe_open(sampler.outbox.newest.path, "pt") as given:
+            with safe_open(sampler.outbox.newest.where, "pt") as given:
                 assert given.keys() and all(".lora_" in name for name in given.keys())  # noqa: SIM118
             drawn = draw(sampler, prompts, greedy)
             assert same_ids(drawn, draw(HFSampler(model, renderer), prompts, greedy)) >= AGREE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ class Change:
 
     Attributes:
         paired: whether the interval comes from the same problems, one by one.
-        ratio: `after / before` with its interval; None where the start is not positive.
+        ratio: `after / before` with its interval; None where the start is not above its noise.
     """
 
     before: float
@@ -41,6 +42,11 @@ class Change:
     def clear(self) -> bool:
         """Whether the interval excludes no change at all."""
         return self.low > 0 or self.high < 0
+
+    @property
+    def still(self) -> bool:
+        """Whether nothing changed, and nothing varies."""
+        return self.low == self.high == 0
 
 
 @dataclass(frozen=True)
@@ -70,14 +76,21 @@ def over_steps(values: Sequence[float]) -> Change | None:
     """From the first to the last tenth of a curve; the interval is by the noise between its steps."""
     if len(values) < WINDOW:
         return None
-    (before, after), error = ends(values), end_error(values)
-    half = Z * error * 2**0.5
-    ratio = None
-    if before > 0:
-        share = after / before
-        spread = Z * error / before * (1 + share * share) ** 0.5  # delta method
-        ratio = (share, max(0.0, share - spread), share + spread)
-    return Change(before, after, after - before - half, after - before + half, ratio=ratio)
+    (before, after), reach = ends(values), Z * end_error(values)
+    half = reach * math.sqrt(2)
+    return Change(before, after, after - before - half, after - before + half, ratio=_ratio(before, after, reach))
+
+
+def _ratio(before: float, after: float, reach: float) -> tuple[float, float, float] | None:
+    """`after / before` with Fieller's interval, which holds 1 where that of the difference holds 0.
+
+    None where the start is not above its own noise.
+    """
+    known = before * before - reach * reach
+    if before <= 0 or known <= 0:
+        return None
+    root = math.sqrt(max(0.0, (before * after) ** 2 - known * (after * after - reach * reach)))
+    return after / before, (before * after - root) / known, (before * after + root) / known
 
 
 def paired_change(a: Problems, b: Problems) -> Change | None:

@@ -179,25 +179,29 @@ def paired_table(runs: Runs) -> Html:
         "Over the same problems, one by one. The verdict is at 5 % by the mid-p of McNemar's test after Holm's "
         "correction; the last column is how many problems show a gain of this size with 80 % power."
     )
-    head = ("run", "evaluation", "n", "accuracy", f"{first}", "points", "95 % CI", "verdict",
+    head = ("run", "accuracy", first, "points", "95 % CI", "verdict", "evaluation", "n",
             "won", "lost", "p exact", "p Holm", "n needed")  # fmt: skip
     title = f"Each run against {first}"
-    parts = [tag("h3", "Paired comparison"), tag("p", lead, class_="mute"), table(title, head, _paired_rows(found))]
+    parts = [
+        tag("h3", "Paired comparison"),
+        tag("p", lead, class_="mute"),
+        table(title, head, _paired_rows(first, found)),
+    ]
     return join([*parts, *words])
 
 
-def _paired_rows(found: Sequence[Paired]) -> list[tuple[object, ...]]:
+def _paired_rows(first: str, found: Sequence[Paired]) -> list[tuple[object, ...]]:
     corrected, p_holm = corrected_for_number([one.found for one in found])
     return [
         (
             tag("b", one.name),
-            one.own.title if one.own.title == one.first.title else f"{one.own.title} / {one.first.title}",
-            f"{result.n:,}",
             percent(result.accuracy_b),
             percent(result.accuracy_a),
             number(100 * result.difference, "{:+.1f}"),
             points(result.ci95),
-            "within noise" if not result.significant else "better" if result.difference > 0 else "worse",
+            _verdict(result),
+            one.own.title if one.own.title == one.first.title else f"{one.own.title}; {first}: {one.first.title}",
+            f"{result.n:,}",
             f"{result.won:,}",
             f"{result.lost:,}",
             *(p_value(p).removeprefix("=\u00a0") for p in (result.p_value, holm)),
@@ -205,3 +209,11 @@ def _paired_rows(found: Sequence[Paired]) -> list[tuple[object, ...]]:
         )
         for one, result, holm in zip(found, corrected, p_holm, strict=True)
     ]
+
+
+def _verdict(result: Comparison) -> str:
+    if not result.won and not result.lost:
+        return "same answers"
+    if not result.significant:
+        return "within noise"
+    return "better" if result.difference > 0 else "worse"

@@ -83,6 +83,8 @@ def reward(curves: Curves) -> Reading | None:
     if not (change := over_steps(values)):
         few = f"Only {len(values)} steps: too few to say whether the reward moves"
         return Reading("note", f"{few} ({ends[0]:.3g} to {ends[1]:.3g}).")
+    if change.still:
+        return Reading("note", f"The reward stayed at {change.after:.3g} at every step.")
     if not change.clear:
         span = f"from {change.before:.3g} to {change.after:.3g}"
         return Reading("noise", f"The reward went {span}, no more than its steps differ: {_interval(change)}.")
@@ -129,6 +131,8 @@ def entropy(curves: Curves) -> Reading | None:
     change = over_steps(curves.series("policy/entropy")[1])
     if not change or not change.ratio:
         return None
+    if change.still:
+        return Reading("note", f"Entropy stayed at {change.after:.3g} nats per token.")
     share, low, high = change.ratio
     span = f"from {change.before:.3g} to {change.after:.3g} nats per token"
     left = f"to {_whole(share)} of where it began (95 % CI {_whole(low)} to {_whole(high)})"
@@ -150,8 +154,9 @@ def mixed_groups(curves: Curves) -> Reading | None:
     if not change:
         return Reading("note", f"{text}.")
     since = f"{percent(ends[0])} at the start; {signed(100 * change.size, '{:+.1f}')} points"
+    interval = max(change.low, -change.before), min(change.high, 1 - change.before)  # of shares
     tone = "watch" if change.after < FEW_MIXED else "note"
-    return Reading(tone, f"{text} ({since}, 95 % CI {points((change.low, change.high))}).")
+    return Reading(tone, f"{text} ({since}, 95 % CI {points(interval)}).")
 
 
 def length(curves: Curves, reward_rose: bool) -> Reading | None:
@@ -175,7 +180,9 @@ def agreement(curves: Curves) -> Reading | None:
         return None
     if not max(gaps):
         return Reading("note", "Sampler and trainer agree to the bit.")
-    return Reading("note", f"The mean |Δ log p| between sampler and trainer never exceeded {max(gaps):.2g}.")
+    return Reading(
+        "note", f"The mean |Δ log p| between sampler and trainer never exceeded {number(max(gaps), '{:.2g}')}."
+    )
 
 
 def cut_off(curves: Curves) -> Reading | None:

@@ -83,7 +83,10 @@ def command(text: str, run: Run) -> str:
         return public(text, run)
     if len(words) > 1 and Path(words[0]).name.startswith("python") and words[1].endswith("/grpo-gsm8k"):
         del words[0]  # the console script, as the interpreter was started with it
-    if words:
+    if words and (module := re.search(r"(?:^|/)grpo_gsm8k/([\w/]+)\.py$", words[0])):
+        name = module[1].removesuffix("/__init__").removesuffix("/__main__").replace("/", ".")
+        words[:1] = ["python", "-m", f"grpo_gsm8k.{name}"]
+    elif words:
         words[0] = Path(words[0]).name
     return public(" ".join(map(shlex.quote, words)), run)
 

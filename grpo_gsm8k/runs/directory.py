@@ -138,7 +138,7 @@ def open_run(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path]) -> Iterat
         DataError: an input is missing, or differs from what the run began with.
     """
     path = Path(cfg.out_dir) if cfg.out_dir else _default_path(cfg, stage)
-    hashes = {name: _input(file) for name, file in inputs.items()}
+    hashes = {name: input_record(file) for name, file in inputs.items()}
     with disk_errors(path):  # a name that is too long, a circle of links
         made = not path.exists()
         if not made and not path.is_dir():
@@ -235,7 +235,7 @@ def _same_run(path: Path, stage: str, cfg: TrainConfig, hashes: Mapping[str, Map
             raise DataError(entry["path"], f"has changed since the run in {path} began; pick another --out_dir")
 
 
-def _input(file: Path) -> dict[str, Any]:
+def input_record(file: Path) -> dict[str, Any]:
     """Path and hash of an input, and what it was made from where a file beside it says so."""
     found: dict[str, Any] = {"path": str(file), "sha256": _hash(file)}
     source = file.with_suffix(SOURCE_SUFFIX)
