@@ -46,7 +46,7 @@ def train(cfg: EiConfig, bench: Bench, prompts: Sequence[Prompt]) -> None:
             seed = derive_seed(cfg.seed, "ei", done)
             lr, start = lr_at(step, total, cfg), done * cfg.steps_per_round
             metrics |= fit_step(cfg, bench, rows, step, lr, seed=seed, start=start)
-        metrics |= bench.validate(step, total)
+        bench.validate(step, total, metrics)
         bench.run.log(step, metrics | {"time/total": time.perf_counter() - started})
         state.note = f"round {done + 1}, {len(rows)} solutions"
 

@@ -29,7 +29,7 @@ from grpo_gsm8k import plugins
 from grpo_gsm8k.config import GrpoConfig
 from grpo_gsm8k.datatypes import Datum, Grade, Learner, Prompt, Rollout
 from grpo_gsm8k.engines.probe import sampled_datum
-from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.errors import ConfigError, PluginError
 from grpo_gsm8k.evals.diversity import diversity
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.rollout import RolloutSource, SourceState, StepTimer, rollout_metrics, sample_row
@@ -71,7 +71,7 @@ def train(cfg: GrpoConfig, bench: Bench, prompts: Sequence[Prompt], grader: Grad
                 source.settle()
                 bench.run.samples(step, (sample_row(bench, r, k) for k, group in enumerate(groups) for r in group))
                 metrics |= diversity([[r.trajectory.token_ids for r in group] for group in groups])
-            metrics |= bench.validate(step, cfg.steps)
+            bench.validate(step, cfg.steps, metrics)
             timer.lap("eval")
             metrics |= {"progress/grpo_step": step, "progress/done_frac": step / cfg.steps}
             bench.run.log(step, metrics | timer.metrics(metrics["time/wait"]))
@@ -141,7 +141,7 @@ def advantages_of(cfg: GrpoConfig, grades_G: Sequence[Grade]) -> list[float]:
     """What each completion of a group is credited with, as `--advantage` says.
 
     Raises:
-        ConfigError: the user's own function fails, or returns something other than a finite number for each.
+        PluginError: the user's own function fails, or returns something other than a finite number for each.
     """
     rewards_G = [grade.reward for grade in grades_G]
     if cfg.advantage == "group_relative":
@@ -152,7 +152,7 @@ def advantages_of(cfg: GrpoConfig, grades_G: Sequence[Grade]) -> list[float]:
     with plugins.calling(what):
         found = [float(value) for value in own(grades_G)]
     if len(found) != len(grades_G) or not all(map(math.isfinite, found)):
-        raise ConfigError(
+        raise PluginError(
             f"{what}: returned {str(found)[:80]} for rewards {str(rewards_G)[:80]}; must be as many numbers"
         )
     return found

@@ -20,7 +20,7 @@ from typing import Any
 from grpo_gsm8k.config import GrpoConfig
 from grpo_gsm8k.datatypes import Grade, Prompt, Rollout, Sampler, SamplingParams, Trajectory
 from grpo_gsm8k.engines.trajectories import sample_trajectories
-from grpo_gsm8k.errors import EngineError
+from grpo_gsm8k.errors import EngineError, PluginError
 from grpo_gsm8k.evals.accuracy import record
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.tasks.rewards import Grader
@@ -127,7 +127,10 @@ class RolloutSource:
             future = None  # nobody waits for samples while a run is being ended; they are drawn anew
         try:
             return SourceState(cursor, future.result() if future else None)
-        except EngineError:  # the checkpoint is being written because of it; the step will be sampled anew
+        except (
+            EngineError,
+            PluginError,
+        ):  # the reason for this checkpoint; the step will be sampled anew
             return SourceState(cursor)
 
     def restore(self, state: SourceState) -> None:

@@ -40,7 +40,7 @@ def train(cfg: SftConfig, bench: Bench, rows: Sequence[Datum]) -> None:
         started = time.perf_counter()
         metrics = fit_step(cfg, bench, rows, step, lr_at(step, total, cfg), seed=cfg.seed)
         metrics |= {"progress/sft_step": step, "progress/done_frac": step / total}
-        metrics |= bench.validate(step, total)
+        bench.validate(step, total, metrics)
         bench.run.log(step, metrics | {"time/total": time.perf_counter() - started})
         state.note = f"loss {metrics['loss']:.3f}"
 

@@ -21,7 +21,8 @@ from grpo_gsm8k.datatypes import Evaluator, Example, Learner, Prompt, Sampler, S
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.engines.probe import TOLERANCE, probe
 from grpo_gsm8k.engines.process import Engine, ProcessSampler, placements, trained_on
-from grpo_gsm8k.errors import ConfigError, EngineError, RunDirError
+from grpo_gsm8k.engines.users import UserSampler
+from grpo_gsm8k.errors import ConfigError, EngineError, PluginError, RunDirError
 from grpo_gsm8k.evals.accuracy import CHUNK, Evaluation, evaluate
 from grpo_gsm8k.evals.evaluator import AsyncEvaluator, InlineEvaluator
 from grpo_gsm8k.plugins import calling, is_users, load_object
@@ -96,17 +97,24 @@ class Bench:
         prompts = self.val[: cfg.probe_prompts]
         return ref, probe(self.sampler, self.learner, prompts, version, tolerance)
 
-    def validate(self, step: int, total: int) -> dict[str, float]:
+    def validate(self, step: int, total: int, metrics: dict[str, float]) -> None:
         """Submit the weights of this step when it is due; log what has come back.
 
-        Returns:
-            the metrics of this step: the validation's own when it was done at once.
+        A step whose validation fails is complete without it: its update is not lost.
+
+        Args:
+            metrics: of this step; the validation's own are added when it was done at once.
         """
         if self.evaluator is None:
             self.evaluator = inline_evaluator(self)
-        if self.due(step, total):
-            self.evaluator.submit(step, self.learner.weights())
-        return self._keep(self.evaluator.results(), step) | self.evaluator.metrics()
+        try:
+            if self.due(step, total):
+                self.evaluator.submit(step, self.learner.weights())
+            metrics |= self._keep(self.evaluator.results(), step) | self.evaluator.metrics()
+        except (EngineError, PluginError):
+            self.run.log(step, metrics)
+            self.run.complete = step
+            raise
 
     def due(self, step: int, total: int) -> bool:
         """Whether this step ends with a validation: every `eval_every`, and the last."""
@@ -183,9 +191,9 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
             open_until_the_end.callback(bench.evaluator.close)
         try:
             yield bench
-        except EngineError:
-            if loop.rescue(run, learner):
-                talk(f"{run.stage}: step {run.complete} is saved in {run.path}; continue with --resume")
+        except (EngineError, PluginError):
+            if saved := loop.rescue(run, learner):
+                talk(f"{run.stage}: step {saved} is saved in {run.path}; continue with --resume")
             raise
         except KeyboardInterrupt:
             loop.rescue_interrupted(run, learner)
@@ -266,8 +274,8 @@ def open_sampler(
     if is_users(cfg.engine):
         make = load_object(cfg.engine, "engine", ENGINES)
         with calling(f"engine {cfg.engine!r}"):
-            own: Sampler = make(model, renderer, cfg)
-        yield own
+            own = make(model, renderer, cfg)
+        yield UserSampler(cfg.engine, own)
         return
     if not cfg.uses_vllm:
         yield HFSampler(model, renderer, cfg.sample_rows, copy_model=here.size == 1)  # ranks train another copy

@@ -101,12 +101,15 @@ def save(run: Run, learner: Learner, step: int, state: Mapping[str, Any]) -> Pat
     return folder
 
 
-def rescue(run: Run, learner: Learner) -> bool:
-    """Keep the last complete step when a step ends halfway, unless the weights have moved beyond it."""
-    if not _within_reach(run):
-        return False
-    save(run, learner, run.complete, run.progress())
-    return True
+def rescue(run: Run, learner: Learner) -> int:
+    """Keep the last complete step when a step ends halfway, unless the weights have moved beyond it.
+
+    Returns:
+        the newest step that a checkpoint holds; 0 if there is none.
+    """
+    if _within_reach(run) and getattr(learner, "in_step", True):
+        save(run, learner, run.complete, run.progress())
+    return max(checkpoint.steps_present(run.checkpoints), default=0)
 
 
 def rescue_interrupted(run: Run, learner: Learner) -> None:
