@@ -52,7 +52,7 @@ ENGINE_CHUNK = 1024  # prompts at once: an engine schedules them itself, and eac
 
 
 @dataclass
-class Bench:
+class Workbench:
     """The tools of one training run.
 
     Attributes:
@@ -150,7 +150,9 @@ class Bench:
 
 
 @contextmanager
-def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlaps: bool = False) -> Iterator[Bench]:
+def open_workbench(
+    cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlaps: bool = False
+) -> Iterator[Workbench]:
     """Everything ready-made from a config; what is cheap to refuse is refused before the model is loaded.
 
     Of several ranks the first alone comes here: the others learn with it until it is done, and leave.
@@ -179,7 +181,7 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
         learner: Learner = make_learner(cfg, model, renderer)
         if world().size > 1:
             learner = open_until_the_end.enter_context(closing(Lead(learner)))
-        bench = Bench(run, learner, NoSampler(), renderer, [], context_length(model), embeddings_of(model))
+        bench = Workbench(run, learner, NoSampler(), renderer, [], context_length(model), embeddings_of(model))
         bench.val = bench.prompts(examples[: cfg.eval_examples or None], eval_path)
         flown = Subject(model, renderer, bench.val, learner, None, run.path, getattr(learner, "packs", False))
         preflight.fly(flown)  # before an engine is started, which takes a minute
@@ -268,7 +270,7 @@ def open_sampler(
     Args:
         model: whose type and device the engines take over.
         folder: for the engines' log, and for weights that do not fit into shared memory.
-        overlaps: see `open_bench`.
+        overlaps: see `open_workbench`.
     """
     here = world()
     if is_users(cfg.engine):
@@ -326,7 +328,7 @@ def open_sampler(
         sampler.close()
 
 
-def async_evaluator(bench: Bench, model: Any, stage: str) -> AsyncEvaluator:
+def async_evaluator(bench: Workbench, model: Any, stage: str) -> AsyncEvaluator:
     """An evaluator in a process of its own, for the bench's validation prompts."""
     cfg = bench.run.cfg
     device = cfg.eval_device
@@ -359,7 +361,7 @@ def prompt_rows(prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
     ]
 
 
-def inline_evaluator(bench: Bench) -> InlineEvaluator:
+def inline_evaluator(bench: Workbench) -> InlineEvaluator:
     """The bench's own sampler as the evaluator."""
 
     def sync(step: int) -> WeightsRef:
@@ -369,7 +371,7 @@ def inline_evaluator(bench: Bench) -> InlineEvaluator:
     return InlineEvaluator(sync, bench.sampler, bench.val, params, bench.renderer, bench.context)
 
 
-def validation_params(bench: Bench) -> SamplingParams:
+def validation_params(bench: Workbench) -> SamplingParams:
     """Greedy, one completion an example."""
     cfg = bench.run.cfg
     return SamplingParams(cfg.max_new_tokens, temperature=0.0, stop=bench.renderer.stop)

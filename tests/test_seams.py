@@ -24,7 +24,7 @@ from grpo_gsm8k.tasks.gsm8k.task import Gsm8k
 from grpo_gsm8k.tasks.render import Renderer, task_of
 from grpo_gsm8k.tasks.rewards import Grader, make_reward
 from grpo_gsm8k.trainer.policy import load_tokenizer
-from grpo_gsm8k.workbench import open_bench
+from grpo_gsm8k.workbench import open_workbench
 from tests.toys import cli, make_model, stage_config, word_problem
 
 MINE = '''
@@ -293,7 +293,7 @@ def test_weights_are_handed_over_once_after_a_validation(tiny, tmp_path, monkeyp
     flags = {"rollouts_per_step": 8, "group_size": 4, "steps": 3, "eval_every": 1, "lr": 1e-3}
     where = {"model_id": str(tiny.model), "data": str(tiny.data), "out_dir": str(tmp_path)}
     cfg = stage_config("grpo", **where, **flags)
-    with open_bench(cfg, "grpo", {}) as bench:
+    with open_workbench(cfg, "grpo", {}) as bench:
         given, load = [], bench.sampler.load
         bench.sampler.load = lambda ref, tensors: (given.append(ref.version), load(ref, tensors))
         examples = load_examples(bench.renderer.task, tiny.data / "train.jsonl")
@@ -368,7 +368,7 @@ def _request(prompt, trajectory):
 
 def test_several_turns_are_trained_with_the_environment_masked(words, tmp_path):
     cfg = config_of("grpo", words, tmp_path, task="mine_seams:Guess", eval_every=1, steps=1, max_new_tokens=24)
-    with open_bench(cfg, "grpo", {}) as bench:
+    with open_workbench(cfg, "grpo", {}) as bench:
         sample = bench.sampler.sample
 
         def ends(requests, params):  # a random model seldom ends its turn

@@ -55,7 +55,7 @@ class Run:
         self.started = time.monotonic()
         self.checkpoints = path / "checkpoints"
         self.complete = self.updated = 0  # the last step that ended, and the last that moved the weights
-        self.progress: Callable[[], dict[str, Any]] = dict  # what a checkpoint stores of the stage, see trainer/loop.py
+        self.state: Callable[[], dict[str, Any]] = dict  # what a checkpoint stores of the stage, see trainer/loop.py
         self._wandb: wandb_sink.WandbSink | None = None
         self._rows: list[dict[str, Any]] | None = None  # of metrics.jsonl, once they were read
 
