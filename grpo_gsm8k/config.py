@@ -144,6 +144,21 @@ class ModelConfig(PreferenceConfig):
     device: str = opt("auto", "cpu, cuda, cuda:0, or auto")
     dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "auto: bfloat16 on a GPU, else float32")
     grading: Literal["strict", "flexible"] = opt("flexible", "strict demands a marked answer", expert=True)
+    grader_processes: int = opt(
+        0,
+        "processes that grade, for a task or a reward that computes for long; 0: graded in this one",
+        runtime=True,
+        expert=True,
+        ge=0,
+        le=1024,
+    )
+    grader_timeout_s: float = opt(
+        300.0,
+        "seconds that such a process may take for one call (a prompt's completions); then the run is saved and stops",
+        runtime=True,
+        expert=True,
+        gt=0,
+    )
     max_new_tokens: int = opt(1024, "longest completion in tokens; the model's context may end it earlier", ge=1)
     sample_rows: int = opt(
         256, "completions decoded side by side; vLLM on a GPU decodes at least 1024", ge=1, expert=True

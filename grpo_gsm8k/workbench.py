@@ -21,7 +21,8 @@ from grpo_gsm8k.datatypes import Evaluator, Example, Learner, Prompt, Sampler, S
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.engines.probe import TOLERANCE, probe
 from grpo_gsm8k.engines.process import C, Engine, ProcessSampler, placements, settle, trained_on
-from grpo_gsm8k.errors import ConfigError, EngineError, RunDirError
+from grpo_gsm8k.engines.users import UserSampler
+from grpo_gsm8k.errors import ConfigError, EngineError, PluginError, RunDirError
 from grpo_gsm8k.evals.accuracy import CHUNK, Evaluation, evaluate
 from grpo_gsm8k.evals.evaluator import AsyncEvaluator, InlineEvaluator
 from grpo_gsm8k.plugins import calling, is_users, load_object
@@ -51,7 +52,7 @@ ENGINE_CHUNK = 1024  # prompts at once: an engine schedules them itself, and eac
 
 
 @dataclass
-class Bench:
+class Workbench:
     """The tools of one training run.
 
     Attributes:
@@ -96,17 +97,24 @@ class Bench:
         prompts = self.val[: cfg.probe_prompts]
         return ref, probe(self.sampler, self.learner, prompts, version, tolerance)
 
-    def validate(self, step: int, total: int) -> dict[str, float]:
+    def validate(self, step: int, total: int, metrics: dict[str, float]) -> None:
         """Submit the weights of this step when it is due; log what has come back.
 
-        Returns:
-            the metrics of this step: the validation's own when it was done at once.
+        A step whose validation fails is complete without it: its update is not lost.
+
+        Args:
+            metrics: of this step; the validation's own are added when it was done at once.
         """
         if self.evaluator is None:
             self.evaluator = inline_evaluator(self)
-        if self.due(step, total):
-            self.evaluator.submit(step, self.learner.weights())
-        return self._keep(self.evaluator.results(), step) | self.evaluator.metrics()
+        try:
+            if self.due(step, total):
+                self.evaluator.submit(step, self.learner.weights())
+            metrics |= self._keep(self.evaluator.results(), step) | self.evaluator.metrics()
+        except (EngineError, PluginError):
+            self.run.log(step, metrics)
+            self.run.complete = step
+            raise
 
     def due(self, step: int, total: int) -> bool:
         """Whether this step ends with a validation: every `eval_every`, and the last."""
@@ -142,7 +150,9 @@ class Bench:
 
 
 @contextmanager
-def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlaps: bool = False) -> Iterator[Bench]:
+def open_workbench(
+    cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlaps: bool = False
+) -> Iterator[Workbench]:
     """Everything ready-made from a config; what is cheap to refuse is refused before the model is loaded.
 
     Of several ranks the first alone comes here: the others learn with it until it is done, and leave.
@@ -173,7 +183,7 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
         learner: Learner = make_learner(cfg, model, renderer)
         if world().size > 1:
             learner = open_until_the_end.enter_context(closing(Lead(learner)))
-        bench = Bench(run, learner, NoSampler(), renderer, [], context_length(model), embeddings_of(model))
+        bench = Workbench(run, learner, NoSampler(), renderer, [], context_length(model), embeddings_of(model))
         bench.val = bench.prompts(examples[: cfg.eval_examples or None], eval_path)
         flown = Subject(model, renderer, bench.val, learner, None, run.path, getattr(learner, "packs", False))
         preflight.fly(flown)  # before an engine is started, which takes a minute
@@ -185,9 +195,9 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
             open_until_the_end.callback(bench.evaluator.close)
         try:
             yield bench
-        except EngineError:
-            if loop.rescue(run, learner):
-                talk(f"{run.stage}: step {run.complete} is saved in {run.path}; continue with --resume")
+        except (EngineError, PluginError):
+            if saved := loop.rescue(run, learner):
+                talk(f"{run.stage}: step {saved} is saved in {run.path}; continue with --resume")
             raise
         except KeyboardInterrupt:
             loop.rescue_interrupted(run, learner)
@@ -276,15 +286,15 @@ def open_sampler(
     Args:
         model: whose type and device the engines take over.
         folder: for the engines' log, and for weights that do not fit into shared memory.
-        overlaps: see `open_bench`.
+        overlaps: see `open_workbench`.
     """
     here = world()
     assert cfg.engine != "auto", "whoever opens a sampler has settled the engine"
     if is_users(cfg.engine):
         make = load_object(cfg.engine, "engine", ENGINES)
         with calling(f"engine {cfg.engine!r}"):
-            own: Sampler = make(model, renderer, cfg)
-        yield own
+            own = make(model, renderer, cfg)
+        yield UserSampler(cfg.engine, own)
         return
     if not cfg.uses_vllm:
         yield HFSampler(model, renderer, cfg.sample_rows, copy_model=here.size == 1)  # ranks train another copy
@@ -335,7 +345,7 @@ def open_sampler(
         sampler.close()
 
 
-def async_evaluator(bench: Bench, model: Any, stage: str) -> AsyncEvaluator:
+def async_evaluator(bench: Workbench, model: Any, stage: str) -> AsyncEvaluator:
     """An evaluator in a process of its own, for the bench's validation prompts."""
     cfg = bench.run.cfg
     device = cfg.eval_device
@@ -368,7 +378,7 @@ def prompt_rows(prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
     ]
 
 
-def inline_evaluator(bench: Bench) -> InlineEvaluator:
+def inline_evaluator(bench: Workbench) -> InlineEvaluator:
     """The bench's own sampler as the evaluator."""
 
     def sync(step: int) -> WeightsRef:
@@ -378,7 +388,7 @@ def inline_evaluator(bench: Bench) -> InlineEvaluator:
     return InlineEvaluator(sync, bench.sampler, bench.val, params, bench.renderer, bench.context)
 
 
-def validation_params(bench: Bench) -> SamplingParams:
+def validation_params(bench: Workbench) -> SamplingParams:
     """Greedy, one completion an example."""
     cfg = bench.run.cfg
     return SamplingParams(cfg.max_new_tokens, temperature=0.0, stop=bench.renderer.stop)

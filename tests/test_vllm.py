@@ -39,7 +39,7 @@ from grpo_gsm8k.trainer.data import weighted
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.losses import CrossEntropy, Objective
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer, weights_sha256
-from grpo_gsm8k.workbench import open_bench, open_sampler
+from grpo_gsm8k.workbench import open_sampler, open_workbench
 from tests.toys import (
     cli,
     draw,
@@ -399,7 +399,7 @@ def test_a_run_goes_on_after_its_engine_is_killed_while_it_samples(trained, tmp_
         where = {"model_id": str(trained.model), "data": str(trained.data), "out_dir": str(folder)}
         flags = {**where, "steps": 3, "eval_every": 0, "lr": 1e-3, "engine": "vllm"}
         cfg = config.resolve("grpo", preset="tiny", flags=flags)
-        with open_bench(cfg, "grpo", {}) as bench:
+        with open_workbench(cfg, "grpo", {}) as bench:
             sampler = bench.sampler = Watched(bench.sampler)
             if kills:
                 sampler.call_to_kill_in = 2

@@ -109,7 +109,7 @@ def test_on_a_cpu_auto_is_hf_and_nothing_is_said(tiny, tmp_path, capsys):
     asked |= {"prompt_style": "gsm8k", "device": "cpu", "limit": 2, "max_new_tokens": 4}
     fast_eval_vllm.run(config.resolve("eval", flags=asked))
     cfg = stage_config("sft", model_id=str(tiny.model), data=str(tiny.data), out_dir=str(tmp_path / "run"))
-    with workbench.open_bench(cfg, "sft", {}) as bench:
+    with workbench.open_workbench(cfg, "sft", {}) as bench:
         assert isinstance(bench.sampler, HFSampler)
         assert 'engine = "hf"' in (tmp_path / "run" / "config.toml").read_text()
     assert "engine" not in capsys.readouterr().err

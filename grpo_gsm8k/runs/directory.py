@@ -54,7 +54,7 @@ class Run:
         self.started = time.monotonic()
         self.checkpoints = path / "checkpoints"
         self.complete = self.updated = 0  # the last step that ended, and the last that moved the weights
-        self.progress: Callable[[], dict[str, Any]] = dict  # what a checkpoint stores of the stage, see trainer/loop.py
+        self.state: Callable[[], dict[str, Any]] = dict  # what a checkpoint stores of the stage, see trainer/loop.py
         self._wandb: wandb_sink.WandbSink | None = None
         self._rows: list[dict[str, Any]] | None = None  # of metrics.jsonl, once they were read
 
@@ -181,7 +181,7 @@ def recorded(cfg: Any, stage: str, inputs: Mapping[str, Path]) -> Iterator[Path]
 
     It is removed again if the command fails. Raises as `open_run` does.
     """
-    hashes = {name: _input(file) for name, file in inputs.items()}
+    hashes = {name: input_record(file) for name, file in inputs.items()}
     while True:
         path = new_path()
         with disk_errors(path), contextlib.suppress(FileExistsError):  # another process has just taken the name

@@ -1,6 +1,6 @@
 """The step loop that every training stage runs in: resume, checkpoints, interrupts, progress.
 
-    for step in steps(run, learner, total, progress):
+    for step in steps(run, learner, total, state):
         ...                         # the stage's own work for this step
         run.log(step, metrics)
 
@@ -34,7 +34,7 @@ from grpo_gsm8k.trainer.ranks import world
 TORCHRUN_S = 2.0  # torchrun passes on the Ctrl-C that the terminal has sent to its ranks already
 
 
-class Progress:
+class StageState:
     """What a stage carries from step to step; a stage with more to remember extends all three."""
 
     note = ""  # beside the progress bar
@@ -48,7 +48,7 @@ class Progress:
         self.note = stored["note"]
 
 
-def steps(run: Run, learner: Learner, total: int, state: Progress) -> Iterator[int]:
+def steps(run: Run, learner: Learner, total: int, state: StageState) -> Iterator[int]:
     """Yield the steps that are left, 1-based, of a run of `total`.
 
     Args:
@@ -57,7 +57,7 @@ def steps(run: Run, learner: Learner, total: int, state: Progress) -> Iterator[i
     Raises:
         Interrupted: after Ctrl-C or SIGTERM, once the step is complete and its checkpoint is written.
     """
-    cfg, run.progress = run.cfg, state.as_json
+    cfg, run.state = run.cfg, state.as_json
     last = min(total, cfg.max_steps or total)
     first = resume(run, learner, state)
     if first == 0 and last == 0:
@@ -84,7 +84,7 @@ def _validated(run: Run) -> str:
     return ""
 
 
-def resume(run: Run, learner: Learner, state: Progress) -> int:
+def resume(run: Run, learner: Learner, state: StageState) -> int:
     """Load the newest whole checkpoint, rewind the logs to it, and return its step; 0 when there is none."""
     found = checkpoint.newest(run.checkpoints, talk)
     step = 0
@@ -111,12 +111,15 @@ def save(run: Run, learner: Learner, step: int, state: Mapping[str, Any]) -> Pat
     return folder
 
 
-def rescue(run: Run, learner: Learner) -> bool:
-    """Keep the last complete step when a step ends halfway, unless the weights have moved beyond it."""
-    if not _within_reach(run):
-        return False
-    save(run, learner, run.complete, run.progress())
-    return True
+def rescue(run: Run, learner: Learner) -> int:
+    """Keep the last complete step when a step ends halfway, unless the weights have moved beyond it.
+
+    Returns:
+        the newest step that a checkpoint holds; 0 if there is none.
+    """
+    if _within_reach(run) and getattr(learner, "in_step", True):
+        save(run, learner, run.complete, run.state())
+    return max(checkpoint.steps_present(run.checkpoints), default=0)
 
 
 def rescue_interrupted(run: Run, learner: Learner) -> None:
