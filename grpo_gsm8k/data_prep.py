@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo_gsm8k.argv import Parser
 from grpo_gsm8k.datatypes import Example
 from grpo_gsm8k.errors import ConfigError, DataError, DiskError, GrpoError, UserError
 from grpo_gsm8k.runs.files import (
@@ -349,7 +350,7 @@ def _summary(manifest: Manifest, verified: bool) -> DataSummary:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m grpo_gsm8k.data_prep`; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m grpo_gsm8k.data_prep",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
