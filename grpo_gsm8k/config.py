@@ -746,7 +746,10 @@ def resolve(section: str, **given: Any) -> Any:
     return build(SECTIONS[section], values)
 
 
-def explain(section: str, **given: Any) -> tuple[Any, dict[str, tuple[str, str]]]:
+Explained = tuple[Any, dict[str, tuple[str, str]]]
+
+
+def explain(section: str, **given: Any) -> Explained:
     """The config as `resolve` makes it, and for each of its fields the kind and the place of the layer that set it."""
     cfg = resolve(section, **given)
     origin, values = dict.fromkeys(_fields(SECTIONS[section]), ("default", "")), vars(SECTIONS[section]())
@@ -844,11 +847,15 @@ def build(cls: type[C], values: Mapping[str, Any]) -> C:
     return cls(**{key: _coerce(cls, key, value, f"--{key}") for key, value in values.items()})
 
 
-def to_toml(config: Any, table: str) -> str:
-    """A config as one TOML table, every field spelled out."""
+def to_toml(config: Any, table: str, origin: Mapping[str, tuple[str, str]] | None = None) -> str:
+    """A config as one TOML table, every field spelled out; `origin` of `explain` becomes comments."""
     # JSON's strings are TOML's, but for escaped pairs of surrogates and for DEL as it is.
     values = {name: json.dumps(value, ensure_ascii=False) for name, value in dataclasses.asdict(config).items()}
     lines = [f"{name} = {text}".replace("\x7f", "\\u007f") for name, text in values.items()]
+    if origin:
+        comments = (": ".join(filter(None, origin[name])) for name in values)
+        comments = ("".join(c if c.isprintable() else "?" for c in comment) for comment in comments)
+        lines = [f"{line}  # {comment}" for line, comment in zip(lines, comments, strict=True)]
     return f"[{table}]\n" + "\n".join(lines) + "\n"
 
 

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_gsm8k import environment
+from grpo_gsm8k.argv import Parser
 from grpo_gsm8k.config import OTHER_DATA
 from grpo_gsm8k.datatypes import Example
 from grpo_gsm8k.errors import ConfigError, DataError, DiskError, GrpoError, UserError
@@ -356,7 +357,7 @@ def main(argv: Sequence[str] | None = None, **settings: Any) -> int:
     Args:
         settings: of `prepare`, for a script: `main(out_dir="artifacts/gsm8k", eval_n=800)`. They stand in for `argv`.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m grpo_gsm8k.data_prep",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

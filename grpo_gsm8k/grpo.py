@@ -110,7 +110,7 @@ def check(cfg: GrpoConfig) -> None:
     if cfg.advantage == "maxrl" and cfg.overlong_buffer:
         raise ConfigError("advantage maxrl needs rewards that are not negative: leave overlong_buffer at 0")
     if relative and cfg.baseline == "none" and cfg.std_norm:
-        raise ConfigError("baseline none with std_norm divides plain rewards by a deviation near 0; pass --no-std-norm")
+        raise ConfigError("baseline none with std_norm divides plain rewards by a deviation near 0; pass --no_std_norm")
     if cfg.top_p < 1:
         raise ConfigError("top_p < 1 truncates what is sampled, so ratios would be wrong; use top_p = 1")
     if cfg.temperature <= 0:

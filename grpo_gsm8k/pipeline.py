@@ -237,22 +237,38 @@ def comparisons(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _resolver(cfg: PipelineConfig, config_file: Path | None, sets: Sequence[str]) -> Resolve:
     """Section and flags → that stage's config, with the pipeline's own settings laid over the preset."""
-    scoped = [item for item in sets if "." in item.partition("=")[0]]
-    if plain := [item for item in sets if item not in scoped]:
+    if plain := [item for item in sets if "." not in item.partition("=")[0]]:
         raise ConfigError(f"--set {plain[0]}: say which stage, as in --set grpo.{plain[0]}")
 
     def resolve(section: str, flags: Mapping[str, Any]) -> Any:
-        own: dict[str, Any] = {}
-        if section in (*TRAINERS, "eval"):
-            own = {"seed": cfg.seed, "deterministic": cfg.deterministic} | (
-                {"engine": cfg.engine} if cfg.engine else {}
-            )
-            own |= {"task": cfg.task} if cfg.task else {}
-        return config.resolve(
-            section, preset=cfg.preset, config_file=config_file, flags={**own, **flags}, sets=scoped, task=cfg.task
-        )
+        return config.resolve(section, **_given(section, cfg, config_file, sets, flags))
 
     return resolve
+
+
+def _given(
+    section: str, cfg: PipelineConfig, config_file: Path | None, sets: Sequence[str], flags: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The layers of a stage, as `config.resolve` takes them."""
+    own: dict[str, Any] = {}
+    if section in (*TRAINERS, "eval"):
+        own = {"seed": cfg.seed, "deterministic": cfg.deterministic} | ({"engine": cfg.engine} if cfg.engine else {})
+        own |= {"task": cfg.task} if cfg.task else {}
+    how = {"preset": cfg.preset, "config_file": config_file, "sets": sets, "task": cfg.task}
+    return {**how, "flags": {**own, **flags}}
+
+
+def explain(section: str, flags: Mapping[str, Any], config_file: Path | None, sets: Sequence[str]) -> config.Explained:
+    """A stage's config and the layer of each value, as a pipeline with these flags begins it.
+
+    Models and data that the pipeline makes, and the folders below its own, are not known before it runs.
+    """
+    cfg = config.build(PipelineConfig, flags)
+    _resolver(cfg, config_file, sets)
+    first = {key: flags[key] for key in ("model_id", "data", "max_steps") if flags.get(key) and section in TRAINERS}
+    settings, origin = config.explain(section, **_given(section, cfg, config_file, sets, first))
+    unasked = {name for name in ("seed", "deterministic") if name not in flags and name in origin}
+    return settings, origin | dict.fromkeys(unasked, ("default", "of the pipeline"))
 
 
 def _settings(cfg: PipelineConfig, sets: Sequence[str]) -> dict[str, Any]:

@@ -273,7 +273,7 @@ def test_evaluation_records_carry_the_hash_of_the_weights_of_their_step(bench_of
         ({"rollouts_per_step": 4, "group_size": 1}, "group_size"),
         ({"top_p": 0.9}, "top_p"),
         ({"temperature": 0.0}, "temperature"),
-        ({"baseline": "none"}, "--no-std-norm"),
+        ({"baseline": "none"}, "--no_std_norm"),
         ({"dual_clip": 1.1}, "above the clip"),
         ({"dual_clip": 1.25, "clip_eps_high": 0.28}, "above the clip"),
         ({"dual_clip": 3.0, "loss": "cispo"}, "cispo"),

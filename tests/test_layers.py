@@ -20,7 +20,18 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom to the top. A module may import from its own layer (without a circle) and from those below.
 # `name*` stands for every module of the package's top level that begins so.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("__init__", "interrupts", "errors", "datatypes", "config", "environment", "originals", "plugins", "r1_traces"),
+    (
+        "__init__",
+        "interrupts",
+        "errors",
+        "datatypes",
+        "config",
+        "argv",
+        "environment",
+        "originals",
+        "plugins",
+        "r1_traces",
+    ),
     ("tasks", "runs", "repro", "presets", "judge"),
     ("trainer", "engines"),
     ("evals",),
@@ -28,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("rollout", "workbench"),
     ("data_prep", "hub_datasets", "pretokenize", "sft", "ei", "grpo", "fast_eval_vllm"),
     ("report", "pipeline", "serve", "launch", "doctor", "bench*"),
-    ("cli", "__main__"),
+    ("flags", "cli", "__main__"),
 )
 NETWORK = {
     "aiohttp",
