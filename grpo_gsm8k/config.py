@@ -215,6 +215,7 @@ class TrainConfig(PolicyConfig):
     keep_last: int = opt(2, "checkpoints kept, besides the best one on validation", runtime=True, ge=1)
     eval_every: int = opt(20, "steps between evaluations; 0 for none", ge=0)
     eval_examples: int = opt(100, "validation problems per evaluation, answered greedily; 0 for all", ge=0)
+    eval_draw: Literal["first", "random"] = opt("first", "which of them: the first, or as many drawn by the seed")
     eval_set_path: str = opt("", "evaluation set; empty for val.jsonl of --data")
     eval_mode: Literal["auto", "inline", "async"] = opt(
         "auto", "async: in a process of its own while training goes on; auto: so for SFT with vLLM, else inline"
@@ -692,9 +693,12 @@ def to_toml(config: Any, table: str) -> str:
 
 
 def differences(old: Mapping[str, Any], new: Any) -> list[str]:
-    """How a stored config differs from `new`, in the fields that a continuation must not change."""
+    """How a stored config differs from `new`, in the fields that a continuation must not change.
+
+    A field that is younger than the stored config had its default then.
+    """
     fixed = [f for f in dataclasses.fields(new) if not f.metadata["runtime"]]
-    pairs = [(f.name, old.get(f.name), getattr(new, f.name)) for f in fixed]
+    pairs = [(f.name, old.get(f.name, f.default), getattr(new, f.name)) for f in fixed]
     return [f"{name}: {before!r} then, {now!r} now" for name, before, now in pairs if before != now]
 
 
