@@ -38,7 +38,8 @@ from tests.toys import rows, stage_config, word_problem
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "grpo_gsm8k"
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+ELSEWHERE = {"originals.md"}  # full of other programs' names; tests/test_originals.py types it row by row
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(p for p in DOCS.glob("*.md") if p.name not in ELSEWHERE)]
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 every_page = pytest.mark.parametrize("page", PAGES, ids=IDS)
 
