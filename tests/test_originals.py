@@ -1,6 +1,6 @@
 """docs/originals.md, every row typed: by the real command line, and under --runslow run where the row says so.
 
-`pytest tests/test_originals.py -s` prints each row and its exit code.
+`pytest -n 0 -s tests/test_originals.py` prints each row and its exit code.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.core
 
 from grpo_gsm8k import cli, config, data_prep, originals
 from grpo_gsm8k.runs.files import write_jsonl
@@ -194,9 +195,16 @@ def translate(words: Sequence[str]) -> list[str]:
     return found
 
 
-def show(capsys: Any, row: Row, what: str, code: object) -> None:
-    with capsys.disabled():
-        print(f"\n{code!s:>6}  {row}  →  {what}", end="")
+@pytest.fixture
+def show(request, capsys):
+    """Print a row and its exit code, under -s."""
+
+    def tell(row: Row, what: str, code: object) -> None:
+        if request.config.getoption("capture") == "no":
+            with capsys.disabled():
+                print(f"{code!s:>6}  {row}  →  {what}")
+
+    return tell
 
 
 def is_there(words: Sequence[str]) -> bool:
@@ -209,21 +217,27 @@ def is_there(words: Sequence[str]) -> bool:
     )
 
 
+@pytest.fixture
+def plain(monkeypatch):
+    """Help without panels, which take longer to draw than all the rest."""
+    monkeypatch.setattr(typer.core, "HAS_RICH", False)
+
+
 @every_row
-def test_row(row, capsys):
+def test_row(row, plain, show, capsys):
     if row.kind == "later":
         for line in row.commands:
             there = shlex.split(line)[0] == "grpo-gsm8k" and is_there(shlex.split(line))
-            show(capsys, row, line, typed(line, capsys) if there else "later")
+            show(row, line, typed(line, capsys) if there else "later")
         return
     for line in row.commands:
         code = typed(line, capsys) if row.kind != "refused" else exit_code(shlex.split(line)[1:], capsys)
-        show(capsys, row, line, code)
+        show(row, line, code)
         assert code == (2 if row.kind == "refused" else 0), line
     others = [span for span in row.spans if span not in row.commands]
     for span in others:
         named(span)
-        show(capsys, row, span, "named")
+        show(row, span, "named")
     assert row.commands or others or "the same" in row.here, f"{row}: nothing to check"
 
 
@@ -281,7 +295,7 @@ LESS = {
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    """Where the rows are run, one after the other: a tiny model, and GSM8K's own form of toy data instead of the hub."""
+    """Where the rows are run, one after the other: a tiny model, and toy data in GSM8K's form instead of the hub."""
     folder = tmp_path_factory.mktemp("desk")
     toy = make_data(folder / "toy", train=40, val=4, test=8)
     make_model(folder / "model", toy)
@@ -311,7 +325,7 @@ def with_stand_ins(line: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_rows_that_are_run(desk, capsys):
+def test_the_rows_that_are_run(desk, show):
     """In the order of the page: what one row writes, a later one reads."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     count = 0
@@ -319,7 +333,7 @@ def test_the_rows_that_are_run(desk, capsys):
         for line in row.commands if row.kind == "run" else ():
             words = with_stand_ins(line)
             ran = subprocess.run(words, cwd=desk, env=env, capture_output=True, text=True, check=False)
-            show(capsys, row, line, ran.returncode)
+            show(row, line, ran.returncode)
             assert ran.returncode == 0, (words, ran.stderr)
             count += 1
     assert count >= 12
