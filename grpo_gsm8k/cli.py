@@ -502,8 +502,8 @@ def _run(argv: list[str] | None) -> int:
             fault.show()
         else:
             command = getattr(getattr(fault, "ctx", None), "command_path", "grpo-gsm8k")
-            flag = str(getattr(fault, "option_name", "")) if type(fault).__name__ == "NoSuchOption" else ""
-            renamed = originals.RENAMED.get(flag)
+            flag = str(getattr(fault, "option_name", ""))
+            renamed = originals.RENAMED.get(flag) if type(fault).__name__ == "NoSuchOption" else None
             what = f"{flag}: {renamed}" if renamed else fault.format_message().rstrip(".")
             _say(f"error: {what}; see `{command} --help`")
         return int(fault.exit_code)

@@ -215,7 +215,6 @@ class TrainConfig(PolicyConfig):
     keep_last: int = opt(2, "checkpoints kept, besides the best one on validation", runtime=True, ge=1)
     eval_every: int = opt(20, "steps between evaluations; 0 for none", ge=0)
     eval_examples: int = opt(100, "validation problems per evaluation, answered greedily; 0 for all", ge=0)
-    eval_draw: Literal["first", "random"] = opt("first", "which of them: the first, or as many drawn by the seed")
     eval_set_path: str = opt("", "evaluation set; empty for val.jsonl of --data")
     eval_mode: Literal["auto", "inline", "async"] = opt(
         "auto", "async: in a process of its own while training goes on; auto: so for SFT with vLLM, else inline"
@@ -224,6 +223,7 @@ class TrainConfig(PolicyConfig):
     eval_backlog: Literal["all", "latest"] = opt(
         "all", "when the evaluator falls behind: keep all that wait, or only the latest", runtime=True
     )
+    eval_draw: Literal["first", "random"] = opt("first", "which problems: the first, or as many drawn by the seed")
     probe_prompts: int = opt(8, "prompts that prove each hand-over of weights to an engine process; 0 for none", ge=0)
     probe_tolerance: float = opt(
         0.0,
