@@ -858,7 +858,7 @@ def test_without_a_job_the_model_is_trained_with_think_only_prompts(flags, words
     assert (cfg.model_id, cfg.engine, cfg.prompt_style, cfg.resume) == ("a/b", "vllm", "r1_zero", True)
     assert steps(skip_setup=True) == [data, train]
     sft = parsed_settings(steps(sft=True)[-1][2:])
-    assert isinstance(sft, config.SftConfig) and sft.data == "artifacts/data" and sft.engine == "hf"
+    assert isinstance(sft, config.SftConfig) and sft.data == "artifacts/data" and not sft.uses_vllm
 
 
 def parsed_settings(words):
