@@ -269,6 +269,9 @@ class ValidationConfig(RunConfig):
 
     eval_every: int = opt(20, "steps between evaluations; 0 for none", ge=0)
     eval_examples: int = opt(100, "validation problems per evaluation, answered greedily; 0 for all", ge=0)
+    eval_draw: Literal["first", "random"] = opt(
+        "first", "which problems: the first, or as many drawn by the seed", expert=True
+    )
     eval_set_path: str = opt("", "evaluation set; empty for val.jsonl of --data", metavar="PATH")
     eval_mode: Literal["auto", "inline", "async"] = opt(
         "auto",
@@ -860,10 +863,13 @@ def to_toml(config: Any, table: str, origin: Mapping[str, tuple[str, str]] | Non
 
 
 def differences(old: Mapping[str, Any], new: Any) -> list[str]:
-    """How a stored config differs from `new`, in the fields that a continuation must not change."""
+    """How a stored config differs from `new`, in the fields that a continuation must not change.
+
+    A field that is younger than the stored config had its default then.
+    """
     fixed = [f for f in dataclasses.fields(new) if not f.metadata["runtime"]]
     kept = {f.name for f in fixed if f.metadata["settled"] and getattr(new, f.name) == "auto"}
-    pairs = [(f.name, old.get(f.name), getattr(new, f.name)) for f in fixed if f.name not in kept]
+    pairs = [(f.name, old.get(f.name, f.default), getattr(new, f.name)) for f in fixed if f.name not in kept]
     return [f"{name}: {before!r} then, {now!r} now" for name, before, now in pairs if before != now]
 
 

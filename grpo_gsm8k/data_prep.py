@@ -351,12 +351,8 @@ def _summary(manifest: Manifest, verified: bool) -> DataSummary:
 # --- the command --------------------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str] | None = None, **settings: Any) -> int:
-    """`python -m grpo_gsm8k.data_prep`; returns the exit code.
-
-    Args:
-        settings: of `prepare`, for a script: `main(out_dir="artifacts/gsm8k", eval_n=800)`. They stand in for `argv`.
-    """
+def flags() -> argparse.ArgumentParser:
+    """The command's flags."""
     parser = Parser(
         prog="python -m grpo_gsm8k.data_prep",
         description=__doc__,
@@ -370,7 +366,16 @@ def main(argv: Sequence[str] | None = None, **settings: Any) -> int:
     parser.add_argument("--cache-dir", "--cache_dir", type=Path, metavar="DIR")
     parser.add_argument("--snapshot-dir", "--snapshot_dir", type=Path, metavar="DIR")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    options = vars(parser.parse_args([] if settings else argv)) | settings
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, **settings: Any) -> int:
+    """`python -m grpo_gsm8k.data_prep`; returns the exit code.
+
+    Args:
+        settings: of `prepare`, for a script: `main(out_dir="artifacts/gsm8k", eval_n=800)`. They stand in for `argv`.
+    """
+    options = vars(flags().parse_args([] if settings else argv)) | settings
     as_json = options.pop("json")
     try:
         environment.load()

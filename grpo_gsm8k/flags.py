@@ -176,7 +176,7 @@ class Command(TyperCommand):
 class App(typer.Typer):
     """typer's application, whose commands are all of the class above."""
 
-    def command(self, name: str | None = None, **settings: Any) -> Callable[[F], F]:  # type: ignore[override]
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[F], F]:
         """As typer's, with another default for `cls`."""
         return super().command(name, **{"cls": Command, **settings})
 

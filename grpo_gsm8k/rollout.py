@@ -112,7 +112,12 @@ class RolloutSource:
             metrics |= self.bench.sync(step - 1)
             self._begin(step + 1)
         sync = time.perf_counter() - began - waited
-        metrics |= {"time/wait": waited, "time/sync": sync, **ready.seconds, **self._staleness(step, ready.groups)}
+        metrics |= {
+            "time/wait": waited,
+            "time/save_weights": sync,
+            **ready.seconds,
+            **self._staleness(step, ready.groups),
+        }
         return ready.groups, metrics
 
     def state(self) -> SourceState:

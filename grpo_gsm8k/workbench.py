@@ -184,7 +184,7 @@ def open_workbench(
         if world().size > 1:
             learner = open_until_the_end.enter_context(closing(Lead(learner)))
         bench = Workbench(run, learner, NoSampler(), renderer, [], context_length(model), embeddings_of(model))
-        bench.val = bench.prompts(examples[: cfg.eval_examples or None], eval_path)
+        bench.val = bench.prompts(validated(examples, cfg), eval_path)
         flown = Subject(model, renderer, bench.val, learner, None, run.path, getattr(learner, "packs", False))
         preflight.fly(flown)  # before an engine is started, which takes a minute
         if not (apart and stage == "sft"):
@@ -210,6 +210,15 @@ def settled(cfg: C, stage: str = "") -> C:
     if cfg.engine == "auto" and "engine" in before:
         return dataclasses.replace(cfg, engine=before["engine"])
     return settle(cfg, str(pick_device(cfg.device)), torch.cuda.device_count(), world().local_size)
+
+
+def validated(examples: Sequence[Example], cfg: TrainConfig) -> list[Example]:
+    """What every validation of a run asks: the first examples, or some drawn by its seed, in the order of the file."""
+    n = cfg.eval_examples or len(examples)
+    if cfg.eval_draw == "first":
+        return list(examples[:n])
+    drawn = repro.shuffled(len(examples), repro.derive_seed(cfg.seed, "validation"))[:n]
+    return [examples[i] for i in sorted(drawn)]
 
 
 def warn_of_unread(cfg: EngineConfig) -> None:
@@ -241,8 +250,7 @@ def evaluates_apart(cfg: TrainConfig, stage: str) -> bool:
 
 def load_seeded(cfg: TrainConfig) -> Any:
     """The model to train, with every generator and kernel set as the config says."""
-    repro.set_deterministic(cfg.deterministic)
-    repro.seed_everything(cfg.seed)
+    repro.seed_everything(cfg.seed, cfg.deterministic)
     model = load_model(cfg)
     adapter.attach(model, cfg)
     return model

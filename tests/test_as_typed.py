@@ -17,7 +17,7 @@ import typer
 
 from grpo_gsm8k import cli, config, data_prep, environment, originals, workbench
 from grpo_gsm8k.errors import ConfigError
-from tests.toys import REPOSITORY
+from tests.toys import REPOSITORY, word_problem
 
 SMALL = ["--device", "cpu", "--prompt_style", "gsm8k"]
 
@@ -151,10 +151,10 @@ def test_data_prep_without_flags_and_from_a_script(call, hub):
 
 
 def script(name, *words):
-    """A script of scripts/shell, in this process."""
+    """A script of scripts/, in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *map(str, words)])
-        runpy.run_path(str(REPOSITORY / "scripts/shell" / name), run_name="__main__")
+        runpy.run_path(str(REPOSITORY / "scripts" / name), run_name="__main__")
 
 
 def test_the_scripts_of_the_first_readme_one_after_the_other(call, tiny):
@@ -165,10 +165,10 @@ def test_the_scripts_of_the_first_readme_one_after_the_other(call, tiny):
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = ["--model_id", tiny.model, "--prompt_style", "gsm8k"]
     val = ["--infile", tiny.data / "val.jsonl", "--outfile", "artifacts/tokenized/val_for_vllm.jsonl"]
-    script("prep_val_for_vllm.py", *model, *val)
-    script("pretokenize_r1_pairs.py", *model)  # its own --infile, --out_dir and width
-    script("prep_val_for_vllm.py", *model, *val)
-    script("pretokenize_r1_pairs.py", *model, "--infile", pairs, "--out_dir", "artifacts/tokenized")
+    script("shell/prep_val_for_vllm.py", *model, *val)
+    script("shell/pretokenize_r1_pairs.py", *model)  # its own --infile, --out_dir and width
+    script("shell/prep_val_for_vllm.py", *model, *val)
+    script("shell/pretokenize_r1_pairs.py", *model, "--infile", pairs, "--out_dir", "artifacts/tokenized")
     found = sorted(path.name for path in Path("artifacts/tokenized").iterdir())
     assert found == ["manifest.json", "shard_00000.pt", "val_for_vllm.jsonl"]
     shard = torch.load("artifacts/tokenized/shard_00000.pt", weights_only=True)
@@ -248,6 +248,73 @@ def test_names_of_grpo_with_tinker_are_understood():
     expected |= {"clip_eps": 0.3, "temperature": 0.7, "max_new_tokens": 512, "out_dir": "d", "lora_rank": 4}
     expected |= {"save_every": 2, "eval_every": 3, "wandb_project": "p", "run_name": "w"}
     assert {name: given[name] for name in expected} == expected
+
+
+# ------------------------------------------------------------------------------------------- GRPO with Tinker
+
+
+def translated(words, monkeypatch):
+    """What the script makes of a command line: the settings of `grpo`."""
+    typed = []
+    monkeypatch.setattr(cli, "main", typed.append)
+    script("grpo_train_tinker.py", *words.split())
+    *before, (stage, *flags) = typed
+    command = typer.main.get_command(cli.app).commands[stage]
+    command.context_settings = cli.app.info.context_settings
+    given = command.make_context(stage, flags).params
+    cfg = config.resolve(
+        stage, flags={k: v for k, v in given.items() if v is not None and k not in ("as_json", "sets")}
+    )
+    return before, cfg
+
+
+def test_the_script_of_grpo_with_tinker_has_its_names_and_defaults(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    before, cfg = translated("", monkeypatch)
+    assert before == [["data", "--out_dir=artifacts/gsm8k"]]  # none is there
+    expected = {"model_id": "Qwen/Qwen3-8B", "lora_rank": 32, "steps": 200, "lr": 1e-5, "rollouts_per_step": 2048}
+    expected |= {"group_size": 8, "advantage_eps": 1e-6, "std_norm": True, "clip_eps": 0.2, "temperature": 1.0}
+    expected |= {"max_new_tokens": 1024, "prompt_style": "r1_zero", "out_dir": "/tmp/grpo-tinker", "save_every": 20}
+    expected |= {"eval_every": 20, "eval_examples": 100, "eval_draw": "random", "resume": True}
+    expected |= {"eval_set_path": "artifacts/gsm8k/test.jsonl", "format_weight": 0.2, "answer_weight": 0.8}
+    assert {name: getattr(cfg, name) for name in expected} == expected
+    Path("artifacts/data").mkdir(parents=True)
+    words = "--n_grpo_steps=5 --rollout_batch_size=8 --group_size 2 --wandb_project=p --wandb_name=w --kl_coef 0.1"
+    before, cfg = translated(f"{words} --use_r1_zero_format=False --use_std_normalization=false", monkeypatch)
+    assert before == [] and (cfg.steps, cfg.rollouts_per_step, cfg.group_size) == (5, 16, 2)
+    assert (cfg.prompt_style, cfg.std_norm, cfg.kl_coef) == ("qwen_boxed", False, 0.1)
+    assert (cfg.wandb_project, cfg.run_name, cfg.eval_set_path) == ("p", "w", "artifacts/data/test.jsonl")
+    for wrong in ("--rollout_batch_size=many", "--use_r1_zero_format=maybe"):
+        with pytest.raises(SystemExit) as stop:
+            translated(wrong, monkeypatch)
+        assert stop.value.code == 2
+
+
+def test_the_script_of_grpo_with_tinker_goes_on_where_its_log_path_is(call, tiny):
+    words = f"""--model_name={tiny.model} --n_grpo_steps=2 --rollout_batch_size=2 --group_size=2 --sampling_max_tokens=6
+        --save_every=1 --eval_every=2 --log_path=log --lora_rank=2 --data={tiny.data} --device cpu""".split()
+    script("grpo_train_tinker.py", *words, "--max_steps", "1")
+    script("grpo_train_tinker.py", *words)
+    rows = [json.loads(line) for line in Path("log/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    times = ("save_weights", "sampling", "compute_rewards", "build_data", "training", "total")
+    assert all(row[f"time/{name}"] >= 0 for row in rows for name in times)
+    named = ("progress/grpo_step", "progress/done_frac", "reward/mean", "reward/std", "reward/min", "reward/max")
+    assert all(name in row for row in rows for name in named)
+    assert rows[1]["val/n"] == 16 and {"val/accuracy", "val/format_accuracy"} <= rows[1].keys()
+
+
+def test_validation_asks_what_the_seed_draws():
+    examples = [word_problem(str(n), f"q{n}", "", "1") for n in range(40)]
+
+    def asked(**flags):
+        return [int(e.id) for e in workbench.validated(examples, config.resolve("grpo", flags=flags))]
+
+    assert asked(eval_examples=5) == list(range(5)) and asked(eval_examples=0) == list(range(40))
+    drawn = asked(eval_examples=5, eval_draw="random")
+    assert drawn == sorted(set(drawn)) and len(drawn) == 5 and drawn != list(range(5))
+    assert asked(eval_examples=5, eval_draw="random") == drawn != asked(eval_examples=5, eval_draw="random", seed=1)
+    assert asked(eval_examples=0, eval_draw="random") == list(range(40))
 
 
 @pytest.mark.parametrize(

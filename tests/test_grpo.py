@@ -236,7 +236,7 @@ def test_metrics_carry_the_names_that_are_relied_upon(bench_of):
     cfg, bench, prompts = bench_of(steps=2, eval_every=1)
     grpo.train(cfg, bench, prompts, graded(bench))
     names = set(metrics_of(bench)[-1])
-    times = {f"time/{t}" for t in ("sampling", "compute_rewards", "build_data", "training", "sync", "total")}
+    times = {f"time/{t}" for t in ("save_weights", "sampling", "compute_rewards", "build_data", "training", "total")}
     assert names >= times | {"progress/grpo_step", "progress/done_frac", "val/accuracy", "val/format_accuracy"}
     assert names >= {f"reward/{r}" for r in ("mean", "std", "min", "max", "format", "answer")}
     assert names >= {"policy/entropy", "policy/grad_norm", "policy/lr", "policy/approx_kl", "policy/update_to_weight"}

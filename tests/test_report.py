@@ -100,7 +100,7 @@ def grpo_rows(rng: random.Random, steps: int) -> list[dict[str, Any]]:
             "time/training": training,
             "time/compute_rewards": 0.05,
             "time/build_data": 0.03,
-            "time/sync": 0.12,
+            "time/save_weights": 0.12,
             "time/eval": 0.9 if step % 10 == 0 else 0.0,
             "perf/tokens_per_s": 9000 + rng.gauss(0, 300),
             "novel/thing": float(step * step),

@@ -42,12 +42,28 @@ class PlanConfig:
 class UpConfig:
     """One job on one pod."""
 
-    image: str = opt("", "container image, by digest: ghcr.io/owner/name@sha256:…")
+    image: str = opt(
+        "",
+        "container image, best by digest: ghcr.io/owner/name@sha256:…; empty: the environment's GRPO_GSM8K_IMAGE, else "
+        "the latest release of the repository on GitHub that this checkout is a clone of",
+    )
+    model_id: str = opt(
+        "",
+        "model on the hub that the job trains: access, size and memory are checked first; empty: as the job says. "
+        "Without a job, GRPO trains it on GSM8K",
+    )
+    sft: bool = opt(False, "without a job: supervised fine-tuning instead of GRPO")
+    skip_setup: bool = opt(False, "without a job: do not try machine and model with `doctor` first")
+    preflight: bool = opt(True, "ask the hub about the job's model before anything is rented")
+    report_to: Literal["", "none", "wandb"] = opt(
+        "",
+        "wandb: the job must get WANDB_API_KEY; none: it does not get it; empty: it does if --pass_env and you have it",
+    )
     budget: float = opt(0.0, "dollars that the run may cost in all; must be given", ge=0, le=1e6)
     hours: float = opt(0.0, "hours that it may take in all; 0 for what the budget pays, at most 24", ge=0, le=720)
     gpu: str = opt("", "GPU ids in order, comma separated; empty for L40S, A100 SXM, H100 SXM, H200")
     count: int = opt(1, "GPUs of the pod: 1, 2, 4, 6 or 8", ge=0, le=8)
-    min_memory: float = opt(0.0, "GiB that a GPU must have at least; `launch plan` says how much", ge=0)
+    min_memory: float = opt(0.0, "GiB that a GPU must have at least; 0: what the job's model needs, if known", ge=0)
     cloud: Literal["SECURE", "COMMUNITY"] = opt("SECURE", "whose machines")
     min_cuda: str = opt("13.0", "oldest CUDA version of the driver; empty for any", expert=True)
     disk: int = opt(120, "GB of the container's disk", ge=1, le=100_000)
@@ -58,14 +74,24 @@ class UpConfig:
     fetch_gb: float = opt(256.0, "GB of results that may come home in all", gt=0, le=1e6, expert=True)
     fetch_file_gb: float = opt(128.0, "GB of a single file of them", gt=0, le=1e6, expert=True)
     fetch_files: int = opt(200_000, "number of them", ge=1, le=10_000_000, expert=True)
-    repo_id: str = opt("", "hub repository that checkpoints are pushed to, and continued from after a dead host")
+    repo_id: str = opt(
+        "",
+        "hub repository that checkpoints are pushed to, and continued from after a dead host; in the end it holds the "
+        "trained model with its card",
+    )
     public: bool = opt(False, "--repo_id may be a public repository: all that is pushed is published")
     push_every_s: float = opt(600.0, "seconds between pushes", gt=0, le=1e7, expert=True)
     restarts: int = opt(2, "new pods after a dead host; only with --repo_id", ge=0, le=1000, expert=True)
     pass_env: str = opt("HF_TOKEN,WANDB_API_KEY", "environment variables that the job gets, over ssh")
-    think_open: str = opt("", "opens the reasoning; tags are appended to the command, and come in pairs", expert=True)
-    think_close: str = opt("", "closes the reasoning", expert=True)
-    answer_open: str = opt("", "opens the answer", expert=True)
+    think_open: str = opt(
+        "",
+        "opens the reasoning; tags are appended to the command, and come in pairs; empty: <think>",
+        expert=True,
+    )
+    think_close: str = opt("", "closes the reasoning; empty: </think>", expert=True)
+    answer_open: str = opt(
+        "", "opens the answer; empty, beside other tags or without a job: think-only prompts", expert=True
+    )
     answer_close: str = opt("", "closes the answer", expert=True)
     insecure_host_key: bool = opt(False, "take any ssh host key where the container's log shows none", expert=True)
     webhook: str = opt("", "URL for progress events; better in GRPO_GSM8K_WEBHOOK, which no process list shows")
