@@ -127,6 +127,14 @@ def test_a_validation_that_has_been_better_is_told(tmp_path: Path) -> None:
     assert "rose from 50.0\u00a0% at step 10 to 60.0\u00a0% at step 60 on 400 problems: +10.0 points" in tones["better"]
 
 
+def test_a_validation_that_never_changes_is_said_to_stay(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"step": i, "reward/mean": 0.5} for i in range(1, 31)]
+    for row in rows[9::10]:
+        row |= {"val/reward": 0.5, "val/ci_low": 0.5, "val/ci_high": 0.5, "val/n": 32}
+    texts = [one.text for one in said(tmp_path, rows)]
+    assert "Mean reward in validation stayed at 0.500 from step 10 to step 30 on 32 examples." in texts
+
+
 def test_mixed_groups_length_and_agreement(tmp_path: Path) -> None:
     rng = random.Random(2)
     rows: list[dict[str, Any]] = [
@@ -198,6 +206,7 @@ def chat_pipeline(root: Path) -> None:
         for i in range(4)
     ]
     jsonl(root / "evals/sft.jsonl", rows)
+    rows[0]["gold"] = "The sea is wide, and it is deep, and nobody has seen the end of it. " * 4  # of a teacher
     better = [0.9, 0.2, 0.5, 0.9]
     texts = ["wide", " \n", "deep", HOSTILE]
     after = [row | {"reward": r, "response": t} for row, r, t in zip(rows, better, texts, strict=True)]
@@ -215,6 +224,7 @@ def test_empty_answers_are_said_to_be_empty_and_rewards_sort_the_samples(tmp_pat
     assert text.count("(empty)") == 4 and text.count("(only white space, 2 characters)") == 1
     assert "Rewarded more after GRPO: 2" in text and "Rewarded less after GRPO: 1" in text
     assert "Rewarded alike: 1" in text and "Fixed by" not in text and "gold" not in text
+    assert text.count("reference The sea is wide") == 1
     assert "No measurable change: mean reward 0.500 before, 0.625 after, on 4 held-out examples" in text
 
 

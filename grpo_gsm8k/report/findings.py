@@ -104,6 +104,9 @@ def validation(found: Validated | None) -> list[Reading]:
     said = f"{name} {way} from {a} at step {found.steps[0]:,} to {b} at step {found.steps[1]:,}{on}"
     if not found.change:
         return [Reading("note", f"{said}; no intervals were recorded.")]
+    if found.change.still:
+        steps = f"from step {found.steps[0]:,} to step {found.steps[1]:,}{on}"
+        return [Reading("note", f"{name} stayed at {b} {steps}.")]
     tone = ("better" if found.change.size > 0 else "worse") if found.change.clear else "noise"
     within = "" if found.change.clear else ", within noise"
     told = [Reading(tone, f"{said}{within}: {_held_out(found.change, share)}.")]
