@@ -94,7 +94,7 @@ def _facts(row: Row, judged: bool) -> list[str]:
 
 
 def _response(text: str) -> list[Html]:
-    """The response as it is; an empty one is said to be empty, a long one is folded."""
+    """The response as it is; an empty one reads “(empty)”, a long one is folded."""
     if not text.strip():
         blank = f"(only white space, {len(text):,} characters)" if text else "(empty)"
         return [tag("p", blank, class_="blank")]
