@@ -175,6 +175,16 @@ def test_the_interval_of_a_ratio_agrees_with_that_of_the_difference() -> None:
         assert change and change.ratio and change.clear == (not change.ratio[1] <= 1 <= change.ratio[2])
 
 
+def test_numbers_at_the_edge_of_what_is_drawn(tmp_path: Path) -> None:
+    huge = [{"step": i, "reward/mean": 9e99 * (-1) ** i, "policy/entropy": 9e99, "loss": -9e99} for i in range(30)]
+    huge[9] |= {"val/accuracy": 0.5, "val/ci_low": 0.4, "val/ci_high": 0.6, "val/n": float("nan")}
+    huge[19] |= {"val/accuracy": 0.6, "val/ci_low": 0.5, "val/ci_high": float("inf")}
+    jsonl(tmp_path / "metrics.jsonl", huge)
+    jsonl(tmp_path / "evals/step_²³.jsonl", [])
+    text = check(write_report([tmp_path]).read_text())
+    assert "no intervals were recorded" in text and "nan" not in text.lower().replace("values are nan", "")
+
+
 def test_few_steps_say_nothing(tmp_path: Path) -> None:
     (one,) = said(tmp_path, [{"step": i, "reward/mean": i / 9} for i in range(9)])
     assert one.tone == "note" and one.text.startswith("Only 9 steps")

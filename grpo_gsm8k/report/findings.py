@@ -100,7 +100,8 @@ def validation(found: Validated | None) -> list[Reading]:
     name = "Validation accuracy" if share else "Mean reward in validation"
     a, b = (_score(v, share) for v in (found.before, found.after))
     way = "rose" if found.after > found.before else "fell" if found.after < found.before else "went"
-    on = f" on {found.n:,.0f} {'problems' if share else 'examples'}" if found.n else ""
+    count = number(found.n, "{:,.0f}")
+    on = f" on {count} {'problems' if share else 'examples'}" if count else ""
     said = f"{name} {way} from {a} at step {found.steps[0]:,} to {b} at step {found.steps[1]:,}{on}"
     if not found.change:
         return [Reading("note", f"{said}; no intervals were recorded.")]
