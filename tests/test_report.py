@@ -480,7 +480,7 @@ def test_late_rows_of_a_step_are_merged(tmp_path: Path) -> None:
 
 
 def test_several_runs(finished: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
-    other = tmp_path / "20260102T120000_def5678<b>"
+    other = tmp_path / '20260102T120000_def5678<b>" onload="x'
     summary = make_pipeline(other, (0.0, 0.7, 0.8, 0.85), n=100, steps=40, seed=4, lr=1e-4)
     runs = [finished[0], other, finished[0]]
     text = check(write_report(runs, tmp_path / "both.html").read_text())

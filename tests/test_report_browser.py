@@ -28,6 +28,7 @@ pytestmark = pytest.mark.slow
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PAGES = ("whole", "unfinished", "chat", "collapsed", "stuck", "compared")
 PHONE, DESK = 390, 1200
+PAPER = 703  # pixels between the margins of an A4 sheet
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +184,8 @@ def test_no_figure_is_split_on_paper(browser: Any, pages: dict[str, Path], name:
     tab.emulate_media(media="print", color_scheme="dark")
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert tab.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"
+    tab.set_viewport_size({"width": PAPER, "height": 1000})
+    assert tab.evaluate("document.documentElement.scrollWidth") <= PAPER  # no table runs off the sheet
     tab.context.close()
 
 

@@ -63,7 +63,7 @@ def test_a_flat_reward_is_noise(tmp_path: Path) -> None:
     assert one.tone == "noise" and "no more than its steps differ" in one.text
 
 
-def test_a_reward_that_moves_is_said_with_its_interval(tmp_path: Path) -> None:
+def test_a_reward_that_moves_has_an_interval(tmp_path: Path) -> None:
     rng = random.Random(1)
     rows = [{"step": i, "reward/mean": i / 100 + rng.gauss(0, 0.05)} for i in range(100)]
     up, down = said(tmp_path / "up", rows), said(tmp_path / "down", [r | {"step": 100 - r["step"]} for r in rows])
@@ -73,7 +73,7 @@ def test_a_reward_that_moves_is_said_with_its_interval(tmp_path: Path) -> None:
     before, after, change, low, high = map(float, match.groups())
     assert before == pytest.approx(0.045, abs=0.05) and after == pytest.approx(0.945, abs=0.05)
     assert low < change < high and high - low == pytest.approx(2 * 1.96 * 0.05 * (2 / 10) ** 0.5, rel=0.3)
-    assert said(tmp_path / "up", rows, found=("stalled",)) == []  # the diagnosis has said it
+    assert said(tmp_path / "up", rows, found=("stalled",)) == []  # the diagnosis reports it
 
 
 def collapsed(steps: int = 60) -> list[dict[str, Any]]:
@@ -88,7 +88,7 @@ def collapsed(steps: int = 60) -> list[dict[str, Any]]:
     return rows
 
 
-def test_what_the_eye_would_not_see(tmp_path: Path) -> None:
+def test_a_fall_within_noise_and_a_collapse_of_entropy(tmp_path: Path) -> None:
     tones = by_tone(said(tmp_path, collapsed()))
     assert "Validation accuracy fell from 92.0\u00a0% at step 10 to 89.0\u00a0% at step 60 on 200" in tones["noise"]
     # 0.03 and 0.04 on either side: hypot(0.04, 0.03) = 0.05
@@ -117,7 +117,7 @@ def test_validation_is_paired_where_its_answers_were_kept(tmp_path: Path) -> Non
     assert found.change.high - found.change.low < 0.09  # unpaired it is 0.1 and more
 
 
-def test_a_validation_that_has_been_better_is_told(tmp_path: Path) -> None:
+def test_a_validation_that_has_been_better(tmp_path: Path) -> None:
     rows = [{"step": i, "reward/mean": 0.5} for i in range(1, 61)]
     for step, p in ((10, 0.5), (30, 0.8), (60, 0.6)):
         rows[step - 1] |= {"val/accuracy": p, "val/ci_low": p - 0.05, "val/ci_high": p + 0.05, "val/n": 400}
@@ -125,6 +125,14 @@ def test_a_validation_that_has_been_better_is_told(tmp_path: Path) -> None:
     assert "Validation was best at step 30 (80.0\u00a0%, the best of 3" in tones["worse"]
     assert "has fallen since: −20.0 points, 95 % CI −27.1 to −12.9" in tones["worse"]
     assert "rose from 50.0\u00a0% at step 10 to 60.0\u00a0% at step 60 on 400 problems: +10.0 points" in tones["better"]
+
+
+def test_a_validation_that_never_changes_stays(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"step": i, "reward/mean": 0.5} for i in range(1, 31)]
+    for row in rows[9::10]:
+        row |= {"val/reward": 0.5, "val/ci_low": 0.5, "val/ci_high": 0.5, "val/n": 32}
+    texts = [one.text for one in said(tmp_path, rows)]
+    assert "Mean reward in validation stayed at 0.500 from step 10 to step 30 on 32 examples." in texts
 
 
 def test_mixed_groups_length_and_agreement(tmp_path: Path) -> None:
@@ -153,7 +161,7 @@ def test_mixed_groups_length_and_agreement(tmp_path: Path) -> None:
     assert "agree to the bit" in by_tone(said(tmp_path, rows))["note"]
 
 
-def test_what_never_changes_is_said_to_stay(tmp_path: Path) -> None:
+def test_what_never_changes_stays(tmp_path: Path) -> None:
     texts = [
         one.text for one in said(tmp_path, [{"step": i, "reward/mean": 0.0, "policy/entropy": 1.5} for i in range(20)])
     ]
@@ -165,6 +173,16 @@ def test_the_interval_of_a_ratio_agrees_with_that_of_the_difference() -> None:
     for _ in range(300):
         change = over_steps([1 + i * rng.random() / 200 + rng.gauss(0, 0.1) for i in range(30)])
         assert change and change.ratio and change.clear == (not change.ratio[1] <= 1 <= change.ratio[2])
+
+
+def test_numbers_at_the_edge_of_what_is_drawn(tmp_path: Path) -> None:
+    huge = [{"step": i, "reward/mean": 9e99 * (-1) ** i, "policy/entropy": 9e99, "loss": -9e99} for i in range(30)]
+    huge[9] |= {"val/accuracy": 0.5, "val/ci_low": 0.4, "val/ci_high": 0.6, "val/n": float("nan")}
+    huge[19] |= {"val/accuracy": 0.6, "val/ci_low": 0.5, "val/ci_high": float("inf")}
+    jsonl(tmp_path / "metrics.jsonl", huge)
+    jsonl(tmp_path / "evals/step_²³.jsonl", [])
+    text = check(write_report([tmp_path]).read_text())
+    assert "no intervals were recorded" in text and "nan" not in text.lower().replace("values are nan", "")
 
 
 def test_few_steps_say_nothing(tmp_path: Path) -> None:
@@ -198,6 +216,7 @@ def chat_pipeline(root: Path) -> None:
         for i in range(4)
     ]
     jsonl(root / "evals/sft.jsonl", rows)
+    rows[0]["gold"] = "The sea is wide, and it is deep, and nobody has seen the end of it. " * 4  # of a teacher
     better = [0.9, 0.2, 0.5, 0.9]
     texts = ["wide", " \n", "deep", HOSTILE]
     after = [row | {"reward": r, "response": t} for row, r, t in zip(rows, better, texts, strict=True)]
@@ -209,12 +228,13 @@ def chat_pipeline(root: Path) -> None:
     (root / "pipeline.json").write_text(json.dumps({"stages": stages, "comparisons": []}))
 
 
-def test_empty_answers_are_said_to_be_empty_and_rewards_sort_the_samples(tmp_path: Path) -> None:
+def test_empty_answers_are_marked_and_rewards_sort_the_samples(tmp_path: Path) -> None:
     chat_pipeline(tmp_path)
     text = check(write_report([tmp_path]).read_text())
     assert text.count("(empty)") == 4 and text.count("(only white space, 2 characters)") == 1
     assert "Rewarded more after GRPO: 2" in text and "Rewarded less after GRPO: 1" in text
     assert "Rewarded alike: 1" in text and "Fixed by" not in text and "gold" not in text
+    assert text.count("reference The sea is wide") == 1
     assert "No measurable change: mean reward 0.500 before, 0.625 after, on 4 held-out examples" in text
 
 

@@ -89,8 +89,9 @@ def _ratio(before: float, after: float, reach: float) -> tuple[float, float, flo
     known = before * before - reach * reach
     if before <= 0 or known <= 0:
         return None
-    root = math.sqrt(max(0.0, (before * after) ** 2 - known * (after * after - reach * reach)))
-    return after / before, (before * after - root) / known, (before * after + root) / known
+    product = before * after
+    root = math.sqrt(max(0.0, product * product - known * (after * after - reach * reach)))
+    return after / before, (product - root) / known, (product + root) / known
 
 
 def paired_change(a: Problems, b: Problems) -> Change | None:

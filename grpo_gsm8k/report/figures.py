@@ -121,7 +121,7 @@ def draw(
     """The SVG of one panel. `band` is (xs, lower, upper), shaded behind the first line; `said` replaces the picture."""
 
     def paint(axes: Axes) -> None:
-        from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+        from matplotlib.ticker import FuncFormatter, MaxNLocator
 
         if panel.kind == "stack":
             xs, stack = _stacked(lines)
@@ -141,25 +141,32 @@ def draw(
         if len({x for line in lines for x in line.xs}) == 1:
             axes.set_xlim(lines[0].xs[0] - 1, lines[0].xs[0] + 1)
         axes.set_xlabel("round" if panel.x == "ei/round" else "step", labelpad=2)
-        if panel.log:
-            axes.set_yscale("log")
-            ys = [y for line in lines for y in line.ys]
-            decade_only = max(ys) > 30 * min(ys)
-            axes.yaxis.set_major_locator(LogLocator(subs=(1,) if decade_only else (1, 2, 5), numticks=8))
-            axes.yaxis.set_minor_locator(LogLocator(subs=[]))
-        else:
-            values = {y for line in lines for y in line.ys}
-            if len(values) == 1 and min(values) >= 0:  # a constant: around it there is nothing to zoom into
-                axes.set_ylim(0, 1.5 * max(values) or 1)
-            axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v, panel.percent)))
-        if panel.kind == "stack":
-            axes.margins(0)
-        if panel.percent:
-            bottom, top = axes.get_ylim()
-            axes.set_ylim(max(bottom, -0.02 if panel.kind != "stack" else 0), min(top, 1.02))
+        _scale(axes, panel, lines)
 
     return _svg(panel.title, (5.0, 2.5) if panel.wide else (3.6, 2.2), paint, said)
+
+
+def _scale(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
+    """The y axis: linear or logarithmic, its ticks, and shares kept between 0 and 100 %."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+
+    if panel.log:
+        axes.set_yscale("log")
+        ys = [y for line in lines for y in line.ys]
+        decade_only = max(ys) > 30 * min(ys)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1,) if decade_only else (1, 2, 5), numticks=8))
+        axes.yaxis.set_minor_locator(LogLocator(subs=[]))
+    else:
+        values = {y for line in lines for y in line.ys}
+        if len(values) == 1 and min(values) >= 0:  # a constant: around it there is nothing to zoom into
+            axes.set_ylim(0, 1.5 * max(values) or 1)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v, panel.percent)))
+    if panel.kind == "stack":
+        axes.margins(0)
+    if panel.percent:
+        bottom, top = axes.get_ylim()
+        axes.set_ylim(max(bottom, -0.02 if panel.kind != "stack" else 0), min(top, 1.02))
 
 
 def _stacked(lines: Sequence[Line], most: int = 300) -> tuple[list[float], list[list[float]]]:

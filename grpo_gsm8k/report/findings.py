@@ -100,10 +100,14 @@ def validation(found: Validated | None) -> list[Reading]:
     name = "Validation accuracy" if share else "Mean reward in validation"
     a, b = (_score(v, share) for v in (found.before, found.after))
     way = "rose" if found.after > found.before else "fell" if found.after < found.before else "went"
-    on = f" on {found.n:,.0f} {'problems' if share else 'examples'}" if found.n else ""
+    count = number(found.n, "{:,.0f}")
+    on = f" on {count} {'problems' if share else 'examples'}" if count else ""
     said = f"{name} {way} from {a} at step {found.steps[0]:,} to {b} at step {found.steps[1]:,}{on}"
     if not found.change:
         return [Reading("note", f"{said}; no intervals were recorded.")]
+    if found.change.still:
+        steps = f"from step {found.steps[0]:,} to step {found.steps[1]:,}{on}"
+        return [Reading("note", f"{name} stayed at {b} {steps}.")]
     tone = ("better" if found.change.size > 0 else "worse") if found.change.clear else "noise"
     within = "" if found.change.clear else ", within noise"
     told = [Reading(tone, f"{said}{within}: {_held_out(found.change, share)}.")]

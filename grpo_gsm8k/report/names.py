@@ -15,7 +15,7 @@ from grpo_gsm8k.report.words import label
 
 _QUOTED = re.compile(r"""(["'])/(?=[^"'\n]*/)[^"'\n]*\1""")  # an absolute path that may hold spaces
 _PATH = re.compile(r"(?<![\w./~…])(?:/[\w.+@%-]+){2,}/?")
-_HOME = re.compile(r"(?<![\w/])~[\w.-]+")
+_HOME = re.compile(r"(?<![\w/])~[A-Za-z_][\w.-]*(?=/)")
 _ADDRESS = re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)*")
 _CHECKPOINT = re.compile(r"(?:(?P<run>[^/]+)/)?(?P<stage>sft|ei|grpo)?/?checkpoints/step_0*(?P<step>\d+)/?$")
 _SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{7,40})/?$")

@@ -261,7 +261,7 @@ def evaluations(run: Run) -> list[Evaluated]:
 def validations(run: Run, kind: str) -> dict[int, Path]:
     """Step -> the answers of that validation, for those of a training run that were kept."""
     kept = sorted(run.folders[kind].glob("evals/step_*.jsonl"))
-    return {int(path.stem.removeprefix("step_")): path for path in kept if path.stem.removeprefix("step_").isdigit()}
+    return {int(path.stem.removeprefix("step_")): path for path in kept if path.stem.removeprefix("step_").isdecimal()}
 
 
 def by_problem(rows: Sequence[dict[str, Any]]) -> Problems:

@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from grpo_gsm8k.report.markup import Html, fold, mark, preformatted, section, tag
+from grpo_gsm8k.report.markup import Html, fold, join, mark, preformatted, section, tag
 from grpo_gsm8k.report.read import Run, read_lines
 from grpo_gsm8k.report.words import LONG_NAMES, label, number
 
 LONG_TEXT, LONG_LINES, MOST_TEXT = 320, 8, 6000  # characters and lines shown at once; characters at all
+LONG_GOLD = 60  # characters: what is longer is a text to compare with, not an answer to match
 Row = Mapping[str, Any]
 
 
@@ -64,10 +65,10 @@ def first_samples(rows: Iterable[Row]) -> dict[str, Row]:
 def question(row: Row) -> Html:
     """The problem, and its gold answer where it has one."""
     text = str(row.get("question") or row.get("prompt") or row.get("id"))[:MOST_TEXT]
-    gold = row.get("gold")
-    if gold in (None, ""):
-        return tag("p", text)
-    return tag("p", text, " ", tag("span", "gold ", tag("b", str(gold)[:200]), class_="gold"))
+    gold = str(row.get("gold") if row.get("gold") is not None else "")[:MOST_TEXT]
+    if len(gold) > LONG_GOLD:
+        return join([tag("p", text), tag("p", "reference ", gold, class_="mute")])
+    return tag("p", text, " ", tag("span", "gold\u00a0", tag("b", gold), class_="gold")) if gold else tag("p", text)
 
 
 def answer(title: str, row: Row | None, heading: str = "h4") -> Html:
@@ -93,7 +94,7 @@ def _facts(row: Row, judged: bool) -> list[str]:
 
 
 def _response(text: str) -> list[Html]:
-    """The response as it is; an empty one is said to be empty, a long one is folded."""
+    """The response as it is; an empty one reads “(empty)”, a long one is folded."""
     if not text.strip():
         blank = f"(only white space, {len(text):,} characters)" if text else "(empty)"
         return [tag("p", blank, class_="blank")]
