@@ -221,7 +221,7 @@ def parsed(words: list[str]) -> tuple[str, dict[str, Any]]:
 
 def check_settings(name: str, params: dict[str, Any]) -> None:
     given = {key: value for key, value in params.items() if value is not None}
-    layers = {"as_json", "preset", "config_file", "sets"}
+    layers = {"as_json", "preset", "config_file", "sets", "browse"}
     if name in config.SECTIONS:
         flags = {key: value for key, value in given.items() if key not in layers}
         config.resolve(name, preset=given.get("preset"), flags=flags, sets=given.get("sets", ()))
@@ -327,7 +327,7 @@ def test_every_command_exists_and_takes_its_flags(page):
         ("cd x && FOO=1 uv run pytest tests/test_nothing.py", "test_nothing"),
         ("uv run python -m grpo_gsm8k.nothing", "assert"),
         ("uv run torchrun --nproc-per-node 4 -m grpo_gsm8k.cli sft --prest full", "No such option"),
-        ("python grpo_gsm8k/r1_traces.py --infiles f", "unrecognized arguments"),
+        ("python grpo_gsm8k/r1_traces.py --infiles f", "no such flag: --infiles"),
         ("docker run --rm grpo-gsm8k grpo-gsm8k doctors", "no command"),
         ("grpo-gsm8k launch up --budget 5 -- grpo-gsm8k nothing", "no command"),
         ("make install", "unknown program"),
@@ -442,6 +442,7 @@ def test_what_would_have_gone_wrong_on_a_gpu_has_its_tests():
 NO_DEFAULT_OF_SPEED = {
     *("grading", "max_new_tokens", "seed", "wandb_project", "run_name", "engine_patience_s", "data", "out_dir"),
     *("resume", "max_steps", "save_every", "keep_last", "eval_every", "eval_examples", "eval_set_path", "eval_device"),
+    *("lora_rank", "lora_alpha", "lora_targets", "grader_processes", "grader_timeout_s", "eval_draw"),
     *("eval_backlog", "probe_tolerance", "lr", "lr_schedule", "warmup_steps", "weight_decay", "beta1", "beta2"),
     *("grad_clip",),
 }
