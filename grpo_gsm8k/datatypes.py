@@ -144,13 +144,15 @@ class WeightsRef:
 
     Attributes:
         version: optimizer steps that made them.
-        sha256: `trainer.policy.weights_sha256` of the tensors; "" where they never leave this process or GPU.
-        where: a safetensors file, names as the learner's model has them, tied weights once; None without one.
+        sha256: `trainer.policy.weights_sha256` of the tensors; "" where they never leave this process or GPU. Of
+            weights at a training service that does not tell it, the hash of their name there.
+        where: a safetensors file, names as the learner's model has them, tied weights once; or how a training service
+            calls them; None without either.
     """
 
     version: int
     sha256: str = ""
-    where: Path | None = None
+    where: Path | str | None = None
 
     def same_as(self, other: WeightsRef | None) -> bool:
         """Whether both are the same weights, wherever they lie."""
@@ -319,3 +321,7 @@ class Learner(Protocol):
     def save(self, folder: Path) -> None: ...
 
     def load(self, folder: Path) -> None: ...
+
+    def forget(self, folder: Path) -> None:
+        """A checkpoint's folder is about to be deleted: let go of what it stands for elsewhere."""
+        ...
