@@ -17,6 +17,7 @@ import torch
 
 from grpo_gsm8k.config import ModelConfig
 from grpo_gsm8k.engines.hf import check_cache
+from grpo_gsm8k.errors import ModelError
 from grpo_gsm8k.runs.files import real_path
 from grpo_gsm8k.serve.jobs import Refusal
 from grpo_gsm8k.tasks.render import Renderer
@@ -24,6 +25,7 @@ from grpo_gsm8k.trainer import architecture, packing
 from grpo_gsm8k.trainer.kernels import choose_attention
 from grpo_gsm8k.trainer.logprobs import check_head
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer
+from grpo_gsm8k.trainer.pretrained import adapter_config
 
 PREFIX = "base_model.model."
 MOST_RANK = 512
@@ -67,6 +69,8 @@ class BaseModel:
     def __init__(self, cfg: ModelConfig) -> None:
         """Raises `ModelError` where it cannot be loaded, trained or sampled exactly."""
         self.cfg = cfg
+        if adapter_config(cfg):
+            raise ModelError(f"{cfg.model_id} is an adapter: make it a model of its own first, with `grpo-gsm8k merge`")
         self.renderer = Renderer.of(cfg, load_tokenizer(cfg))
         self.model = self._loaded()
         self.packs = packing.enable(self.model) if self.model.device.type == "cpu" else False

@@ -149,7 +149,7 @@ class Bodies:
         await self.app(scope, _Again(body, receive), send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
-        parts, size = [], 0
+        parts, size = list[bytes](), 0
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         while True:
             if size > self.limit or (declared.isdigit() and int(declared) > self.limit):

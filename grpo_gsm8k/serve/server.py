@@ -51,8 +51,7 @@ def check(cfg: ServeConfig) -> str | None:
         raise ConfigError("serve needs --model_id, a folder or a name on the hub")
     if cfg.engine == "vllm":
         raise ConfigError(
-            "--engine vllm is not served: it gives no prompt log-probabilities of adapters that are bitwise repeatable; "
-            "leave it at hf"
+            "--engine vllm is not served: vLLM's samples are not the same bits again after a crash; leave it at hf"
         )
     if not cfg.api_key_env:
         if not is_local(cfg.host):
@@ -142,13 +141,13 @@ def opened(cfg: ServeConfig, folder: Path) -> Iterator[Any]:
 def _hold_to(store: Any, mine: Mapping[str, str], folder: Path) -> None:
     """Keep what a folder was begun with, or raise `CheckpointError` where it was begun with other things."""
     names = {
-        "base": "another base model",
-        "version": "another version of this package",
-        "alpha": "another --lora_alpha",
+        "base": "base model",
+        "version": "version of this package",
+        "alpha": "--lora_alpha",
     }
     for key, what in names.items():
         if store.meta(key) and store.meta(key) != mine[key]:
-            raise CheckpointError(f"{folder}: belongs to {what}; pick another --out_dir")
+            raise CheckpointError(f"{folder}: belongs to another {what}; pick another --out_dir")
 
     def write(db: Any) -> None:
         db.executemany("INSERT OR IGNORE INTO meta VALUES(?, ?)", list(mine.items()))
@@ -203,8 +202,9 @@ def _serve(service: Any, keeper: Any, listening: socket.socket) -> None:
     Server(settings).run(sockets=[listening])
 
 
-def show_status(cfg: ServeConfig, url: str) -> Mapping[str, Any]:
+def show_status(cfg: ServeConfig) -> Mapping[str, Any]:
     """What a running server says of itself. Raises `ConfigError` where there is none, `GrpoError` where it refuses."""
+    url = os.environ.get("TINKER_BASE_URL") or f"http://{cfg.host}:{cfg.port}"
     import urllib.error
     import urllib.request
 
@@ -216,7 +216,5 @@ def show_status(cfg: ServeConfig, url: str) -> Mapping[str, Any]:
     except urllib.error.HTTPError as fault:
         raise GrpoError(f"{url}: {json.loads(fault.read()).get('detail', fault.reason)}") from None
     except (OSError, ValueError) as fault:
-        raise ConfigError(
-            f"{url}: no server answers there ({fault}); set TINKER_BASE_URL, or --host and --port"
-        ) from None
+        raise ConfigError(f"{url}: no server answers there ({fault}); give --host and --port") from None
     return found

@@ -401,7 +401,7 @@ async def asample(body: Body, request: Request) -> Answer:
         raise Refusal("asample needs sampling_session_id, model_path or base_model", 422)
     if sampler_id and (type(seq) is not int or not 0 <= seq <= MOST_SEQ):
         raise Refusal(f"seq_id is {str(seq)[:40]}; it must be a whole number", 422)
-    if sampler_id and job.seed is None:  # the same script draws the same, run again
+    if sampler_id and type(seq) is int and job.seed is None:  # the same script draws the same, run again
         number = sampler_id.rpartition(":")[2]
         job = dataclasses.replace(job, seed=derive_seed(service.cfg.seed, "unseeded", number, seq))
     request_id = await service.sample(weights, job, key=f"{sampler_id}#{seq}" if sampler_id else "", seq=seq)
