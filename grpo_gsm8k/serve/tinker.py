@@ -144,7 +144,7 @@ Answer = dict[str, Any] | Response
 def router() -> APIRouter:
     """All routes of this part."""
     routes = APIRouter(prefix="/api/v1", tags=["tinker"])
-    routes.get("/healthz")(health)
+    routes.get("/healthz", response_model=None)(health)
     secured = APIRouter(dependencies=[Depends(required)])
     posts: dict[str, Callable[..., Any]] = {
         "client/config": client_config,
