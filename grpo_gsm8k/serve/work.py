@@ -28,10 +28,13 @@ from grpo_gsm8k.serve.jobs import Refusal
 from grpo_gsm8k.serve.learn import ADAM, Trained, stored_weights
 from grpo_gsm8k.serve.sampling import Sampler
 from grpo_gsm8k.serve.settings import ServeConfig
+from grpo_gsm8k.trainer.policy import weights_sha256
 
 CHANGES_STATE = ("forward_backward", "optim_step", "load_weights")
 MOST_REPLAYED = 32  # requests for each of `--snapshot_every`
 KNOWN_FIELDS = {"type", "model_id", "seq_id"}
+HASH = "weights_sha256"
+"""A key of a checkpoint's user_metadata that, sent with an empty text, comes back with the hash of what was saved."""
 _SAVE = {"path", "ttl_seconds", "overwrite", "user_metadata"}
 KNOWN = {
     "optim_step": {"adam_params", "optimizer_params"},
@@ -158,6 +161,8 @@ class Workshop:
             raise Refusal(f"{taken.path} exists already; pass overwrite, or another name")
         folder = self._write(entry, trained, optimizer=kind == "weights")
         ttl, metadata = sent.get("ttl_seconds"), sent.get("user_metadata")
+        if isinstance(metadata, dict) and metadata.get(HASH) == "":
+            metadata = {**metadata, HASH: weights_sha256(trained.parameters.items())}
         made = Checkpoint(
             entry.owner,
             kind,
