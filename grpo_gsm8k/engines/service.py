@@ -25,6 +25,7 @@ from grpo_gsm8k.runs.files import read_json
 from grpo_gsm8k.runs.progress import talk
 
 KEY = "TINKER_API_KEY"
+HASH = "weights_sha256"  # a key of user_metadata that is sent empty
 PATIENCE_S = 5.0  # for a first connection: the client itself would try for minutes
 PATHS = ("weights", "sampler_weights")  # what of a checkpoint's name says which kind it is
 Ends = Literal["success", "errored", "interrupted"]
@@ -141,12 +142,12 @@ class Service:
         )
 
     def recorded_sha256(self, path: str) -> str:
-        """The hash of a checkpoint's weights, where the service lists it; else "". Ours does."""
+        """The hash of a checkpoint's weights, where the service tells it; else "". Ours fills it in, see `HASH`."""
         run = path.removeprefix(SERVICE).split("/")[0]
         listed = self.call(f"listing the checkpoints of {run}", lambda: self.rest.list_checkpoints(run).result())
         for one in listed.checkpoints:
             if one.tinker_path == path:
-                return str((one.user_metadata or {}).get("weights_sha256", ""))
+                return (one.user_metadata or {}).get(HASH, "")
         return ""
 
     def delete(self, path: str) -> None:

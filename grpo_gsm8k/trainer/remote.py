@@ -23,7 +23,7 @@ import torch
 
 from grpo_gsm8k.config import SERVICE_FILE, GrpoConfig, TrainConfig
 from grpo_gsm8k.datatypes import Datum, WeightsRef
-from grpo_gsm8k.engines.service import Checkpoint, Service, name_sha256, recorded
+from grpo_gsm8k.engines.service import HASH, Checkpoint, Service, name_sha256, recorded
 from grpo_gsm8k.errors import CheckpointError, ConfigError, NonFiniteError, RefusedError
 from grpo_gsm8k.runs.files import write_json
 from grpo_gsm8k.trainer import memory, wire
@@ -225,8 +225,11 @@ class RemoteLearner:
         """Save weights and optimizer at the service, and write where they are; beside it the tokenizer."""
         step = int("".join(filter(str.isdigit, folder.name)))
         name, client = self._unused(f"step_{step:06d}"), self.client
-        state = self.service.call(f"saving {name}", lambda: client.save_state(name).result()).path
-        sampler = self.service.call(f"saving {name}", lambda: client.save_weights_for_sampler(name).result()).path
+        how = {"user_metadata": {HASH: ""}}
+        state = self.service.call(f"saving {name}", lambda: client.save_state(name, **how).result()).path
+        sampler = self.service.call(
+            f"saving {name}", lambda: client.save_weights_for_sampler(name, **how).result()
+        ).path
         sha256 = self.service.recorded_sha256(sampler) or name_sha256(sampler)
         saved = Checkpoint(
             base_model=self.start.base_model,
