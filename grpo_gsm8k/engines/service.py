@@ -86,6 +86,7 @@ class Service:
         os.environ.setdefault("TINKER_TELEMETRY", "0")  # nothing is sent that was not asked for
         try:
             import tinker
+            from tinker.lib.base_url import resolve_base_url
         except ImportError:
             raise ConfigError(
                 "a training service is reached through the `tinker` client, which is not installed: "
@@ -93,7 +94,7 @@ class Service:
             ) from None
         self.sdk: Any = tinker
         self.lost = ""  # why nothing more can be had from the service
-        _knock(self.address)
+        _knock(self.address or resolve_base_url())
         where = {"base_url": self.address or None, "api_key": key}
         self.rest = self.call("connecting", lambda: tinker.RestClient(**where))
         self.client: Any = tinker.ServiceClient(**where)  # opens its session at first use
@@ -226,7 +227,7 @@ class Service:
 @contextmanager
 def connected(cfg: PromptConfig) -> Iterator[tuple[Service, Checkpoint]]:
     """A session at the config's service, and the model there that it means; ended with how the context ended."""
-    service = Service(cfg.base_url)
+    service = Service(address_of(cfg))
     try:
         yield service, locate(cfg, service)
     except BaseException as fault:
@@ -255,6 +256,12 @@ def recorded(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder / SERVICE_FILE}: does not say where the weights are: {fault}") from None
 
 
+def address_of(cfg: PromptConfig) -> str:
+    """The service's address: as configured, else where the checkpoint that the config names was made, else ""."""
+    folder = Path(cfg.model_id)
+    return cfg.base_url or (recorded(folder).address if (folder / SERVICE_FILE).is_file() else "")
+
+
 def tokenizer_of(cfg: PromptConfig) -> str:
     """Where the tokenizer of a config's model is: of one named tinker://…, under its base model's name."""
     if cfg.tokenizer_id or not cfg.model_id.startswith(SERVICE):
@@ -268,10 +275,10 @@ def name_sha256(name: str) -> str:
 
 
 def _knock(address: str) -> None:
-    """Raise unless something listens at the address; Tinker's cloud is taken for granted."""
-    if not address:
-        return
+    """Raise unless something listens at the address. Behind a proxy nobody can tell."""
     parts = urlsplit(address)
+    if os.environ.get(f"{parts.scheme}_proxy".upper()) or os.environ.get(f"{parts.scheme}_proxy"):
+        return
     try:
         port = parts.port or {"http": 80, "https": 443}[parts.scheme]
     except (KeyError, ValueError):

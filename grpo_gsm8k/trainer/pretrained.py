@@ -48,11 +48,7 @@ def read_model(cfg: PromptConfig, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.modeling_utils import LoadStateDictConfig
 
-    if at_service(cfg.model_id):
-        raise ModelError(
-            f"{cfg.model_id}: its weights are at a training service: train them there with --learner tinker, or take "
-            "them home with `grpo-gsm8k export --model tinker://… --out DIR`"
-        )
+    hold_here(cfg.model_id)
     config = adapter_config(cfg)
     base, revision = cfg.model_id, cfg.revision
     if config:
@@ -75,6 +71,15 @@ def read_model(cfg: PromptConfig, dtype: torch.dtype) -> Any:
         model.eval()
     _hold_to_finite(model, cfg.model_id)
     return model
+
+
+def hold_here(model_id: str) -> None:
+    """Raise `ModelError` for a model whose weights a training service holds."""
+    if at_service(model_id):
+        raise ModelError(
+            f"{model_id}: its weights are at a training service: train them there with --learner tinker, or take them "
+            "home with `grpo-gsm8k export --model tinker://… --out DIR`"
+        )
 
 
 def read(
