@@ -217,8 +217,10 @@ class Service:
         except sdk.APIConnectionError as fault:
             self.lost = f"{self}: {doing}: cannot be reached any more ({_line(fault)}); continue with --resume"
             raise ServiceError(self.lost) from None
-        except sdk.TinkerError as fault:  # a key that is none, an answer that is not understood
+        except sdk.APIError as fault:  # an answer that is not understood
             raise ServiceError(f"{self}: {doing}: {_line(fault)}") from None
+        except sdk.TinkerError as fault:  # a key that can be none
+            raise RefusedError(f"{self}: {doing}: {_line(fault)}") from None
 
     def __str__(self) -> str:
         return self.address or "Tinker"
