@@ -21,21 +21,21 @@ from grpo_gsm8k.engines.trajectories import sample_trajectories
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.runs.files import read_jsonl, write_jsonl
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import doing, talk
 from grpo_gsm8k.sft import fit_step
 from grpo_gsm8k.tasks.base import load_split
 from grpo_gsm8k.tasks.render import task_of
 from grpo_gsm8k.tasks.rewards import Grader
 from grpo_gsm8k.trainer import loop
 from grpo_gsm8k.trainer.optimizer import lr_at
-from grpo_gsm8k.workbench import Bench, open_bench
+from grpo_gsm8k.workbench import Workbench, open_workbench
 
 
-def train(cfg: EiConfig, bench: Bench, prompts: Sequence[Prompt]) -> None:
+def train(cfg: EiConfig, bench: Workbench, prompts: Sequence[Prompt]) -> None:
     """All rounds, each `cfg.steps_per_round` updates long."""
     total = cfg.rounds * cfg.steps_per_round
     rows: list[Datum] = []
-    for step in loop.steps(bench.run, bench.learner, total, state := loop.Progress()):
+    for step in loop.steps(bench.run, bench.learner, total, state := loop.StageState()):
         started = time.perf_counter()
         done, k = divmod(step - 1, cfg.steps_per_round)
         metrics: dict[str, float] = {"progress/ei_step": step, "progress/done_frac": step / total}
@@ -46,13 +46,13 @@ def train(cfg: EiConfig, bench: Bench, prompts: Sequence[Prompt]) -> None:
             seed = derive_seed(cfg.seed, "ei", done)
             lr, start = lr_at(step, total, cfg), done * cfg.steps_per_round
             metrics |= fit_step(cfg, bench, rows, step, lr, seed=seed, start=start)
-        metrics |= bench.validate(step, total)
+        bench.validate(step, total, metrics)
         bench.run.log(step, metrics | {"time/total": time.perf_counter() - started})
         state.note = f"round {done + 1}, {len(rows)} solutions"
 
 
 def round_rows(
-    cfg: EiConfig, bench: Bench, prompts: Sequence[Prompt], done: int, fresh: bool
+    cfg: EiConfig, bench: Workbench, prompts: Sequence[Prompt], done: int, fresh: bool
 ) -> tuple[list[Datum], dict[str, float]]:
     """The rows of a round and its `ei/` metrics: sampled when it begins, read back when it is resumed."""
     path = bench.run.path / "rounds" / f"round_{done + 1:02d}.jsonl"
@@ -64,7 +64,8 @@ def round_rows(
     chosen = [prompts[i] for i in order[: cfg.prompts_per_round]]
     params = SamplingParams(cfg.max_new_tokens, cfg.temperature, cfg.top_p, bench.renderer.stop)
     how = {"n": cfg.samples_per_prompt, "seed": derive_seed(cfg.seed, "ei-sample", done), "context": bench.context}
-    sampled_P_G = sample_trajectories(bench.sampler, bench.renderer, chosen, params, **how)
+    with doing(f"round {done + 1}: sampling {cfg.samples_per_prompt} x {len(chosen)}"):
+        sampled_P_G = sample_trajectories(bench.sampler, bench.renderer, chosen, params, **how)
     grades_P_G = Grader(bench.renderer.task).grade(sampled_P_G)
     if any(grade.correct is None for grades in grades_P_G for grade in grades):
         raise ConfigError(f"task {cfg.task!r} knows no right answers, which expert iteration keeps: use grpo instead")
@@ -110,7 +111,7 @@ def run(cfg: EiConfig) -> dict[str, Any]:
     if not task.has_right_answers:
         raise ConfigError(f"task {task.spec!r} knows no right answers, which expert iteration keeps: use grpo instead")
     examples, source = load_split(task, cfg.data, "train"), Path(cfg.data) / "train.jsonl"
-    with open_bench(cfg, "ei", {"train": source}) as bench:
+    with open_workbench(cfg, "ei", {"train": source}) as bench:
         train(cfg, bench, bench.prompts(examples, source))
         return bench.finish()
 

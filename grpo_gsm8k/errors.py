@@ -6,6 +6,7 @@ for it. Whatever is not in this tree is a bug and keeps its traceback.
     GrpoError                   exit 1   the job failed
     ├── UserError               exit 2   what was asked cannot be done; says what, where, and what to do
     │   ├── ConfigError                  unknown key, value of the wrong type, impossible combination
+    │   │   └── PluginError              a user's own function or class raises, or returns nonsense
     │   ├── DataError                    a file or a row of it; names the file and the line
     │   ├── ModelError                   a model that cannot be found or loaded, a prompt beyond its context
     │   ├── RunDirError                  a run directory that exists, or belongs to another config
@@ -40,6 +41,10 @@ class UserError(GrpoError):
 
 class ConfigError(UserError):
     """An unknown key, a value of the wrong type, or an impossible combination."""
+
+
+class PluginError(ConfigError):
+    """A user's own reward, loss, advantage, task or sampler raises, returns nonsense, or does not return."""
 
 
 class DataError(UserError):

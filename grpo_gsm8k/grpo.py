@@ -29,7 +29,7 @@ from grpo_gsm8k import plugins
 from grpo_gsm8k.config import GrpoConfig
 from grpo_gsm8k.datatypes import Datum, Grade, Learner, Prompt, Rollout
 from grpo_gsm8k.engines.probe import sampled_datum
-from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.errors import ConfigError, PluginError
 from grpo_gsm8k.evals.diversity import diversity
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.rollout import RolloutSource, SourceState, StepTimer, rollout_metrics, sample_row
@@ -45,20 +45,20 @@ from grpo_gsm8k.trainer.data import (
     with_old_logprobs,
     with_ref_logprobs,
 )
+from grpo_gsm8k.trainer.estimate import estimate
 from grpo_gsm8k.trainer.losses import Objective, make_loss, unread_settings
 from grpo_gsm8k.trainer.optimizer import lr_at
-from grpo_gsm8k.trainer.plan import estimate
-from grpo_gsm8k.workbench import Bench, open_bench
+from grpo_gsm8k.workbench import Workbench, open_workbench
 
 ADVANTAGES = ("group_relative", "maxrl")
 
 
-def train(cfg: GrpoConfig, bench: Bench, prompts: Sequence[Prompt], grader: Grader) -> None:
+def train(cfg: GrpoConfig, bench: Workbench, prompts: Sequence[Prompt], grader: Grader) -> None:
     """The algorithm. Everything that it needs is handed in, so a test can hand it toys."""
     check(cfg)
     with closing(RolloutSource(cfg, bench, prompts, grader)) as source:
-        progress = Progress(source)
-        for step in loop.steps(bench.run, bench.learner, cfg.steps, progress):
+        state = GrpoState(source)
+        for step in loop.steps(bench.run, bench.learner, cfg.steps, state):
             timer = StepTimer(bench.sampler)
             sampled, metrics = source.take(step)
             timer.restart()  # the source has timed itself
@@ -71,15 +71,15 @@ def train(cfg: GrpoConfig, bench: Bench, prompts: Sequence[Prompt], grader: Grad
                 source.settle()
                 bench.run.samples(step, (sample_row(bench, r, k) for k, group in enumerate(groups) for r in group))
                 metrics |= diversity([[r.trajectory.token_ids for r in group] for group in groups])
-            metrics |= bench.validate(step, cfg.steps)
+            bench.validate(step, cfg.steps, metrics)
             timer.lap("eval")
             metrics |= {"progress/grpo_step": step, "progress/done_frac": step / cfg.steps}
             bench.run.log(step, metrics | timer.metrics(metrics["time/wait"]))
-            progress.said = diagnosis.announce(bench.run.history(), vars(cfg), progress.said)
-            progress.note = f"reward {metrics['reward/mean']:.3f}, {metrics['length/mean']:.0f} tokens"
+            state.said = diagnosis.announce(bench.run.history(), vars(cfg), state.said)
+            state.note = f"reward {metrics['reward/mean']:.3f}, {metrics['length/mean']:.0f} tokens"
 
 
-class Progress(loop.Progress):
+class GrpoState(loop.StageState):
     """What the steps carry along: findings already voiced, and where the source of rollouts stands."""
 
     def __init__(self, source: RolloutSource) -> None:
@@ -110,7 +110,7 @@ def check(cfg: GrpoConfig) -> None:
     if cfg.advantage == "maxrl" and cfg.overlong_buffer:
         raise ConfigError("advantage maxrl needs rewards that are not negative: leave overlong_buffer at 0")
     if relative and cfg.baseline == "none" and cfg.std_norm:
-        raise ConfigError("baseline none with std_norm divides plain rewards by a deviation near 0; pass --no-std-norm")
+        raise ConfigError("baseline none with std_norm divides plain rewards by a deviation near 0; pass --no_std_norm")
     if cfg.top_p < 1:
         raise ConfigError("top_p < 1 truncates what is sampled, so ratios would be wrong; use top_p = 1")
     if cfg.temperature <= 0:
@@ -141,7 +141,7 @@ def advantages_of(cfg: GrpoConfig, grades_G: Sequence[Grade]) -> list[float]:
     """What each completion of a group is credited with, as `--advantage` says.
 
     Raises:
-        ConfigError: the user's own function fails, or returns something other than a finite number for each.
+        PluginError: the user's own function fails, or returns something other than a finite number for each.
     """
     rewards_G = [grade.reward for grade in grades_G]
     if cfg.advantage == "group_relative":
@@ -152,7 +152,7 @@ def advantages_of(cfg: GrpoConfig, grades_G: Sequence[Grade]) -> list[float]:
     with plugins.calling(what):
         found = [float(value) for value in own(grades_G)]
     if len(found) != len(grades_G) or not all(map(math.isfinite, found)):
-        raise ConfigError(
+        raise PluginError(
             f"{what}: returned {str(found)[:80]} for rewards {str(rewards_G)[:80]}; must be as many numbers"
         )
     return found
@@ -193,7 +193,7 @@ def datum(cfg: GrpoConfig, rollout: Rollout) -> Datum | None:
     return sampled_datum(rollout.trajectory, rollout.advantage)
 
 
-def update(cfg: GrpoConfig, bench: Bench, rows: Sequence[Datum], step: int) -> dict[str, float]:
+def update(cfg: GrpoConfig, bench: Workbench, rows: Sequence[Datum], step: int) -> dict[str, float]:
     """`epochs` passes of `minibatches` optimizer steps over the step's rollouts; means over them.
 
     `mismatch/` is of the first update, where the weights are still those that sampled: whatever differs there
@@ -272,7 +272,7 @@ def run(cfg: GrpoConfig) -> dict[str, Any]:
     source, task = Path(cfg.data) / "train.jsonl", task_of(cfg)
     examples, reward = load_split(task, cfg.data, "train"), make_reward(cfg.reward)
     buffer = round(cfg.overlong_buffer * cfg.max_new_tokens)
-    with open_bench(cfg, "grpo", {"train": source}, overlaps=cfg.mode == "one_step_off") as bench:
+    with open_workbench(cfg, "grpo", {"train": source}, overlaps=cfg.mode == "one_step_off") as bench:
         grader = Grader(bench.renderer.task, reward, (cfg.max_new_tokens, buffer) if buffer else None)
         train(cfg, bench, bench.prompts(examples, source), grader)
         return bench.finish()

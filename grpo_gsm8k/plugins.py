@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from grpo_gsm8k.errors import ConfigError, GrpoError
+from grpo_gsm8k.errors import ConfigError, GrpoError, PluginError
 
 
 def load_object(spec: str, kind: str, known: Iterable[str] = ()) -> Any:
@@ -66,7 +66,7 @@ def is_users(spec: str) -> bool:
 
 @contextmanager
 def calling(what: str, *passed: type[Exception]) -> Iterator[None]:
-    """Around a call of a user's own code: whatever it raises becomes a `ConfigError` that names the file and line.
+    """Around a call of a user's own code: whatever it raises becomes a `PluginError` that names the file and line.
 
     Args:
         what: whose code it is, for the error.
@@ -78,7 +78,7 @@ def calling(what: str, *passed: type[Exception]) -> Iterator[None]:
         if isinstance(fault, (GrpoError, *passed)):
             raise
         text = " ".join(str(fault).split())[:300]
-        raise ConfigError(f"{what}: {_where(fault)}{type(fault).__name__}{': ' * bool(text)}{text}") from fault
+        raise PluginError(f"{what}: {_where(fault)}{type(fault).__name__}{': ' * bool(text)}{text}") from fault
 
 
 def _where(fault: BaseException) -> str:

@@ -30,6 +30,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import difflib
 import fcntl
 import hashlib
 import json
@@ -64,6 +65,7 @@ HOPELESS = {
 }
 LEAST_BYTES, TOKEN_BYTES, MOST_BYTES = 4 << 20, 1 << 10, 256 << 20  # of an answer: some, for each token, and at most
 MESSAGE_BYTES = 1 << 16  # of an error
+METAVARS = {int: "INTEGER", float: "FLOAT", str: "TEXT"}
 RETRIED = frozenset({408, 409, 425, 429})  # and everything from 500 on
 
 
@@ -720,17 +722,22 @@ def parse_flags(argv: Sequence[str]) -> Settings:
     """Settings from flags, `-` and `_` alike."""
     parser = _Parser(prog="traces", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     for item in fields(Settings):
-        name, text = "--" + item.name.replace("_", "-"), item.metadata["help"].replace("%", "%%")
+        name, text = f"--{item.name}", item.metadata["help"].replace("%", "%%")
         if isinstance(item.default, bool):
             parser.add_argument(name, action="store_true", help=text)
         else:
             shown = "" if item.name == "instruction" else f" [default: {item.default}]"
-            parser.add_argument(name, type=type(item.default), default=item.default, help=text + shown)
+            kind, metavar = type(item.default), METAVARS[type(item.default)]
+            parser.add_argument(name, type=kind, default=item.default, metavar=metavar, help=text + shown)
     given = []
     for word in argv:
         head, equals, tail = word.partition("=")
-        given.append((head.replace("_", "-") if word.startswith("--") else head) + equals + tail)
-    cfg = Settings(**vars(parser.parse_args(given)))
+        given.append((f"--{head[2:].replace('-', '_')}" if word.startswith("--") else head) + equals + tail)
+    known, unknown = parser.parse_known_args(given)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], [f"--{f.name}" for f in fields(Settings)], n=1)
+        raise MistakeError(f"no such flag: {unknown[0]}" + (f" (did you mean {near[0]}?)" if near else ""))
+    cfg = Settings(**vars(known))
     for name in ("concurrency", "samples_per_prompt", "max_tokens", "timeout", "connect_timeout", "read_timeout"):
         if not getattr(cfg, name) > 0:
             raise MistakeError(f"--{name} must be above 0")

@@ -20,11 +20,11 @@ from typing import Any
 from grpo_gsm8k.config import GrpoConfig
 from grpo_gsm8k.datatypes import Grade, Prompt, Rollout, Sampler, SamplingParams, Trajectory
 from grpo_gsm8k.engines.trajectories import sample_trajectories
-from grpo_gsm8k.errors import EngineError
+from grpo_gsm8k.errors import EngineError, PluginError
 from grpo_gsm8k.evals.accuracy import record
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.tasks.rewards import Grader
-from grpo_gsm8k.workbench import Bench
+from grpo_gsm8k.workbench import Workbench
 
 WAKE_S = 0.2
 
@@ -79,7 +79,7 @@ def _rollout(row: Mapping[str, Any], by_id: Mapping[str, Prompt]) -> Rollout:
 class RolloutSource:
     """The rollouts of each step, sampled when they are needed or one step ahead."""
 
-    def __init__(self, cfg: GrpoConfig, bench: Bench, prompts: Sequence[Prompt], grader: Grader) -> None:
+    def __init__(self, cfg: GrpoConfig, bench: Workbench, prompts: Sequence[Prompt], grader: Grader) -> None:
         self.cfg, self.bench, self.prompts, self.grader = cfg, bench, prompts, grader
         self.cursor = 0
         self._taking = self._before = 0  # the step under way, and the cursor that it began with
@@ -112,7 +112,12 @@ class RolloutSource:
             metrics |= self.bench.sync(step - 1)
             self._begin(step + 1)
         sync = time.perf_counter() - began - waited
-        metrics |= {"time/wait": waited, "time/sync": sync, **ready.seconds, **self._staleness(step, ready.groups)}
+        metrics |= {
+            "time/wait": waited,
+            "time/save_weights": sync,
+            **ready.seconds,
+            **self._staleness(step, ready.groups),
+        }
         return ready.groups, metrics
 
     def state(self) -> SourceState:
@@ -127,7 +132,10 @@ class RolloutSource:
             future = None  # nobody waits for samples while a run is being ended; they are drawn anew
         try:
             return SourceState(cursor, future.result() if future else None)
-        except EngineError:  # the checkpoint is being written because of it; the step will be sampled anew
+        except (
+            EngineError,
+            PluginError,
+        ):  # the reason for this checkpoint; the step will be sampled anew
             return SourceState(cursor)
 
     def restore(self, state: SourceState) -> None:
@@ -162,7 +170,7 @@ class RolloutSource:
 
 
 def collect(
-    cfg: GrpoConfig, bench: Bench, prompts: Sequence[Prompt], grader: Grader, step: int, cursor: int
+    cfg: GrpoConfig, bench: Workbench, prompts: Sequence[Prompt], grader: Grader, step: int, cursor: int
 ) -> Collected:
     """Graded groups for one step, in order; groups without variance are replaced up to the configured times."""
     wanted = cfg.rollouts_per_step // cfg.group_size
@@ -196,7 +204,7 @@ def prompt_at(prompts: Sequence[Prompt], k: int, seed: int) -> Prompt:
     return prompts[shuffled(len(prompts), derive_seed(seed, "prompts", epoch))[i]]
 
 
-def sampling_params(cfg: GrpoConfig, bench: Bench) -> SamplingParams:
+def sampling_params(cfg: GrpoConfig, bench: Workbench) -> SamplingParams:
     """How the rollouts of every step are sampled."""
     return SamplingParams(cfg.max_new_tokens, cfg.temperature, cfg.top_p, bench.renderer.stop)
 
@@ -262,7 +270,7 @@ def turn_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     return {"turns/mean": statistics.fmean(turns), "turns/max": float(max(turns))} if max(turns) > 1 else {}
 
 
-def sample_row(bench: Bench, rollout: Rollout, group: int) -> dict[str, Any]:
+def sample_row(bench: Workbench, rollout: Rollout, group: int) -> dict[str, Any]:
     """One rollout as a row of `samples/`; `group` numbers the prompts of the step."""
     return {
         **record(rollout, bench.renderer),

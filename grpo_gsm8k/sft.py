@@ -29,25 +29,25 @@ from grpo_gsm8k.trainer import loop
 from grpo_gsm8k.trainer.data import weighted
 from grpo_gsm8k.trainer.losses import CrossEntropy, Objective
 from grpo_gsm8k.trainer.optimizer import lr_at
-from grpo_gsm8k.trainer.shards import MANIFEST, load_rows, read_manifest
-from grpo_gsm8k.workbench import Bench, open_bench
+from grpo_gsm8k.trainer.token_shards import MANIFEST, load_rows, read_manifest
+from grpo_gsm8k.workbench import Workbench, open_workbench
 
 
-def train(cfg: SftConfig, bench: Bench, rows: Sequence[Datum]) -> None:
+def train(cfg: SftConfig, bench: Workbench, rows: Sequence[Datum]) -> None:
     """Fine-tune on `rows` for `cfg.epochs` epochs, validating as it goes."""
     total = cfg.epochs * updates_per_epoch(len(rows), cfg.batch_size)
-    for step in loop.steps(bench.run, bench.learner, total, state := loop.Progress()):
+    for step in loop.steps(bench.run, bench.learner, total, state := loop.StageState()):
         started = time.perf_counter()
         metrics = fit_step(cfg, bench, rows, step, lr_at(step, total, cfg), seed=cfg.seed)
         metrics |= {"progress/sft_step": step, "progress/done_frac": step / total}
-        metrics |= bench.validate(step, total)
+        bench.validate(step, total, metrics)
         bench.run.log(step, metrics | {"time/total": time.perf_counter() - started})
         state.note = f"loss {metrics['loss']:.3f}"
 
 
 def fit_step(
     cfg: TrainConfig,
-    bench: Bench,
+    bench: Workbench,
     rows: Sequence[Datum],
     step: int,
     lr: float,
@@ -83,7 +83,7 @@ def run(cfg: SftConfig) -> dict[str, Any]:
     examples: Sequence[Conversation | Example] = []
     if not sharded:
         examples = load_pairs(source) if cfg.data_path else load_split(task_of(cfg), cfg.data, "train")
-    with open_bench(cfg, "sft", {"train": source / MANIFEST if sharded else source}) as bench:
+    with open_workbench(cfg, "sft", {"train": source / MANIFEST if sharded else source}) as bench:
         rows = (
             load_rows(source, bench.renderer.made_with(), cfg.train_on)
             if sharded
@@ -100,7 +100,7 @@ def run(cfg: SftConfig) -> dict[str, Any]:
         return {**bench.finish(), "examples": len(fitting), "left_out": left_out}
 
 
-def render(cfg: SftConfig, bench: Bench, item: Conversation | Example) -> Datum:
+def render(cfg: SftConfig, bench: Workbench, item: Conversation | Example) -> Datum:
     """A conversation, or an example with what a teacher answers, as ids and mask."""
     if isinstance(item, Conversation):
         return bench.renderer.chat(item.messages, cfg.train_on, item.raw, item.source)

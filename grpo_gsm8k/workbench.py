@@ -20,15 +20,16 @@ from grpo_gsm8k.config import ENGINES, EngineConfig, EvalConfig, GrpoConfig, Mod
 from grpo_gsm8k.datatypes import Evaluator, Example, Learner, Prompt, Sampler, SamplingParams, WeightsRef
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.engines.probe import TOLERANCE, probe
-from grpo_gsm8k.engines.process import Engine, ProcessSampler, placements, trained_on
+from grpo_gsm8k.engines.process import C, Engine, ProcessSampler, placements, settle, trained_on
 from grpo_gsm8k.engines.remote import RemoteSampler
 from grpo_gsm8k.engines.service import Checkpoint, Service, connected
-from grpo_gsm8k.errors import ConfigError, EngineError, RunDirError
+from grpo_gsm8k.engines.users import UserSampler
+from grpo_gsm8k.errors import ConfigError, EngineError, PluginError, RunDirError
 from grpo_gsm8k.evals.accuracy import CHUNK, Evaluation, evaluate
 from grpo_gsm8k.evals.evaluator import AsyncEvaluator, InlineEvaluator
 from grpo_gsm8k.plugins import calling, is_users, load_object
 from grpo_gsm8k.preflight import Subject, check_ids, embeddings_of
-from grpo_gsm8k.runs.directory import Run, open_run
+from grpo_gsm8k.runs.directory import Run, continued, open_run
 from grpo_gsm8k.runs.files import atomic_folder
 from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.tasks import contamination
@@ -56,7 +57,7 @@ ENGINE_CHUNK = 1024  # prompts at once: an engine schedules them itself, and eac
 
 
 @dataclass
-class Bench:
+class Workbench:
     """The tools of one training run.
 
     Attributes:
@@ -101,17 +102,24 @@ class Bench:
         prompts = self.val[: cfg.probe_prompts]
         return ref, probe(self.sampler, self.learner, prompts, version, tolerance)
 
-    def validate(self, step: int, total: int) -> dict[str, float]:
+    def validate(self, step: int, total: int, metrics: dict[str, float]) -> None:
         """Submit the weights of this step when it is due; log what has come back.
 
-        Returns:
-            the metrics of this step: the validation's own when it was done at once.
+        A step whose validation fails is complete without it: its update is not lost.
+
+        Args:
+            metrics: of this step; the validation's own are added when it was done at once.
         """
         if self.evaluator is None:
             self.evaluator = inline_evaluator(self)
-        if self.due(step, total):
-            self.evaluator.submit(step, self.learner.weights())
-        return self._keep(self.evaluator.results(), step) | self.evaluator.metrics()
+        try:
+            if self.due(step, total):
+                self.evaluator.submit(step, self.learner.weights())
+            metrics |= self._keep(self.evaluator.results(), step) | self.evaluator.metrics()
+        except (EngineError, PluginError):
+            self.run.log(step, metrics)
+            self.run.complete = step
+            raise
 
     def due(self, step: int, total: int) -> bool:
         """Whether this step ends with a validation: every `eval_every`, and the last."""
@@ -147,7 +155,9 @@ class Bench:
 
 
 @contextmanager
-def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlaps: bool = False) -> Iterator[Bench]:
+def open_workbench(
+    cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlaps: bool = False
+) -> Iterator[Workbench]:
     """Everything ready-made from a config; what is cheap to refuse is refused before the model is loaded.
 
     Of several ranks the first alone comes here: the others learn with it until it is done, and leave.
@@ -156,11 +166,13 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
         inputs: name → file that the stage reads, besides the evaluation set.
         overlaps: the sampler works while the learner does, so on one GPU neither can make room for the other.
     """
+    cfg = settled(cfg, stage)
     if cfg.learner == "tinker" and world().size > 1:
         raise ConfigError("--learner tinker trains at a service: start it in one process, without torchrun")
     if world().rank:
         ranks.follow(make_learner(cfg, load_seeded(cfg), None))
         raise SystemExit(0)
+    warn_of_unread(cfg)
     eval_path = Path(cfg.eval_set_path or Path(cfg.data) / "val.jsonl")
     task = task_of(cfg)
     examples = load_examples(task, eval_path)
@@ -173,7 +185,7 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
         # Before the model is loaded: what is wrong with a template shows at once.
         renderer = Renderer(load_tokenizer(cfg), task, date=date_of(cfg))
         renderer.check(examples[0])
-        val = examples[: cfg.eval_examples or None], eval_path
+        val = validated(examples, cfg), eval_path
         if cfg.learner == "tinker":
             bench = open_until_the_end.enter_context(_bench_at_service(run, renderer, *val))
         else:
@@ -181,9 +193,9 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
         learner = bench.learner
         try:
             yield bench
-        except EngineError:
-            if loop.rescue(run, learner):
-                talk(f"{run.stage}: step {run.complete} is saved in {run.path}; continue with --resume")
+        except (EngineError, PluginError):
+            if saved := loop.rescue(run, learner):
+                talk(f"{run.stage}: step {saved} is saved in {run.path}; continue with --resume")
             raise
         except KeyboardInterrupt:
             loop.rescue_interrupted(run, learner)
@@ -193,7 +205,7 @@ def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlap
 @contextmanager
 def _bench_here(
     run: Run, renderer: Renderer, examples: Sequence[Example], eval_path: Path, overlaps: bool
-) -> Iterator[Bench]:
+) -> Iterator[Workbench]:
     """A bench with a model that this machine trains."""
     cfg, stage = run.cfg, run.stage
     apart = evaluates_apart(cfg, stage)
@@ -203,7 +215,7 @@ def _bench_here(
         learner: Learner = make_learner(cfg, model, renderer)
         if world().size > 1:
             learner = open_until_the_end.enter_context(closing(Lead(learner)))
-        bench = Bench(run, learner, NoSampler(), renderer, [], context_length(model), embeddings_of(model))
+        bench = Workbench(run, learner, NoSampler(), renderer, [], context_length(model), embeddings_of(model))
         bench.val = bench.prompts(examples, eval_path)
         flown = Subject(model, renderer, bench.val, learner, None, run.path, getattr(learner, "packs", False))
         preflight.fly(flown)  # before an engine is started, which takes a minute
@@ -217,12 +229,14 @@ def _bench_here(
 
 
 @contextmanager
-def _bench_at_service(run: Run, renderer: Renderer, examples: Sequence[Example], eval_path: Path) -> Iterator[Bench]:
+def _bench_at_service(
+    run: Run, renderer: Renderer, examples: Sequence[Example], eval_path: Path
+) -> Iterator[Workbench]:
     """A bench with a model that a training service trains and samples from."""
     with connected(run.cfg) as (service, start):
         learner = RemoteLearner(service, start, renderer, run.cfg)
         sampler = _remote_sampler(run.cfg, renderer, service, start)
-        bench = Bench(run, learner, sampler, renderer, [], sampler.context, len(renderer.tokenizer))
+        bench = Workbench(run, learner, sampler, renderer, [], sampler.context, len(renderer.tokenizer))
         bench.val = bench.prompts(examples, eval_path)
         if not checkpoint.steps_present(run.checkpoints):  # a run that goes on has been through it
             preflight.check_service(renderer, bench.val, learner, sampler)
@@ -233,6 +247,29 @@ def _remote_sampler(cfg: EngineConfig, renderer: Renderer, service: Service, mod
     context = service.base_model(model.base_model).context or UNKNOWN_CONTEXT
     where = model.sampler or model.base_model
     return RemoteSampler(service, renderer, where, context, generation_ends(cfg))
+
+
+def settled(cfg: C, stage: str = "") -> C:
+    """`cfg` with the engine that `auto` means: that of the run which is continued, else this machine's."""
+    before = continued(cfg, stage) if isinstance(cfg, TrainConfig) else {}
+    if cfg.engine == "auto" and "engine" in before:
+        return dataclasses.replace(cfg, engine=before["engine"])
+    return settle(cfg, str(pick_device(cfg.device)), torch.cuda.device_count(), world().local_size)
+
+
+def validated(examples: Sequence[Example], cfg: TrainConfig) -> list[Example]:
+    """What every validation of a run asks: the first examples, or some drawn by its seed, in the order of the file."""
+    n = cfg.eval_examples or len(examples)
+    if cfg.eval_draw == "first":
+        return list(examples[:n])
+    drawn = repro.shuffled(len(examples), repro.derive_seed(cfg.seed, "validation"))[:n]
+    return [examples[i] for i in sorted(drawn)]
+
+
+def warn_of_unread(cfg: EngineConfig) -> None:
+    """Name the settings that are vLLM's alone and were given to the embedded engine."""
+    if cfg.unread:
+        talk(f"{', '.join(cfg.unread)}: only vLLM reads this, and --engine is {cfg.engine}")
 
 
 def evaluates_apart(cfg: TrainConfig, stage: str) -> bool:
@@ -258,8 +295,7 @@ def evaluates_apart(cfg: TrainConfig, stage: str) -> bool:
 
 def load_seeded(cfg: TrainConfig) -> Any:
     """The model to train, with every generator and kernel set as the config says."""
-    repro.set_deterministic(cfg.deterministic)
-    repro.seed_everything(cfg.seed)
+    repro.seed_everything(cfg.seed, cfg.deterministic)
     model = load_model(cfg)
     adapter.attach(model, cfg)
     return model
@@ -303,14 +339,15 @@ def open_sampler(
     Args:
         model: whose type and device the engines take over.
         folder: for the engines' log, and for weights that do not fit into shared memory.
-        overlaps: see `open_bench`.
+        overlaps: see `open_workbench`.
     """
     here = world()
+    assert cfg.engine != "auto", "whoever opens a sampler has settled the engine"
     if is_users(cfg.engine):
         make = load_object(cfg.engine, "engine", ENGINES)
         with calling(f"engine {cfg.engine!r}"):
-            own: Sampler = make(model, renderer, cfg)
-        yield own
+            own = make(model, renderer, cfg)
+        yield UserSampler(cfg.engine, own)
         return
     if not cfg.uses_vllm:
         yield HFSampler(model, renderer, cfg.sample_rows, copy_model=here.size == 1)  # ranks train another copy
@@ -361,7 +398,7 @@ def open_sampler(
         sampler.close()
 
 
-def async_evaluator(bench: Bench, model: Any, stage: str) -> AsyncEvaluator:
+def async_evaluator(bench: Workbench, model: Any, stage: str) -> AsyncEvaluator:
     """An evaluator in a process of its own, for the bench's validation prompts."""
     cfg = bench.run.cfg
     device = cfg.eval_device
@@ -394,7 +431,7 @@ def prompt_rows(prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
     ]
 
 
-def inline_evaluator(bench: Bench) -> InlineEvaluator:
+def inline_evaluator(bench: Workbench) -> InlineEvaluator:
     """The bench's own sampler as the evaluator."""
 
     def sync(step: int) -> WeightsRef:
@@ -404,7 +441,7 @@ def inline_evaluator(bench: Bench) -> InlineEvaluator:
     return InlineEvaluator(sync, bench.sampler, bench.val, params, bench.renderer, bench.context)
 
 
-def validation_params(bench: Bench) -> SamplingParams:
+def validation_params(bench: Workbench) -> SamplingParams:
     """Greedy, one completion an example."""
     cfg = bench.run.cfg
     return SamplingParams(cfg.max_new_tokens, temperature=0.0, stop=bench.renderer.stop)
@@ -426,6 +463,7 @@ def evaluate_model(
     how: dict[str, Any] = {"samples": samples, "seeds": seeds, "title": title}
     if cfg.engine == "tinker":
         return _evaluate_at_service(cfg, task, examples, params, source, shots, how)
+    warn_of_unread(cfg)
     repro.set_deterministic(cfg.deterministic)
     # An engine is given the weights like any other time, from a copy on the CPU: their hash is what was evaluated.
     if cfg.uses_vllm:

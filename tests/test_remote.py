@@ -30,7 +30,7 @@ SMALL = {"seed": 7, "deterministic": True, "warmup_steps": 0, "lora_rank": 4, "l
 RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sft": (sft.run, {"epochs": 1, "batch_size": 16}),
     "ei": (ei.run, {"rounds": 2, "steps_per_round": 2, "prompts_per_round": 8, "batch_size": 4}),
-    "grpo": (grpo.run, {"steps": 3, "rollouts_per_step": 16, "group_size": 4, "reward": "tests.toys:even_tokens"}),
+    "grpo": (grpo.run, {"steps": 2, "rollouts_per_step": 16, "group_size": 4, "reward": "tests.toys:even_tokens"}),
 }
 CLIPPED = {"minibatches": 2, "epochs": 2, "clip_eps": 0.01, "kl_coef": 0.1, "old_logprobs": "recompute"}
 ROWS = "grpo_gsm8k.serve.local:RowSampler"
@@ -157,9 +157,9 @@ def test_the_services_own_losses_learn_the_same_but_for_rounding(tiny, tmp_path,
 def test_a_run_that_ended_goes_on_as_if_it_had_not(tiny, tmp_path, address):
     flags = {"old_logprobs": "recompute", "minibatches": 2, "save_every": 1, "keep_last": 1}
     run("grpo", tiny, tmp_path / "whole", address, **flags)
-    run("grpo", tiny, tmp_path / "parts", address, **flags, max_steps=2)
-    record = json.loads((tmp_path / "parts/checkpoints/step_000002/service.json").read_text())
-    assert record["state"].endswith("/weights/step_000002") and record["address"] == address
+    run("grpo", tiny, tmp_path / "parts", address, **flags, max_steps=1)
+    record = json.loads((tmp_path / "parts/checkpoints/step_000001/service.json").read_text())
+    assert record["state"].endswith("/weights/step_000001") and record["address"] == address
     run("grpo", tiny, tmp_path / "parts", address, **flags, resume=True)
     same(tmp_path / "whole", tmp_path / "parts")
     with pytest.raises(RefusedError, match=r"is not there|no such|unknown|there is no"):  # deleted with its folder

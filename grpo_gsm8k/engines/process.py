@@ -25,11 +25,13 @@ from grpo_gsm8k.engines import handover
 from grpo_gsm8k.engines.channel import Child, ChildGone, environment_of
 from grpo_gsm8k.engines.handover import Outbox
 from grpo_gsm8k.errors import ConfigError, EngineError
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import doing, talk
 from grpo_gsm8k.tasks.render import Renderer
+from grpo_gsm8k.trainer.ranks import world
 
 ATTEMPTS = 3
 T = TypeVar("T")
+C = TypeVar("C", bound=EngineConfig)
 
 
 def placements(cfg: EngineConfig, learner: str = "", gpus: int = 0, ranks: int = 1) -> list[list[str]]:
@@ -69,6 +71,30 @@ def placements(cfg: EngineConfig, learner: str = "", gpus: int = 0, ranks: int =
 def trained_on(learner: str, ranks: int) -> set[str]:
     """The devices of this machine that are trained on: as many GPUs as there are ranks, from the first on."""
     return {f"cuda:{n}" for n in range(ranks)} if ranks > 1 and learner.startswith("cuda") else {learner}
+
+
+def settle(cfg: C, learner: str, gpus: int = 0, ranks: int = 1) -> C:
+    """`cfg` with `auto` replaced by the engine that it means here; says which on a GPU, where there is a choice.
+
+    Args:
+        learner, gpus, ranks: see `placements`.
+    """
+    if cfg.engine != "auto":
+        return cfg
+    if not learner.startswith("cuda"):
+        return dataclasses.replace(cfg, engine="hf")
+    if not _installed("vllm"):
+        why = "vLLM is not installed, `uv sync --extra vllm` installs it"
+    elif cfg.deterministic:
+        why = "vLLM has not been shown to repeat a run bit for bit"
+    elif ranks > 1 and trained_on(learner, ranks) >= {f"cuda:{n}" for n in range(gpus)}:
+        why = "every GPU trains, which leaves none to vLLM"
+    else:
+        why = ""
+    engine = "hf" if why else "vllm"
+    if not world().rank:
+        talk(f"--engine auto: {engine}; {why or 'vLLM is installed and there is a GPU'}")
+    return dataclasses.replace(cfg, engine=engine)
 
 
 def _row(first: str, size: int) -> list[str]:
@@ -167,13 +193,14 @@ class Engine:
 
     def _ready(self) -> Child:
         if self._child is None:
-            self._child = Child(
-                self._module,
-                self._start,
-                patience_s=self.patience_s,
-                environment=self._environment,
-                log=self._log,
-            )
+            with doing(f"starting the {self.name}"):
+                self._child = Child(
+                    self._module,
+                    self._start,
+                    patience_s=self.patience_s,
+                    environment=self._environment,
+                    log=self._log,
+                )
             if self.held:
                 answer = self._child.call("load", self.patience_s, **handover.as_json(self.held))
                 if "refused" in answer:

@@ -148,7 +148,7 @@ class Service:
         listed = self.call(f"listing the checkpoints of {run}", lambda: self.rest.list_checkpoints(run).result())
         for one in listed.checkpoints:
             if one.tinker_path == path:
-                return (one.user_metadata or {}).get(HASH, "")
+                return str((one.user_metadata or {}).get(HASH, ""))
         return ""
 
     def delete(self, path: str) -> None:

@@ -11,6 +11,9 @@ as many, once half of them have ended.
 
 Prompts are read by the plain decoder, and their keys and values copied into the buffers. On a CPU, or where a capture
 fails, the same steps run one kernel after the other.
+
+How many rows and columns a step reads follows from its own call, not from what was sampled before: sums over another
+number of columns are rounded differently, and a resumed run has not sampled what came before.
 """
 
 from __future__ import annotations
@@ -48,18 +51,30 @@ class _Layer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         self.column = column
 
-    def see(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """What the next step reads and writes."""
-        self.keys, self.values, self.is_initialized = keys, values, True
+    def see(self, keys: torch.Tensor, values: torch.Tensor, columns: torch.Tensor) -> None:
+        """What the next step reads and writes; `columns` are the numbers of those that it reads."""
+        self.keys, self.values, self.columns, self.is_initialized = keys, values, columns, True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the step's column; all columns, of which the mask hides those behind it."""
         assert self.keys is not None and self.values is not None
-        self.keys.index_copy_(2, self.column, key_states)
-        self.values.index_copy_(2, self.column, value_states)
+        _write(self.keys, 2, self.columns, self.column, key_states)
+        _write(self.values, 2, self.columns, self.column, value_states)
         return self.keys, self.values
+
+
+def _write(buffer: torch.Tensor, dim: int, numbers: torch.Tensor, at: torch.Tensor, entry: torch.Tensor) -> None:
+    """Put `entry` at index `at`, `(1,)`, of a dimension whose indices are `numbers`; waits for nothing.
+
+    torch's deterministic `index_copy_` copies a view to and fro and sorts. One pass over the buffer does less.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        here = (numbers == at).view(-1, *(1,) * (buffer.ndim - dim - 1))
+        torch.where(here, entry, buffer, out=buffer)
+    else:
+        buffer.index_copy_(dim, at, entry)
 
 
 def serves(model: Any) -> bool:
@@ -140,7 +155,8 @@ class StaticDecoder:
     def _advance(self, params: Any) -> None:
         """One step: replayed, captured, or the first of its kind, which runs as it stands and loads the kernels."""
         rows, columns = self.rows, self._columns()
-        key = (rows, columns, params.temperature, params.top_p, params.top_k)
+        draws = (params.temperature, params.top_p, params.top_k)
+        key = (rows, columns, *draws, torch.are_deterministic_algorithms_enabled())
 
         def step() -> None:
             self._draw(self._forward(rows, columns), params)
@@ -175,7 +191,8 @@ class StaticDecoder:
         longest, count = max(map(len, prompts)), n * len(prompts)
         reader = self.make_prefill()
         logits = reader.prefill(prompts, 1)
-        self._reserve(_bucket(count, LEAST_ROWS), -(-(longest + room) // LEAST_COLUMNS) * LEAST_COLUMNS, reader.cache)
+        self.most_columns = -(-(longest + room) // LEAST_COLUMNS) * LEAST_COLUMNS
+        self._reserve(_bucket(count, LEAST_ROWS), self.most_columns, reader.cache)
         for mine, layer in zip(self.buffers, reader.cache.layers, strict=True):
             for buffer, read in zip(mine, (layer.keys, layer.values), strict=True):
                 buffer[:count, :, :longest].unflatten(0, (-1, n)).copy_(read.unsqueeze(1))
@@ -234,13 +251,13 @@ class StaticDecoder:
 
     def _columns(self) -> int:
         """Columns that the next step reads: enough for what is there, and few different numbers."""
-        return min(_bucket(self.width + 1, LEAST_COLUMNS), self.capacity[1])
+        return min(_bucket(self.width + 1, LEAST_COLUMNS), self.most_columns)
 
     def _forward(self, rows: int, columns: int) -> torch.Tensor:
         """Read the last token of each row; the logits `(rows, V)` behind it."""
-        for layer, (keys, values) in zip(self.layers, self.buffers, strict=True):
-            layer.see(keys[:rows, :, :columns], values[:rows, :, :columns])
         there = self.all_columns[:columns]
+        for layer, (keys, values) in zip(self.layers, self.buffers, strict=True):
+            layer.see(keys[:rows, :, :columns], values[:rows, :, :columns], there)
         hidden = (there < self.pads[:rows]) | (there > self.column)  # (rows, columns)
         mask = torch.zeros_like(hidden, dtype=self.model.dtype).masked_fill(hidden, float("-inf"))
         more = {"output_router_logits": False} if "output_router_logits" in self.takes else {}
@@ -262,8 +279,8 @@ class StaticDecoder:
         uniforms = self.uniforms[:rows].index_select(1, at).squeeze(1)
         tokens, logp = self.choose(logits, uniforms, params)
         self.tokens[:rows].copy_(tokens)
-        self.chosen[:rows].index_copy_(1, at, tokens.unsqueeze(1))
-        self.logp[:rows].index_copy_(1, at, logp.unsqueeze(1))
+        _write(self.chosen[:rows], 1, self.all_columns, at, tokens.unsqueeze(1))
+        _write(self.logp[:rows], 1, self.all_columns, at, logp.unsqueeze(1))
         at.add_(1)
 
 

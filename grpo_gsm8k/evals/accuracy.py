@@ -120,7 +120,7 @@ def evaluate(
     grader = Grader(renderer.task)
     started, rows = time.perf_counter(), list[Row]()
     draws: list[tuple[Row, int]] = [({"seed": seed}, derive_seed(seed, "eval")) for seed in seeds]
-    with progress(title, len(prompts)) as bar:
+    with progress(title, len(prompts), keep=False) as bar:
         for start in range(0, len(prompts), chunk_size):
             chunk = prompts[start : start + chunk_size]
             for named, seed in draws or [({}, 0)]:
@@ -135,7 +135,7 @@ def evaluate(
 
 def _so_far(rows: Sequence[Row]) -> str:
     known = [row["correct"] for row in rows if row["correct"] is not None]
-    return f"accuracy {fmean(known):.3f}" if known else f"reward {fmean(row['reward'] for row in rows):.3f}"
+    return f"accuracy {100 * fmean(known):.1f} %" if known else f"reward {fmean(row['reward'] for row in rows):.3f}"
 
 
 def figures(rows: list[Row], samples: int, seconds: float, vote: Callable[[str | None], Hashable]) -> Evaluation:

@@ -28,6 +28,8 @@ from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.tasks import load_task
 from grpo_gsm8k.tasks.base import Author, Tags, Task, TaskOptions, after_opened_thought, make_tags
 
+GRADING = ("grading", "format_weight", "answer_weight", "grader_processes", "grader_timeout_s")
+"""Settings of every task's grades, by their names in the config and in `TaskOptions`."""
 PROMPT_FILE = "prompt.json"
 SHOT_BREAK = "\n\n\n"  # between worked examples in plain text; a completion that writes it begins another one
 DATE = "2024-07-26"
@@ -603,7 +605,7 @@ def task_of(cfg: PromptConfig) -> Task:
     spec = cfg.task or (stored["task"] if stored else DEFAULT_TASK)
     if style == "auto" and stored and stored["task"] == spec:
         style, tags = stored["prompt_style"], Tags(**{key: stored[key] for key in vars(Tags())})
-    known = {name: getattr(cfg, name) for name in ("grading", "format_weight", "answer_weight") if hasattr(cfg, name)}
+    known = {name: getattr(cfg, name) for name in GRADING if hasattr(cfg, name)}
     settings = {name: getattr(cfg, name) for name in TASK_SETTINGS if hasattr(cfg, name)}
     return load_task(spec, TaskOptions(style, tags, settings=settings, **known))
 

@@ -281,8 +281,8 @@ class TorchLearner:
     def _packs(self, model: Any) -> bool:
         wanted = self.cfg.packing
         blocks = self.device.type != "cpu" and not packing.reads_varlen(model)  # not measured there without a compiler
-        if wanted == "off" or (wanted == "auto" and (blocks or (self.cfg.deterministic and self.device.type != "cpu"))):
-            return False  # the kernel for rows end to end promises no order of its sums
+        if wanted == "off" or (wanted == "auto" and blocks):
+            return False
         able = packing.enable(model)
         if wanted == "on" and not able:
             raise ConfigError("--packing on: this model does not read packed rows as it reads others; leave it at auto")

@@ -1,6 +1,6 @@
 """The step loop that every training stage runs in: resume, checkpoints, interrupts, progress.
 
-    for step in steps(run, learner, total, progress):
+    for step in steps(run, learner, total, state):
         ...                         # the stage's own work for this step
         run.log(step, metrics)
 
@@ -33,7 +33,7 @@ from grpo_gsm8k.trainer.ranks import world
 TORCHRUN_S = 2.0  # torchrun passes on the Ctrl-C that the terminal has sent to its ranks already
 
 
-class Progress:
+class StageState:
     """What a stage carries from step to step; a stage with more to remember extends all three."""
 
     note = ""  # beside the progress bar
@@ -47,7 +47,7 @@ class Progress:
         self.note = stored["note"]
 
 
-def steps(run: Run, learner: Learner, total: int, state: Progress) -> Iterator[int]:
+def steps(run: Run, learner: Learner, total: int, state: StageState) -> Iterator[int]:
     """Yield the steps that are left, 1-based, of a run of `total`.
 
     Args:
@@ -56,7 +56,7 @@ def steps(run: Run, learner: Learner, total: int, state: Progress) -> Iterator[i
     Raises:
         Interrupted: after Ctrl-C or SIGTERM, once the step is complete and its checkpoint is written.
     """
-    cfg, run.progress = run.cfg, state.as_json
+    cfg, run.state = run.cfg, state.as_json
     last = min(total, cfg.max_steps or total)
     first = resume(run, learner, state)
     if first == 0 and last == 0:
@@ -65,7 +65,7 @@ def steps(run: Run, learner: Learner, total: int, state: Progress) -> Iterator[i
         for step in range(first + 1, last + 1):
             yield step
             run.complete = step
-            bar.update(step, state.note)
+            bar.update(step, ", ".join(filter(None, [state.note, _validated(run)])))
             if step % cfg.save_every == 0 or step == last or received:
                 save(run, learner, step, state.as_json())
             if received:
@@ -73,7 +73,17 @@ def steps(run: Run, learner: Learner, total: int, state: Progress) -> Iterator[i
                 raise Interrupted(_saved(name, step, run), 128 + received[0])
 
 
-def resume(run: Run, learner: Learner, state: Progress) -> int:
+def _validated(run: Run) -> str:
+    """The newest validation, beside the bar."""
+    for row in reversed(run.history()):
+        if row.get("val/accuracy") is not None:
+            return f"accuracy {100 * row['val/accuracy']:.1f} %"
+        if row.get("val/reward") is not None:
+            return f"validation reward {row['val/reward']:.3f}"
+    return ""
+
+
+def resume(run: Run, learner: Learner, state: StageState) -> int:
     """Load the newest whole checkpoint, rewind the logs to it, and return its step; 0 when there is none."""
     found = checkpoint.newest(run.checkpoints, talk)
     step = 0
@@ -100,12 +110,15 @@ def save(run: Run, learner: Learner, step: int, state: Mapping[str, Any]) -> Pat
     return folder
 
 
-def rescue(run: Run, learner: Learner) -> bool:
-    """Keep the last complete step when a step ends halfway, unless the weights have moved beyond it."""
-    if not _within_reach(run):
-        return False
-    save(run, learner, run.complete, run.progress())
-    return True
+def rescue(run: Run, learner: Learner) -> int:
+    """Keep the last complete step when a step ends halfway, unless the weights have moved beyond it.
+
+    Returns:
+        the newest step that a checkpoint holds; 0 if there is none.
+    """
+    if _within_reach(run) and getattr(learner, "in_step", True):
+        save(run, learner, run.complete, run.state())
+    return max(checkpoint.steps_present(run.checkpoints), default=0)
 
 
 def rescue_interrupted(run: Run, learner: Learner) -> None:

@@ -152,7 +152,7 @@ def gauge_of(model: Any, cfg: TrainConfig, dtype: torch.dtype, ranks: int, compi
     flops = gpu.flops * ranks if gpu and dtype == torch.bfloat16 else 0.0
     setup = replace(costs.setup_of(cfg, dtype.itemsize, ranks), compiled=compiled)
     beside = costs.beside_bytes(shape, setup, cfg)
-    return Gauge(shape, setup, CudaMeter(device), flops, beside, packing.reads_varlen(model))
+    return Gauge(shape, setup, CudaMeter(device), flops, beside, packing.reads_varlen(model, dtype))
 
 
 def engine_share(cfg: TrainConfig, model: Any, overlaps: bool) -> float:
@@ -174,7 +174,7 @@ def engine_share(cfg: TrainConfig, model: Any, overlaps: bool) -> float:
         raise ConfigError(
             f"vLLM has no room beside the learner on {device}: of {total / 1e9:.0f} GB the learner keeps "
             f"{resting / 1e9:.0f} GB and {free / 1e9:.0f} GB are free; pass --optimizer_device cpu, --lora_rank, "
-            "another --vllm_device, or --gpu_mem_util to try it all the same"
+            "another --vllm_device, --engine hf, or --gpu_mem_util to try it all the same"
         )
     talk(f"vLLM takes {share:.2f} of {device}: the learner keeps {resting / 1e9:.1f} of {total / 1e9:.0f} GB")
     return share

@@ -12,7 +12,7 @@ import torch
 
 from grpo_gsm8k.config import ModelConfig, PromptConfig
 from grpo_gsm8k.errors import ConfigError
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import doing, talk
 from grpo_gsm8k.trainer import architecture, pretrained
 from grpo_gsm8k.trainer.ranks import world
 
@@ -61,7 +61,8 @@ def load_model(cfg: ModelConfig) -> Any:
         ModelError: there is none, or its files do not hold exactly its weights.
     """
     device = pick_device(cfg.device)
-    return pretrained.read_model(cfg, pick_dtype(cfg.dtype, device)).to(device)
+    with doing(f"loading {cfg.model_id}"):
+        return pretrained.read_model(cfg, pick_dtype(cfg.dtype, device)).to(device)
 
 
 def prepare_to_save(model: Any, end_ids: Sequence[int]) -> None:

@@ -106,6 +106,11 @@ class RemoteLearner:
         self._published: WeightsRef | None = None
         self._names: set[str] = set()
 
+    @property
+    def in_step(self) -> bool:
+        """Whether the service can still be asked to save a step."""
+        return not self.service.lost
+
     @cached_property
     def client(self) -> Any:
         """The model that is trained, at the service."""
