@@ -26,6 +26,7 @@ from grpo_gsm8k.flags import HUB, RENT, RUN, App, Commands, epilog, flags_of, he
 from grpo_gsm8k.launch import settings as launch_settings
 from grpo_gsm8k.runs import progress, streams
 from grpo_gsm8k.runs.clean import printable, printable_json
+from grpo_gsm8k.serve import settings as serve_settings
 from grpo_gsm8k.tasks import load_task
 from grpo_gsm8k.tasks.base import load_examples
 
@@ -427,6 +428,19 @@ def bench(context: typer.Context) -> None:
     from grpo_gsm8k.bench import main as run
 
     run(context.args)
+
+
+def _serve(
+    flags: Mapping[str, Any],
+    status: Annotated[bool, typer.Option("--status", help="print what a running server is doing instead")] = False,
+) -> Mapping[str, Any]:
+    """The training service: one server that speaks Tinker, OpenAI and rewards over HTTP."""
+    from grpo_gsm8k import serve
+
+    return serve.run(config.build(serve_settings.ServeConfig, flags), status)
+
+
+register("serve", serve_settings.ServeConfig, _serve, panel=MACHINE, reads=HUB)
 
 
 PIPELINE = dict.fromkeys(("pipeline", "demo"), ("sft", "ei", "grpo", "eval"))

@@ -38,7 +38,8 @@ C = TypeVar("C")
 
 PRESETS = Path(__file__).parent / "presets"
 STAGES = ("base", "sft", "ei", "grpo")
-ENGINES = ("hf", "vllm")
+ENGINES = ("hf", "vllm", "tinker")
+SERVICE, SERVICE_FILE = "tinker://", "service.json"  # a checkpoint's name there, and the file that holds it here
 DATA, OTHER_DATA = "artifacts/data", "artifacts/gsm8k"  # where data lie that nobody names: the first that is there
 MOST = 2**63 - 1  # of any whole number: what a seed of torch and a tensor's size can be
 
@@ -93,6 +94,20 @@ class PromptConfig:
     revision: str = opt("", "revision of a model on the hub; empty for its default branch")
     cache_dir: str = opt(
         "", "where hub models are kept; empty for the hub's default", runtime=True, metavar="PATH", expert=True
+    )
+    base_url: str = opt(
+        "",
+        "address of the training service that holds the model, as in http://127.0.0.1:8000; empty: Tinker's cloud",
+        runtime=True,
+        env="TINKER_BASE_URL",
+        metavar="URL",
+        expert=True,
+    )
+    tokenizer_id: str = opt(
+        "",
+        "the tokenizer of a model named tinker://…: a folder, or a name on the hub; empty: its base model's",
+        metavar="MODEL",
+        expert=True,
     )
     task: str = opt(
         "", "what is asked: gsm8k, or package.module:Class; empty: as the model was trained, else gsm8k", metavar="TASK"
@@ -182,8 +197,9 @@ class EngineConfig(ModelConfig):
 
     engine: str = opt(
         "auto",
-        "hf: transformers in this process; vllm: in its own (as --vllm_device says); or package.module:Class; auto: "
-        "vllm where it is installed and the model is on a GPU, unless deterministic, else hf",
+        "hf: transformers in this process; vllm: in its own (as --vllm_device says); tinker: a training service (as "
+        "--base_url says); or package.module:Class; auto: the service where the model is at one, else vllm where it is "
+        "installed and the model is on a GPU, unless deterministic, else hf",
         settled=True,
     )
     vllm_device: str = opt(
@@ -216,8 +232,12 @@ class EngineConfig(ModelConfig):
     def __post_init__(self) -> None:
         if self.vllm_device or self.vllm_devices:  # so that the config says it, and a resumed run is held to it
             object.__setattr__(self, "engine", "vllm")
+        elif at_service(self.model_id) and self.engine == "auto":
+            object.__setattr__(self, "engine", "tinker")
         if self.engine not in ("auto", *ENGINES) and not is_users(self.engine):
             raise ConfigError(f"engine = {self.engine!r}: must be auto, {', '.join(ENGINES)}, or package.module:Class")
+        if at_service(self.model_id) and self.engine != "tinker":
+            raise ConfigError(f"{self.model_id} is at a training service, which samples itself: leave --engine out")
 
     @property
     def uses_vllm(self) -> bool:
@@ -245,7 +265,22 @@ class PolicyConfig(EngineConfig):
 
 
 @dataclass(frozen=True)
-class RunConfig(PolicyConfig):
+class LearnerConfig(PolicyConfig):
+    """Who trains."""
+
+    learner: Literal["torch", "tinker"] = opt(
+        "torch", "torch: this machine; tinker: a training service, which samples too (as --base_url says)"
+    )
+    wire_loss: Literal["auto", "custom"] = opt(
+        "auto",
+        "at a service, custom: the loss is computed here, from log-probabilities that take a forward pass more; auto: "
+        "so where the service's own losses are not ours, and in a deterministic run",
+        expert=True,
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig(LearnerConfig):
     """Data, run directory, checkpoints."""
 
     data: str = opt("artifacts/data", "folder with train.jsonl, val.jsonl and test.jsonl", metavar="PATH")
@@ -354,6 +389,15 @@ class TrainConfig(MemoryConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if at_service(self.model_id):
+            object.__setattr__(self, "learner", "tinker")
+        if self.learner == "tinker" and self.engine == "auto":
+            object.__setattr__(self, "engine", "tinker")
+        if (self.learner == "tinker") != (self.engine == "tinker"):
+            raise ConfigError(
+                f"--learner {self.learner} with --engine {self.engine}: a training service samples from the "
+                "weights that it trains, and hands them to no other engine; give --learner tinker alone"
+            )
         if self.compile == "on" and self.deterministic:
             raise ConfigError(
                 "--compile on with --deterministic: kernels are made for the shapes that a process meets first, and a "
@@ -656,6 +700,11 @@ class PipelineConfig:
     model_id: str = opt("", "model to start from; empty for the preset's", metavar="MODEL")
     out_dir: str = opt("", "pipeline directory; empty for artifacts/runs/<UTC stamp>_<git sha>", metavar="PATH")
     engine: str = opt("", "who samples in every stage, auto, hf or vllm; empty for the preset's")
+    learner: Literal["torch", "tinker"] = opt("torch", "who trains, and with tinker also samples, in every stage")
+    base_url: str = opt(
+        "", "address of the training service; empty: Tinker's cloud", env="TINKER_BASE_URL", metavar="URL", expert=True
+    )
+    lora_rank: int = opt(0, "rank of the LoRA adapters that are trained; 0 for the preset's", ge=0)
     stop_after: str = opt("", "last stage to run: base, sft, ei or grpo")
     max_steps: int = opt(0, "stop every training stage after this many steps; 0 for all", ge=0)
     seed: int = opt(0, "decides every random draw", ge=0)
@@ -677,6 +726,11 @@ SECTIONS: dict[str, type] = {
     "tiny_model": TinyModelConfig,
     "toy": ToyConfig,
 }
+
+
+def at_service(model_id: str) -> bool:
+    """Whether a training service holds this model: it is named tinker://…, or is a checkpoint made there."""
+    return model_id.startswith(SERVICE) or (Path(model_id) / SERVICE_FILE).is_file()
 
 
 def preset_names() -> list[str]:

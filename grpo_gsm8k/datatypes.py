@@ -144,13 +144,15 @@ class WeightsRef:
 
     Attributes:
         version: optimizer steps that made them.
-        sha256: `trainer.policy.weights_sha256` of the tensors; "" where they never leave this process or GPU.
-        where: a safetensors file, names as the learner's model has them, tied weights once; None without one.
+        sha256: `trainer.policy.weights_sha256` of the tensors; "" where they never leave this process or GPU. Of
+            weights at a training service that does not tell it, the hash of their name there.
+        where: a safetensors file, names as the learner's model has them, tied weights once; or how a training service
+            calls them; None without either.
     """
 
     version: int
     sha256: str = ""
-    where: Path | None = None
+    where: Path | str | None = None
 
     def same_as(self, other: WeightsRef | None) -> bool:
         """Whether both are the same weights, wherever they lie."""
@@ -166,12 +168,14 @@ class SamplingParams:
         temperature: 0 is greedy.
         top_p: nucleus mass; 1 is off.
         stop: strings that end a completion (the text is kept up to and including the stop string's tokens).
+        top_k: only the likeliest so many tokens are drawn, before top_p; 0 is off.
     """
 
     max_new_tokens: int = 1024
     temperature: float = 1.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
+    top_k: int = 0
 
 
 @dataclass(frozen=True)
@@ -319,3 +323,7 @@ class Learner(Protocol):
     def save(self, folder: Path) -> None: ...
 
     def load(self, folder: Path) -> None: ...
+
+    def forget(self, folder: Path) -> None:
+        """A checkpoint's folder is about to be deleted: let go of what it stands for elsewhere."""
+        ...

@@ -11,10 +11,12 @@ for it. Whatever is not in this tree is a bug and keeps its traceback.
     │   ├── ModelError                   a model that cannot be found or loaded, a prompt beyond its context
     │   ├── RunDirError                  a run directory that exists, or belongs to another config
     │   ├── CheckpointError              a checkpoint that is damaged or of another model
+    │   ├── RefusedError                 what a training service refuses, in its own words
     │   ├── DiskError                    the disk is full or cannot be written
     │   └── NonFiniteError               a loss or gradient that is not a number; the batch was kept
     ├── EngineError             exit 1   a sampling or evaluating process that fails again and again, or that
     │   │                                does not hold the weights it was given; checkpoints are good
+    │   ├── ServiceError                 a training service that cannot be reached, or fails
     │   └── JudgeError                   a judge that cannot be reached, answers nonsense, or has no budget left
     ├── LaunchError             exit 1   a rented machine that could not be had, was lost, or whose job failed
     └── Interrupted             exit 130 Ctrl-C (143 on SIGTERM); a checkpoint was written first
@@ -71,6 +73,10 @@ class CheckpointError(UserError):
     """A checkpoint that is damaged, or that belongs to another model or config."""
 
 
+class RefusedError(UserError):
+    """A training service refuses a request, and says what to change."""
+
+
 class DiskError(UserError):
     """The disk is full or cannot be written; whatever was complete before is untouched."""
 
@@ -81,6 +87,10 @@ class NonFiniteError(UserError):
 
 class EngineError(GrpoError):
     """An engine process fails again and again, or does not sample from the weights that it was given."""
+
+
+class ServiceError(EngineError):
+    """A training service cannot be reached, or fails at what it accepted; its checkpoints are good."""
 
 
 class JudgeError(EngineError):

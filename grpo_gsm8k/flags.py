@@ -39,6 +39,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1: ask no hub",
     "WANDB_API_KEY": "switches W&B on",
     "WANDB_MODE": "offline: W&B writes to disk",
+    "TINKER_API_KEY": "the training service's key",
     "RUNPOD_API_KEY": "the provider's key",
     "RUNPOD_API_BASE_URL": "its API's address",
     "GRPO_GSM8K_WEBHOOK": "URL for progress events",
@@ -49,7 +50,7 @@ ENVIRONMENT = {
 }
 """Variables that commands read besides those that a field names; their help lists them."""
 HUB = ("HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE")
-RUN = ("CUDA_VISIBLE_DEVICES", *HUB, "WANDB_API_KEY", "WANDB_MODE")
+RUN = ("CUDA_VISIBLE_DEVICES", *HUB, "WANDB_API_KEY", "WANDB_MODE", "TINKER_API_KEY")
 RENT = ("RUNPOD_API_KEY", "RUNPOD_API_BASE_URL", "HF_TOKEN", "GRPO_GSM8K_WEBHOOK", "GRPO_GSM8K_WEBHOOK_SECRET")
 RENT += ("DISCORD_WEBHOOK_URL", "SSH_PUBLIC_KEY", "SSH_PRIVATE_KEY_PATH")
 

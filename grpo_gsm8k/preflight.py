@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from grpo_gsm8k.config import ModelConfig, TrainConfig
 from grpo_gsm8k.datatypes import Datum, Example, Learner, Prompt, Sampler, SamplingParams
 from grpo_gsm8k.engines.hf import HFSampler
-from grpo_gsm8k.engines.probe import TOLERANCE, completed, logprob_differences
+from grpo_gsm8k.engines.probe import TOLERANCE, completed, logprob_differences, probe
 from grpo_gsm8k.errors import CheckpointError, ConfigError, DataError, DiskError, ModelError, UserError
 from grpo_gsm8k.repro import requests
 from grpo_gsm8k.runs.files import disk_errors
@@ -106,6 +106,17 @@ def checks(subject: Subject) -> list[Check]:
     if subject.learner is not None and (folder := subject.folder) is not None:
         found.append(Check("checkpoint", lambda: _checkpoint(subject, subject.learner, folder)))
     return found
+
+
+def check_service(renderer: Renderer, prompts: Sequence[Prompt], learner: Learner, sampler: Sampler) -> None:
+    """What can be tried of a model at a training service: a few samples, whose log-probabilities its trainer repeats.
+
+    That holds the service's sampler to its trainer, and this tokenizer's ids to the model's. Raises `EngineError`.
+    """
+    renderer.check(prompts[0].example if prompts else None)
+    ref = learner.publish(0)
+    sampler.load(ref)
+    probe(sampler, learner, prompts[:2], ref.version, TOLERANCE["bfloat16"])
 
 
 def of_model(cfg: ModelConfig, folder: Path) -> Iterator[tuple[str, bool, str]]:

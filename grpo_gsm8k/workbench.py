@@ -21,6 +21,8 @@ from grpo_gsm8k.datatypes import Evaluator, Example, Learner, Prompt, Sampler, S
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.engines.probe import TOLERANCE, probe
 from grpo_gsm8k.engines.process import C, Engine, ProcessSampler, placements, settle, trained_on
+from grpo_gsm8k.engines.remote import RemoteSampler
+from grpo_gsm8k.engines.service import Checkpoint, Service, connected
 from grpo_gsm8k.engines.users import UserSampler
 from grpo_gsm8k.errors import ConfigError, EngineError, PluginError, RunDirError
 from grpo_gsm8k.evals.accuracy import CHUNK, Evaluation, evaluate
@@ -33,7 +35,7 @@ from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.tasks import contamination
 from grpo_gsm8k.tasks.base import Task, load_examples
 from grpo_gsm8k.tasks.render import Renderer, check_lengths, date_of, task_of
-from grpo_gsm8k.trainer import adapter, loop, ranks
+from grpo_gsm8k.trainer import adapter, checkpoint, loop, ranks
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.memory import engine_share
 from grpo_gsm8k.trainer.policy import (
@@ -46,8 +48,11 @@ from grpo_gsm8k.trainer.policy import (
     prepare_to_save,
     weights_sha256,
 )
+from grpo_gsm8k.trainer.pretrained import generation_ends
 from grpo_gsm8k.trainer.ranks import Lead, world
+from grpo_gsm8k.trainer.remote import RemoteLearner
 
+UNKNOWN_CONTEXT = 1 << 20  # tokens, where a service does not say: it refuses a longer row itself
 ENGINE_CHUNK = 1024  # prompts at once: an engine schedules them itself, and each chunk ends with a slow tail
 
 
@@ -162,6 +167,8 @@ def open_workbench(
         overlaps: the sampler works while the learner does, so on one GPU neither can make room for the other.
     """
     cfg = settled(cfg, stage)
+    if cfg.learner == "tinker" and world().size > 1:
+        raise ConfigError("--learner tinker trains at a service: start it in one process, without torchrun")
     if world().rank:
         ranks.follow(make_learner(cfg, load_seeded(cfg), None))
         raise SystemExit(0)
@@ -169,7 +176,7 @@ def open_workbench(
     eval_path = Path(cfg.eval_set_path or Path(cfg.data) / "val.jsonl")
     task = task_of(cfg)
     examples = load_examples(task, eval_path)
-    apart = evaluates_apart(cfg, stage)
+    evaluates_apart(cfg, stage)  # refuses here
     if cfg.uses_vllm:
         placements(cfg, gpus=torch.cuda.device_count())
     with open_run(cfg, stage, {**inputs, "eval_set": eval_path}) as run, ExitStack() as open_until_the_end:
@@ -178,21 +185,12 @@ def open_workbench(
         # Before the model is loaded: what is wrong with a template shows at once.
         renderer = Renderer(load_tokenizer(cfg), task, date=date_of(cfg))
         renderer.check(examples[0])
-        model = load_seeded(cfg)
-        prepare_to_save(model, end_ids(renderer))
-        learner: Learner = make_learner(cfg, model, renderer)
-        if world().size > 1:
-            learner = open_until_the_end.enter_context(closing(Lead(learner)))
-        bench = Workbench(run, learner, NoSampler(), renderer, [], context_length(model), embeddings_of(model))
-        bench.val = bench.prompts(validated(examples, cfg), eval_path)
-        flown = Subject(model, renderer, bench.val, learner, None, run.path, getattr(learner, "packs", False))
-        preflight.fly(flown)  # before an engine is started, which takes a minute
-        if not (apart and stage == "sft"):
-            bench.sampler = open_until_the_end.enter_context(open_sampler(cfg, model, renderer, run.path, overlaps))
-            preflight.fly(dataclasses.replace(flown, sampler=bench.sampler))
-        if apart:
-            bench.evaluator = async_evaluator(bench, model, stage)
-            open_until_the_end.callback(bench.evaluator.close)
+        val = validated(examples, cfg), eval_path
+        if cfg.learner == "tinker":
+            bench = open_until_the_end.enter_context(_bench_at_service(run, renderer, *val))
+        else:
+            bench = open_until_the_end.enter_context(_bench_here(run, renderer, *val, overlaps))
+        learner = bench.learner
         try:
             yield bench
         except (EngineError, PluginError):
@@ -202,6 +200,53 @@ def open_workbench(
         except KeyboardInterrupt:
             loop.rescue_interrupted(run, learner)
             raise
+
+
+@contextmanager
+def _bench_here(
+    run: Run, renderer: Renderer, examples: Sequence[Example], eval_path: Path, overlaps: bool
+) -> Iterator[Workbench]:
+    """A bench with a model that this machine trains."""
+    cfg, stage = run.cfg, run.stage
+    apart = evaluates_apart(cfg, stage)
+    with ExitStack() as open_until_the_end:
+        model = load_seeded(cfg)
+        prepare_to_save(model, end_ids(renderer))
+        learner: Learner = make_learner(cfg, model, renderer)
+        if world().size > 1:
+            learner = open_until_the_end.enter_context(closing(Lead(learner)))
+        bench = Workbench(run, learner, NoSampler(), renderer, [], context_length(model), embeddings_of(model))
+        bench.val = bench.prompts(examples, eval_path)
+        flown = Subject(model, renderer, bench.val, learner, None, run.path, getattr(learner, "packs", False))
+        preflight.fly(flown)  # before an engine is started, which takes a minute
+        if not (apart and stage == "sft"):
+            bench.sampler = open_until_the_end.enter_context(open_sampler(cfg, model, renderer, run.path, overlaps))
+            preflight.fly(dataclasses.replace(flown, sampler=bench.sampler))
+        if apart:
+            bench.evaluator = async_evaluator(bench, model, stage)
+            open_until_the_end.callback(bench.evaluator.close)
+        yield bench
+
+
+@contextmanager
+def _bench_at_service(
+    run: Run, renderer: Renderer, examples: Sequence[Example], eval_path: Path
+) -> Iterator[Workbench]:
+    """A bench with a model that a training service trains and samples from."""
+    with connected(run.cfg) as (service, start):
+        learner = RemoteLearner(service, start, renderer, run.cfg)
+        sampler = _remote_sampler(run.cfg, renderer, service, start)
+        bench = Workbench(run, learner, sampler, renderer, [], sampler.context, len(renderer.tokenizer))
+        bench.val = bench.prompts(examples, eval_path)
+        if not checkpoint.steps_present(run.checkpoints):  # a run that goes on has been through it
+            preflight.check_service(renderer, bench.val, learner, sampler)
+        yield bench
+
+
+def _remote_sampler(cfg: EngineConfig, renderer: Renderer, service: Service, model: Checkpoint) -> RemoteSampler:
+    context = service.base_model(model.base_model).context or UNKNOWN_CONTEXT
+    where = model.sampler or model.base_model
+    return RemoteSampler(service, renderer, where, context, generation_ends(cfg))
 
 
 def settled(cfg: C, stage: str = "") -> C:
@@ -415,6 +460,9 @@ def evaluate_model(
     shots: Sequence[Example] = (),
 ) -> Evaluation:
     """Load a model, evaluate it on `examples` (with each of `seeds`, after `shots`), let it go."""
+    how: dict[str, Any] = {"samples": samples, "seeds": seeds, "title": title}
+    if cfg.engine == "tinker":
+        return _evaluate_at_service(cfg, task, examples, params, source, shots, how)
     warn_of_unread(cfg)
     repro.set_deterministic(cfg.deterministic)
     # An engine is given the weights like any other time, from a copy on the CPU: their hash is what was evaluated.
@@ -433,9 +481,29 @@ def evaluate_model(
         sampler.load(ref, functools.partial(adapter.own_weights, model))
         preflight.fly(Subject(model, renderer, prompts, sampler=sampler))
         del model
-        how: dict[str, Any] = {"samples": samples, "seeds": seeds, "title": title, "context": context}
-        how["chunk_size"] = ENGINE_CHUNK if cfg.uses_vllm else CHUNK
+        how |= {"context": context, "chunk_size": ENGINE_CHUNK if cfg.uses_vllm else CHUNK}
         return evaluate(sampler, prompts, params, renderer, ref.sha256, **how)
+
+
+def _evaluate_at_service(
+    cfg: EvalConfig,
+    task: Task,
+    examples: Sequence[Example],
+    params: SamplingParams,
+    source: str,
+    shots: Sequence[Example],
+    how: Mapping[str, Any],
+) -> Evaluation:
+    """Evaluate a model that a training service holds; the records carry what `Checkpoint` calls its weights' hash."""
+    renderer = Renderer(load_tokenizer(cfg), task, shots, date_of(cfg))
+    prompts = [renderer.prompt(example) for example in examples]
+    with connected(cfg) as (service, model):
+        sampler = _remote_sampler(cfg, renderer, service, model)
+        check_lengths(prompts, sampler.context, source)
+        check_ids(prompts, len(renderer.tokenizer), source)
+        params = dataclasses.replace(params, stop=renderer.stop)
+        more = {**how, "context": sampler.context, "chunk_size": ENGINE_CHUNK}
+        return evaluate(sampler, prompts, params, renderer, model.identity(), **more)
 
 
 def merge(cfg: ModelConfig, out: Path) -> dict[str, Any]:

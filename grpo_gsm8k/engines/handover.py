@@ -124,7 +124,7 @@ class Outbox:
 
 
 def _file(ref: WeightsRef) -> Path:
-    assert ref.where is not None
+    assert isinstance(ref.where, Path)
     return ref.where
 
 

@@ -92,7 +92,7 @@ class StaticDecoder:
     """A model, and buffers for the rows that it decodes. They stay between calls, as do the graphs."""
 
     def __init__(self, model: Any, prefill: Callable[..., Any], choose: Choose, graphs: bool) -> None:
-        """`prefill`: makes the decoder that reads the prompts, see `engines.hf._Decoder`."""
+        """`prefill`: makes the decoder that reads the prompts, see `engines.hf.Decoder`."""
         self.model, self.make_prefill, self.choose = model, prefill, choose
         self.uses_graphs = graphs
         self.takes = inspect.signature(type(model).forward).parameters
@@ -155,7 +155,8 @@ class StaticDecoder:
     def _advance(self, params: Any) -> None:
         """One step: replayed, captured, or the first of its kind, which runs as it stands and loads the kernels."""
         rows, columns = self.rows, self._columns()
-        key = (rows, columns, params.temperature, params.top_p, torch.are_deterministic_algorithms_enabled())
+        draws = (params.temperature, params.top_p, params.top_k)
+        key = (rows, columns, *draws, torch.are_deterministic_algorithms_enabled())
 
         def step() -> None:
             self._draw(self._forward(rows, columns), params)

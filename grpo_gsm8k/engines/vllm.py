@@ -126,7 +126,7 @@ class VLLMSampler:
         if any(refusals):  # some workers have changed their model: no answer of theirs may be used
             raise EngineError(f"the workers of vLLM read different weights: {next(filter(None, refusals))}")
 
-    def _replace_adapter(self, path: Path | None) -> None:
+    def _replace_adapter(self, path: Path | str | None) -> None:
         """Another adapter in the place of the one before, under a number that was never used."""
         from vllm.lora.request import LoRARequest
 
@@ -176,6 +176,7 @@ class VLLMSampler:
         return VLLMParams(
             temperature=params.temperature,
             top_p=params.top_p,
+            top_k=params.top_k,
             max_tokens=min(params.max_new_tokens, self.context - len(token_ids)),
             seed=seed,
             logprobs=0,  # of the sampled token alone

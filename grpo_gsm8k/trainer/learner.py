@@ -231,6 +231,9 @@ class TorchLearner:
             self.model.save_pretrained(folder)
         self._save_beside(folder, self.optimizer.state())
 
+    def forget(self, folder: Path) -> None:
+        """Nothing: a checkpoint's folder is all there is of it."""
+
     def _save_beside(self, folder: Path, state: State) -> None:
         self.tokenizer.save_pretrained(folder)
         rng = {"rng.cpu": torch.get_rng_state()}

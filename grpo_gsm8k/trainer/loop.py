@@ -28,7 +28,6 @@ from grpo_gsm8k.runs.progress import progress, talk
 from grpo_gsm8k.trainer import checkpoint
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.losses import Objective
-from grpo_gsm8k.trainer.policy import weights_sha256
 from grpo_gsm8k.trainer.ranks import world
 
 TORCHRUN_S = 2.0  # torchrun passes on the Ctrl-C that the terminal has sent to its ranks already
@@ -107,7 +106,7 @@ def save(run: Run, learner: Learner, step: int, state: Mapping[str, Any]) -> Pat
     scores = run.metric_history("val/accuracy") or run.metric_history("val/reward")
     kept = [s for s in checkpoint.steps_present(run.checkpoints) if s in scores]
     best = max(kept, key=lambda s: (scores[s], s), default=None)
-    checkpoint.retain(run.checkpoints, run.cfg.keep_last, best)
+    checkpoint.retain(run.checkpoints, run.cfg.keep_last, best, learner.forget)
     return folder
 
 
@@ -169,7 +168,7 @@ class _Presses:
 def finish(run: Run, learner: Learner) -> dict[str, Any]:
     """The run's result: its last checkpoint and the hash of the weights in it."""
     step = checkpoint.steps_present(run.checkpoints)[-1]
-    return run.finish(step, run.checkpoints / f"step_{step:06d}", weights_sha256(learner.weights()))
+    return run.finish(step, run.checkpoints / f"step_{step:06d}", learner.publish(step).sha256)
 
 
 def update(

@@ -106,6 +106,9 @@ class Lead:
         self._gathered = self._published = None
         self._on_all("load", folder)
 
+    def forget(self, folder: Path) -> None:
+        """See `TorchLearner.forget`."""
+
     def close(self) -> None:
         """Let the followers go. Where they cannot hear it, in the middle of a command, torchrun ends them."""
         if self.in_step:
