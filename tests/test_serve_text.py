@@ -22,12 +22,9 @@ def byte_level(tiny):
 @pytest.fixture(scope="module")
 def sentencepiece():
     """A BPE of words with ▁ for blanks, and bytes for what it does not know, as Llama 2 has."""
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abdehlorw", "▁he", "lo"]
-    made = Tokenizer(
-        models.BPE(
-            {t: i for i, t in enumerate(tokens)}, [("▁", "he"), ("l", "o")][1:], unk_token="<unk>", byte_fallback=True
-        )
-    )
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abdehlorw", "lo"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    made = Tokenizer(models.BPE(vocabulary, [("l", "o")], unk_token="<unk>", byte_fallback=True))
     made.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
     made.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -78,13 +75,9 @@ def test_names_tell_all_tokens_apart(byte_level, sentencepiece):
         names = TokenNames(tokenizer)
         found = [names.name(i) for i in range(len(tokenizer))]
         raw = [names.bytes_of(i) for i in range(len(tokenizer))]
-        assert all(
-            name.startswith("bytes:\\x")
-            for name, b in zip(found, raw, strict=True)
-            if "\ufffd" in b.decode("utf-8", "replace")
-        )
-        doubles = {name for name in found if found.count(name) > 1}
-        assert doubles == ({"a", "b", "d", "e", "h", "l", "o", "r", "w", " "} if tokenizer is sentencepiece else set())
+        cut = [name for name, b in zip(found, raw, strict=True) if "\ufffd" in b.decode("utf-8", "replace")]
+        assert cut and all(name.startswith("bytes:\\x") for name in cut)
+        assert len(set(found)) == len(found)
 
 
 def test_bytes_are_the_tokens_own(byte_level):
