@@ -85,6 +85,11 @@ def first_fault(fault: RequestValidationError) -> tuple[str, str | None]:
     return (f"{where[0]}: {what[:1].lower()}{what[1:]}", where[0]) if where else (what, None)
 
 
+def end_ids(service: Service) -> tuple[int, ...]:
+    """The ids that end this model's answers."""
+    return tuple(sorted(service.work.base.stop_ids))
+
+
 def encode(service: Service, text: str, special: bool = True) -> list[int]:
     """The ids of a text, `special` with the tokens that the tokenizer puts around one."""
     if len(text) > CHARACTERS_A_TOKEN * service.base.context:

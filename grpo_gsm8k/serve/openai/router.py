@@ -17,7 +17,7 @@ from fastapi.routing import APIRoute
 from grpo_gsm8k.errors import DataError, ModelError
 from grpo_gsm8k.runs.clean import one_line
 from grpo_gsm8k.serve.core import Service
-from grpo_gsm8k.serve.forms import check_ids, check_length, conversation, encode, first_fault
+from grpo_gsm8k.serve.forms import check_ids, check_length, conversation, encode, end_ids, first_fault
 from grpo_gsm8k.serve.jobs import Refusal, SampledSequence, SampleJob, SampleResult
 from grpo_gsm8k.serve.openai.answers import (
     Reader,
@@ -243,7 +243,7 @@ def _prompts(service: Service, body: CompletionRequest) -> list[list[int]]:
 def _job(service: Service, body: Sampling, ids: Sequence[int], max_tokens: int | None, wanted: Wanted) -> SampleJob:
     renderer = service.base.renderer
     added = {token.content: i for i, token in renderer.tokenizer.added_tokens_decoder.items()}
-    stop_ids = set() if body.ignore_eos else set(service.base.stop_ids)
+    stop_ids = set() if body.ignore_eos else set(end_ids(service))
     # A special token is in no text that is searched for stop strings: it stops by its id.
     stop_ids |= {added[text] for text in body.stops if text in added} | set(body.stop_token_ids or ())
     reads = (wanted.echo and wanted.top is not None) or wanted.prompt_top is not None

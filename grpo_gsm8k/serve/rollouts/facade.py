@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 from grpo_gsm8k.repro import derive_seed
 from grpo_gsm8k.runs.clean import one_line
 from grpo_gsm8k.serve.core import Service
+from grpo_gsm8k.serve.forms import end_ids
 from grpo_gsm8k.serve.jobs import Refusal, SampledSequence, SampleJob, SampleResult
 from grpo_gsm8k.serve.rollouts.run import Ended, Group, Rejected, Run, Sample, Settings, data_of
 from grpo_gsm8k.serve.store import put
@@ -48,7 +49,6 @@ class Rollouts:
     async def start(self, settings: Settings, asked: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """A new run from the base model; the rollouts of the run before are void. Raises `Refusal`."""
         async with self.lock:
-            before = self.run.model_id if self.run else ""
             run = Run(secrets.token_hex(8), settings, asked=dict(asked or {}))
             session = await self.service.create_session(metadata={"rollouts": run.id}, key=f"rollouts:{run.id}")
             request, run.model_id = await self.service.create_model(
@@ -66,8 +66,6 @@ class Rollouts:
             self.groups.clear()
             self.history.clear()
             self.shown.clear()
-            if before:
-                await self.service.unload(before)
             return self.status()
 
     async def stop(self) -> dict[str, Any]:
@@ -138,7 +136,7 @@ class Rollouts:
                     max_tokens=min(max_tokens or settings.max_tokens, base.context - len(ids)),
                     temperature=heat,
                     seed=own,
-                    stop_ids=tuple(sorted(base.stop_ids)),
+                    stop_ids=end_ids(self.service),
                     stop_strings=tuple(stop),
                 )
             )
@@ -285,8 +283,7 @@ class Rollouts:
     async def catch_up(self) -> None:
         """Make the updates that a crash has interrupted."""
         async with self.lock:
-            if self.run and self.run.state == "running":
-                await self._catch_up()
+            await self._catch_up()
 
     async def _catch_up(self) -> int:
         """Updates while there are full batches; how many."""
