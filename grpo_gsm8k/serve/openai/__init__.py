@@ -7,3 +7,7 @@
 Every request becomes jobs of the service's core, so it is journalled, batched with other clients' and answered the same
 after a crash. Errors have OpenAI's form: {error: {message, type, param, code}}.
 """
+
+from grpo_gsm8k.serve.openai.router import router
+
+__all__ = ["router"]

@@ -9,13 +9,15 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any, cast
 
-from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 
 from grpo_gsm8k.errors import DataError, ModelError
 from grpo_gsm8k.runs.clean import one_line
+from grpo_gsm8k.serve.app import ERROR_BODIES, Json
+from grpo_gsm8k.serve.auth import required
 from grpo_gsm8k.serve.core import Service
 from grpo_gsm8k.serve.forms import check_ids, check_length, conversation, encode, end_ids, first_fault
 from grpo_gsm8k.serve.jobs import Refusal, SampledSequence, SampleJob, SampleResult
@@ -42,7 +44,7 @@ PING_S = 10.0  # an event stream says something at least so often, so that no pr
 
 
 class OpenAIRoute(APIRoute):
-    """A route whose errors have OpenAI's form."""
+    """A route whose errors have OpenAI's form and status."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -51,41 +53,63 @@ class OpenAIRoute(APIRoute):
             try:
                 return await handle(request)
             except RequestValidationError as fault:
-                return error(400, *first_fault(fault))
+                return refused(request, 400, *first_fault(fault))
             except Refusal as refusal:
-                code = "model_not_found" if refusal.status == 404 else None
-                return error(refusal.status, str(refusal), "model" if code else None, code)
+                lost = refusal.status == 404
+                return refused(request, refusal.status, str(refusal), *(("model", "model_not_found") if lost else ()))
             except (DataError, ModelError) as fault:  # a conversation that the chat template cannot render
-                return error(400, str(fault), "messages")
+                return refused(request, 400, str(fault), "messages")
             except HTTPException as fault:
-                return error(fault.status_code, str(fault.detail))
+                return refused(request, fault.status_code, str(fault.detail))
 
         return handler
 
 
-def error(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
-    """An error as OpenAI's clients read it."""
+def refused(
+    request: Request, status: int, message: str, param: str | None = None, code: str | None = None
+) -> Response:
+    """A refusal as OpenAI's clients read it, and in the log that the page shows."""
+    message = one_line(message, 1000)
+    if status not in (401, 404, 429, 503):
+        request.app.state.service.refuse(message, request.url.path)
+    headers = {"Retry-After": "1"} if status in (429, 503) else {}
+    return Json(error_body(message, status, param, code), status, headers)
+
+
+def error_body(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """{error: {message, type, param, code}}."""
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-    said = {"message": one_line(message), "type": kind, "param": param, "code": code}
-    return JSONResponse({"error": said}, status)
+    code = "invalid_api_key" if status == 401 else code
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+ERROR_BODIES["/v1/"] = ERROR_BODIES["/oai/"] = error_body
 
 
 def router() -> APIRouter:
-    """All routes; the application adds the key."""
-    both = APIRouter(route_class=OpenAIRoute, tags=["OpenAI"])
+    """All routes."""
+    made = APIRouter(route_class=OpenAIRoute, tags=["OpenAI"], dependencies=[Depends(required)])
     for prefix in ("/v1", "/oai/api/v1"):
-        both.add_api_route(f"{prefix}/models", models, methods=["GET"])
-        both.add_api_route(f"{prefix}/models/{{name:path}}", model, methods=["GET"])
-        both.add_api_route(f"{prefix}/completions", completions, methods=["POST"], response_model=None)
-        both.add_api_route(f"{prefix}/chat/completions", chat_completions, methods=["POST"], response_model=None)
-    both.add_api_route("/tokenize", tokenize, methods=["POST"])
-    both.add_api_route("/detokenize", detokenize, methods=["POST"])
-    both.add_api_route("/tokenizer_info", tokenizer_info, methods=["GET"])
-    return both
+        made.add_api_route(f"{prefix}/models", models, methods=["GET"])
+        made.add_api_route(f"{prefix}/models/{{name:path}}", model, methods=["GET"])
+        made.add_api_route(f"{prefix}/completions", completions, methods=["POST"], response_model=None)
+        made.add_api_route(f"{prefix}/chat/completions", chat_completions, methods=["POST"], response_model=None)
+    made.add_api_route("/tokenize", tokenize, methods=["POST"])
+    made.add_api_route("/detokenize", detokenize, methods=["POST"])
+    made.add_api_route("/tokenizer_info", tokenizer_info, methods=["GET"])
+    routes = APIRouter()
+    routes.add_api_route("/health", health, methods=["GET"], tags=["OpenAI"])
+    routes.include_router(made)
+    return routes
 
 
 # ------------------------------------------------------------------------------------------------- the routes
+
+
+async def health() -> Response:
+    """Whether the server answers; without a key, as vLLM's."""
+    return Response()
 
 
 async def models(request: Request) -> dict[str, Any]:
@@ -127,7 +151,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     if not body.stream:
         results = await asyncio.gather(*(_finished(service, one, n) for one in accepted))
         made = [choice for k, result in enumerate(results) for choice, *_ in choices(k, result)]
-        return JSONResponse({**head, "choices": made, "usage": usage(prompts, results)})
+        return Json({**head, "choices": made, "usage": usage(prompts, results)})
 
     def events(k: int, result: SampleResult) -> list[dict[str, Any]]:
         echo = texts[k] if isinstance(texts[k], str) else reader.text(prompts[k])
@@ -158,7 +182,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
         choices = [chat_choice(reader, i, prompt, sequence) for i, sequence in enumerate(result.sequences)]
         if wanted.prompt_top is not None:
             head["prompt_logprobs"] = reader.prompt_logprobs(reader.prompt(prompt, result))
-        return JSONResponse({**head, "choices": choices, "usage": usage([prompt], [result])})
+        return Json({**head, "choices": choices, "usage": usage([prompt], [result])})
 
     def events(_: int, result: SampleResult) -> list[dict[str, Any]]:
         each = [chat_events(reader, i, prompt, sequence) for i, sequence in enumerate(result.sequences)]

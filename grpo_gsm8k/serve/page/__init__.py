@@ -2,3 +2,7 @@
 
 The page is three plain files of this folder. It holds no data: it asks for the key and sends it along.
 """
+
+from grpo_gsm8k.serve.page.router import router
+
+__all__ = ["router"]

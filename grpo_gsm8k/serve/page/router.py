@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import PlainTextResponse, Response
 
+from grpo_gsm8k.serve.auth import required
 from grpo_gsm8k.serve.page.metrics import exposition
 from grpo_gsm8k.serve.rollouts.router import facade, service_of
 
@@ -26,21 +27,16 @@ HEADERS = {
 }
 
 
-def public_router() -> APIRouter:
-    """The page itself, which holds no data."""
-    made = APIRouter(include_in_schema=False)
-    made.add_api_route("/", page, methods=["GET"])
-    made.add_api_route("/page.css", css, methods=["GET"])
-    made.add_api_route("/page.js", script, methods=["GET"])
-    return made
-
-
 def router() -> APIRouter:
-    """What it shows; the application adds the key."""
-    made = APIRouter(tags=["Watching it"])
-    made.add_api_route("/page/status", status, methods=["GET"])
-    made.add_api_route("/metrics", metrics, methods=["GET"], response_class=PlainTextResponse)
-    return made
+    """All routes; the page itself holds no data and needs no key."""
+    routes = APIRouter()
+    for path, send in (("/", page), ("/page.css", css), ("/page.js", script)):
+        routes.add_api_route(path, send, methods=["GET"], include_in_schema=False)
+    secured = APIRouter(tags=["Watching it"], dependencies=[Depends(required)])
+    secured.add_api_route("/page/status", status, methods=["GET"], response_model=None)
+    secured.add_api_route("/metrics", metrics, methods=["GET"], response_class=PlainTextResponse)
+    routes.include_router(secured)
+    return routes
 
 
 async def page() -> Response:

@@ -340,12 +340,14 @@ class Rollouts:
                 open_ = [i for i, sample in enumerate(group.samples) if sample.reward is None]
                 gone[group.number] = Ended(group.n, open_)
 
+        stored = asdict(after)
+
         def change(db: Any) -> None:
             for number, ended in gone.items():
                 put(db, SPACE, str(number), asdict(ended))
             if update:
                 put(db, HISTORY, str(after.version), dict(update))
-            put(db, SPACE, CURRENT, asdict(after))
+            put(db, SPACE, CURRENT, stored)
 
         await asyncio.wrap_future(self.service.store.write(change))
         self.run = after
@@ -358,6 +360,11 @@ class Rollouts:
         """Make this the run, in the journal first."""
         await self.service.store.put(SPACE, CURRENT, asdict(run))
         self.run = run
+
+    def count(self, what: str) -> None:
+        """Count an answer of grpo_server's endpoints."""
+        if self.run:
+            self.run.served[what] = self.run.served.get(what, 0) + 1
 
     def _show(self, batch: Sequence[Group]) -> None:
         """Remember the best and the worst of a group for the page."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from pydantic import Field
 
+from grpo_gsm8k.serve.auth import required
 from grpo_gsm8k.serve.forms import Form, ShortText, Text, check_length, encode
 from grpo_gsm8k.serve.rollouts.router import MOST_REWARD, MOST_ROLLOUTS, RolloutRoute, facade, service_of, weights_zip
 from grpo_gsm8k.serve.rollouts.run import Group, Rejected, Settings, rollout_id
@@ -63,8 +64,8 @@ class ModelRequest(Form):
 
 
 def router() -> APIRouter:
-    """All routes; the application adds the key."""
-    made = APIRouter(route_class=RolloutRoute, tags=["grpo_server"])
+    """All routes."""
+    made = APIRouter(route_class=RolloutRoute, tags=["grpo_server"], dependencies=[Depends(required)])
     made.add_api_route("/start", start, methods=["POST"])
     made.add_api_route("/stop", stop, methods=["POST"])
     made.add_api_route("/status", status, methods=["GET"])
@@ -109,7 +110,7 @@ async def completions(body: CompletionsRequest, request: Request) -> dict[str, A
     ids = encode(service, body.prompt)
     check_length(service, ids)
     version, (group,) = await run.sample([body.prompt], [ids])
-    await run.count("completions")
+    run.count("completions")
     return {
         "prompt": body.prompt,
         "completions": [sample.text for sample in group.samples],
@@ -129,7 +130,7 @@ async def rewards(body: RewardsRequest, request: Request) -> dict[str, Any]:
         raise Rejected(404, "unknown_rollout", "no group that waits for rewards has these completion_tokens")
     named = [(rollout_id(found.id, group.number, i), reward) for i, reward in enumerate(body.rewards)]
     said = await run.reward(named)
-    await run.count("rewards")
+    run.count("rewards")
     return {"model_version": said["model_version"]}
 
 

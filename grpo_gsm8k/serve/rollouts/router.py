@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import tempfile
+import zipfile
 from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse
 from fastapi.routing import APIRoute
 from pydantic import Field, model_validator
+from starlette.background import BackgroundTask
 
 from grpo_gsm8k.errors import DataError, ModelError
 from grpo_gsm8k.runs.clean import one_line
+from grpo_gsm8k.serve.app import Json
+from grpo_gsm8k.serve.auth import required
 from grpo_gsm8k.serve.core import Service
 from grpo_gsm8k.serve.forms import (
     MOST_SEED,
@@ -87,7 +95,7 @@ class RewardsRequest(Form):
 
 
 class RolloutRoute(APIRoute):
-    """A route whose errors are {error: {type, message, rollout_ids?}}, and in the page's log of refusals."""
+    """A route whose errors are {error: {type, message, rollout_ids?}}."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -96,40 +104,42 @@ class RolloutRoute(APIRoute):
             try:
                 return await handle(request)
             except RequestValidationError as fault:
-                answer = self.error(422, "invalid_request", first_fault(fault)[0])
+                return refused(request, 422, "invalid_request", first_fault(fault)[0])
             except Rejected as refusal:
-                answer = self.error(refusal.status, refusal.kind, str(refusal), refusal.rollout_ids)
+                return refused(request, refusal.status, refusal.kind, str(refusal), refusal.rollout_ids)
             except Refusal as refusal:
-                answer = self.error(422 if refusal.status == 400 else refusal.status, "invalid_request", str(refusal))
+                status = 422 if refusal.status == 400 else refusal.status
+                kind = {401: "authentication_error", 429: "rate_limit", 503: "ending"}.get(status, "invalid_request")
+                return refused(request, status, kind, str(refusal))
             except (DataError, ModelError) as fault:  # a conversation that the chat template cannot render
-                answer = self.error(422, "invalid_request", str(fault))
+                return refused(request, 422, "invalid_request", str(fault))
             except HTTPException as fault:  # a body that is no JSON
-                answer = self.error(
-                    422 if fault.status_code == 400 else fault.status_code, "invalid_request", fault.detail
-                )
-            message = bytes(answer.body).decode()
-            service_of(request).refuse(one_line(message), f"{request.method} {request.url.path}")
-            return answer
+                return refused(request, 422, "invalid_request", str(fault.detail))
 
         return handler
 
-    @staticmethod
-    def error(status: int, kind: str, message: str, rollout_ids: Sequence[str] = ()) -> JSONResponse:
-        """An error as this wire's clients read it."""
-        said: dict[str, Any] = {"type": kind, "message": one_line(message)}
-        if rollout_ids:
-            said["rollout_ids"] = list(rollout_ids)
-        return JSONResponse({"error": said}, status)
+
+def refused(request: Request, status: int, kind: str, message: str, rollout_ids: Sequence[str] = ()) -> Response:
+    """A refusal as this wire's clients read it, and in the log that the page shows."""
+    said: dict[str, Any] = {"type": kind, "message": one_line(message, 1000)}
+    if rollout_ids:
+        said["rollout_ids"] = list(rollout_ids)
+    if status not in (401, 429, 503):
+        service_of(request).refuse(f"{kind}: {said['message']}", request.url.path)
+    return Json({"error": said}, status, {"Retry-After": "1"} if status in (429, 503) else {})
 
 
 def router() -> APIRouter:
-    """All routes; the application adds the key."""
-    made = APIRouter(prefix="/v1", route_class=RolloutRoute, tags=["Rewards over HTTP"])
+    """All routes."""
+    made = APIRouter(
+        prefix="/v1", route_class=RolloutRoute, tags=["Rewards over HTTP"], dependencies=[Depends(required)]
+    )
     made.add_api_route("/start", start, methods=["POST"])
     made.add_api_route("/stop", stop, methods=["POST"])
     made.add_api_route("/status", status, methods=["GET"])
     made.add_api_route("/rollouts", rollouts, methods=["POST"])
     made.add_api_route("/rewards", rewards, methods=["POST"])
+    made.add_api_route("/model", model, methods=["GET"], response_class=FileResponse)
     return made
 
 
@@ -142,6 +152,7 @@ def facade(request: Request) -> Rollouts:
     state = request.app.state
     if not hasattr(state, "rollouts"):
         state.rollouts = Rollouts(service_of(request))
+        state.catching_up = asyncio.create_task(state.rollouts.catch_up())
     return cast(Rollouts, state.rollouts)
 
 
@@ -186,6 +197,34 @@ async def rollouts(body: RolloutsRequest, request: Request) -> dict[str, Any]:
 async def rewards(body: RewardsRequest, request: Request) -> dict[str, Any]:
     """Take rewards, all or none; a full batch of whole groups is trained on before the answer."""
     return await facade(request).reward([(one.rollout_id, one.reward) for one in body.rewards])
+
+
+async def model(request: Request) -> Response:
+    """The weights of the run as it is now, with the tokenizer, as a zip file: an adapter, or a whole model."""
+    return await weights_zip(request)
+
+
+async def weights_zip(request: Request) -> Response:
+    """The same for both wires. Raises `Rejected` where no run was started."""
+    service, run = service_of(request), facade(request).run
+    if run is None:
+        raise Rejected(409, "not_running", "no run was started; there are no weights")
+    folder = service.folder / service.books.samplers[run.weights].folder
+    written = await asyncio.to_thread(_zipped, folder, service.base.renderer)
+    name = f"{run.id}-{run.version}.zip"
+    return FileResponse(written, media_type="application/zip", filename=name, background=BackgroundTask(written.unlink))
+
+
+def _zipped(folder: Path, renderer: Any) -> Path:
+    """A zip file of a checkpoint, in the folder of temporary files."""
+    handle, name = tempfile.mkstemp(suffix=".zip")
+    with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w") as archive, tempfile.TemporaryDirectory() as more:
+        renderer.save_pretrained(Path(more))
+        found = {path.name: path for path in [*Path(more).iterdir(), *folder.iterdir()] if path.is_file()}
+        for path in found.values():
+            if path.name != "spec.json":
+                archive.write(path, path.name)
+    return Path(name)
 
 
 def _shown(run_id: str, group: Group) -> dict[str, Any]:
