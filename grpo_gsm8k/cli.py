@@ -24,6 +24,7 @@ from grpo_gsm8k.errors import ConfigError, GrpoError, Interrupted, ModelError, U
 from grpo_gsm8k.launch import settings as launch_settings
 from grpo_gsm8k.runs import streams
 from grpo_gsm8k.runs.clean import printable, printable_json
+from grpo_gsm8k.serve import settings as serve_settings
 from grpo_gsm8k.tasks import load_task
 from grpo_gsm8k.tasks.base import load_examples
 
@@ -377,6 +378,19 @@ def bench(context: typer.Context) -> None:
     from grpo_gsm8k.bench import main as run
 
     run(context.args)
+
+
+def _serve(
+    flags: Mapping[str, Any],
+    status: Annotated[bool, typer.Option("--status", help="print what a running server is doing instead")] = False,
+) -> Mapping[str, Any]:
+    """The training service: one server that speaks Tinker, OpenAI and rewards over HTTP."""
+    from grpo_gsm8k import serve
+
+    return serve.run(config.build(serve_settings.ServeConfig, flags), status)
+
+
+register("serve", serve_settings.ServeConfig, _serve)
 
 
 # ------------------------------------------------------------------------------------------------ rented GPUs

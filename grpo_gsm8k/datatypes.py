@@ -160,12 +160,14 @@ class SamplingParams:
         temperature: 0 is greedy.
         top_p: nucleus mass; 1 is off.
         stop: strings that end a completion (the text is kept up to and including the stop string's tokens).
+        top_k: only the likeliest so many tokens are drawn, before top_p; 0 is off.
     """
 
     max_new_tokens: int = 1024
     temperature: float = 1.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
+    top_k: int = 0
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ class HFSampler:
             return None
         graphs = self.device.type == "cuda"
         made = static_cache.StaticDecoder(
-            self.model, lambda: _Decoder(self.model, self.renderer.pad_id), _choose, graphs
+            self.model, lambda: Decoder(self.model, self.renderer.pad_id), _choose, graphs
         )
         if fault := _fault_of_decoding(self.model, made):
             talk(f"{architecture.name(self.model)}: decoded without CUDA graphs; with static buffers {fault}")
@@ -149,11 +149,11 @@ class HFSampler:
         if self.static and not torch.are_deterministic_algorithms_enabled():
             self.static.decode(prompts, rows, params, functools.partial(self._append, stop=params.stop), self.pulse)
             return
-        decoder = _Decoder(self.model, self.renderer.pad_id)
+        decoder = Decoder(self.model, self.renderer.pad_id)
         logits = decoder.prefill(prompts, n)
         alive, scratch = rows, torch.empty_like(logits, dtype=torch.float32)
         for t in itertools.count():
-            chosen, logp = _draw(logits, torch.stack([row.uniforms[t] for row in alive]), params, scratch)
+            chosen, logp = draw(logits, torch.stack([row.uniforms[t] for row in alive]), params, scratch)
             for row, token, value in zip(alive, chosen.tolist(), logp.tolist(), strict=True):
                 self._append(row, token, value, params.stop)
             self.pulse()
@@ -201,7 +201,7 @@ class HFSampler:
         )
 
 
-class _Decoder:
+class Decoder:
     """A model, and the cache of the rows that it is decoding."""
 
     def __init__(self, model: Any, pad_id: int) -> None:
@@ -297,7 +297,7 @@ def _fault_of_decoding(model: Any, decoder: Any = None) -> str:
             found.append(mine[alone.argmax()])
 
     try:
-        decoder, rows = decoder or _Decoder(model, 0), [ids for ids in prompts for _ in range(2)]
+        decoder, rows = decoder or Decoder(model, 0), [ids for ids in prompts for _ in range(2)]
         compare(rows, decoder.prefill(prompts, 2)[: len(rows)])
         rows = [(*ids, k) for k, ids in enumerate(rows, start=3)]
         compare(rows, decoder.step(torch.tensor([ids[-1] for ids in rows], device=device)))
@@ -311,7 +311,7 @@ def _fault_of_decoding(model: Any, decoder: Any = None) -> str:
     return difference(torch.stack(found), torch.stack(own), model.dtype)
 
 
-def _draw(
+def draw(
     logits: torch.Tensor, uniforms: torch.Tensor, params: SamplingParams, scratch: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token a row and its log-probability.
@@ -331,7 +331,7 @@ def _choose(
     scratch: torch.Tensor | None = None,
     checks: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_draw`; unless it `checks`, it waits for nothing, and a log-probability that is not finite tells of logits."""
+    """`draw`; unless it `checks`, it waits for nothing, and a log-probability that is not finite tells of logits."""
     logits = logits.float()
     if params.temperature not in (0.0, 1.0):
         logits = logits / params.temperature
@@ -343,8 +343,18 @@ def _choose(
     if params.temperature == 0:
         chosen = logits.argmax(-1)
     else:
-        chosen = _invert(_nucleus(probs, params.top_p) if params.top_p < 1 else probs, uniforms.to(probs.device))
+        chosen = _invert(_truncated(probs, params), uniforms.to(probs.device))
     return chosen, logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1) - log_z
+
+
+def _truncated(probs: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """The probabilities with those at 0 that top-k leaves out, then those that top-p does of what is left."""
+    if 0 < params.top_k < probs.shape[-1]:
+        ranked, order = probs.sort(dim=-1, descending=True, stable=True)
+        ranked[:, params.top_k :] = 0.0
+        probs = torch.zeros_like(ranked).scatter(-1, order, ranked)
+        probs = probs / probs.sum(-1, keepdim=True)
+    return _nucleus(probs, params.top_p) if params.top_p < 1 else probs
 
 
 def _nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:

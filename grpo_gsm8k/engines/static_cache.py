@@ -77,7 +77,7 @@ class StaticDecoder:
     """A model, and buffers for the rows that it decodes. They stay between calls, as do the graphs."""
 
     def __init__(self, model: Any, prefill: Callable[..., Any], choose: Choose, graphs: bool) -> None:
-        """`prefill`: makes the decoder that reads the prompts, see `engines.hf._Decoder`."""
+        """`prefill`: makes the decoder that reads the prompts, see `engines.hf.Decoder`."""
         self.model, self.make_prefill, self.choose = model, prefill, choose
         self.uses_graphs = graphs
         self.takes = inspect.signature(type(model).forward).parameters
@@ -140,7 +140,7 @@ class StaticDecoder:
     def _advance(self, params: Any) -> None:
         """One step: replayed, captured, or the first of its kind, which runs as it stands and loads the kernels."""
         rows, columns = self.rows, self._columns()
-        key = (rows, columns, params.temperature, params.top_p)
+        key = (rows, columns, params.temperature, params.top_p, params.top_k)
 
         def step() -> None:
             self._draw(self._forward(rows, columns), params)

@@ -174,6 +174,7 @@ class VLLMSampler:
         return VLLMParams(
             temperature=params.temperature,
             top_p=params.top_p,
+            top_k=params.top_k,
             max_tokens=min(params.max_new_tokens, self.context - len(token_ids)),
             seed=seed,
             logprobs=0,  # of the sampled token alone

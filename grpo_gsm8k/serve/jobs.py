@@ -38,6 +38,7 @@ class SampleJob:
             is kept. An empty tuple stops nowhere.
         prompt_logprobs: also the log-probability of each prompt token (the first has none), at temperature 1.
         topk_prompt_logprobs, topk_sample_logprobs: of the likeliest so many tokens at each position.
+        prompt_logprobs_last_n: only the last so many prompt tokens are scored; None for all.
     """
 
     token_ids: tuple[int, ...]
@@ -52,6 +53,7 @@ class SampleJob:
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
     topk_sample_logprobs: int = 0
+    prompt_logprobs_last_n: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,20 +87,21 @@ class Result:
     Attributes:
         value: a `SampleResult` of "sample", a `TrainingResult` of "forward_backward", of all others what the Tinker
             wire answers, as a mapping.
+        encoded: the value as the journal has it, see `codec.encode`.
     """
 
     kind: str
     value: Any = None
     error: str = ""
     category: Category = "user"
+    encoded: bytes = b""
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What forward_backward found: log-probabilities of each datum's targets, flat with their shapes, and metrics."""
+    """What forward_backward found: a float32 array of log-probabilities for each datum, in its targets' shape."""
 
-    logprobs: tuple[tuple[float, ...], ...]
-    shapes: tuple[tuple[int, ...], ...]
+    logprobs: tuple[Any, ...]
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -119,3 +122,8 @@ class Base:
     renderer: Any
     context: int
     vocabulary: int
+
+    @property
+    def tokenizer_id(self) -> str:
+        """What a client on this machine loads the tokenizer from."""
+        return self.folder

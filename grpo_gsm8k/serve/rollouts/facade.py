@@ -52,7 +52,7 @@ class Rollouts:
             run = Run(secrets.token_hex(8), settings, asked=dict(asked or {}))
             session = await self.service.create_session(metadata={"rollouts": run.id}, key=f"rollouts:{run.id}")
             request, run.model_id = await self.service.create_model(
-                session, rank=settings.lora_rank, seed=settings.seed, key=f"rollouts:{run.id}:model"
+                session, rank=settings.lora_rank, seed=settings.seed, number=0
             )
             await self.service.wait(request)
             run.weights = await self._published(run)
