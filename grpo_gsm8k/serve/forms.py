@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from grpo_gsm8k.serve.core import Service
 from grpo_gsm8k.serve.jobs import Refusal
@@ -20,25 +21,16 @@ Stops = ShortText | Annotated[list[ShortText], Field(max_length=MOST_STOPS)] | N
 
 
 class Form(BaseModel):
-    """A body whose every field is known and has the very type that JSON gives it."""
+    """A body whose every field is known and has the very type that JSON gives it; its texts are whole Unicode."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    @field_validator("*")
-    @classmethod
-    def _texts_are_whole(cls, value: Any) -> Any:
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str):
-                check_text(text)
-        return value
 
-
-def check_text(text: str) -> None:
-    """Raise `ValueError` for half of a surrogate pair, which JSON can spell and no tokenizer can read."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("holds half of a surrogate pair") from None
+def as_json(request: Request) -> Request:
+    """The request with its body declared as JSON: curl's `-d` and urllib declare it a form."""
+    headers = [(name, value) for name, value in request.scope["headers"] if name != b"content-type"]
+    request.scope["headers"] = [*headers, (b"content-type", b"application/json")]
+    return Request(request.scope, request.receive)
 
 
 class Part(Form):

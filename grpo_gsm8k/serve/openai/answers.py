@@ -85,7 +85,8 @@ class Reader:
             return None
         offsets = []
         for token in tokens:
-            offsets.append(offset)
+            own = self.names.name(token.token_id)  # before it may stand what earlier tokens left of a character
+            offsets.append(offset + (len(token.text) - len(own) if token.text.endswith(own) else 0))
             offset += len(token.text)
         return {
             "tokens": [self.name(token.token_id) for token in tokens],

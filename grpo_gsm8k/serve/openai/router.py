@@ -19,7 +19,7 @@ from grpo_gsm8k.runs.clean import one_line
 from grpo_gsm8k.serve.app import ERROR_BODIES, Json
 from grpo_gsm8k.serve.auth import required
 from grpo_gsm8k.serve.core import Service
-from grpo_gsm8k.serve.forms import check_ids, check_length, conversation, encode, end_ids, first_fault
+from grpo_gsm8k.serve.forms import as_json, check_ids, check_length, conversation, encode, end_ids, first_fault
 from grpo_gsm8k.serve.jobs import Refusal, SampledSequence, SampleJob, SampleResult
 from grpo_gsm8k.serve.openai.answers import (
     Reader,
@@ -51,7 +51,7 @@ class OpenAIRoute(APIRoute):
 
         async def handler(request: Request) -> Response:
             try:
-                return await handle(request)
+                return await handle(as_json(request))
             except RequestValidationError as fault:
                 return refused(request, 400, *first_fault(fault))
             except Refusal as refusal:
@@ -65,9 +65,7 @@ class OpenAIRoute(APIRoute):
         return handler
 
 
-def refused(
-    request: Request, status: int, message: str, param: str | None = None, code: str | None = None
-) -> Response:
+def refused(request: Request, status: int, message: str, param: str | None = None, code: str | None = None) -> Response:
     """A refusal as OpenAI's clients read it, and in the log that the page shows."""
     message = one_line(message, 1000)
     if status not in (401, 404, 429, 503):

@@ -40,7 +40,12 @@ def exposition(status: Mapping[str, Any]) -> str:
             "Requests that wait.",
             [({"kind": kind}, queue[kind]) for kind in ("training", "sampling", "decoding")],
         ),
-        Family("queue_oldest_seconds", "gauge", "Age of the request that has waited longest.", [({}, queue["oldest_s"] or 0)]),
+        Family(
+            "queue_oldest_seconds",
+            "gauge",
+            "Age of the request that has waited longest.",
+            [({}, queue["oldest_s"] or 0)],
+        ),
         Family("disk_free_bytes", "gauge", "Bytes that are free where --out_dir is.", [({}, disk["free"])]),
         Family("disk_fault", "gauge", "1 while the journal cannot be written.", [({}, bool(disk["fault"]))]),
         Family("checkpoints", "gauge", "Checkpoints that clients saved.", [({}, status["checkpoints"])]),
@@ -55,7 +60,9 @@ def exposition(status: Mapping[str, Any]) -> str:
 def _totals(totals: Mapping[str, float]) -> Iterable[Family]:
     for name, value in totals.items():
         said = name.replace("_", " ")
-        yield Family(f"{name}_total", "counter", f"{said[:1].upper()}{said[1:]} since the server was made.", [({}, value)])
+        yield Family(
+            f"{name}_total", "counter", f"{said[:1].upper()}{said[1:]} since the server was made.", [({}, value)]
+        )
 
 
 def _models(models: Iterable[Mapping[str, Any]]) -> Iterable[Family]:
@@ -67,7 +74,9 @@ def _models(models: Iterable[Mapping[str, Any]]) -> Iterable[Family]:
     yield family("model_steps_total", "counter", "Optimizer steps of a model.", "steps")
     yield family("model_queue_requests", "gauge", "Training requests of a model that wait.", "queued")
     yield family("model_resident", "gauge", "1 where a model is in memory, 0 where it is on disk.", "resident")
-    last = [({"model": m["model_id"], "metric": name}, value) for m in found for name, value in (m["last"] or {}).items()]
+    last = [
+        ({"model": m["model_id"], "metric": name}, value) for m in found for name, value in (m["last"] or {}).items()
+    ]
     yield Family("model_metric", "gauge", "A metric of a model's last requests.", last)
 
 
@@ -77,7 +86,9 @@ def _run(run: Mapping[str, Any] | None) -> Iterable[Family]:
     yield Family("rollouts_running", "gauge", "1 while the run takes rewards.", [({}, run["state"] == "running")])
     yield Family("rollouts_version", "gauge", "Updates of the run.", [({}, run["model_version"][1])])
     yield Family("rollouts_open", "gauge", "Rollouts that wait for a reward.", [({}, run["open_rollouts"])])
-    yield Family("rollouts_complete_groups", "gauge", "Groups that wait for a full batch.", [({}, run["complete_groups"])])
+    yield Family(
+        "rollouts_complete_groups", "gauge", "Groups that wait for a full batch.", [({}, run["complete_groups"])]
+    )
     last = [({"metric": name}, value) for name, value in run["last_update"].items()]
     yield Family("rollouts_last_update", "gauge", "A metric of the last update.", last)
 

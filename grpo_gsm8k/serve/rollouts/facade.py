@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal, cast
 
+from grpo_gsm8k.errors import DiskError
 from grpo_gsm8k.repro import derive_seed
 from grpo_gsm8k.runs.clean import one_line
 from grpo_gsm8k.serve.core import Service
@@ -219,7 +220,11 @@ class Rollouts:
                 for group, i, _ in found:
                     group.samples[i].reward = None
                 raise
-            updates = await self._catch_up()
+            try:
+                updates = await self._catch_up()
+            except DiskError as full:  # the rewards are on disk; the next request tries the update again
+                self.service.refuse(str(full), "rollouts")
+                updates = 0
             run = cast(Run, self.run)
             said = {"accepted": len(found), "updates": updates, "model_version": [run.id, run.version]}
             return said | {"complete_groups": len(self._complete())}
@@ -307,6 +312,8 @@ class Rollouts:
             after = replace(run, version=run.version + 1)
             after.weights = await self._published(after)
         except Refusal as refusal:
+            if refusal.status in (429, 503):  # the server ends, or is too busy: the same batch is trained later
+                raise
             await self._commit(run, batch, {})
             service.refuse(f"update {run.version + 1} of the run {run.id}: {refusal}", "rollouts")
             raise Rejected(409, "update_failed", f"the update failed, its groups are dropped: {refusal}") from None

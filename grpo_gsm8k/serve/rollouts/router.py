@@ -29,6 +29,7 @@ from grpo_gsm8k.serve.forms import (
     ShortText,
     Stops,
     Text,
+    as_json,
     check_length,
     conversation,
     encode,
@@ -102,7 +103,7 @@ class RolloutRoute(APIRoute):
 
         async def handler(request: Request) -> Response:
             try:
-                return await handle(request)
+                return await handle(as_json(request))
             except RequestValidationError as fault:
                 return refused(request, 422, "invalid_request", first_fault(fault)[0])
             except Rejected as refusal:

@@ -144,5 +144,7 @@ def data_of(batch: Sequence[Group], settings: Settings) -> list[dict[str, Any]]:
                 "logprobs": [0.0] * before + sample.logprobs,
                 "advantages": [0.0] * before + [advantage / tokens] * len(sample.token_ids),
             }
+            if settings.loss_fn == "gspo":  # the ratio is that of the whole response
+                inputs["sequence_ratio_mask"] = [0.0] * before + [1.0] * len(sample.token_ids)
             data.append({"tokens": ids[:-1], "inputs": inputs})
     return data
