@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_gsm8k.datatypes import SamplingParams
-from grpo_gsm8k.engines.hf import HFSampler, draw as _draw
+from grpo_gsm8k.engines.hf import HFSampler
+from grpo_gsm8k.engines.hf import draw as _draw
 from grpo_gsm8k.errors import ModelError, NonFiniteError
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.learner import TorchLearner

@@ -83,6 +83,8 @@ class BaseModel:
         ends = self.model.generation_config.eos_token_id if self.model.generation_config else None
         self.stop_ids = self.renderer.stop_ids | set([ends] if isinstance(ends, int) else ends or [])
         self.held: dict[str, ModelSpec] = {}
+        self._layers: list[Any] = []
+        self._active = ""
 
     def _loaded(self) -> Any:
         model = load_model(self.cfg).requires_grad_(False)
@@ -136,6 +138,7 @@ class BaseModel:
             torch.manual_seed(spec.seed)
             inject_adapter_in_model(lora_config(spec, self.targets(spec)), self.model, name)
         self.held[name] = spec
+        self._layers, self._active = [m for m in self.model.modules() if _is_lora(m)], "?"
         self.activate(name)
         for parameter in self.parameters(name).values():
             parameter.data = parameter.data.to(self.model.dtype)
@@ -148,17 +151,22 @@ class BaseModel:
 
     def drop(self, name: str) -> None:
         """Take an adapter off the base."""
-        for module in self._layers():
-            if name in module.lora_A:
-                module.delete_adapter(name)
+        self.activate("")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that another one becomes the active one
+            for module in self._layers:
+                if name in module.lora_A:
+                    module.delete_adapter(name)
         del self.held[name]
 
     def activate(self, name: str) -> Any:
         """The base with this adapter, with none for ""; it alone can have a gradient."""
-        for module in self._layers():
-            module.enable_adapters(bool(name))
-            if name:
-                module.set_adapter(name)
+        if name != self._active:
+            for module in self._layers:
+                module.enable_adapters(bool(name))
+                if name:
+                    module.set_adapter(name)
+            self._active = name
         return self.model
 
     def parameters(self, name: str) -> dict[str, torch.nn.Parameter]:
@@ -169,9 +177,6 @@ class BaseModel:
                 if _is_lora(module) and name in getattr(module, part):
                     found[f"{PREFIX}{where}.{part}.weight"] = getattr(module, part)[name].weight
         return found
-
-    def _layers(self) -> list[Any]:
-        return [module for module in self.model.modules() if _is_lora(module)]
 
 
 def _is_lora(module: Any) -> bool:

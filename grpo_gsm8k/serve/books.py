@@ -36,6 +36,7 @@ class Entry:
     seq: int | None = None
     key: str | None = None
     created: float = field(default_factory=time.time)
+    patience_s: float = 1e9  # for a gap before it
     accepted: Promise[None] = field(default_factory=Promise)
     done: Promise[Result] = field(default_factory=Promise)
 
@@ -127,6 +128,12 @@ class Books:
         for row in applied:
             if row["owner"] in self.models:
                 self.models[row["owner"]].applied = row["seq"] or 0
+        self.unborn = {
+            row["owner"]: row["error"]
+            for row in store.read(
+                "SELECT owner, error FROM requests WHERE key = owner || '#create' AND state = 'failed'"
+            )
+        }
         self.samplers = {
             row["id"]: SamplerRow(**dict(row)) for row in store.read("SELECT * FROM samplers ORDER BY created")
         }
@@ -221,11 +228,13 @@ class SeqQueue:
 
     def expire(self, patience_s: float) -> tuple[str, list[Entry]]:
         """Give up on a gap: why, and all requests that have waited behind it; the numbering goes on after them."""
-        if not self.held or time.monotonic() - min(since for _, since in self.held.values()) < patience_s:
+        now = time.monotonic()
+        waited = [now - since >= min(patience_s, entry.patience_s) for entry, since in self.held.values()]
+        if not any(waited):
             return "", []
         missing, first = self.expected, min(self.held)
         failed = [self.held[seq][0] for seq in sorted(self.held)]
         self.expected = max(self.held) + 1
         self.held.clear()
         span = f"seq_id {missing}" + (f" to {first - 1}" if first - 1 > missing else "")
-        return f"{span} did not arrive within {patience_s:.0f} s, so what comes behind cannot be done", failed
+        return f"{span} did not arrive in time, so what comes behind it cannot be done", failed

@@ -99,6 +99,7 @@ class Service:
         *,
         seq: int | None = None,
         key: str | None = None,
+        patience_s: float = 1e9,
         changes: Sequence[Callable[[sqlite3.Connection], Any]] = (),
         then: Callable[[], Any] = lambda: None,
     ) -> str:
@@ -107,6 +108,7 @@ class Service:
         Args:
             body: see `work.pack`.
             key: of a request that may be sent again.
+            patience_s: how long it waits for smaller numbers, at most `--gap_s`.
             changes: written together with it.
             then: called when that is done.
 
@@ -120,7 +122,7 @@ class Service:
             if entry is None:
                 if len(self._live) >= MOST_WAITING:
                     raise Refusal(f"{MOST_WAITING} requests are waiting; try again later", 429)
-                entry = Entry(uuid.uuid4().hex, kind, owner, body, seq, key)
+                entry = Entry(uuid.uuid4().hex, kind, owner, body, seq, key, patience_s=patience_s)
                 self._register(entry)
                 self.store.write(functools.partial(_insert_request, entry, tuple(changes))).add_done_callback(
                     functools.partial(self._accepted, entry, then)
@@ -399,14 +401,17 @@ class Service:
         kind = "load_weights" if load else "create_model"
         return await self.submit(kind, model_id, _json_body(load or {}), key=key, changes=[write], then=take), model_id
 
-    async def train(self, kind: str, model_id: str, body: bytes, seq: int | None = None, key: str = "") -> str:
+    async def train(
+        self, kind: str, model_id: str, body: bytes, seq: int | None = None, *, key: str = "", patience_s: float = 1e9
+    ) -> str:
         """Accept a training request; without a `seq` it takes the model's next number."""
         model = self.books.model(model_id)
         model.seen = time.time()
         if seq is None:
             taken = [e.seq for e in self._live.values() if e.owner == model_id and e.seq]
             seq = max([self._queue(model_id).expected - 1, *taken]) + 1
-        return await self.submit(kind, model_id, body, seq=seq, key=key or f"{model_id}#{seq}")
+        key = key or f"{model_id}#{seq}"
+        return await self.submit(kind, model_id, body, seq=seq, key=key, patience_s=patience_s)
 
     async def forward_backward(
         self,

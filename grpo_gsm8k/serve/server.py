@@ -40,8 +40,9 @@ def run(cfg: ServeConfig) -> None:
 
         keeper, minted = auth.open_keys(folder, given, cfg.rate)
         with opened(cfg, folder) as service:
+            serving = _server(service, keeper)
             announce(cfg, service, listening.getsockname()[1], minted)
-            _serve(service, keeper, listening)
+            serving.run(sockets=[listening])
     talk("the server has ended; start it with the same --out_dir to go on")
 
 
@@ -169,7 +170,7 @@ def announce(cfg: ServeConfig, service: Any, port: int, minted: str) -> None:
         print(printable(line), flush=True)
 
 
-def _serve(service: Any, keeper: Any, listening: socket.socket) -> None:
+def _server(service: Any, keeper: Any) -> Any:
     import uvicorn
 
     from grpo_gsm8k.serve.app import make_app
@@ -199,7 +200,7 @@ def _serve(service: Any, keeper: Any, listening: socket.socket) -> None:
         server_header=False,
         backlog=2048,
     )
-    Server(settings).run(sockets=[listening])
+    return Server(settings)
 
 
 def show_status(cfg: ServeConfig) -> Mapping[str, Any]:

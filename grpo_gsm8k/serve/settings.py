@@ -27,7 +27,7 @@ class ServeConfig:
     snapshot_every: int = opt(8, "optimizer steps of a model between snapshots of its state", ge=1)
     max_tokens_per_microbatch: int = opt(8192, "tokens of one forward pass in training", ge=1)
     sample_rows: int = opt(64, "samples decoded side by side", ge=1)
-    gap_s: float = opt(45.0, "seconds that a request waits for one with a smaller seq_id", gt=0)
+    gap_s: float = opt(30.0, "seconds that a request waits for one with a smaller seq_id", gt=0)
     idle_s: float = opt(1800.0, "seconds without a sign of life after which a session ends; what it made is kept", gt=0)
     max_body_mb: int = opt(64, "largest request in MB", ge=1, le=4096)
     rate: int = opt(0, "requests a second; 0 for no limit", ge=0)

@@ -28,6 +28,8 @@ from grpo_gsm8k.serve.work import JSON_BODY, PROTO_BODY, check_optimizer, pack, 
 
 POLL_S = 20.0  # that retrieve_future waits; clients give up after 45
 MOST_SEQ = 2**62
+PARALLEL_FROM = (0, 18)  # the first client that sends the parts of a call side by side
+IN_ORDER_S = 5.0  # that a request of an older one waits for a smaller number
 PROTOBUF = "application/x-protobuf"
 KNOWN_SAMPLE = {
     *("type", "num_samples", "prompt", "sampling_params", "base_model", "model_path", "sampling_session_id", "seq_id"),
@@ -144,7 +146,7 @@ Answer = dict[str, Any] | Response
 def router() -> APIRouter:
     """All routes of this part."""
     routes = APIRouter(prefix="/api/v1", tags=["tinker"])
-    routes.get("/healthz")(health)
+    routes.get("/healthz", response_model=None)(health)
     secured = APIRouter(dependencies=[Depends(required)])
     posts: dict[str, Callable[..., Any]] = {
         "client/config": client_config,
@@ -247,7 +249,7 @@ async def load_weights(body: LoadWeights, request: Request) -> Answer:
     service, sent = service_of(request), body.model_dump()
     if body.model_id is not None and body.seq_id is not None:
         return await accept(
-            service, "load_weights", body.model_id, body.seq_id, pack(JSON_BODY, json.dumps(sent).encode())
+            request, "load_weights", body.model_id, body.seq_id, pack(JSON_BODY, json.dumps(sent).encode())
         )
     if body.session_id is None or body.model_seq_id is None:
         raise Refusal("load_weights needs model_id and seq_id, or session_id and model_seq_id", 422)
@@ -297,11 +299,23 @@ async def get_info(body: ModelId, request: Request) -> Answer:
 # ---------------------------------------------------------------------------------------------------- training
 
 
-async def accept(service: Service, kind: str, model_id: str, seq: int, body: bytes) -> Answer:
+async def accept(request: Request, kind: str, model_id: str, seq: int, body: bytes) -> Answer:
     """Put a numbered request on disk; its future."""
+    service = service_of(request)
     if service.draining:
         raise Refusal("the server is ending; ask again when it is back", 503)
-    return {"request_id": await service.train(kind, model_id, body, seq), "model_id": model_id}
+    # Older clients send one request after the other: what is missing was never sent.
+    patience = IN_ORDER_S if client_version(request) < PARALLEL_FROM else service.cfg.gap_s
+    return {
+        "request_id": await service.train(kind, model_id, body, seq, patience_s=patience),
+        "model_id": model_id,
+    }
+
+
+def client_version(request: Request) -> tuple[int, ...]:
+    """The first two numbers of the client's version; large ones for a client that does not say."""
+    parts = request.headers.get("x-stainless-package-version", "").split(".")[:2]
+    return tuple(map(int, parts)) if len(parts) == 2 and all(map(str.isdecimal, parts)) else (1 << 30, 0)
 
 
 def operation(kind: str) -> Callable[..., Any]:
@@ -309,7 +323,7 @@ def operation(kind: str) -> Callable[..., Any]:
 
     async def call(body: Op, request: Request) -> Answer:
         sent = pack(JSON_BODY, json.dumps(body.model_dump()).encode())
-        return await accept(service_of(request), kind, body.model_id, body.seq_id, sent)
+        return await accept(request, kind, body.model_id, body.seq_id, sent)
 
     call.__doc__ = f"Accept {kind}; the answer is a future."
     return call
@@ -329,7 +343,7 @@ async def forward_backward(request: Request) -> Answer:
         raise Refusal(f"the body is no ForwardBackwardRequest: {fault}") from None
     if sent.seq_id < 1:
         raise Refusal(f"seq_id is {sent.seq_id}; it must be at least 1", 422)
-    return await accept(service_of(request), "forward_backward", sent.model_id, sent.seq_id, pack(PROTO_BODY, raw))
+    return await accept(request, "forward_backward", sent.model_id, sent.seq_id, pack(PROTO_BODY, raw))
 
 
 async def forward(request: Request) -> Answer:
@@ -348,7 +362,7 @@ async def _json_training(request: Request, raw: bytes) -> Answer:
         raise Refusal("model_id is missing", 422)
     if type(seq) is not int or not 1 <= seq <= MOST_SEQ:
         raise Refusal(f"seq_id is {str(seq)[:40]}; it must be a whole number, at least 1", 422)
-    return await accept(service_of(request), "forward_backward", model_id, seq, pack(JSON_BODY, raw))
+    return await accept(request, "forward_backward", model_id, seq, pack(JSON_BODY, raw))
 
 
 # ---------------------------------------------------------------------------------------------------- sampling

@@ -23,7 +23,7 @@ from grpo_gsm8k.serve.auth import LINK_S, Keeper, required
 from grpo_gsm8k.serve.books import TYPES, Checkpoint, Model
 from grpo_gsm8k.serve.core import Service
 from grpo_gsm8k.serve.jobs import Refusal
-from grpo_gsm8k.serve.tinker import Answer, Body, service_of
+from grpo_gsm8k.serve.tinker import Answer, Body, client_version, service_of
 from grpo_gsm8k.serve.work import check_ttl
 
 LEFT_OUT = {"optimizer", "spec.json"}  # of what is downloaded
@@ -175,9 +175,7 @@ async def checkpoints(request: Request, limit: int = 100, offset: int = 0) -> An
 
 def _visible(service: Service, request: Request) -> list[Checkpoint]:
     """The checkpoints that this client can read of, newest first."""
-    version = request.headers.get("x-stainless-package-version", "").split(".")[:2]
-    old = len(version) == 2 and all(part.isdigit() for part in version)
-    hides = old and tuple(map(int, version)) < EXTERNAL_FROM
+    hides = client_version(request) < EXTERNAL_FROM
     every = [c for c in service.books.checkpoints.values() if not c.expired]
     return sorted((c for c in every if not (hides and c.kind == "external_weights")), key=lambda found: -found.created)
 

@@ -92,13 +92,20 @@ class Workshop:
         model = self.books.model(entry.owner)
         if model.ended:
             raise Refusal(f"{model.id} was unloaded")
-        trained = self.held(model)
+        if model.id in self.books.unborn:
+            raise Refusal(f"this model could not be made: {self.books.unborn[model.id]}")
         try:
-            outcome = self._do(entry, model, trained)
-        except GrpoError:
+            outcome = self._do(entry, model, self.held(model))
+        except GrpoError as fault:
+            if entry.seq is None:
+                self.books.unborn[model.id] = str(fault)
+                self.lose(model.id)
             model.applied = entry.seq or 0
             raise
         model.applied = seq = entry.seq or 0
+        trained = self.models.get(model.id)
+        if trained is None:  # it was unloaded
+            return outcome
         steps = trained.steps - self.snapshot_steps.get(model.id, 0)
         if steps >= self.cfg.snapshot_every or seq - model.snapshot_seq >= MOST_REPLAYED * self.cfg.snapshot_every:
             self._snapshot(model, trained, seq, outcome)
