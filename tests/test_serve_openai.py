@@ -292,7 +292,7 @@ def test_the_base_and_every_saved_sampler_are_models(client, served):
         ({"prompt": [10**6]}, "token id 1000000 is not in the vocabulary"),
         ({"prompt": [-1]}, "token id -1"),
         ({"prompt": "\ud800"}, "unicode"),
-        ({"prompt": ["a", "\ud800"]}, "unicode"),
+        ({"prompt": ["a", "\ud800"]}, "prompt"),
         ({"prompt": {"a": 1}}, "prompt"),
         ({"prompt": [1] * 5000}, "this model's context is 1024"),
         ({"prompt": "x" * 200_000}, "context"),
@@ -437,6 +437,24 @@ def test_the_openai_package_raises_its_own_errors(sdk):
     assert refused.value.param == "what"
     with pytest.raises(openai.AuthenticationError):
         sdk.with_options(api_key="tml-other").models.list(extra_headers={"X-API-Key": ""})
+
+
+def test_a_sample_is_told_token_by_token_and_nothing_that_a_stop_string_cuts_off(reference):
+    """However the tokens arrive, the same is told in the end, and never a character that is taken back."""
+    from grpo_gsm8k.serve.jobs import SampledSequence
+    from grpo_gsm8k.serve.openai.answers import Reader, Telling, Wanted
+    from grpo_gsm8k.serve.text import TokenNames
+
+    ids = reference[1]("So 3 🙂 of 12 END, and more")["input_ids"]
+    names, decode = TokenNames(reference[1]), lambda ids: reference[1].decode(list(ids), skip_special_tokens=True)
+    for stops, whole in (([], "So 3 🙂 of 12 END, and more"), (["12 END", "never"], "So 3 🙂 of "), (["S"], "")):
+        for step in (1, 2, 5, len(ids)):
+            telling, told = Telling(Reader(names, decode, Wanted(stops)), ()), ""
+            for n in [*range(step, len(ids), step), len(ids)]:
+                said = SampledSequence(tuple(ids[:n]), (0.0,) * n, "length")
+                told += "".join(token.text for token in telling.tokens(said, n == len(ids)))
+                assert whole.startswith(told)
+            assert told == whole and telling.told == len(ids)
 
 
 def test_numbers_that_json_cannot_hold_are_written_as_vllm_does():

@@ -15,6 +15,7 @@ from grpo_gsm8k.serve.jobs import Refusal
 MOST_SEED = 2**63 - 1
 MOST_STOPS = 64
 CHARACTERS_A_TOKEN = 64  # a text longer than the context by this factor is refused unread
+# A length bound also makes pydantic refuse half of a surrogate pair, which JSON can spell and no tokenizer can read.
 Text = Annotated[str, Field(max_length=1 << 22)]
 ShortText = Annotated[str, Field(max_length=1000)]
 Stops = ShortText | Annotated[list[ShortText], Field(max_length=MOST_STOPS)] | None

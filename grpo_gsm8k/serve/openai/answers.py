@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from grpo_gsm8k.serve.jobs import Chosen, SampledSequence, SampleResult
-from grpo_gsm8k.serve.text import TokenNames, pieces, stop_at
+from grpo_gsm8k.serve.text import Detokenizer, TokenNames, pieces, stop_at
 
 LEAST = -9999.0  # what vLLM writes for a probability of 0: JSON has no infinity
 Decode = Callable[[Sequence[int]], str]
@@ -66,11 +67,7 @@ class Reader:
 
     def answer(self, prompt: Sequence[int], sequence: SampledSequence) -> list[Token]:
         """The sampled tokens, their texts cut where a stop string begins."""
-        texts = pieces(self.decode, sequence.token_ids, prompt)
-        if (end := stop_at("".join(texts), self.wanted.stops)) >= 0:
-            texts = list(_cut(texts, end))
-        tops = sequence.topk or ((),) * len(texts)
-        return [Token(*row) for row in zip(sequence.token_ids, texts, sequence.logprobs, tops, strict=True)]
+        return Telling(self, prompt).tokens(sequence, True)
 
     def top(self, token: Token) -> dict[str, float]:
         """Names and log-probabilities of the likeliest tokens, and of the token itself whether it is one or not."""
@@ -129,6 +126,32 @@ class Reader:
         return {"logprob": finite(value), "rank": rank, "decoded_token": str(self.names.name(token_id))}
 
 
+class Telling:
+    """One sample while it comes: its tokens as soon as no stop string can cut their text off any more."""
+
+    def __init__(self, reader: Reader, prompt: Sequence[int]) -> None:
+        self.stops, self.text = reader.wanted.stops, Detokenizer(reader.decode, prompt)
+        self.texts: list[str] = []
+        self.told = 0
+        self.held = max((len(stop) for stop in self.stops), default=1) - 1  # characters that may begin a stop string
+
+    def tokens(self, sequence: SampledSequence, whole: bool) -> list[Token]:
+        """The tokens of `sequence` that were not told yet; `whole`: nothing comes behind them."""
+        self.texts += [self.text.push(i) for i in sequence.token_ids[len(self.texts) :]]
+        if whole and self.texts:
+            self.texts[-1] += self.text.rest()
+        said = "".join(self.texts)
+        stop = stop_at(said, self.stops)
+        if whole and stop >= 0:
+            self.texts = list(_cut(self.texts, stop))
+        safe, told = stop if stop >= 0 else len(said) - self.held, self.told
+        ends = itertools.accumulate(map(len, self.texts))
+        self.told = len(self.texts) if whole else max(told, sum(1 for end in ends if end <= safe))
+        tops = sequence.topk or ((),) * len(sequence.token_ids)
+        rows = zip(sequence.token_ids, self.texts, sequence.logprobs, tops, strict=True)
+        return [Token(*row) for row in itertools.islice(rows, told, self.told)]
+
+
 def finite(logprob: float) -> float:
     """A log-probability as JSON can hold it."""
     return max(logprob, LEAST)
@@ -148,53 +171,64 @@ def usage(prompts: Sequence[Sequence[int]], results: Sequence[SampleResult]) -> 
     return {"prompt_tokens": read, "completion_tokens": sampled, "total_tokens": read + sampled}
 
 
-def completion_choices(
-    reader: Reader, first: int, prompt: Sequence[int], echo_text: str, result: SampleResult
-) -> Iterator[tuple[dict[str, Any], list[Token], list[Token]]]:
-    """The choices of one prompt, numbered from `first`; with each, the tokens of the prompt and of the answer.
+def completion_choice(
+    reader: Reader, index: int, prompt: Sequence[int], echo_text: str, result: SampleResult, sequence: SampledSequence
+) -> dict[str, Any]:
+    """A choice of a completion. `echo_text`: the prompt as it was sent, "" where no echo is wanted."""
+    wanted, said = reader.wanted, reader.answer(prompt, sequence)
+    logprobs = reader.completion_logprobs(said, len(echo_text))
+    if wanted.echo and logprobs is not None:
+        before = reader.completion_logprobs(reader.prompt(prompt, result))
+        assert before is not None
+        logprobs = {key: before[key] + values for key, values in logprobs.items()}
+    choice: dict[str, Any] = {
+        "index": index,
+        "text": echo_text + "".join(token.text for token in said),
+        "logprobs": logprobs,
+        "finish_reason": sequence.stop_reason,
+    }
+    if wanted.token_ids:
+        choice |= {"token_ids": list(sequence.token_ids), "prompt_token_ids": list(prompt)}
+    if wanted.prompt_top is not None:
+        choice["prompt_logprobs"] = reader.prompt_logprobs(reader.prompt(prompt, result))
+    return choice
 
-    Args:
-        echo_text: the prompt as it was sent, "" where no echo is wanted.
-    """
-    wanted = reader.wanted
-    read = reader.prompt(prompt, result) if wanted.echo or wanted.prompt_top is not None else []
-    for i, sequence in enumerate(result.sequences):
-        said = reader.answer(prompt, sequence)
-        logprobs = reader.completion_logprobs(said, len(echo_text))
-        if wanted.echo and logprobs is not None:
-            before = reader.completion_logprobs(read)
-            assert before is not None
-            logprobs = {key: before[key] + values for key, values in logprobs.items()}
-        choice = {
-            "index": first + i,
-            "text": echo_text + "".join(token.text for token in said),
-            "logprobs": logprobs,
-            "finish_reason": sequence.stop_reason,
-        }
+
+class CompletionStream:
+    """A choice of a completion as events: the echo, the tokens, the reason of the end."""
+
+    def __init__(self, reader: Reader, index: int, prompt: Sequence[int], echo_text: str) -> None:
+        self.reader, self.index, self.prompt, self.echo_text = reader, index, prompt, echo_text
+        self.telling, self.offset, self.first = Telling(reader, prompt), len(echo_text), True
+
+    def events(self, sequence: SampledSequence, result: SampleResult | None) -> Iterator[dict[str, Any]]:
+        """What is new; the last with the `result`, which ends it."""
+        wanted = self.reader.wanted
+        if wanted.echo and self.first:
+            assert result is not None, "an echo is told when the prompt has been read"
+            logprobs = self.reader.completion_logprobs(self.reader.prompt(self.prompt, result))
+            yield self._event(self.echo_text, logprobs, result)
+        for token in self.telling.tokens(sequence, result is not None):
+            logprobs = self.reader.completion_logprobs([token], self.offset)
+            if token.text or logprobs or wanted.token_ids:
+                yield self._event(token.text, logprobs, result, [token.token_id])
+                self.offset += len(token.text)
+        if result is not None:
+            yield self._event("", None, result) | {"finish_reason": sequence.stop_reason}
+
+    def _event(
+        self, text: str, logprobs: Any, result: SampleResult | None, token_ids: Sequence[int] = ()
+    ) -> dict[str, Any]:
+        wanted = self.reader.wanted
+        event: dict[str, Any] = {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": None}
         if wanted.token_ids:
-            choice |= {"token_ids": list(sequence.token_ids), "prompt_token_ids": list(prompt)}
-        if wanted.prompt_top is not None:
-            choice["prompt_logprobs"] = reader.prompt_logprobs(read)
-        yield choice, read, said
-
-
-def completion_events(
-    reader: Reader, choice: Mapping[str, Any], echo_text: str, read: list[Token], said: list[Token]
-) -> Iterator[dict[str, Any]]:
-    """A choice as a stream: the echo, then the answer token by token; the last event has the reason of its end."""
-    index, offset = choice["index"], len(echo_text)
-    more = {key: choice[key] for key in ("prompt_token_ids", "prompt_logprobs") if key in choice}
-    if reader.wanted.echo:
-        logprobs = reader.completion_logprobs(read)
-        yield {"index": index, "text": echo_text, "logprobs": logprobs, "finish_reason": None, **more}
-        more = {}
-    for token in said:
-        ids = {"token_ids": [token.token_id]} if reader.wanted.token_ids else {}
-        logprobs = reader.completion_logprobs([token], offset)
-        if token.text or logprobs or ids:
-            yield {"index": index, "text": token.text, "logprobs": logprobs, "finish_reason": None, **ids, **more}
-            offset, more = offset + len(token.text), {}
-    yield {"index": index, "text": "", "logprobs": None, "finish_reason": choice["finish_reason"], **more}
+            event["token_ids"] = list(token_ids)
+        if self.first and wanted.token_ids:
+            event["prompt_token_ids"] = list(self.prompt)
+        if self.first and wanted.prompt_top is not None and result is not None:
+            event["prompt_logprobs"] = self.reader.prompt_logprobs(self.reader.prompt(self.prompt, result))
+        self.first = False
+        return event
 
 
 def chat_choice(reader: Reader, index: int, prompt: Sequence[int], sequence: SampledSequence) -> dict[str, Any]:
@@ -209,18 +243,24 @@ def chat_choice(reader: Reader, index: int, prompt: Sequence[int], sequence: Sam
     return choice | ({"token_ids": list(sequence.token_ids)} if reader.wanted.token_ids else {})
 
 
-def chat_events(
-    reader: Reader, index: int, prompt: Sequence[int], sequence: SampledSequence
-) -> Iterator[dict[str, Any]]:
-    """A choice of a chat as a stream: its role, its text token by token, the reason of its end."""
-    yield _delta(index, {"role": "assistant", "content": ""})
-    for token in reader.answer(prompt, sequence):
-        logprobs = reader.chat_logprobs([token])
-        ids = {"token_ids": [token.token_id]} if reader.wanted.token_ids else {}
-        if token.text or logprobs or ids:
-            yield {**_delta(index, {"content": token.text}), "logprobs": logprobs, **ids}
-    yield _delta(index, {}, sequence.stop_reason)
+class ChatStream:
+    """A choice of a chat as events: its role, the tokens, the reason of the end."""
 
+    def __init__(self, reader: Reader, index: int, prompt: Sequence[int]) -> None:
+        self.reader, self.index, self.telling, self.first = reader, index, Telling(reader, prompt), True
 
-def _delta(index: int, delta: Mapping[str, str], finish_reason: str | None = None) -> dict[str, Any]:
-    return {"index": index, "delta": dict(delta), "logprobs": None, "finish_reason": finish_reason}
+    def events(self, sequence: SampledSequence, result: SampleResult | None) -> Iterator[dict[str, Any]]:
+        """What is new; the last with the `result`, which ends it."""
+        if self.first:
+            self.first = False
+            yield self._event({"role": "assistant", "content": ""})
+        for token in self.telling.tokens(sequence, result is not None):
+            logprobs, ids = self.reader.chat_logprobs([token]), self.reader.wanted.token_ids
+            if token.text or logprobs or ids:
+                event = self._event({"content": token.text}) | {"logprobs": logprobs}
+                yield event | ({"token_ids": [token.token_id]} if ids else {})
+        if result is not None:
+            yield self._event({}) | {"finish_reason": sequence.stop_reason}
+
+    def _event(self, delta: Mapping[str, str]) -> dict[str, Any]:
+        return {"index": self.index, "delta": dict(delta), "logprobs": None, "finish_reason": None}

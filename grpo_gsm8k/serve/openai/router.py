@@ -22,12 +22,12 @@ from grpo_gsm8k.serve.core import Service
 from grpo_gsm8k.serve.forms import as_json, check_ids, check_length, conversation, encode, end_ids, first_fault
 from grpo_gsm8k.serve.jobs import Refusal, SampledSequence, SampleJob, SampleResult
 from grpo_gsm8k.serve.openai.answers import (
+    ChatStream,
+    CompletionStream,
     Reader,
     Wanted,
     chat_choice,
-    chat_events,
-    completion_choices,
-    completion_events,
+    completion_choice,
     usage,
 )
 from grpo_gsm8k.serve.openai.schema import (
@@ -40,6 +40,7 @@ from grpo_gsm8k.serve.openai.schema import (
 )
 from grpo_gsm8k.serve.text import TokenNames
 
+LOOK_S = 0.05  # between two looks at what was sampled since
 PING_S = 10.0  # an event stream says something at least so often, so that no proxy cuts it off
 
 
@@ -133,38 +134,37 @@ def _card(service: Service, name: str) -> dict[str, Any]:
 
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Go on from a text or from token ids."""
-    service, wanted = _service(request), _wanted(body, body.logprobs, bool(body.echo))
+    service, wanted, n = _service(request), _wanted(body, body.logprobs, bool(body.echo)), body.n or 1
     weights = service.resolve(body.model)
     prompts = _prompts(service, body)
-    jobs = [_job(service, body, ids, body.max_tokens, wanted) for ids in prompts]
-    accepted = await _submit(service, weights, jobs)
+    accepted = await _submit(service, weights, [_job(service, body, ids, body.max_tokens, wanted) for ids in prompts])
     reader, head = _reader(request, wanted), _head("cmpl", "text_completion", body.model)
-    n = body.n or 1
-    texts = body.prompts if wanted.echo else [""] * len(prompts)
-
-    def choices(k: int, result: SampleResult) -> list[Any]:
-        echo = texts[k] if isinstance(texts[k], str) else reader.text(prompts[k])
-        return list(completion_choices(reader, k * n, prompts[k], cast(str, echo), result))
-
-    if not body.stream:
-        results = await asyncio.gather(*(_finished(service, one, n) for one in accepted))
-        made = [choice for k, result in enumerate(results) for choice, *_ in choices(k, result)]
-        return Json({**head, "choices": made, "usage": usage(prompts, results)})
-
-    def events(k: int, result: SampleResult) -> list[dict[str, Any]]:
-        echo = texts[k] if isinstance(texts[k], str) else reader.text(prompts[k])
-        return [
-            event
-            for choice, read, said in choices(k, result)
-            for event in completion_events(reader, choice, cast(str, echo), read, said)
+    echoes = [_echo(reader, sent, ids) for sent, ids in zip(body.prompts, prompts, strict=True)]
+    if body.stream:
+        streams = [
+            [CompletionStream(reader, k * n + i, ids, echo) for i in range(n)]
+            for k, (ids, echo) in enumerate(zip(prompts, echoes, strict=True))
         ]
+        return _stream(service, body, head, prompts, accepted, streams)
+    results = await asyncio.gather(*(_finished(service, one, n) for one in accepted))
+    made = [
+        completion_choice(reader, k * n + i, ids, echo, result, sequence)
+        for k, (ids, echo, result) in enumerate(zip(prompts, echoes, results, strict=True))
+        for i, sequence in enumerate(result.sequences)
+    ]
+    return Json({**head, "choices": made, "usage": usage(prompts, results)})
 
-    return _stream(service, body, head, prompts, accepted, events)
+
+def _echo(reader: Reader, sent: str | list[int], ids: Sequence[int]) -> str:
+    """A prompt as text, where it is wanted back."""
+    if not reader.wanted.echo:
+        return ""
+    return sent if isinstance(sent, str) else reader.text(ids)
 
 
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation."""
-    service = _service(request)
+    service, n = _service(request), body.n or 1
     wanted = _wanted(body, (body.top_logprobs or 0) if body.logprobs else None)
     weights = service.resolve(body.model)
     prompt = conversation(service, body.messages)
@@ -173,20 +173,15 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     accepted = await _submit(service, weights, [_job(service, body, prompt, longest, wanted)])
     reader, head = _reader(request, wanted), _head("chatcmpl", "chat.completion", body.model)
     if body.return_token_ids:
-        head["prompt_token_ids"] = list(prompt)
-
-    if not body.stream:
-        result = await _finished(service, accepted[0], body.n or 1)
-        choices = [chat_choice(reader, i, prompt, sequence) for i, sequence in enumerate(result.sequences)]
-        if wanted.prompt_top is not None:
-            head["prompt_logprobs"] = reader.prompt_logprobs(reader.prompt(prompt, result))
-        return Json({**head, "choices": choices, "usage": usage([prompt], [result])})
-
-    def events(_: int, result: SampleResult) -> list[dict[str, Any]]:
-        each = [chat_events(reader, i, prompt, sequence) for i, sequence in enumerate(result.sequences)]
-        return [event for one in each for event in one]
-
-    return _stream(service, body, head | {"object": "chat.completion.chunk"}, [prompt], accepted, events)
+        head["prompt_token_ids"] = prompt
+    if body.stream:
+        streams = [[ChatStream(reader, i, prompt) for i in range(n)]]
+        return _stream(service, body, head | {"object": "chat.completion.chunk"}, [prompt], accepted, streams)
+    result = await _finished(service, accepted[0], n)
+    choices = [chat_choice(reader, i, prompt, sequence) for i, sequence in enumerate(result.sequences)]
+    if wanted.prompt_top is not None:
+        head["prompt_logprobs"] = reader.prompt_logprobs(reader.prompt(prompt, result))
+    return Json({**head, "choices": choices, "usage": usage([prompt], [result])})
 
 
 async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
@@ -313,24 +308,35 @@ def _stream(
     head: Mapping[str, Any],
     prompts: Sequence[Sequence[int]],
     accepted: Sequence[str],
-    events_of: Callable[[int, SampleResult], list[dict[str, Any]]],
+    streams: Sequence[Sequence[CompletionStream | ChatStream]],
 ) -> Response:
-    """Server-sent events: those of each prompt as soon as its samples are there."""
+    """Server-sent events: the tokens of each prompt's samples while they are drawn, one prompt after the other."""
     with_usage = bool(body.stream_options and body.stream_options.include_usage)
+    # What stands at the beginning is known when the prompt has been read, which the whole result says.
+    live = not getattr(body, "echo", False) and body.prompt_logprobs is None
+
+    def lines_of(told: Sequence[CompletionStream | ChatStream], result: SampleResult | None, sequences: Any) -> str:
+        events = [
+            event for one, sequence in zip(told, sequences, strict=False) for event in one.events(sequence, result)
+        ]
+        more = {"usage": None} if with_usage else {}
+        return "".join(_event({**head, "choices": [event], **more}) for event in events)
 
     async def lines() -> AsyncIterator[str]:
         results: list[SampleResult] = []
-        for k, request_id in enumerate(accepted):
-            waiting = asyncio.ensure_future(_finished(service, request_id, body.n or 1))
-            while not (await asyncio.wait([waiting], timeout=PING_S))[0]:
-                yield ": waiting\n\n"
+        for request_id, told in zip(accepted, streams, strict=True):
+            waiting, said_at = asyncio.ensure_future(_finished(service, request_id, body.n or 1)), time.monotonic()
+            while not (await asyncio.wait([waiting], timeout=LOOK_S))[0]:
+                new = lines_of(told, None, service.partial(request_id)) if live else ""
+                if new or time.monotonic() > said_at + PING_S:
+                    said_at = time.monotonic()
+                    yield new or ": waiting\n\n"
             try:
                 results.append(waiting.result())
             except Refusal as refusal:
-                yield _event({"error": {"message": str(refusal), "type": "server_error", "param": None, "code": None}})
+                yield _event(error_body(str(refusal), refusal.status))
                 return
-            for choice in events_of(k, results[-1]):
-                yield _event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
+            yield lines_of(told, results[-1], results[-1].sequences)
         if with_usage:
             yield _event({**head, "choices": [], "usage": usage(prompts, results)})
         yield "data: [DONE]\n\n"

@@ -6,6 +6,7 @@ this server does not have: it may only be sent with the value that changes nothi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -100,7 +101,7 @@ def _same(value: Any, neutral: Any) -> bool:
 class CompletionRequest(Sampling):
     """Texts or token ids to go on from."""
 
-    prompt: Text | list[int] | list[str] | list[list[int]]
+    prompt: Text | list[int] | list[Text] | list[list[int]]
     max_tokens: Annotated[int, Field(ge=0, le=MOST_SEED)] | None = 16
     echo: bool | None = False
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
@@ -116,7 +117,7 @@ class CompletionRequest(Sampling):
         return self
 
     @property
-    def prompts(self) -> list[str] | list[list[int]]:
+    def prompts(self) -> Sequence[str | list[int]]:
         """One entry a prompt."""
         if isinstance(self.prompt, str):
             return [self.prompt]

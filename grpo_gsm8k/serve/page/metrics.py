@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 PREFIX = "grpo_gsm8k_"
@@ -18,7 +18,7 @@ class Family:
     name: str
     kind: str
     help: str
-    samples: list[tuple[Labels, float]] = field(default_factory=list)
+    samples: Sequence[tuple[Labels, float]]
 
     def text(self) -> str:
         full = PREFIX + self.name

@@ -168,7 +168,7 @@ async function look() {
     return;
   }
   if (answer.status === 401) {
-    ask(key ? "The server does not know this key." : "");
+    ask("The server does not know this key.");
     key = "";
     sessionStorage.removeItem("key");
     return;
@@ -189,8 +189,9 @@ at("ask").addEventListener("submit", (event) => {
   at("key").value = "";
   look();
 });
-document.addEventListener("visibilitychange", look);
+document.addEventListener("visibilitychange", () => key && look());
 (async function watch() {
-  if (key || at("ask").hidden) await look();
+  if (key) await look();
+  else if (at("ask").hidden) ask("");
   setTimeout(watch, EVERY_MS);
 })();
