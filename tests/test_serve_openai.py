@@ -8,7 +8,9 @@ import math
 import pytest
 import torch
 
-from tests.serving import KEY, serving
+from tests.serve_tools import KEY, Process, free_port
+from tests.serving import serving
+from tests.toys import make_data
 
 PROMPT = "Tom has 3 apples."
 
@@ -437,6 +439,94 @@ def test_the_openai_package_raises_its_own_errors(sdk):
     assert refused.value.param == "what"
     with pytest.raises(openai.AuthenticationError):
         sdk.with_options(api_key="tml-other").models.list(extra_headers={"X-API-Key": ""})
+
+
+# --------------------------------------------------------------------------------------------- lm-eval and TRL
+
+
+@pytest.mark.slow
+def test_lm_eval_finds_through_the_service_what_it_finds_in_its_own_process(tiny, tmp_path, monkeypatch):
+    """`local-completions` scores and generates as its hf backend does with the same weights, with either tokenizer."""
+    lm_eval = pytest.importorskip("lm_eval", reason="uv run --extra lm-eval pytest")
+    from lm_eval.tasks import TaskManager
+
+    data = make_data(tmp_path / "data", test=24)
+    files = {"data_files": {"test": str(data / "test.jsonl")}}
+    shared = {"dataset_path": "json", "dataset_kwargs": files, "test_split": "test", "num_fewshot": 0}
+    shared |= {"doc_to_text": "{{question}}"}
+    choices = {"task": "choices", "output_type": "multiple_choice", "doc_to_choice": ["#### {{answer}}", "no", "12"]}
+    choices |= {"doc_to_target": 0, "metric_list": [{"metric": "acc"}]}
+    texts = {"task": "texts", "output_type": "generate_until", "doc_to_target": "x"}
+    texts |= {"generation_kwargs": {"until": ["7", "\n\n"], "max_gen_toks": 24, "do_sample": False}}
+    (tmp_path / "tasks").mkdir()
+    for task in (choices, texts):
+        (tmp_path / "tasks" / f"{task['task']}.yaml").write_text(json.dumps(shared | task))
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    def found(model, **args):
+        manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+        settings = {"tasks": ["choices", "texts"], "task_manager": manager, "bootstrap_iters": 0, "batch_size": 4}
+        said = lm_eval.simple_evaluate(model=model, model_args=args, **settings)["samples"]
+        return {(name, s["doc_id"]): s["resps"] for name in said for s in said[name]}
+
+    own = found("hf", pretrained=str(tiny.model), device="cpu", dtype="float32")
+    process = Process(tiny.model, tmp_path / "out", free_port(), served_name="tiny")
+    process.start()
+    try:
+        args = {"base_url": f"{process.url}/v1/completions", "model": "tiny", "num_concurrent": 2, "max_length": 1024}
+        for tokenizer in (
+            {"tokenizer": str(tiny.model), "tokenizer_backend": "huggingface"},
+            {"tokenizer_backend": "remote"},
+        ):
+            if tokenizer["tokenizer_backend"] == "remote":
+                args["auth_token"] = KEY
+            served = found("local-completions", **args, **tokenizer)
+            assert served.keys() == own.keys()
+            for key, resps in own.items():
+                if key[0] == "texts":
+                    assert served[key] == resps
+                    continue
+                for (mine,), (theirs,) in zip(served[key], resps, strict=True):
+                    assert mine[0] == pytest.approx(theirs[0], abs=1e-4) and mine[1] == theirs[1]
+    finally:
+        process.end()
+
+
+@pytest.mark.slow
+def test_trls_client_generates_and_scores(tiny, tmp_path, monkeypatch):
+    """TRL takes the service for vLLM's server: completions, chats, and a teacher's rows of log-probabilities."""
+    module = pytest.importorskip("trl.generation.vllm_client")
+    from transformers import AutoTokenizer
+
+    monkeypatch.setattr(module, "is_vllm_available", lambda *args, **kwargs: True)  # for generating it is not needed
+    tokenizer = AutoTokenizer.from_pretrained(tiny.model)
+    process = Process(tiny.model, tmp_path / "out", free_port(), served_name="tiny")
+    process.start()
+    try:
+        url = process.url.replace("http://", f"http://any:{KEY}@")
+        client = module.VLLMClient(base_url=url, connection_timeout=30)
+        found = client.generate(["Tom", "Ann"], n=2, max_tokens=6, temperature=1.0, logprobs=0)
+        assert found["prompt_ids"] == [tokenizer("Tom")["input_ids"], tokenizer("Ann")["input_ids"]]
+        assert len(found["completion_ids"]) == 4
+        for ids, values, named in zip(
+            found["completion_ids"], found["logprobs"], found["logprob_token_ids"], strict=True
+        ):
+            assert [row[0] for row in named] == ids and all(row[0] <= 0 for row in values)
+        said = [{"role": "user", "content": "hi"}]
+        chat = client.chat([said], n=2, max_tokens=4)
+        assert len(chat["completion_ids"]) == 2
+        assert chat["prompt_ids"] == [
+            tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+        ]
+        row = [*found["prompt_ids"][0], *found["completion_ids"][0]]
+        length = len(found["prompt_ids"][0])
+        scored = client.get_sequence_logprobs([row], [length], top_logprobs=100)
+        actual = [value[0] for value in scored["actual_logprobs"][0]]
+        drawn = [value[0] for value in found["logprobs"][0]]
+        seen = [(a, d) for a, d in zip(actual, drawn, strict=True) if a != -math.inf]
+        assert seen and all(a == pytest.approx(d, abs=1e-4) for a, d in seen)
+    finally:
+        process.end()
 
 
 def test_a_sample_is_told_token_by_token_and_nothing_that_a_stop_string_cuts_off(reference):

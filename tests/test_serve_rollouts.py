@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import random
+import signal
+import threading
+import time
 import zipfile
 
+import httpx
 import numpy as np
 import pytest
 import torch
 
 from grpo_gsm8k.serve.rollouts.run import Group, Sample, Settings, advantages, data_of
-from tests.serving import KEY, serving
+from tests.serve_tools import KEY, Process, free_port
+from tests.serving import serving
 
 SMALL = {"n": 2, "groups_per_batch": 2, "max_tokens": 4, "learning_rate": 1e-2, "lora_rank": 4}
 
@@ -387,6 +393,56 @@ def test_an_update_that_a_crash_interrupted_is_made_once(tiny, tmp_path, monkeyp
     undisturbed, killed = run(tmp_path / "a", False), run(tmp_path / "b", True)
     assert undisturbed[0] == killed[0]
     assert undisturbed[1] | {"seconds": 0} == killed[1] | {"seconds": 0}
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_change_nothing(tiny, tmp_path):
+    """kill -9 of the process while a client trains: weights and samples are bitwise those of the undisturbed run."""
+    undisturbed = trained_through(tiny.model, tmp_path / "a", kills=0)
+    killed = trained_through(tiny.model, tmp_path / "b", kills=6)
+    assert undisturbed == killed
+
+
+def trained_through(model, folder, kills, updates=24):
+    """The adapter's bytes and the samples' texts at the end of a run whose server is killed now and then."""
+    process = Process(model, folder, free_port(), snapshot_every=3)
+    drawn, ended, left = random.Random(kills), threading.Event(), [kills]
+
+    def kill():
+        while left[0] and not ended.wait(drawn.uniform(0.2, 1.5)):
+            process.end()
+            left[0] -= 1
+            process.start()
+
+    def call(method, path, body=None):
+        """Asked again until a server answers."""
+        while True:
+            try:
+                return httpx.request(method, process.url + path, json=body, headers={"X-API-Key": KEY}, timeout=60)
+            except httpx.TransportError:
+                time.sleep(0.1)
+
+    process.start()
+    assert call("POST", "/v1/start", {**SMALL, "groups_per_batch": 2}).status_code == 200
+    killer = threading.Thread(target=kill)
+    killer.start()
+    texts, update = [], 0
+    while update < updates or left[0]:
+        update += 1
+        found = call("POST", "/v1/rollouts", {"prompts": ["Tom", "Ann"], "seed": update, "max_tokens": 8}).json()
+        every = [one for group in found["rollouts"] for one in group["completions"]]
+        if update <= updates:
+            texts.append([one["text"] for one in every])
+        rewards = [{"rollout_id": one["rollout_id"], "reward": len(set(one["text"]))} for one in every]
+        answer = call("POST", "/v1/rewards", {"rewards": rewards}).json()
+        assert "updates" in answer or answer["error"]["type"] == "duplicate_reward", answer
+        if update == updates:
+            weights = call("GET", "/v1/model").content
+    ended.set()
+    killer.join()
+    process.end(signal.SIGTERM)
+    with zipfile.ZipFile(io.BytesIO(weights)) as archive:
+        return archive.read("adapter_model.safetensors"), texts
 
 
 # ------------------------------------------------------------------------------------------- grpo_server's client
