@@ -535,14 +535,15 @@ def test_a_sample_is_told_token_by_token_and_nothing_that_a_stop_string_cuts_off
     from grpo_gsm8k.serve.openai.answers import Reader, Telling, Wanted
     from grpo_gsm8k.serve.text import TokenNames
 
-    ids = reference[1]("So 3 🙂 of 12 END, and more")["input_ids"]
+    ids = reference[1]("So 3 🙂 of 12 END, and more")["input_ids"] + reference[1]("🙂")["input_ids"][:2]
+    cut = reference[1].decode(ids[-2:])
     names, decode = TokenNames(reference[1]), lambda ids: reference[1].decode(list(ids), skip_special_tokens=True)
-    for stops, whole in (([], "So 3 🙂 of 12 END, and more"), (["12 END", "never"], "So 3 🙂 of "), (["S"], "")):
+    for stops, whole in (([], f"So 3 🙂 of 12 END, and more{cut}"), (["12 END", "never"], "So 3 🙂 of "), (["S"], "")):
         for step in (1, 2, 5, len(ids)):
             telling, told = Telling(Reader(names, decode, Wanted(stops)), ()), ""
-            for n in [*range(step, len(ids), step), len(ids)]:
-                said = SampledSequence(tuple(ids[:n]), (0.0,) * n, "length")
-                told += "".join(token.text for token in telling.tokens(said, n == len(ids)))
+            for n, ended in [*((n, False) for n in range(step, len(ids) + step, step)), (len(ids), True)]:
+                said = SampledSequence(tuple(ids[:n]), (0.0,) * len(ids[:n]), "length")
+                told += "".join(token.text for token in telling.tokens(said, ended))
                 assert whole.startswith(told)
             assert told == whole and telling.told == len(ids)
 

@@ -145,7 +145,7 @@ class Telling:
         if whole and stop >= 0:
             self.texts = list(_cut(self.texts, stop))
         safe, told = stop if stop >= 0 else len(said) - self.held, self.told
-        ends = itertools.accumulate(map(len, self.texts))
+        ends = itertools.accumulate(map(len, self.texts[:-1]))  # the last one gets what is left of a character
         self.told = len(self.texts) if whole else max(told, sum(1 for end in ends if end <= safe))
         tops = sequence.topk or ((),) * len(sequence.token_ids)
         rows = zip(sequence.token_ids, self.texts, sequence.logprobs, tops, strict=True)
