@@ -51,8 +51,10 @@ ENVIRONMENT = {
 """Variables that commands read besides those that a field names; their help lists them."""
 HUB = ("HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE")
 RUN = ("CUDA_VISIBLE_DEVICES", *HUB, "WANDB_API_KEY", "WANDB_MODE", "TINKER_API_KEY")
-RENT = ("RUNPOD_API_KEY", "RUNPOD_API_BASE_URL", "HF_TOKEN", "GRPO_GSM8K_WEBHOOK", "GRPO_GSM8K_WEBHOOK_SECRET")
-RENT += ("DISCORD_WEBHOOK_URL", "SSH_PUBLIC_KEY", "SSH_PRIVATE_KEY_PATH")
+RENT = (
+    *("RUNPOD_API_KEY", "RUNPOD_API_BASE_URL", "HF_TOKEN", "SSH_PUBLIC_KEY", "SSH_PRIVATE_KEY_PATH"),
+    *("GRPO_GSM8K_WEBHOOK", "GRPO_GSM8K_WEBHOOK_SECRET", "DISCORD_WEBHOOK_URL"),
+)
 
 
 def flags_of(cls: type, skip: typing.Container[str] = ()) -> list[inspect.Parameter]:
