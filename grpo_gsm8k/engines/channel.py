@@ -28,10 +28,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from grpo_gsm8k.errors import EngineError, GrpoError, UserError
+from grpo_gsm8k.errors import EngineError, GrpoError, PluginError, UserError
 
 BEAT_S = 0.5
-LAST_WORDS = 2000  # characters of the child's output that go into a message about its death
+OUTPUT_TAIL = 2000  # characters of the child's output that go into a message about its death
 
 TORCHRUN = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
 
@@ -39,11 +39,11 @@ Handler = Callable[..., Mapping[str, Any]]
 
 
 class ChildGone(EngineError):
-    """The child died, hung, or broke the protocol; another may be started. `words` are the last that it wrote."""
+    """The child died, hung, or broke the protocol; another may be started. `output_tail` is the end of its output."""
 
-    def __init__(self, what: str, words: str = "") -> None:
+    def __init__(self, what: str, output_tail: str = "") -> None:
         super().__init__(what)
-        self.words = words
+        self.output_tail = output_tail
 
 
 class Child:
@@ -124,24 +124,24 @@ class Child:
             if message.get("id") != number:
                 raise self._gone("answered a question that was not asked")
             if "fault" in message:
-                raise UserError(message["fault"])
+                raise (PluginError if message["plugin"] else UserError)(message["fault"])
             result: dict[str, Any] = message["result"]
             return result
 
     def _gone(self, what: str) -> ChildGone:
-        """Kill what is left, and say what happened with the last words that it wrote."""
+        """Kill the child and return the error to raise, with the end of its output."""
         if self.process.poll() is None and what == "died":  # its socket closes before the process is gone
             try:
                 self.process.wait(5)
             except subprocess.TimeoutExpired:
                 what = "closed its end"
-        code, words = self.process.poll(), ""
+        code, tail = self.process.poll(), ""
         if not self._output.closed:  # by another thread, which has given this child up
-            self._output.seek(max(0, self._output.seek(0, os.SEEK_END) - LAST_WORDS))
-            words = self._output.read().decode("utf-8", "replace").strip()
+            self._output.seek(max(0, self._output.seek(0, os.SEEK_END) - OUTPUT_TAIL))
+            tail = self._output.read().decode("utf-8", "replace").strip()
         self.close()
         how = "" if code is None else f" (signal {-code})" if code < 0 else f" (exit {code})"
-        return ChildGone(f"{what}{how}", words)
+        return ChildGone(f"{what}{how}", tail)
 
     def _listen(self) -> None:
         """Sort what the child says: beats are noted here, answers wait for `call`."""
@@ -211,7 +211,7 @@ def serve(build: Callable[[Mapping[str, Any], Pulse], Mapping[str, Handler]]) ->
             else:
                 result = dict(handlers[op](**request))
         except GrpoError as fault:
-            send({"id": number, "fault": str(fault)})
+            send({"id": number, "fault": str(fault), "plugin": isinstance(fault, PluginError)})
         else:
             send({"id": number, "result": result})
 

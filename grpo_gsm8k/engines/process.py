@@ -115,15 +115,15 @@ class Engine:
         self.patience_s = cfg.engine_patience_s
         self._child: Child | None = None
         self._shut = False
-        self.irreplaceable = False  # it holds weights that nobody can hand over again
+        self.restartable = True  # False: it holds weights that nobody can hand over again
         self.held: WeightsRef | None = None
         self.restarts, self.busy_s = 0, 0.0
 
-    def ask(self, op: str, understand: Callable[[dict[str, Any]], T], **fields: Any) -> T:
+    def ask(self, op: str, parse: Callable[[dict[str, Any]], T], **fields: Any) -> T:
         """Call the engine, starting it anew where needed.
 
         Args:
-            understand: makes the result of an answer; raises `ChildGone` for one that makes no sense.
+            parse: turns an answer into the result; raises `ChildGone` for a malformed one.
 
         Raises:
             EngineError: it failed `ATTEMPTS` times in a row.
@@ -132,17 +132,17 @@ class Engine:
         try:
             for _ in range(ATTEMPTS):
                 try:
-                    return understand(self._ready().call(op, self.patience_s, **fields))
+                    return parse(self._ready().call(op, self.patience_s, **fields))
                 except ChildGone as fault:
                     self._end()
                     if self._shut:
                         raise EngineError(f"{self.name} was closed") from None
-                    if self.irreplaceable:
+                    if not self.restartable:
                         raise EngineError(
                             f"{self.name} {fault}, and its weights with it; resume with --resume"
                         ) from None
                     self.restarts, last = self.restarts + 1, fault
-                    talk(f"{fault.words}\n{self.name} {fault}; starting it again".strip())
+                    talk(f"{fault.output_tail}\n{self.name} {fault}; starting it again".strip())
             raise EngineError(f"{self.name} failed {ATTEMPTS} times in a row: it {last}")
         finally:
             self.busy_s += time.monotonic() - began
@@ -263,7 +263,7 @@ class ProcessSampler:
         def work() -> None:
             try:
                 send = self._send = self._send or connect(engine)
-                engine.irreplaceable = True
+                engine.restartable = False
                 send()
                 engine.ask("hold", dict, version=version)
             except BaseException as fault:

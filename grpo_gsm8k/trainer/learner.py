@@ -125,7 +125,7 @@ class TorchLearner:
         sums, cells, pairs, stuck = [], 0, 0, None
         for _, part in self._microbatches(batch, rows):
             if self.gauge:
-                self.gauge.saw(part)
+                self.gauge.record(part)
             try:
                 sums.append(self._pass(part, objective))
             except torch.OutOfMemoryError:
@@ -327,7 +327,7 @@ class TorchLearner:
         self.optimizer.zero_grad()
         torch.cuda.empty_cache() if self.device.type == "cuda" else None  # an engine on this GPU wants it next
         cells = costs.most_cells(self.probed.taken, room)
-        if not gauge.said:
+        if not gauge.printed:
             talk(f"memory: {self.probed.each / 1e6:.3g} MB a token by a probe, so {cells} tokens a forward pass")
         return cells
 
