@@ -80,7 +80,7 @@ def train(cfg: GrpoConfig, bench: Workbench, prompts: Sequence[Prompt], grader: 
 
 
 class GrpoState(loop.StageState):
-    """What a checkpoint stores besides the weights: the findings already printed, and the state of the rollout source."""
+    """What a checkpoint stores besides the weights: the findings printed so far, and the rollout source's state."""
 
     def __init__(self, source: RolloutSource) -> None:
         self.source, self.note = source, ""

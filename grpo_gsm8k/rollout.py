@@ -2,7 +2,7 @@
 
 on_policy     step k samples with the weights of k - 1 updates; the learner waits.
 one_step_off  step k trains on rollouts that were sampled during step k - 1, with the weights of k - 2 updates.
-              The first step is on-policy. Sampler and learner work side by side; a step takes as long as the slower one.
+              The first step is on-policy. Sampler and learner work side by side, so the slower one sets the pace.
 
 A checkpoint stores the rollouts that were sampled ahead, so a resumed run trains on the same ids.
 """
@@ -153,7 +153,7 @@ class RolloutSource:
         self._ahead = self._pool.submit(collect, self.cfg, self.bench, self.prompts, self.grader, step, self.cursor)
 
     def _staleness(self, step: int, groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
-        """Updates between the weights that sampled and the weights that are trained. Raises `EngineError` above the bound."""
+        """Updates between the sampling and the trained weights. Raises `EngineError` above the mode's bound."""
         staleness = [step - 1 - rollout.trajectory.policy_version for group in groups for rollout in group]
         bound = 1 if self.cfg.mode == "one_step_off" else 0
         if not 0 <= min(staleness) <= max(staleness) <= bound:

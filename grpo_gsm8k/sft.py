@@ -1,7 +1,7 @@
 """Stage 4: supervised fine-tuning on worked solutions.
 
-Simplified on purpose: one shuffle per epoch, no sequence-length buckets. The response and its end-of-turn id are
-trained; the loss is the mean over the response tokens of the whole update.
+Simplified on purpose: one shuffle per epoch, and an example that is too long is left out, never split. The response and
+its end-of-turn id are trained; the loss is the mean over the response tokens of the whole update.
 
     grpo-gsm8k sft --model_id MODEL --data DIR                         # the reference solutions of train.jsonl
     grpo-gsm8k sft --model_id MODEL --data_path pairs.jsonl --eval_set_path DIR/val.jsonl   # or a folder of shards
