@@ -1,10 +1,10 @@
-"""The errors that a person may meet, and the exit code of each.
+"""The errors that users see, with their exit codes.
 
-Everything raised on purpose descends from one base, so the command line can print one clear line
-for it. Whatever is not in this tree is a bug and keeps its traceback.
+Every error that we raise on purpose descends from one base, for which the command line prints one clear line. Anything
+outside of this tree is a bug and keeps its traceback.
 
     GrpoError                   exit 1   the job failed
-    ├── UserError               exit 2   what was asked cannot be done; says what, where, and what to do
+    ├── UserError               exit 2   the request cannot be done; says what, where, and what to do
     │   ├── ConfigError                  unknown key, value of the wrong type, impossible combination
     │   │   └── PluginError              a user's own function or class raises, or returns nonsense
     │   ├── DataError                    a file or a row of it; names the file and the line
@@ -34,7 +34,7 @@ class GrpoError(Exception):
 
 
 class UserError(GrpoError):
-    """What was asked cannot be done, and the user can mend it."""
+    """The request cannot be done, and the user can fix that."""
 
     exit_code = 2
 

@@ -80,24 +80,24 @@ def train(cfg: GrpoConfig, bench: Workbench, prompts: Sequence[Prompt], grader: 
 
 
 class GrpoState(loop.StageState):
-    """What the steps carry along: findings already voiced, and where the source of rollouts stands."""
+    """What a checkpoint stores besides the weights: the findings printed so far, and the rollout source's state."""
 
     def __init__(self, source: RolloutSource) -> None:
         self.source, self.note = source, ""
         self.said: list[str] = []
 
     def as_json(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """As JSON, for a checkpoint."""
         return {"note": self.note, "said": self.said, "source": self.source.state().as_json()}
 
     def restore(self, stored: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore what `as_json` returned."""
         self.note, self.said = stored["note"], stored["said"]
         self.source.restore(SourceState.of_json(stored["source"], self.source.prompts))
 
 
 def check(cfg: GrpoConfig) -> None:
-    """Refuse settings that cannot mean what they say. Raises `ConfigError`."""
+    """Refuse settings that contradict each other. Raises `ConfigError`."""
     if cfg.rollouts_per_step % cfg.group_size:
         raise ConfigError(
             f"rollouts_per_step = {cfg.rollouts_per_step} must be a multiple of group_size = {cfg.group_size}"
@@ -129,7 +129,7 @@ def check(cfg: GrpoConfig) -> None:
 
 
 def with_advantages(cfg: GrpoConfig, groups: Sequence[Sequence[Rollout]]) -> list[list[Rollout]]:
-    """Each rollout's reward relative to its own group's."""
+    """Set each rollout's advantage, from the grades of its group."""
     found = []
     for group in groups:
         values = advantages_of(cfg, [rollout.grade for rollout in group])
@@ -138,7 +138,7 @@ def with_advantages(cfg: GrpoConfig, groups: Sequence[Sequence[Rollout]]) -> lis
 
 
 def advantages_of(cfg: GrpoConfig, grades_G: Sequence[Grade]) -> list[float]:
-    """What each completion of a group is credited with, as `--advantage` says.
+    """The advantage of each completion of a group, as `--advantage` defines it.
 
     Raises:
         PluginError: the user's own function fails, or returns something other than a finite number for each.
@@ -159,7 +159,7 @@ def advantages_of(cfg: GrpoConfig, grades_G: Sequence[Grade]) -> list[float]:
 
 
 def maxrl_advantages(rewards_G: Sequence[float]) -> list[float]:
-    """r / mean - 1 (MaxRL, arXiv 2602.02710): the rarer a right answer, the more it counts, as in log-likelihood."""
+    """r / mean - 1 (MaxRL, arXiv 2602.02710): a right answer counts more the rarer it is, as in log-likelihood."""
     mean = statistics.fmean(rewards_G)
     if min(rewards_G) < 0:
         raise ConfigError(f"advantage maxrl divides by a group's mean: rewards must not be negative ({min(rewards_G)})")
@@ -187,7 +187,7 @@ def group_advantages(
 
 
 def datum(cfg: GrpoConfig, rollout: Rollout) -> Datum | None:
-    """The sampled ids with their mask and log-probabilities; None for a cut trajectory that is to be left out."""
+    """The row to train on; None for a truncated trajectory under `--mask_truncated`."""
     if cfg.mask_truncated and rollout.trajectory.finish_reason == "length":
         return None
     return sampled_datum(rollout.trajectory, rollout.advantage)
@@ -196,10 +196,10 @@ def datum(cfg: GrpoConfig, rollout: Rollout) -> Datum | None:
 def update(cfg: GrpoConfig, bench: Workbench, rows: Sequence[Datum], step: int) -> dict[str, float]:
     """`epochs` passes of `minibatches` optimizer steps over the step's rollouts; means over them.
 
-    `mismatch/` is of the first update, where the weights are still those that sampled: whatever differs there
-    differs between sampler and trainer.
+    `mismatch/` is measured at the first update, where the weights are still those that sampled: any difference is one
+    between sampler and trainer.
     """
-    if not rows:  # every completion was cut, and cut ones are masked
+    if not rows:  # every completion was truncated, and `--mask_truncated` leaves them out
         return {}
     objective, lr = objective_of(cfg), lr_at(step, cfg.steps, cfg)
     data, mismatch = whole_pass(cfg, bench.learner, rows, step)
@@ -210,7 +210,7 @@ def update(cfg: GrpoConfig, bench: Workbench, rows: Sequence[Datum], step: int) 
 
 
 def objective_of(cfg: GrpoConfig) -> Objective:
-    """The loss and its terms. Raises `ConfigError` where the loss is not there, or refuses its settings."""
+    """The loss and its terms. Raises `ConfigError` for an unknown loss, or one that refuses its settings."""
     return Objective(
         loss=make_loss(cfg.loss, vars(cfg) | {"clip_eps_high": cfg.clip_eps_high or cfg.clip_eps}),
         temperature=cfg.temperature,
@@ -226,10 +226,10 @@ def objective_of(cfg: GrpoConfig) -> Objective:
 def whole_pass(
     cfg: GrpoConfig, learner: Learner, rows: Sequence[Datum], step: int
 ) -> tuple[list[Datum], dict[str, float]]:
-    """All rows of a step, weighted, and how far apart sampler and trainer were, where that was looked at.
+    """All rows of a step, shuffled and weighted; and the `mismatch/` metrics if a frozen pass measured them.
 
-    The loss weights are those of the whole pass: a row weighs the same in whichever minibatch it comes to stand. Old
-    log-probabilities never change between the updates: that is what the clip is for.
+    The loss weights are set over the whole pass, so a row weighs the same in any minibatch. The old log-probabilities
+    stay the same between the updates: the clip is for that.
     """
     order = shuffled(len(rows), derive_seed(cfg.seed, "minibatches", step))
     data = weighted([rows[r] for r in order], cfg.aggregation, cfg.max_new_tokens)
@@ -245,10 +245,10 @@ def whole_pass(
 
 
 def minibatches(cfg: GrpoConfig, data: Sequence[Datum], step: int) -> Iterator[list[Datum]]:
-    """The updates of a step: `minibatches` a pass, or as many as there are rows, each pass in an order of its own.
+    """The updates of a step: `minibatches` per pass, or as many as there are rows, reshuffled in each pass.
 
-    Their sizes differ by one at most, and their weights are multiplied by their number, so that the mean over a pass is
-    the loss of the whole.
+    Their sizes differ by one at most. Their weights are multiplied by their number, so the mean of their losses is the
+    loss of the whole pass.
     """
     parts = min(cfg.minibatches, len(data))
     scaled = [replace(row, weights=tuple(weight * parts for weight in row.weights)) for row in data]
@@ -265,7 +265,7 @@ def minibatches(cfg: GrpoConfig, data: Sequence[Datum], step: int) -> Iterator[l
 
 
 def run(cfg: GrpoConfig) -> dict[str, Any]:
-    """The stage as a command: load, train, return the result."""
+    """The stage as a command: load, train, and return the result."""
     check(cfg)
     if cfg.estimate:
         return estimate(cfg, cfg.estimate)

@@ -1,6 +1,6 @@
-"""What every training stage needs, made ready from its config: the run, the learner, the sampler, the data.
+"""Builds what a training stage needs from its config: run directory, learner, sampler, renderer, validation data.
 
-The stages' `train` functions receive these; a test hands them toys instead.
+The stages' `train` functions take them as one `Workbench`, so a test can pass toys.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ class Workbench:
 
     Attributes:
         run: its directory.
-        learner, sampler: who learns and who samples; `sync` hands the weights from one to the other. SFT with
-            an evaluator of its own has no sampler.
-        renderer: the prompt style bound to the tokenizer.
+        learner, sampler: `sync` hands the weights from one to the other. SFT with an asynchronous evaluator has no
+            sampler.
+        renderer: the task bound to the tokenizer.
         val: the validation prompts.
         context: the model's context in tokens.
-        embeddings: how many ids it has an embedding for.
-        evaluator: who validates; by default the sampler does, while training waits.
+        embeddings: the number of ids that the model has an embedding for.
+        evaluator: runs the validations; by default the sampler does, while training waits.
     """
 
     run: Run
@@ -82,9 +82,9 @@ class Workbench:
     _held: WeightsRef | None = None
 
     def sync(self, version: int) -> dict[str, float]:
-        """Hand the learner's weights to the sampler; where that is another process, prove that they arrived.
+        """Hand the learner's weights to the sampler, and probe a sampler in another process for them.
 
-        Nothing is handed over that the sampler holds already, such as the weights of a validation in the next step.
+        Does nothing if the sampler already holds them, as it does in the step after a validation.
         """
         return self._handed_over(version)[1]
 
@@ -103,12 +103,12 @@ class Workbench:
         return ref, probe(self.sampler, self.learner, prompts, version, tolerance)
 
     def validate(self, step: int, total: int, metrics: dict[str, float]) -> None:
-        """Submit the weights of this step when it is due; log what has come back.
+        """Submit this step's weights if a validation is due, and log the results that have arrived.
 
-        A step whose validation fails is complete without it: its update is not lost.
+        If the validation fails, the step is still complete: its metrics are logged and its update can be saved.
 
         Args:
-            metrics: of this step; the validation's own are added when it was done at once.
+            metrics: of this step; an inline validation adds its own.
         """
         if self.evaluator is None:
             self.evaluator = inline_evaluator(self)
@@ -122,18 +122,18 @@ class Workbench:
             raise
 
     def due(self, step: int, total: int) -> bool:
-        """Whether this step ends with a validation: every `eval_every`, and the last."""
+        """Whether this step ends with a validation: every `eval_every` steps, and after the last one."""
         every = self.run.cfg.eval_every
         return bool(every) and (step % every == 0 or step == total)
 
     def finish(self) -> dict[str, Any]:
-        """Wait for the evaluations that are still owed, then write and return the run's result."""
+        """Wait for pending evaluations, then write and return the run's result."""
         if self.evaluator:
             self._keep(self.evaluator.drain(), -1)
         return loop.finish(self.run, self.learner)
 
     def _keep(self, found: Sequence[tuple[int, Evaluation]], now: int) -> dict[str, float]:
-        """Records and metrics of evaluations: logged under their own step, or returned if that is `now`."""
+        """Log each evaluation under its own step; return the metrics of the step `now`."""
         metrics: dict[str, float] = {}
         logged = self.run.metric_history("val/n") if any(step != now for step, _ in found) else {}
         for step, evaluation in found:
@@ -147,7 +147,7 @@ class Workbench:
         return metrics
 
     def prompts(self, examples: Sequence[Example], source: Path | str) -> list[Prompt]:
-        """Rendered examples, each known to fit into the context with its completion."""
+        """Render examples. Raises a `UserError` for a prompt that does not fit into the context."""
         prompts = [self.renderer.prompt(example) for example in examples]
         check_lengths(prompts, self.context, str(source))
         check_ids(prompts, self.embeddings, source)
@@ -158,13 +158,13 @@ class Workbench:
 def open_workbench(
     cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlaps: bool = False
 ) -> Iterator[Workbench]:
-    """Everything ready-made from a config; what is cheap to refuse is refused before the model is loaded.
+    """Open the run directory and build the workbench. Cheap checks come before the model is loaded.
 
-    Of several ranks the first alone comes here: the others learn with it until it is done, and leave.
+    Only rank 0 gets a workbench: the other ranks follow its learner, and exit when it is done.
 
     Args:
         inputs: name → file that the stage reads, besides the evaluation set.
-        overlaps: the sampler works while the learner does, so on one GPU neither can make room for the other.
+        overlaps: sampler and learner work at the same time, so on one GPU neither can free memory for the other.
     """
     cfg = settled(cfg, stage)
     if cfg.learner == "tinker" and world().size > 1:
@@ -182,7 +182,7 @@ def open_workbench(
     with open_run(cfg, stage, {**inputs, "eval_set": eval_path}) as run, ExitStack() as open_until_the_end:
         task.folder = run.path
         contamination.warn(inputs.values(), Path(cfg.data) / "test.jsonl", task)
-        # Before the model is loaded: what is wrong with a template shows at once.
+        # Before the model is loaded, so that a broken template fails at once.
         renderer = Renderer(load_tokenizer(cfg), task, date=date_of(cfg))
         renderer.check(examples[0])
         val = validated(examples, cfg), eval_path
@@ -273,10 +273,10 @@ def warn_of_unread(cfg: EngineConfig) -> None:
 
 
 def evaluates_apart(cfg: TrainConfig, stage: str) -> bool:
-    """Whether another process evaluates while training goes on. On the learner's own GPU it could not: they take turns.
+    """Whether another process evaluates during training. On the learner's own GPU it cannot: they take turns.
 
     Raises:
-        ConfigError: it was asked for there.
+        ConfigError: `--eval_mode async` names the learner's GPU.
     """
     if not cfg.uses_vllm or cfg.eval_mode == "inline" or (cfg.eval_mode == "auto" and stage != "sft"):
         return cfg.eval_mode == "async"
@@ -302,7 +302,7 @@ def load_seeded(cfg: TrainConfig) -> Any:
 
 
 def make_learner(cfg: TrainConfig, model: Any, tokenizer: Any) -> TorchLearner:
-    """Who learns in this process: alone, or as one of several ranks."""
+    """The learner of this process: alone, or as one of several ranks."""
     held = isinstance(cfg, GrpoConfig) and cfg.kl_coef > 0  # before a resume loads later weights into the model
     if world().size == 1:
         return TorchLearner(model, tokenizer, cfg, reference=held)
@@ -312,12 +312,12 @@ def make_learner(cfg: TrainConfig, model: Any, tokenizer: Any) -> TorchLearner:
 
 
 def end_ids(renderer: Renderer) -> list[int]:
-    """The ids that end a completion, the end of turn first."""
+    """The ids that end a completion, with the end of turn first."""
     return sorted(renderer.stop_ids, key=lambda i: (i != renderer.end_id, i))
 
 
 class NoSampler:
-    """Stands where a stage that never samples would have a sampler."""
+    """The sampler of a stage that never samples."""
 
     busy_s = 0.0
 
@@ -334,11 +334,11 @@ class NoSampler:
 def open_sampler(
     cfg: EngineConfig, model: Any, renderer: Renderer, folder: Path, overlaps: bool = False
 ) -> Iterator[Sampler]:
-    """The sampler that the config asks for: a copy of the model here, or vLLM engines in their own processes.
+    """Open the configured sampler: a copy of the model in this process, or vLLM engines in their own processes.
 
     Args:
-        model: whose type and device the engines take over.
-        folder: for the engines' log, and for weights that do not fit into shared memory.
+        model: the engines take over its dtype, and keep off its device where they can.
+        folder: takes the engines' log, and weights that do not fit into shared memory.
         overlaps: see `open_workbench`.
     """
     here = world()
@@ -350,13 +350,13 @@ def open_sampler(
         yield UserSampler(cfg.engine, own)
         return
     if not cfg.uses_vllm:
-        yield HFSampler(model, renderer, cfg.sample_rows, copy_model=here.size == 1)  # ranks train another copy
+        yield HFSampler(model, renderer, cfg.sample_rows, copy_model=here.size == 1)  # several ranks train a copy
         return
     learner, log = device_name(model), folder / "engine.log"
     rows = placements(cfg, learner, torch.cuda.device_count(), here.local_size)
     cfg = dataclasses.replace(cfg, dtype=dtype_name(model.named_parameters()))
     trained = trained_on(learner, here.local_size) - {"cpu"}
-    beside = [not trained.isdisjoint(row) for row in rows]  # engines on a GPU that is trained on
+    beside = [not trained.isdisjoint(row) for row in rows]  # engines that share a GPU with the learner
     if any(beside) and not cfg.gpu_mem_util and isinstance(cfg, TrainConfig):
         cfg = dataclasses.replace(cfg, gpu_mem_util=engine_share(cfg, model, overlaps))
     engines = [
@@ -399,7 +399,7 @@ def open_sampler(
 
 
 def async_evaluator(bench: Workbench, model: Any, stage: str) -> AsyncEvaluator:
-    """An evaluator in a process of its own, for the bench's validation prompts."""
+    """An evaluator in its own process, for the validation prompts."""
     cfg = bench.run.cfg
     device = cfg.eval_device
     if cfg.uses_vllm:
@@ -423,7 +423,7 @@ def async_evaluator(bench: Workbench, model: Any, stage: str) -> AsyncEvaluator:
 
 
 def prompt_rows(prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-    """Prompts for an evaluating process."""
+    """Prompts as JSON rows for the evaluating process."""
     text = ("id", "messages", "answer", "meta")
     return [
         {"example": {key: getattr(p.example, key) for key in text}, "token_ids": p.token_ids, "opened": p.opened}
@@ -432,7 +432,7 @@ def prompt_rows(prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
 
 
 def inline_evaluator(bench: Workbench) -> InlineEvaluator:
-    """The bench's own sampler as the evaluator."""
+    """An evaluator that uses the workbench's own sampler."""
 
     def sync(step: int) -> WeightsRef:
         return bench._handed_over(step)[0]
@@ -442,7 +442,7 @@ def inline_evaluator(bench: Workbench) -> InlineEvaluator:
 
 
 def validation_params(bench: Workbench) -> SamplingParams:
-    """Greedy, one completion an example."""
+    """Greedy decoding, one completion per example."""
     cfg = bench.run.cfg
     return SamplingParams(cfg.max_new_tokens, temperature=0.0, stop=bench.renderer.stop)
 
@@ -465,7 +465,7 @@ def evaluate_model(
         return _evaluate_at_service(cfg, task, examples, params, source, shots, how)
     warn_of_unread(cfg)
     repro.set_deterministic(cfg.deterministic)
-    # An engine is given the weights like any other time, from a copy on the CPU: their hash is what was evaluated.
+    # An engine gets the weights from a copy on the CPU, as in training, so their hash names what was evaluated.
     if cfg.uses_vllm:
         gpu = placements(cfg, gpus=torch.cuda.device_count())[0][0] != "cpu"
         cfg = dataclasses.replace(cfg, device="cpu", dtype="bfloat16" if cfg.dtype == "auto" and gpu else cfg.dtype)
@@ -507,10 +507,10 @@ def _evaluate_at_service(
 
 
 def merge(cfg: ModelConfig, out: Path) -> dict[str, Any]:
-    """Make a LoRA adapter's folder a model of its own in `out`; returns its `model` and `weights_sha256`.
+    """Merge a LoRA adapter into its base model, in `out`; returns its `model` and `weights_sha256`.
 
     Raises:
-        ConfigError: `cfg.model_id` is no adapter.
+        ConfigError: `cfg.model_id` is not an adapter.
         RunDirError: `out` exists.
     """
     if out.exists():

@@ -252,7 +252,7 @@ def test_an_engine_ends_when_its_parent_leaves_words_unread():
 def test_a_child_that_dies_says_its_last_words(tmp_path):
     with pytest.raises(EngineError, match="exit 1") as caught:
         Child("tests.no_such_module", {}, patience_s=30)
-    assert "no_such_module" in caught.value.words
+    assert "no_such_module" in caught.value.output_tail
 
 
 # ---------------------------------------------------------------------------------------------- hand-overs
@@ -406,7 +406,7 @@ def test_a_transfer_that_never_ends_stops_the_run(direct):
 
 def test_an_engine_that_dies_in_a_transfer_or_after_it_stops_the_run(direct):
     sampler, _ = direct(lambda engine: engine.ask("transfer", dict, method="update_weights"), "die_in_transfer")
-    sampler.engines[0].irreplaceable = True  # it dies when both ends meet, and is not started again for that
+    sampler.engines[0].restartable = False  # it dies when both ends meet, and is not started again for that
     with pytest.raises(EngineError, match="weight transfer failed"):
         load(sampler, 1, WEIGHTS)
 
