@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -412,3 +413,25 @@ def test_a_storm(tmp_path):
 @pytest.mark.slow
 def test_the_great_storm(tmp_path):
     storm(tmp_path, prompts=500, kills=5, concurrency=16, stream=False)
+
+
+def test_the_try_out_ends_in_seconds_with_every_answer(tmp_path):
+    command = [sys.executable, "-m", "tests.fake_api", "--try", "20", "--faults", "0.5", "--out", str(tmp_path / "try")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "try" / "traces.jsonl").read_text().splitlines()]
+    assert len({row["id"] for row in rows}) == len(rows) == 20
+    for row in rows:
+        a, b = map(int, re.findall(r"\d+", row["question"]))
+        assert row["content"].endswith(f"\\boxed{{{a + b}}}")
+    again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+    assert again.returncode == 2 and "holds a try-out already" in again.stderr
+
+
+def test_a_busy_port_is_named():
+    with serve(FakeApi(lambda prompt: ("", "x"))) as url:
+        port = url.rpartition(":")[2].removesuffix("/v1")
+        command = [sys.executable, "-m", "tests.fake_api", "--port", port]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: port {port} is busy; end what listens there")
