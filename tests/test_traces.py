@@ -335,6 +335,15 @@ def test_half_a_surrogate_pair_and_an_echoed_key_are_written(tmp_path):
     assert r1_traces.Redact("EMPTY")("EMPTY") == "EMPTY"
 
 
+def test_a_slow_call_is_not_silent(infile, capfd, monkeypatch):
+    monkeypatch.setattr(r1_traces, "LINE_EVERY_S", 0.2)
+    monkeypatch.setattr(r1_traces, "TICK_S", 0.05)
+    with serve(FakeApi(answer, delay=1.0)) as url:
+        run(url, infile, "--limit", "1")
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) >= 3 and lines[0].startswith("traces 0/1, 0 failed, 1 of ") and lines[-1].startswith("traces 1/1")
+
+
 def test_ctrl_c_waits_for_the_calls_under_way(infile):
     api = FakeApi(answer, delay=0.5)
     with serve(api) as url:
