@@ -66,6 +66,7 @@ HOPELESS = {
 LEAST_BYTES, TOKEN_BYTES, MOST_BYTES = 4 << 20, 1 << 10, 256 << 20  # of an answer: some, for each token, and at most
 MESSAGE_BYTES = 1 << 16  # of an error
 METAVARS = {int: "INTEGER", float: "FLOAT", str: "TEXT"}
+LINE_EVERY_S, TICK_S = 20.0, 0.5  # between two lines where there is no terminal; between two looks at the clock
 RETRIED = frozenset({408, 409, 425, 429})  # and everything from 500 on
 
 
@@ -444,7 +445,7 @@ class ProgressLine:
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
-        self._every = 0.2 if self._terminal else 30.0
+        self._every = 0.2 if self._terminal else LINE_EVERY_S
         self._next = time.monotonic() + (0 if self._terminal else self._every)
 
     def show(self, text: str, last: bool = False) -> None:
@@ -517,12 +518,22 @@ class Collector:
         async with aiohttp.ClientSession(
             headers=headers, timeout=timeout, connector=connector, auto_decompress=False
         ) as session:
-            await asyncio.gather(*(self._work(session, jobs) for _ in range(cfg.concurrency)))
+            ticker = asyncio.create_task(self._tick())
+            try:
+                await asyncio.gather(*(self._work(session, jobs) for _ in range(cfg.concurrency)))
+            finally:
+                ticker.cancel()
         self.line.show(self._status(), last=True)
         summary = self._summary()
         if self._hopeless:
             raise MistakeError(self.stopped)
         return summary
+
+    async def _tick(self) -> None:
+        """Say how far it is while every call takes its time."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.line.show(self._status())
 
     def _jobs(self) -> list[tuple[Key, dict[str, str]]]:
         rows = {row["id"]: row for row in self.prompts}
