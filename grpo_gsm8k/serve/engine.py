@@ -49,7 +49,7 @@ class Engine:
         self._batches: deque[Batch] = deque()
         self._stopping = False
         self._torch = ThreadPoolExecutor(1, "torch")
-        self._thread = threading.Thread(target=self._run, name="engine")
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         """Begin to work."""
