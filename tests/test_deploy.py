@@ -146,6 +146,7 @@ class Streams(http.server.BaseHTTPRequestHandler):
 
     seen: ClassVar[list] = []
     cut = False
+    fails = False
 
     def do_GET(self):
         self.send_response(200 if self.path == "/health" else 404)
@@ -165,7 +166,9 @@ class Streams(http.server.BaseHTTPRequestHandler):
         for piece in ("", "Eighty-", "four ✓"):
             choice = {"delta": {"content": piece}} if chat else {"text": piece}
             self.wfile.write(f"data: {json.dumps({'choices': [choice]}, ensure_ascii=False)}\n\n".encode())
-        if not self.cut:
+        if self.fails:
+            self.wfile.write(b'data: {"error": {"message": "the engine is dead"}}\n\n')
+        elif not self.cut:
             self.wfile.write(b'data: {"choices": [], "usage": {"total_tokens": 3}}\n\ndata: [DONE]\n\n')
 
     def log_message(self, *args):
@@ -173,8 +176,8 @@ class Streams(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def streams(cut=False):
-    handler = type("Handler", (Streams,), {"seen": [], "cut": cut})
+def streams(**attributes):
+    handler = type("Handler", (Streams,), {"seen": [], **attributes})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -216,6 +219,9 @@ def test_the_client_streams_sends_its_credentials_and_says_what_is_wrong(tmp_pat
     with streams(cut=True) as (url, _):
         broken = client(out, url, "hello")
         assert broken.returncode == 1 and "ended before it was complete" in broken.stderr
+    with streams(fails=True) as (url, _):
+        failed = client(out, url, "hello")
+        assert failed.returncode == 1 and failed.stderr.splitlines()[-1] == f"{url}: the engine is dead"
 
 
 # ------------------------------------------------------------------------- by the programs it is written for

@@ -45,7 +45,10 @@ def stream(url: str, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, A
                 if event == "[DONE]":
                     return
                 if event:
-                    yield json.loads(event)
+                    found = json.loads(event)
+                    if "error" in found:  # in the middle of an answer
+                        raise SystemExit(f"{url}: {found['error'].get('message', found['error'])}")
+                    yield found
     except urllib.error.HTTPError as fault:
         raise SystemExit(
             f"{url}: {fault.code}: {' '.join(fault.read().decode(errors='replace').split())[:300]}"
