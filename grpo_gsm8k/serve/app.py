@@ -23,7 +23,7 @@ from grpo_gsm8k.serve.auth import Keeper
 from grpo_gsm8k.serve.core import Service
 from grpo_gsm8k.serve.jobs import Refusal
 
-WIRES = ("tinker", "tinker_runs", "openai", "rollouts", "page")
+WIRES = ("tinker", "openai", "rollouts", "page")
 """Modules beside this one whose `router()` is an APIRouter."""
 BODY_S = 120.0  # within which a request must have arrived
 

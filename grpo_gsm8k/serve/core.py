@@ -1,82 +1,64 @@
 """The heart of the service: requests are numbered, put on disk, ordered and answered.
 
 The wires (routers of the web application) call `Service` from the event loop and only await. Whatever a request needs
-to be done again after a crash is in the journal before its id is returned; its result is there before it is handed out.
+to be done again after a crash is in the journal before its id is returned; its result is there before it is handed out:
+that part is `ledger.py`, here is what the requests are about.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
-import itertools
 import json
 import secrets
 import sqlite3
-import threading
 import time
 import uuid
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from grpo_gsm8k.repro import derive_seed
 from grpo_gsm8k.runs.progress import talk
-from grpo_gsm8k.serve import codec, data, upkeep, watch
+from grpo_gsm8k.serve import data, upkeep, watch
 from grpo_gsm8k.serve.adapters import BaseModel, ModelSpec
-from grpo_gsm8k.serve.books import Books, Entry, Model, SeqQueue, Session, insert
+from grpo_gsm8k.serve.bodies import JSON_BODY, is_path, pack
+from grpo_gsm8k.serve.books import Books, Entry, Model, Session, insert
 from grpo_gsm8k.serve.engine import Engine
 from grpo_gsm8k.serve.jobs import Base, Refusal, Result, SampleJob
+from grpo_gsm8k.serve.ledger import Ledger
 from grpo_gsm8k.serve.settings import ServeConfig
 from grpo_gsm8k.serve.store import Store
-from grpo_gsm8k.serve.work import JSON_BODY, Outcome, Workshop, is_path, pack
+from grpo_gsm8k.serve.work import Workshop
 
 MOST_SAMPLES, MOST_TOPK, MOST_MODELS = 1024, 64, 10_000
 REFUSALS = 200  # that the page shows
-MOST_WAITING = 100_000  # requests
 
 
-class Service:
+class Service(Ledger):
     """What the wires stand on. Every coroutine that takes a `key` is idempotent: the same key, the same request."""
 
     def __init__(self, cfg: ServeConfig, base: BaseModel, store: Store, folder: Path) -> None:
         """`folder` holds the checkpoints and snapshots that `store` speaks of."""
-        self.cfg, self.store, self.folder = cfg, store, folder
+        super().__init__(store, cfg.gap_s)
+        self.cfg, self.folder = cfg, folder
         name = cfg.served_name or cfg.model_id
         self.base = Base(name, base.folder, base.renderer, base.context, base.vocabulary)
         self.used: dict[str, float] = {}  # when a sampling session was last asked
-        self._numbers = itertools.count(1 + (store.read("SELECT max(number) AS n FROM requests")[0]["n"] or 0))
         self.books = Books(store)
         self.work = Workshop(cfg, base, self.books, folder)
         self.engine = Engine(self.work, self._finish)
-        self.started, self.draining = time.time(), False
-        self.totals: Counter[str] = Counter()
+        self.started = time.time()
         self.samples: deque[dict[str, str]] = deque(maxlen=20)
         self.refusals: deque[dict[str, Any]] = deque(maxlen=REFUSALS)
-        self.fetched: dict[str, float] = {}
-        self._lock = threading.RLock()
-        self._live: dict[str, Entry] = {}
-        self._keys: dict[str, Entry] = {}
-        self._queues: dict[str, SeqQueue] = {}
 
     def start(self) -> None:
         """Take up what the journal says is still to be done, and begin to work."""
-        for row in self.store.read(
-            "SELECT owner, max(seq) AS seq FROM requests WHERE state != 'waiting' GROUP BY owner"
-        ):
-            if row["owner"] in self.books.models:
-                self._queues[row["owner"]] = SeqQueue((row["seq"] or 0) + 1)
-        for row in self.store.read("SELECT * FROM requests WHERE state = 'waiting' ORDER BY created, seq"):
-            fields = {name: row[name] for name in ("id", "kind", "owner", "body", "seq", "key", "created")}
-            entry = Entry(**fields)
-            self._register(entry)
-            entry.accepted.set(None)
-            self._enqueue(entry)
+        waiting = self.recall()
         upkeep.remove_orphans(self)
-        if self._live:
-            talk(f"{len(self._live)} requests were waiting when the server ended; they are done now")
+        if waiting:
+            talk(f"{waiting} requests were waiting when the server ended; they are done now")
         self.engine.start()
 
     def close(self) -> None:
@@ -89,161 +71,9 @@ class Service:
             self.work.evict(model_id)
         self.store.close()
 
-    # --------------------------------------------------------------------------------------------- any request
-
-    async def submit(
-        self,
-        kind: str,
-        owner: str,
-        body: bytes,
-        *,
-        seq: int | None = None,
-        key: str | None = None,
-        patience_s: float = 1e9,
-        changes: Sequence[Callable[[sqlite3.Connection], Any]] = (),
-        then: Callable[[], Any] = lambda: None,
-    ) -> str:
-        """Accept a request: its id, once it is on disk.
-
-        Args:
-            body: see `work.pack`.
-            key: of a request that may be sent again.
-            patience_s: how long it waits for smaller numbers, at most `--gap_s`.
-            changes: written together with it.
-            then: called when that is done.
-
-        Raises:
-            DiskError: the disk is full, and nothing was accepted.
-        """
-        with self._lock:
-            entry = self._keys.get(key or "")
-            if entry is None and key and (known := self.store.read("SELECT id FROM requests WHERE key = ?", key)):
-                return str(known[0]["id"])
-            if entry is None:
-                if len(self._live) >= MOST_WAITING:
-                    raise Refusal(f"{MOST_WAITING} requests are waiting; try again later", 429)
-                entry = Entry(uuid.uuid4().hex, kind, owner, body, seq, key, patience_s=patience_s)
-                self._register(entry)
-                self.store.write(functools.partial(_insert_request, entry, tuple(changes))).add_done_callback(
-                    functools.partial(self._accepted, entry, then)
-                )
-        await entry.accepted.get()
-        return entry.id
-
-    async def result(self, request_id: str, timeout: float) -> Result | None:
-        """How a request ended; None if it has not within `timeout` seconds. Raises `Refusal` 404 for an unknown id."""
-        entry = self._live.get(request_id)
-        if entry is None:
-            return self._stored(request_id)
-        try:
-            found = await entry.done.get(timeout if not self.draining else 0.05)
-        except TimeoutError:
-            return None
-        self.fetched[request_id] = time.time()
-        return found
-
-    async def wait(self, request_id: str) -> Any:
-        """The value of a request, however long it takes. Raises `Refusal` with its error where it failed."""
-        found = None
-        while found is None:
-            found = await self.result(request_id, 60.0)
-            if found is None and self.draining:
-                raise Refusal("the server is ending; ask again when it is back", 503)
-        if found.error:
-            raise Refusal(found.error, 400 if found.category == "user" else 500)
-        return found.value
-
-    def _stored(self, request_id: str) -> Result:
-        rows = self.store.read("SELECT * FROM requests WHERE id = ?", request_id)
-        if not rows:
-            raise Refusal(f"there is no request {request_id[:100]!r} on this server", 404)
-        row = rows[0]
-        self.fetched[request_id] = time.time()
-        if row["error"] is not None:
-            return Result(row["kind"], error=row["error"], category=row["category"])
-        if row["result"] is None:
-            raise Refusal(f"the result of request {request_id[:100]!r} has been fetched and is no longer kept", 404)
-        return Result(row["kind"], codec.decode(row["kind"], row["result"]), encoded=row["result"])
-
-    def _register(self, entry: Entry) -> None:
-        self._live[entry.id] = entry
-        if entry.key:
-            self._keys[entry.key] = entry
-
-    def _forget(self, entry: Entry) -> None:
-        self._live.pop(entry.id, None)
-        if entry.key:
-            self._keys.pop(entry.key, None)
-
-    def _accepted(self, entry: Entry, then: Callable[[], Any], written: Future[Any]) -> None:
-        """The request is on disk, or cannot be."""
-        error = written.exception()
-        if error is not None:
-            with self._lock:
-                self._forget(entry)
-            entry.accepted.fail(error)
-            return
-        self.totals["requests"] += 1
-        then()
-        self._enqueue(entry)
-        entry.accepted.set(None)
-
-    def _enqueue(self, entry: Entry) -> None:
-        """Give a request to the engine as soon as its turn has come."""
-        try:
-            with self._lock:
-                if entry.kind == "sample":
-                    self.engine.put(entry, self.folder_of(entry.owner))
-                elif entry.seq is None:
-                    self.engine.put(entry)
-                else:
-                    for ready in self._queue(entry.owner).arrive(entry):
-                        self.engine.put(ready)
-        except Refusal as refusal:
-            self._finish(entry, Result(entry.kind, error=str(refusal)), Outcome(None), False)
-
-    def _queue(self, model_id: str) -> SeqQueue:
-        return self._queues.setdefault(model_id, SeqQueue())
-
-    def expire_gaps(self) -> None:
-        """Fail requests that have waited too long for one with a smaller number. Called now and then."""
-        with self._lock:
-            expired = [queue.expire(self.cfg.gap_s) for queue in self._queues.values()]
-        for why, entries in expired:
-            for entry in entries:
-                self._finish(entry, Result(entry.kind, error=why), Outcome(None), False)
-
-    def _finish(self, entry: Entry, result: Result, outcome: Outcome, applied: bool) -> None:
-        """Write how a request ended, then tell those who wait for it."""
-
-        if not result.error:
-            result = dataclasses.replace(result, encoded=codec.encode(result.value))
-
-        def write(db: sqlite3.Connection) -> None:
-            replays = applied and (outcome.replays or bool(result.error))
-            db.execute(
-                "UPDATE requests SET state = ?, applied = ?, result = ?, error = ?, category = ?, finished = ?,"
-                " number = ?" + ("" if replays else ", body = NULL") + " WHERE id = ?",
-                (
-                    *("failed" if result.error else "done", applied, result.encoded or None, result.error or None),
-                    *(result.category, time.time(), next(self._numbers), entry.id),
-                ),
-            )
-            for change in outcome.changes:
-                change(db)
-
-        def tell(written: Future[Any]) -> None:
-            if error := written.exception():  # the server ends while the disk is full: it is done again
-                talk(f"request {entry.id} ({entry.kind}) is done again at the next start: {error}")
-                return
-            with self._lock:
-                for step in outcome.after:
-                    step()
-                self._forget(entry)
-            self._note(entry, result)
-            entry.done.set(result)
-
-        self.store.write(write, insist=True).add_done_callback(tell)
+    def give(self, entry: Entry) -> None:
+        """See `Ledger.give`."""
+        self.engine.put(entry, self.folder_of(entry.owner) if entry.kind == "sample" else "")
 
     # ---------------------------------------------------------------------------------------------- sampling
 
@@ -408,8 +238,7 @@ class Service:
         model = self.books.model(model_id)
         model.seen = time.time()
         if seq is None:
-            taken = [e.seq for e in self._live.values() if e.owner == model_id and e.seq]
-            seq = max([self._queue(model_id).expected - 1, *taken]) + 1
+            seq = self.next_number(model_id)
         key = key or f"{model_id}#{seq}"
         return await self.submit(kind, model_id, body, seq=seq, key=key, patience_s=patience_s)
 
@@ -439,7 +268,7 @@ class Service:
 
     # ---------------------------------------------------------------------------------------- watching it
 
-    def _note(self, entry: Entry, result: Result) -> None:
+    def note(self, entry: Entry, result: Result) -> None:
         """What the page shows of a request that has ended."""
         self.totals["failed" if result.error else "done"] += 1
         if result.error:
@@ -470,12 +299,3 @@ class Service:
 
 def _json_body(sent: Mapping[str, Any]) -> bytes:
     return pack(JSON_BODY, json.dumps(sent).encode())
-
-
-def _insert_request(
-    entry: Entry, changes: Sequence[Callable[[sqlite3.Connection], Any]], db: sqlite3.Connection
-) -> None:
-    for change in changes:
-        change(db)
-    fields = {name: getattr(entry, name) for name in ("id", "kind", "owner", "seq", "key", "body", "created")}
-    insert(db, "requests", **fields, state="waiting")

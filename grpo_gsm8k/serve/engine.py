@@ -17,10 +17,11 @@ from typing import Any
 
 from grpo_gsm8k.errors import DiskError, GrpoError, UserError
 from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.serve.bodies import unpack
 from grpo_gsm8k.serve.books import Entry
 from grpo_gsm8k.serve.jobs import Refusal, Result, SampleJob
 from grpo_gsm8k.serve.sampling import Decoding
-from grpo_gsm8k.serve.work import Outcome, Workshop, unpack
+from grpo_gsm8k.serve.work import Outcome, Workshop
 
 SLICE_S = 0.05  # of sampling, at least
 BATCHES = 4  # that are decoded in turns

@@ -31,8 +31,6 @@ from grpo_gsm8k.trainer.head import target_logprobs
 from grpo_gsm8k.trainer.optimizer import MasterAdamW
 from grpo_gsm8k.trainer.packing import last_hidden_states, microbatches
 
-ADAM = {"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-12, "weight_decay": 0.0, "grad_clip_norm": 0.0}
-"""The wire's AdamW and its defaults."""
 KEPT_LOGITS = 1 << 24  # logits that are kept for the backward pass; of more, each chunk is computed again
 WEIGHTS, OPTIMIZER, CONFIG = "adapter_model.safetensors", "optimizer/state.safetensors", "adapter_config.json"
 

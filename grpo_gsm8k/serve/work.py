@@ -11,43 +11,36 @@ import shutil
 import sqlite3
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import zstandard
-
 from grpo_gsm8k.errors import GrpoError
 from grpo_gsm8k.runs.files import atomic_folder
 from grpo_gsm8k.runs.progress import talk
-from grpo_gsm8k.serve import data
 from grpo_gsm8k.serve.adapters import BaseModel, ModelSpec, copy_into
-from grpo_gsm8k.serve.books import SCHEME, Books, Checkpoint, Entry, Kind, Model, SamplerRow, check_name, insert
+from grpo_gsm8k.serve.bodies import (
+    KNOWN,
+    KNOWN_FIELDS,
+    adam_of,
+    check_ttl,
+    refuse_unknown,
+    training_job,
+    unpack,
+)
+from grpo_gsm8k.serve.books import Books, Checkpoint, Entry, Kind, Model, SamplerRow, check_name, insert
 from grpo_gsm8k.serve.jobs import Refusal
-from grpo_gsm8k.serve.learn import ADAM, Trained, stored_weights
+from grpo_gsm8k.serve.learn import Trained, stored_weights
 from grpo_gsm8k.serve.sampling import Sampler
 from grpo_gsm8k.serve.settings import ServeConfig
 from grpo_gsm8k.trainer.policy import weights_sha256
 
 CHANGES_STATE = ("forward_backward", "optim_step", "load_weights")
 MOST_REPLAYED = 32  # requests for each of `--snapshot_every`
-KNOWN_FIELDS = {"type", "model_id", "seq_id"}
 HASH = "weights_sha256"
 """A key of a checkpoint's user_metadata that, sent with an empty text, comes back with the hash of what was saved."""
-_SAVE = {"path", "ttl_seconds", "overwrite", "user_metadata"}
-KNOWN = {
-    "optim_step": {"adam_params", "optimizer_params"},
-    "load_weights": {"path", "optimizer"},
-    "save_weights": _SAVE,
-    "save_weights_external": _SAVE | {"age_encryption_recipients"},
-    "save_weights_for_sampler": _SAVE | {"sampling_session_seq_id", "kind"},
-    "unload_model": set[str](),
-}
-"""What a training request may hold beside `KNOWN_FIELDS`."""
 SAMPLERS_HELD = 16  # adapters that are sampled from, beside those in training
-JSON_BODY, PROTO_BODY = b"J", b"P"
-MOST_BODY = 1 << 29  # bytes of a request when unpacked
 
 
 @dataclass
@@ -64,16 +57,6 @@ class Outcome:
     changes: list[Callable[[sqlite3.Connection], Any]] = field(default_factory=list)
     after: list[Callable[[], Any]] = field(default_factory=list)
     replays: bool = False
-
-
-def pack(kind: bytes, body: bytes) -> bytes:
-    """A request's bytes for the journal."""
-    return kind + zstandard.compress(body, 1)
-
-
-def unpack(stored: bytes) -> tuple[bytes, bytes]:
-    """(JSON_BODY or PROTO_BODY, the request's bytes)."""
-    return stored[:1], zstandard.decompress(stored[1:], max_output_size=MOST_BODY)
 
 
 class Workshop:
@@ -117,7 +100,7 @@ class Workshop:
     def _do(self, entry: Entry, model: Model, trained: Trained) -> Outcome:
         kind, body = unpack(entry.body)
         if entry.kind == "forward_backward":
-            job = data.from_proto(body) if kind == PROTO_BODY else _job_of(json.loads(body))
+            job = training_job(kind, body)
             return Outcome(trained.forward_backward(job), replays=not job.forward_only)
         if entry.kind == "create_model":
             return Outcome({"type": "create_model", "model_id": model.id})
@@ -252,7 +235,7 @@ class Workshop:
             kind, body = unpack(row["body"])
             try:
                 if row["kind"] == "forward_backward":
-                    trained.forward_backward(data.from_proto(body) if kind == PROTO_BODY else _job_of(json.loads(body)))
+                    trained.forward_backward(training_job(kind, body))
                 elif row["kind"] == "optim_step":
                     trained.optim_step(adam_of(json.loads(body)))
             except GrpoError as again:
@@ -343,62 +326,8 @@ class Workshop:
         shutil.rmtree(self.folder / folder, ignore_errors=True)
 
 
-def _job_of(sent: Any) -> data.TrainingJob:
-    forward_only = "forward_input" in sent
-    return data.from_json(sent.get("forward_input" if forward_only else "forward_backward_input"), forward_only)
-
-
-def adam_of(sent: Mapping[str, Any]) -> dict[str, float]:
-    """AdamW's settings as they were sent. Raises `Refusal` for another optimizer, or settings that are none."""
-    if sent.get("optimizer_params") is not None:
-        kind = sent["optimizer_params"].get("type") if isinstance(sent["optimizer_params"], dict) else None
-        raise Refusal(f"optimizer {str(kind)[:40]!r} is not served: AdamW alone is (adam_params)")
-    given = sent.get("adam_params")
-    given = {} if given is None else given
-    if not isinstance(given, dict):
-        raise Refusal("adam_params must be an object")
-    if strange := sorted(given.keys() - ADAM.keys() - {"type"}):
-        raise Refusal(f"adam_params has no {str(strange[0])[:40]!r} (it has: {', '.join(ADAM)})")
-    settings = {}
-    for name, default in ADAM.items():
-        value = given.get(name, default)
-        number = not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < float("inf")
-        low_enough = value < 1 if number and name.startswith("beta") else True
-        if not number or not low_enough or value < 0:
-            bounds = "at least 0 and below 1" if name.startswith("beta") else "a finite number, at least 0"
-            raise Refusal(f"adam_params.{name} is {str(value)[:40]}; it must be {bounds}")
-        settings[name] = float(value)
-    return settings
-
-
-def check_optimizer(config: Any) -> None:
-    """Raise `Refusal` for another optimizer than AdamW."""
-    kind = config.get("type", "adamw") if isinstance(config, dict) else "adamw" if config is None else config
-    if kind != "adamw":
-        raise Refusal(f"optimizer {str(kind)[:40]!r} is not served: adamw alone is")
-
-
-def refuse_unknown(sent: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raise `Refusal` for a field that asks for something that is not done here; nothing asked is nothing refused."""
-    for name, value in sent.items():
-        if name not in known and value not in (None, False, 0, "", [], {}):
-            raise Refusal(f"{str(name)[:80]} is not served here")
-
-
-def check_ttl(ttl: Any) -> float:
-    """Seconds that a checkpoint lives. Raises `Refusal` for what is no number of them."""
-    if isinstance(ttl, bool) or not isinstance(ttl, int | float) or not 0 < ttl < 1e10:
-        raise Refusal(f"ttl_seconds is {str(ttl)[:40]}; it must be a number of seconds above 0")
-    return float(ttl)
-
-
 def write_checkpoint(db: sqlite3.Connection, made: Checkpoint) -> None:
     """A checkpoint's row, in place of one of its name."""
     db.execute("DELETE FROM checkpoints WHERE owner = ? AND kind = ? AND name = ?", (made.owner, made.kind, made.name))
     metadata = json.dumps(made.metadata) if made.metadata is not None else None
     insert(db, "checkpoints", **{**vars(made), "metadata": metadata})
-
-
-def is_path(name: str) -> bool:
-    """Whether a name is a checkpoint's path."""
-    return name.startswith(SCHEME)

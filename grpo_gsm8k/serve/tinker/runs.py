@@ -6,25 +6,25 @@ import dataclasses
 import sqlite3
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import Request
 from pydantic import StrictStr
 from starlette.responses import FileResponse, Response, StreamingResponse
 
 from grpo_gsm8k.serve import upkeep
 from grpo_gsm8k.serve.app import Json
-from grpo_gsm8k.serve.auth import LINK_S, Keeper, required
+from grpo_gsm8k.serve.auth import LINK_S, Keeper
+from grpo_gsm8k.serve.bodies import check_ttl
 from grpo_gsm8k.serve.books import TYPES, Checkpoint, Model
 from grpo_gsm8k.serve.core import Service
 from grpo_gsm8k.serve.jobs import Refusal
-from grpo_gsm8k.serve.tinker import Answer, Body, client_version, service_of
-from grpo_gsm8k.serve.work import check_ttl
+from grpo_gsm8k.serve.tinker.schema import Answer, Body, client_version, service_of
 
 LEFT_OUT = {"optimizer", "spec.json"}  # of what is downloaded
 EXTERNAL_FROM = (0, 28)  # older clients refuse a whole list for one checkpoint of the type external
@@ -42,35 +42,6 @@ class Ttl(Body):
     """Seconds to live; null for ever."""
 
     ttl_seconds: Any = None
-
-
-def router() -> APIRouter:
-    """All routes of this part."""
-    routes = APIRouter(prefix="/api/v1", tags=["tinker"])
-    routes.get("/download" + CHECKPOINT + "/{file:path}", response_model=None)(download)
-    secured = APIRouter(dependencies=[Depends(required)])
-    gets: dict[str, Callable[..., Any]] = {
-        "/get_server_capabilities": capabilities,
-        "/status": status,
-        "/sessions": sessions,
-        "/sessions/{session_id}": session,
-        "/samplers/{sampler_id}": sampler,
-        "/training_runs": training_runs,
-        "/training_runs/{run}": training_run,
-        "/training_runs/{run}/checkpoints": checkpoints_of_run,
-        "/checkpoints": checkpoints,
-        CHECKPOINT + "/external_weights_urls": urls,
-        CHECKPOINT + "/archive": archive,
-    }
-    for path, call in gets.items():
-        secured.get(path, response_model=None)(call)
-    secured.post("/weights_info", response_model=None)(weights_info)
-    secured.delete(CHECKPOINT, response_model=None)(delete)
-    secured.post(CHECKPOINT + "/publish", response_model=None)(publish)
-    secured.delete(CHECKPOINT + "/publish", response_model=None)(unpublish)
-    secured.put(CHECKPOINT + "/ttl", response_model=None)(set_ttl)
-    routes.include_router(secured)
-    return routes
 
 
 # ------------------------------------------------------------------------------------------------------- lists
