@@ -296,6 +296,16 @@ def push(
     show(publish.preview(model, repo_id) if dry_run else publish.push(model, repo_id, public), as_json)
 
 
+def _export(flags: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A folder that serves a model elsewhere: on Modal (--modal), or on a GPU of one's own (--compose)."""
+    from grpo_gsm8k.launch import deploy
+
+    return deploy.export(flags)
+
+
+register("export", launch_settings.ExportConfig, _export, panel=AFTER)
+
+
 @app.command(rich_help_panel=AFTER)
 def compare(
     results: Annotated[list[Path], typer.Argument(help="results files over the same problems")],

@@ -44,11 +44,17 @@ ENVIRONMENT = {
     "RUNPOD_API_BASE_URL": "its API's address",
     "GRPO_GSM8K_WEBHOOK": "URL for progress events",
     "GRPO_GSM8K_WEBHOOK_SECRET": "signs them",
+    "DISCORD_WEBHOOK_URL": "the same as messages",
+    "SSH_PUBLIC_KEY": "may log in to the pod, too",
+    "SSH_PRIVATE_KEY_PATH": "so may the public half of this one",
 }
 """Variables that commands read besides those that a field names; their help lists them."""
 HUB = ("HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE")
 RUN = ("CUDA_VISIBLE_DEVICES", *HUB, "WANDB_API_KEY", "WANDB_MODE", "TINKER_API_KEY")
-RENT = ("RUNPOD_API_KEY", "RUNPOD_API_BASE_URL", "HF_TOKEN", "GRPO_GSM8K_WEBHOOK", "GRPO_GSM8K_WEBHOOK_SECRET")
+RENT = (
+    *("RUNPOD_API_KEY", "RUNPOD_API_BASE_URL", "HF_TOKEN", "SSH_PUBLIC_KEY", "SSH_PRIVATE_KEY_PATH"),
+    *("GRPO_GSM8K_WEBHOOK", "GRPO_GSM8K_WEBHOOK_SECRET", "DISCORD_WEBHOOK_URL"),
+)
 
 
 def flags_of(cls: type, skip: typing.Container[str] = ()) -> list[inspect.Parameter]:

@@ -92,28 +92,38 @@ FOUND["losses"] = losses
 many = [row(IDS[k % 5 :]) for k in range(1500)]  # more than a chunk
 whole = client.forward_backward(many, "cross_entropy").result()
 assert len(whole.loss_fn_outputs) == 1500
-close(whole.metrics["loss:sum"], -sum(l.sum() for l in logprobs(whole)), 1e-4)
+close(whole.metrics["loss:sum"], -sum(lp.sum() for lp in logprobs(whole)), 1e-4)
 step(client, 1e-3)
 
-q = [l + d for l, d in zip(logprobs(client.forward([row(), row(IDS[2:])], "cross_entropy").result()), (0.2, -0.3), strict=True)]
+q = [
+    lp + d
+    for lp, d in zip(
+        logprobs(client.forward([row(), row(IDS[2:])], "cross_entropy").result()), (0.2, -0.3), strict=True
+    )
+]
 a = [np.linspace(-1, 1, len(x)) for x in q]
 FORMULAS: dict[str, tuple[Any, Any]] = {
-    "importance_sampling": (lambda l, q, a: -np.exp(l - q) * a, None),
-    "ppo": (lambda l, q, a: -np.minimum(np.exp(l - q) * a, np.clip(np.exp(l - q), 0.8, 1.2) * a), None),
-    "cispo": (lambda l, q, a: -np.clip(np.exp(l - q), 0.9, 1.05) * l * a, {"clip_low_threshold": 0.9, "clip_high_threshold": 1.05}),
-    "dro": (lambda l, q, a: -(l * a - 0.05 / 2 * (l - q) ** 2), {"beta": 0.05}),
+    "importance_sampling": (lambda lp, q, a: -np.exp(lp - q) * a, None),
+    "ppo": (lambda lp, q, a: -np.minimum(np.exp(lp - q) * a, np.clip(np.exp(lp - q), 0.8, 1.2) * a), None),
+    "cispo": (
+        lambda lp, q, a: -np.clip(np.exp(lp - q), 0.9, 1.05) * lp * a,
+        {"clip_low_threshold": 0.9, "clip_high_threshold": 1.05},
+    ),
+    "dro": (lambda lp, q, a: -(lp * a - 0.05 / 2 * (lp - q) ** 2), {"beta": 0.05}),
 }
 for name, (formula, config) in FORMULAS.items():
     data = [row(IDS, logprobs=q[0], advantages=a[0]), row(IDS[2:], logprobs=q[1], advantages=a[1])]
     out = client.forward_backward(data, name, config).result()
-    expected = sum(formula(l, np.float32(x), np.float32(y)).sum() for l, x, y in zip(logprobs(out), q, a, strict=True))
+    expected = sum(
+        formula(lp, np.float32(x), np.float32(y)).sum() for lp, x, y in zip(logprobs(out), q, a, strict=True)
+    )
     close(out.metrics["loss:sum"], expected)
     FOUND[name] = out.metrics["loss:sum"]
 if VERSION >= (0, 34):
     data = [row(IDS, logprobs=q[0], advantages=a[0], sequence_ratio_mask=np.ones(len(q[0])))]
     out = client.forward_backward(data, "gspo").result()
-    l = logprobs(out)[0]
-    s = np.exp((l - np.float32(q[0])).mean())
+    lp = logprobs(out)[0]
+    s = np.exp((lp - np.float32(q[0])).mean())
     close(out.metrics["loss:sum"], -np.minimum(s * np.float32(a[0]), np.clip(s, 0.8, 1.2) * np.float32(a[0])).sum())
 FOUND["grad_norm"] = step(client, 1e-3, grad_clip_norm=1.0, weight_decay=0.01, beta2=0.99).metrics["grad_norm"]
 
@@ -158,18 +168,34 @@ scored = sampler.compute_logprobs(prompt(row_of_it)).result()
 assert scored[0] is None
 close(scored[1:], current, 5e-5)
 FOUND["sample"] = [list(s.tokens) for s in one.sequences]
-FOUND["base"] = list(base.sample(prompt=prompt(IDS[:4]), num_samples=1, sampling_params=params).result().sequences[0].tokens)
+FOUND["base"] = list(
+    base.sample(prompt=prompt(IDS[:4]), num_samples=1, sampling_params=params).result().sequences[0].tokens
+)
 stop = types.SamplingParams(max_tokens=40, seed=5, stop=[sequence.tokens[2]])
 stopped = sampler.sample(prompt=prompt(IDS[:4]), num_samples=1, sampling_params=stop).result().sequences[0]
-assert stopped.stop_reason == "stop" and list(stopped.tokens) == list(sequence.tokens[: sequence.tokens.index(sequence.tokens[2]) + 1] if isinstance(sequence.tokens, list) else list(sequence.tokens)[: list(sequence.tokens).index(sequence.tokens[2]) + 1])
+assert stopped.stop_reason == "stop" and list(stopped.tokens) == list(
+    sequence.tokens[: sequence.tokens.index(sequence.tokens[2]) + 1]
+    if isinstance(sequence.tokens, list)
+    else list(sequence.tokens)[: list(sequence.tokens).index(sequence.tokens[2]) + 1]
+)
 likeliest = sampler.sample(
     prompt=prompt(IDS), num_samples=1, sampling_params=params, include_prompt_logprobs=True, topk_prompt_logprobs=2
 ).result()
 assert len(likeliest.prompt_logprobs) == len(IDS) == len(likeliest.topk_prompt_logprobs)
 assert not likeliest.topk_prompt_logprobs[0] and len(likeliest.topk_prompt_logprobs[1]) == 2
-futures = [sampler.sample(prompt=prompt(IDS[: 2 + k % 6]), num_samples=2, sampling_params=types.SamplingParams(max_tokens=5, seed=k)) for k in range(40)]
+futures = [
+    sampler.sample(
+        prompt=prompt(IDS[: 2 + k % 6]), num_samples=2, sampling_params=types.SamplingParams(max_tokens=5, seed=k)
+    )
+    for k in range(40)
+]
 FOUND["many"] = [[list(s.tokens) for s in f.result().sequences] for f in futures]
-again = [sampler.sample(prompt=prompt(IDS[: 2 + k % 6]), num_samples=2, sampling_params=types.SamplingParams(max_tokens=5, seed=k)).result() for k in range(40)]
+again = [
+    sampler.sample(
+        prompt=prompt(IDS[: 2 + k % 6]), num_samples=2, sampling_params=types.SamplingParams(max_tokens=5, seed=k)
+    ).result()
+    for k in range(40)
+]
 assert [[list(s.tokens) for s in r.sequences] for r in again] == FOUND["many"]
 assert sampler.get_base_model() == NAME
 
@@ -214,12 +240,20 @@ fails(lambda: of(service.create_sampling_client(base_model="Nobody/Nothing")), "
 fails(lambda: client.forward_backward([row([999999, 2, 3])], "cross_entropy").result(), "not in the vocabulary")
 fails(lambda: client.forward_backward([row(logprobs=q[0])], "ppo").result(), "needs advantages")
 fails(lambda: client.forward_backward([row(weights=np.ones(3))], "cross_entropy").result(), "shape")
-fails(lambda: client.forward_backward([row(logprobs=q[0], advantages=a[0])], "ppo", {"nonsense": 1.0}).result(), "nonsense")
+fails(
+    lambda: client.forward_backward([row(logprobs=q[0], advantages=a[0])], "ppo", {"nonsense": 1.0}).result(),
+    "nonsense",
+)
 fails(lambda: client.optim_step(types.AdamParams(learning_rate=-1.0)).result(), "learning_rate")
-fails(lambda: base.sample(prompt=prompt([999999]), num_samples=1, sampling_params=params).result(), "not in the vocabulary")
+fails(
+    lambda: base.sample(prompt=prompt([999999]), num_samples=1, sampling_params=params).result(),
+    "not in the vocabulary",
+)
 fails(lambda: base.sample(prompt=prompt([1] * 5000), num_samples=1, sampling_params=params).result(), "context")
 if VERSION >= (0, 25):
-    fails(lambda: client.forward_backward([row(weights=np.full(len(IDS) - 1, np.nan))], "cross_entropy").result(), "NaN")
+    fails(
+        lambda: client.forward_backward([row(weights=np.full(len(IDS) - 1, np.nan))], "cross_entropy").result(), "NaN"
+    )
     fails(lambda: client.forward_backward([row()], "stable_reinforce").result(), "stable_reinforce")
 assert np.isfinite(client.forward([row()], "cross_entropy").result().metrics["loss:sum"])  # it lives
 

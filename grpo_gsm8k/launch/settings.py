@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,7 @@ from grpo_gsm8k.errors import ConfigError
 API = "https://api.runpod.io/v2"
 PREFERENCE = ("NVIDIA L40S", "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA H200")
 COUNTS = (1, 2, 4, 6, 8)
+MODAL_GPUS = ("T4", "L4", "A10", "L40S", "A100-40GB", "A100-80GB", "H100", "H200", "B200")
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,44 @@ class UpConfig:
             raise ConfigError(f"--count {self.count}: must be one of {', '.join(map(str, COUNTS))}")
         if not self.name.isascii() or not self.name.isalnum() or not self.name.islower() or len(self.name) > 20:
             raise ConfigError(f"--name {self.name!r}: at most 20 lower-case letters and digits")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """How a model is served elsewhere."""
+
+    model: str = opt("", "folder of a model or a LoRA adapter, such as a checkpoint; or a name on the hub")
+    out: str = opt("", "folder that is written; must not exist")
+    modal: bool = opt(False, "write modal_app.py and modal_client.py: vLLM on Modal, scaled to zero")
+    compose: bool = opt(False, "write compose.yaml and client.py: vLLM on a GPU of one's own machine")
+    name: str = opt("grpo-model", "of the app, and of the model in requests: lower-case letters, digits and -")
+    gpu: str = opt("L4", f"GPU as Modal names it, :N for several: {', '.join(MODAL_GPUS)}")
+    max_model_len: int = opt(0, "longest prompt and answer in tokens; 0 for the model's context", ge=0)
+    revision: str = opt("", "revision of a model on the hub; empty for its default branch")
+    scaledown_s: int = opt(300, "idle seconds after which Modal gives the GPU back", ge=2, le=3600)
+    max_containers: int = opt(1, "GPUs, or groups of :N, that Modal rents at most at once", ge=1, le=1000)
+    proxy_auth: bool = opt(True, "Modal asks for a proxy token, too, so that strangers cannot start the GPU")
+    hub_secret: str = opt("", "name of a Modal secret with HF_TOKEN, for a gated model on the hub")
+    port: int = opt(8000, "of compose.yaml, on the loopback address", ge=1, le=65535)
+
+    def __post_init__(self) -> None:
+        for flag in ("model", "out"):
+            if not getattr(self, flag):
+                raise ConfigError(f"--{flag} must be given")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,39}", self.name):
+            raise ConfigError(f"--name {self.name!r}: at most 40 lower-case letters, digits and -")
+        if self.hub_secret and not re.fullmatch(r"[\w.-]{1,64}", self.hub_secret):
+            raise ConfigError(f"--hub_secret {self.hub_secret!r}: a Modal secret's name has letters, digits, - . and _")
+        if self.revision and not re.fullmatch(r"[\w.][\w./-]{0,199}", self.revision):
+            raise ConfigError(f"--revision {self.revision!r}: is no branch, tag or commit")
+        if self.gpu_and_count[0] not in MODAL_GPUS or not 1 <= self.gpu_and_count[1] <= 8:
+            raise ConfigError(f"--gpu {self.gpu}: must be one of {', '.join(MODAL_GPUS)}, with :1 to :8 behind it")
+
+    @property
+    def gpu_and_count(self) -> tuple[str, int]:
+        """("H100", 2) of H100:2."""
+        name, _, count = self.gpu.partition(":")
+        return name, int(count or 1) if count.isdecimal() or not count else 0
 
 
 def api_key() -> str:

@@ -23,17 +23,18 @@ from grpo_gsm8k.repro import derive_seed
 from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.serve import data, upkeep, watch
 from grpo_gsm8k.serve.adapters import BaseModel, ModelSpec
-from grpo_gsm8k.serve.bodies import JSON_BODY, is_path, pack
+from grpo_gsm8k.serve.bodies import JSON_BODY, is_path, pack, unpack
 from grpo_gsm8k.serve.books import Books, Entry, Model, Session, insert
-from grpo_gsm8k.serve.engine import Engine
-from grpo_gsm8k.serve.jobs import Base, Refusal, Result, SampleJob
+from grpo_gsm8k.serve.engine import Engine, job_of
+from grpo_gsm8k.serve.jobs import Base, Refusal, Result, SampledSequence, SampleJob, SampleResult
 from grpo_gsm8k.serve.ledger import Ledger
 from grpo_gsm8k.serve.settings import ServeConfig
 from grpo_gsm8k.serve.store import Store
 from grpo_gsm8k.serve.work import Workshop
 
-MOST_SAMPLES, MOST_TOPK, MOST_MODELS = 1024, 64, 10_000
+MOST_SAMPLES, MOST_TOPK, MOST_MODELS = 1024, 128, 10_000
 REFUSALS = 200  # that the page shows
+SHOWN_TOKENS = 400  # of a sample there
 
 
 class Service(Ledger):
@@ -52,6 +53,7 @@ class Service(Ledger):
         self.started = time.time()
         self.samples: deque[dict[str, str]] = deque(maxlen=20)
         self.refusals: deque[dict[str, Any]] = deque(maxlen=REFUSALS)
+        self._next_text = 0.0
 
     def start(self) -> None:
         """Take up what the journal says is still to be done, and begin to work."""
@@ -276,6 +278,7 @@ class Service(Ledger):
             return
         if entry.kind == "sample":
             self.totals["sampled_tokens"] += sum(len(s.token_ids) for s in result.value.sequences)
+            self._keep_text(entry, result.value)
             return
         model = self.books.models.get(entry.owner)
         if model is None:
@@ -286,6 +289,20 @@ class Service(Ledger):
         elif entry.kind == "optim_step":
             model.last |= result.value["metrics"]
             model.history.append({"time": time.time(), "step": model.steps, **model.last})
+
+    def _keep_text(self, entry: Entry, found: SampleResult) -> None:
+        """At most one sample a second, for the page."""
+        if not found.sequences or time.time() < self._next_text:
+            return
+        self._next_text = time.time() + 1.0
+        prompt, said = job_of(unpack(entry.body)[1]).token_ids[-SHOWN_TOKENS:], found.sequences[0].token_ids
+        spell = self.base.renderer.spell
+        shown = {"weights": entry.owner, "prompt": spell(prompt), "completion": spell(said[:SHOWN_TOKENS])}
+        self.samples.append(shown)
+
+    def partial(self, request_id: str) -> tuple[SampledSequence, ...]:
+        """What is sampled so far of a request that is being decoded; nothing before and after that."""
+        return self.engine.partial(request_id)
 
     def refuse(self, reason: str, where: str = "") -> None:
         """Write a refusal into the log that the page shows."""

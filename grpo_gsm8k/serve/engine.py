@@ -19,7 +19,7 @@ from grpo_gsm8k.errors import DiskError, GrpoError, UserError
 from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.serve.bodies import unpack
 from grpo_gsm8k.serve.books import Entry
-from grpo_gsm8k.serve.jobs import Refusal, Result, SampleJob
+from grpo_gsm8k.serve.jobs import Refusal, Result, SampledSequence, SampleJob
 from grpo_gsm8k.serve.sampling import Decoding
 from grpo_gsm8k.serve.work import Outcome, Workshop
 
@@ -47,6 +47,7 @@ class Engine:
         self._training: OrderedDict[str, deque[Entry]] = OrderedDict()
         self._samples: OrderedDict[Any, deque[tuple[Entry, SampleJob]]] = OrderedDict()
         self._batches: deque[Batch] = deque()
+        self._advancing: Batch | None = None
         self._stopping = False
         self._torch = ThreadPoolExecutor(1, "torch")
         self._thread = threading.Thread(target=self._run, name="engine")
@@ -102,6 +103,15 @@ class Engine:
         oldest = time.time() - min(firsts) if firsts else 0.0
         return {"training": training, "sampling": samples, "decoding": decoding, "oldest_s": oldest}
 
+    def partial(self, request_id: str) -> tuple[SampledSequence, ...]:
+        """The tokens so far of a request that is being decoded; nothing for any other."""
+        with self._changed:
+            for batch in [*self._batches, *([self._advancing] if self._advancing else [])]:
+                for number, entry in enumerate(batch.entries):
+                    if entry.id == request_id and batch.decoding:
+                        return batch.decoding.so_far(number)
+        return ()
+
     # ------------------------------------------------------------------------------------------------- turns
 
     def _run(self) -> None:
@@ -146,7 +156,7 @@ class Engine:
                 self._admit()
                 if not self._batches or (self._training and time.monotonic() > until) or self._stopping:
                     return
-                batch = self._batches.popleft()
+                batch = self._advancing = self._batches.popleft()
             task = self._torch.submit(self._advance, batch)
             error = task.exception()
             if error is not None:

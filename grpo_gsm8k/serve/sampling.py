@@ -87,6 +87,15 @@ class Decoding:
         self.decoder.step(chosen)
         return False
 
+    def so_far(self, number: int) -> tuple[SampledSequence, ...]:
+        """The samples of a job as they are now; called from another thread, between two tokens or within one."""
+        found = []
+        for row in self.rows[number]:
+            n = len(row.topk)  # which gets its entry last
+            topk = tuple(row.topk[:n]) if self.jobs[number].topk_sample_logprobs else ()
+            found.append(SampledSequence(tuple(row.token_ids[:n]), tuple(row.logprobs[:n]), "length", topk))
+        return tuple(found)
+
     def results(self) -> list[SampleResult]:
         """What was drawn, job by job."""
         found = []

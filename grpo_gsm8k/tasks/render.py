@@ -264,6 +264,18 @@ class Renderer:
             return self._join([(prompt, 0), (self._continued(text, prompt, messages[-1][1], source), 1)])
         return self._trained(messages, said[-1:] if train_on == "last" else said, source)
 
+    def conversation(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """The ids of a chat that the assistant answers next.
+
+        Raises:
+            DataError: a text holds a control token, or the template does not render this chat.
+        """
+        source = Source("this conversation", None)
+        self.check_texts(messages, False, source)
+        if not self._template_text:
+            return tuple(self._plain_ids(self._plain(messages)))
+        return tuple(self._encode(self._row_template(messages, True, source)))
+
     def check_texts(self, messages: Sequence[Message], raw: bool, source: Source) -> None:
         """Raise `DataError` for a control token in a message. A raw prompt is rendered text, which has some."""
         for i, (role, content) in enumerate(messages):
