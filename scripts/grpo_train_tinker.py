@@ -2,13 +2,15 @@
 
     python scripts/grpo_train_tinker.py --n_grpo_steps=5 --rollout_batch_size=8 --group_size=2 --save_every=2
 
-It trains on this machine. `--rollout_batch_size` counts questions, each of which is answered `--group_size` times;
+With `--base_url`, or with TINKER_API_KEY in the environment, a training service trains and samples; without either it
+is this machine, and so it is with `--learner=torch`. `--rollout_batch_size` counts questions, each of which is answered `--group_size` times;
 validation asks 100 test problems, drawn by the seed; the run in `--log_path` is continued if there is one. GSM8K is
 fetched where no `--data` is named and none is there. Every other flag is `grpo`'s own.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +52,9 @@ def translated(argv: Sequence[str]) -> list[str]:
     style = "r1_zero" if truth(given.pop("use_r1_zero_format"), "use_r1_zero_format") else "qwen_boxed"
     norm = "--std-norm" if truth(given.pop("use_std_normalization"), "use_std_normalization") else "--no-std-norm"
     made = [f"--rollouts_per_step={questions * group}", f"--group_size={group}", norm, f"--prompt_style={style}"]
+    flags = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in others}
+    if "learner" not in flags and ("base_url" in flags or os.environ.get("TINKER_API_KEY")):
+        made.append("--learner=tinker")
     made += ["--eval_examples=100", "--eval_draw=random", f"--eval_set_path={data_of(others)}/test.jsonl", "--resume"]
     return ["grpo", *(f"--{name}={value}" for name, value in given.items()), *made, *others]
 

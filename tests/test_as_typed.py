@@ -270,6 +270,7 @@ def translated(words, monkeypatch):
 
 def test_the_script_of_grpo_with_tinker_has_its_names_and_defaults(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TINKER_API_KEY", raising=False)
     before, cfg = translated("", monkeypatch)
     assert before == [["data", "--out_dir=artifacts/gsm8k"]]  # none is there
     expected = {"model_id": "Qwen/Qwen3-8B", "lora_rank": 32, "steps": 200, "lr": 1e-5, "rollouts_per_step": 2048}
@@ -284,6 +285,12 @@ def test_the_script_of_grpo_with_tinker_has_its_names_and_defaults(monkeypatch, 
     assert before == [] and (cfg.steps, cfg.rollouts_per_step, cfg.group_size) == (5, 16, 2)
     assert (cfg.prompt_style, cfg.std_norm, cfg.kl_coef) == ("qwen_boxed", False, 0.1)
     assert (cfg.wandb_project, cfg.run_name, cfg.eval_set_path) == ("p", "w", "artifacts/data/test.jsonl")
+    assert cfg.learner == "torch"
+    _, cfg = translated("--base_url=http://127.0.0.1:8000", monkeypatch)
+    assert (cfg.learner, cfg.engine, cfg.base_url) == ("tinker", "tinker", "http://127.0.0.1:8000")
+    monkeypatch.setenv("TINKER_API_KEY", "tml-x")
+    assert translated("", monkeypatch)[1].learner == "tinker"
+    assert translated("--learner torch", monkeypatch)[1].learner == "torch"
     for wrong in ("--rollout_batch_size=many", "--use_r1_zero_format=maybe"):
         with pytest.raises(SystemExit) as stop:
             translated(wrong, monkeypatch)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from grpo_gsm8k import config, ei, fast_eval_vllm, grpo, sft, workbench
+from grpo_gsm8k import config, ei, fast_eval_vllm, grpo, pipeline, sft, workbench
 from grpo_gsm8k.engines.service import Service
 from grpo_gsm8k.errors import ConfigError, ModelError, RefusedError, ServiceError
 from grpo_gsm8k.serve import server
@@ -21,7 +21,7 @@ from grpo_gsm8k.serve.app import make_app
 from grpo_gsm8k.serve.auth import Keeper, hash_of
 from grpo_gsm8k.trainer.policy import load_model
 from tests.serve_tools import KEY, Process, free_port, settings
-from tests.toys import cli, stage_config
+from tests.toys import REPOSITORY, cli, stage_config
 
 pytest.importorskip("tinker")
 
@@ -249,6 +249,44 @@ def test_weights_at_a_service_are_not_loaded_here(tmp_path):
     for call in (load_model, lambda cfg: workbench.merge(cfg, tmp_path / "out")):
         with pytest.raises(ModelError, match="tinker://run/weights/x: its weights are at a training service"):
             call(cfg)
+
+
+# ------------------------------------------------------------------------------------------------ all the stages
+
+STEPS = ["sft.max_steps=2", "sft.batch_size=4", "grpo.steps=2", "grpo.rollouts_per_step=8", "grpo.group_size=4"]
+STEPS += ["common.max_new_tokens=12", "common.eval_examples=4", "eval.limit=4", "common.lr=1e-3"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "more", "stages"),
+    [
+        ("gsm8k", ["ei.prompts_per_round=8", "ei.steps_per_round=1"], ["base", "sft", "ei", "grpo"]),
+        ("chat", ["grpo.algorithm=ppo"], ["base", "sft", "grpo"]),
+    ],
+)
+def test_a_pipeline_trains_stage_after_stage_at_the_service(task, more, stages, tiny, tmp_path, address):
+    """`--learner tinker` alone: each stage goes on from the weights of the one before."""
+    data = tiny.data if task == "gsm8k" else REPOSITORY / "examples" / "chat.jsonl"
+    flags = {"task": task, "data": str(data), "model_id": str(tiny.model), "out_dir": str(tmp_path / "all")}
+    there = {"learner": "tinker", "base_url": address, "lora_rank": 4}
+    cfg = config.build(config.PipelineConfig, {**flags, **there})
+    found = pipeline.run(cfg, None, [*STEPS, *more])
+    assert [row["name"] for row in found["stages"]] == stages
+    records = [
+        json.loads((Path(row["model"]) / "service.json").read_text())
+        for row in found["stages"]
+        if row["name"] != "base"
+    ]
+    assert [record["origin"] for record in records] == ["", *(record["state"] for record in records[:-1])]
+    assert [row["weights_sha256"] for row in found["stages"][1:]] == [record["weights_sha256"] for record in records]
+    assert Path(found["report"]).is_file()
+
+
+def test_a_pipeline_at_a_service_needs_a_models_name():
+    cfg = config.build(config.PipelineConfig, {"preset": "tiny", "learner": "tinker"})
+    with pytest.raises(ConfigError, match="a training service has models of its own; name one with --model_id"):
+        pipeline.run(cfg)
 
 
 # ----------------------------------------------------------------------------------------------------- mistakes
