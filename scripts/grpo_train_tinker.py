@@ -3,9 +3,9 @@
     python scripts/grpo_train_tinker.py --n_grpo_steps=5 --rollout_batch_size=8 --group_size=2 --save_every=2
 
 With `--base_url`, or with TINKER_API_KEY in the environment, a training service trains and samples; without either it
-is this machine, and so it is with `--learner=torch`. `--rollout_batch_size` counts questions, each of which is answered `--group_size` times;
-validation asks 100 test problems, drawn by the seed; the run in `--log_path` is continued if there is one. GSM8K is
-fetched where no `--data` is named and none is there. Every other flag is `grpo`'s own.
+is this machine, and so it is with `--learner=torch`. `--rollout_batch_size` counts questions, each of which is answered
+`--group_size` times; validation asks 100 test problems, drawn by the seed; the run in `--log_path` is continued if
+there is one. GSM8K is fetched where no `--data` is named and none is there. Every other flag is `grpo`'s own.
 """
 
 from __future__ import annotations
