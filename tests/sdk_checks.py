@@ -92,34 +92,38 @@ FOUND["losses"] = losses
 many = [row(IDS[k % 5 :]) for k in range(1500)]  # more than a chunk
 whole = client.forward_backward(many, "cross_entropy").result()
 assert len(whole.loss_fn_outputs) == 1500
-close(whole.metrics["loss:sum"], -sum(l.sum() for l in logprobs(whole)), 1e-4)
+close(whole.metrics["loss:sum"], -sum(x.sum() for x in logprobs(whole)), 1e-4)
 step(client, 1e-3)
 
 q = [
-    l + d
-    for l, d in zip(logprobs(client.forward([row(), row(IDS[2:])], "cross_entropy").result()), (0.2, -0.3), strict=True)
+    logp + d
+    for logp, d in zip(
+        logprobs(client.forward([row(), row(IDS[2:])], "cross_entropy").result()), (0.2, -0.3), strict=True
+    )
 ]
-a = [np.linspace(-1, 1, len(x)) for x in q]
+a = [np.linspace(-1, 1.5, len(x)) for x in q]
 FORMULAS: dict[str, tuple[Any, Any]] = {
-    "importance_sampling": (lambda l, q, a: -np.exp(l - q) * a, None),
-    "ppo": (lambda l, q, a: -np.minimum(np.exp(l - q) * a, np.clip(np.exp(l - q), 0.8, 1.2) * a), None),
+    "importance_sampling": (lambda logp, q, a: -np.exp(logp - q) * a, None),
+    "ppo": (lambda logp, q, a: -np.minimum(np.exp(logp - q) * a, np.clip(np.exp(logp - q), 0.8, 1.2) * a), None),
     "cispo": (
-        lambda l, q, a: -np.clip(np.exp(l - q), 0.9, 1.05) * l * a,
+        lambda logp, q, a: -np.clip(np.exp(logp - q), 0.9, 1.05) * logp * a,
         {"clip_low_threshold": 0.9, "clip_high_threshold": 1.05},
     ),
-    "dro": (lambda l, q, a: -(l * a - 0.05 / 2 * (l - q) ** 2), {"beta": 0.05}),
+    "dro": (lambda logp, q, a: -(logp * a - 0.05 / 2 * (logp - q) ** 2), {"beta": 0.05}),
 }
 for name, (formula, config) in FORMULAS.items():
     data = [row(IDS, logprobs=q[0], advantages=a[0]), row(IDS[2:], logprobs=q[1], advantages=a[1])]
     out = client.forward_backward(data, name, config).result()
-    expected = sum(formula(l, np.float32(x), np.float32(y)).sum() for l, x, y in zip(logprobs(out), q, a, strict=True))
+    expected = sum(
+        formula(logp, np.float32(x), np.float32(y)).sum() for logp, x, y in zip(logprobs(out), q, a, strict=True)
+    )
     close(out.metrics["loss:sum"], expected)
     FOUND[name] = out.metrics["loss:sum"]
 if VERSION >= (0, 34):
     data = [row(IDS, logprobs=q[0], advantages=a[0], sequence_ratio_mask=np.ones(len(q[0])))]
-    out = client.forward_backward(data, "gspo").result()
-    l = logprobs(out)[0]
-    s = np.exp((l - np.float32(q[0])).mean())
+    out = trainer().forward_backward(data, "gspo").result()
+    logp = logprobs(out)[0]
+    s = np.exp((logp - np.float32(q[0])).mean())
     close(out.metrics["loss:sum"], -np.minimum(s * np.float32(a[0]), np.clip(s, 0.8, 1.2) * np.float32(a[0])).sum())
 FOUND["grad_norm"] = step(client, 1e-3, grad_clip_norm=1.0, weight_decay=0.01, beta2=0.99).metrics["grad_norm"]
 
@@ -169,11 +173,8 @@ FOUND["base"] = list(
 )
 stop = types.SamplingParams(max_tokens=40, seed=5, stop=[sequence.tokens[2]])
 stopped = sampler.sample(prompt=prompt(IDS[:4]), num_samples=1, sampling_params=stop).result().sequences[0]
-assert stopped.stop_reason == "stop" and list(stopped.tokens) == list(
-    sequence.tokens[: sequence.tokens.index(sequence.tokens[2]) + 1]
-    if isinstance(sequence.tokens, list)
-    else list(sequence.tokens)[: list(sequence.tokens).index(sequence.tokens[2]) + 1]
-)
+until = list(sequence.tokens).index(sequence.tokens[2]) + 1
+assert stopped.stop_reason == "stop" and list(stopped.tokens) == list(sequence.tokens)[:until]
 likeliest = sampler.sample(
     prompt=prompt(IDS), num_samples=1, sampling_params=params, include_prompt_logprobs=True, topk_prompt_logprobs=2
 ).result()

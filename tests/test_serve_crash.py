@@ -43,10 +43,10 @@ class Stubborn:
             time.sleep(0.05)
 
 
-def a_run(client: Client, steps: int, on_step: Any = lambda step: None) -> dict[str, Any]:
+def a_run(client: Client, steps: int, on_step: Any = lambda step: None, rank: int = 4) -> dict[str, Any]:
     """Reinforcement learning in small: sample from a snapshot, reward even tokens, train; and what came of it."""
     session = client.session()
-    model = client.model(session)
+    model = client.model(session, rank)
     told: list[Any] = []
     for step in range(steps):
         on_step(step)

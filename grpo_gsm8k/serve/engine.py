@@ -50,7 +50,7 @@ class Engine:
         self._advancing: Batch | None = None
         self._stopping = False
         self._torch = ThreadPoolExecutor(1, "torch")
-        self._thread = threading.Thread(target=self._run, name="engine")
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         """Begin to work."""

@@ -85,7 +85,7 @@ class Store:
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self.fault = ""  # why the last commit failed, "" if it did not
         self._closing = False
-        self._thread = threading.Thread(target=self._write_all, name="journal")
+        self._thread = threading.Thread(target=self._write_all, name="journal", daemon=True)
         self._thread.start()
 
     def _open(self) -> sqlite3.Connection:
