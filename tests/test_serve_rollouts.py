@@ -120,6 +120,12 @@ def test_settings_of_the_request_win_over_the_runs(client):
     assert cut["finish_reason"] == "stop" and cut["text"] == long["text"][: long["text"].index(stop)]
 
 
+def test_a_start_without_a_body_takes_the_defaults(client):
+    for body in ({}, None):
+        answer = client.post("/v1/start", json=body)
+        assert answer.status_code == 200 and answer.json()["settings"]["max_staleness"] == 0
+
+
 def test_a_prompt_may_be_a_conversation(client):
     said = [{"role": "user", "content": "hi"}]
     group = post(client, "rollouts", prompts=["Tom", said])["rollouts"][1]
@@ -201,7 +207,7 @@ def test_nothing_is_taken_unless_a_run_is_on(client):
         ("start", {"groups_per_batch": 0}),
         ("start", {"learning_rate": "fast"}),
         ("start", {"learning_rate": float("nan")}),
-        ("start", {"temperature": 0}),
+        ("start", {"temperature": -0.1}),
         ("start", {"loss_fn": "cross_entropy"}),
         ("start", {"loss_fn": "reinforce"}),
         ("start", {"normalize": True}),

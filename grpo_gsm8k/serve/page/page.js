@@ -130,7 +130,7 @@ function draw(status) {
   at("about").textContent = `up ${duration(status.uptime_s)}, version ${status.version}`;
   at("tiles").replaceChildren(
     tile("sessions now", figure(sessions.live)),
-    tile("models", figure(models.length)),
+    tile("models", figure(status.models_in_all)),
     tile("training waits", figure(queue.training)),
     tile("sampling waits", figure(queue.sampling)),
     tile("being sampled", figure(queue.decoding)),
