@@ -20,12 +20,13 @@ from typing import Annotated, Any
 
 import typer
 
-from grpo_gsm8k import config, interrupts
+from grpo_gsm8k import config, environment, interrupts, originals
 from grpo_gsm8k.errors import ConfigError, GrpoError, Interrupted, ModelError, UserError
 from grpo_gsm8k.flags import HUB, RENT, RUN, App, Commands, epilog, flags_of, help_all, mistake, nearest
 from grpo_gsm8k.launch import settings as launch_settings
 from grpo_gsm8k.runs import progress, streams
 from grpo_gsm8k.runs.clean import printable, printable_json
+from grpo_gsm8k.serve import settings as serve_settings
 from grpo_gsm8k.tasks import load_task
 from grpo_gsm8k.tasks.base import load_examples
 
@@ -41,7 +42,7 @@ app = App(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={
-        "token_normalize_func": lambda token: token.replace("_", "-"),  # --model_id = --model-id
+        "token_normalize_func": originals.name_here,  # --model_id = --model-id, --learning_rate = --lr
         "help_option_names": ["-h", "--help"],
     },
 )
@@ -185,7 +186,7 @@ register("pipeline", config.PipelineConfig, _pipeline, "print_pipeline", panel=S
 _stage("sft", "sft", "Supervised fine-tuning on worked solutions.")
 _stage("ei", "ei", "Expert iteration: sample, keep what is right, fine-tune, again.")
 _stage("grpo", "grpo", "Group relative policy optimisation.")
-_stage("eval", "fast_eval_vllm", "Accuracy of a model on a file of problems.", "print_eval")
+_stage("eval", "fast_eval_vllm", "Accuracy of a model on a file of problems.", "print_eval", "command")
 _stage(
     "prep-eval",
     "pretokenize",
@@ -295,6 +296,16 @@ def push(
     show(publish.preview(model, repo_id) if dry_run else publish.push(model, repo_id, public), as_json)
 
 
+def _export(flags: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A folder that serves a model elsewhere: on Modal (--modal), or on a GPU of one's own (--compose)."""
+    from grpo_gsm8k.launch import deploy
+
+    return deploy.export(flags)
+
+
+register("export", launch_settings.ExportConfig, _export, panel=AFTER)
+
+
 @app.command(rich_help_panel=AFTER)
 def compare(
     results: Annotated[list[Path], typer.Argument(help="results files over the same problems")],
@@ -316,7 +327,7 @@ def compare(
 @app.command(rich_help_panel=DATA)
 def contamination(
     files: Annotated[list[Path], typer.Argument(help="training files: any JSONL")],
-    test: Annotated[Path, typer.Option(help="the test split")] = Path("artifacts/data/test.jsonl"),
+    test: Annotated[Path, typer.Option(help="the test split")] = Path(config.DATA) / "test.jsonl",
     task: Annotated[str, typer.Option(help="whose test split it is")] = "gsm8k",
     ngram: Annotated[int, typer.Option(min=1, max=config.MOST, help="words in common that count")] = 13,
     examples: Annotated[int, typer.Option(min=0, max=config.MOST, help="overlaps shown of each file")] = 3,
@@ -325,7 +336,8 @@ def contamination(
     """Test problems in training files: word n-grams that both have."""
     from grpo_gsm8k.tasks.contamination import check
 
-    show(check(files, test, load_task(task), ngram, examples), as_json, "print_contamination")
+    split = Path(config.found_data(str(test)) or test)
+    show(check(files, split, load_task(task), ngram, examples), as_json, "print_contamination")
 
 
 @app.command(rich_help_panel=AFTER)
@@ -426,6 +438,19 @@ def bench(context: typer.Context) -> None:
     from grpo_gsm8k.bench import main as run
 
     run(context.args)
+
+
+def _serve(
+    flags: Mapping[str, Any],
+    status: Annotated[bool, typer.Option("--status", help="print what a running server is doing instead")] = False,
+) -> Mapping[str, Any]:
+    """The training service: one server that speaks Tinker, OpenAI and rewards over HTTP."""
+    from grpo_gsm8k import serve
+
+    return serve.run(config.build(serve_settings.ServeConfig, flags), status)
+
+
+register("serve", serve_settings.ServeConfig, _serve, panel=MACHINE, reads=HUB)
 
 
 PIPELINE = dict.fromkeys(("pipeline", "demo"), ("sft", "ei", "grpo", "eval"))
@@ -606,6 +631,7 @@ def _run(argv: list[str] | None) -> int:
     """The command's exit code; what a person can mend becomes one line."""
     try:
         with streams.stdout_errors():
+            environment.load()
             code = app(argv, prog_name="grpo-gsm8k", standalone_mode=False) or 0
         if code != 130:  # what typer makes of a KeyboardInterrupt
             return int(code)
@@ -626,7 +652,9 @@ def _run(argv: list[str] | None) -> int:
             fault.show()
         else:
             command = getattr(getattr(fault, "ctx", None), "command_path", "grpo-gsm8k")
-            _say(f"error: {mistake(fault)}; see `{command} --help`")
+            flag = str(getattr(fault, "option_name", ""))
+            renamed = originals.RENAMED.get(flag) if type(fault).__name__ == "NoSuchOption" else None
+            _say(f"error: {f'{flag}: {renamed}' if renamed else mistake(fault)}; see `{command} --help`")
         return int(fault.exit_code)
     except KeyboardInterrupt:
         _say(interrupts.LINE)

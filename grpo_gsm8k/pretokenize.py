@@ -1,6 +1,6 @@
 """Stage 3: what one model will see, as token ids: pairs to train on, and an evaluation set.
 
-`tokenize` turns a file of pairs into shards of one width (trainer/shards.py has their form). A shard is made of
+`tokenize` turns a file of pairs into shards of one width (trainer/token_shards.py has their form). A shard is made of
 `--shard_rows` lines of the file, whatever else happens: so shards can be made side by side, in memory for one each, and
 a run that was killed goes on at the next whole shard and ends with the same bytes. Every line is checked before the
 first shard is made. `sft --data_path FOLDER` trains on them as it would on the file.
@@ -45,7 +45,7 @@ from grpo_gsm8k.tasks.base import load_examples, load_split
 from grpo_gsm8k.tasks.conversations import read_chat
 from grpo_gsm8k.tasks.render import Renderer, date_of, task_of
 from grpo_gsm8k.trainer.policy import load_tokenizer
-from grpo_gsm8k.trainer.shards import MANIFEST, pack, read_shard, write_shard
+from grpo_gsm8k.trainer.token_shards import MANIFEST, pack, read_shard, write_shard
 
 TOKENIZED = Path("artifacts/tokenized")
 
@@ -125,8 +125,8 @@ def begin(folder: Path, plan: Mapping[str, Any]) -> None:
     if "made_with" in before:
         if changed := [key for key in plan if before.get(key) != plan[key]]:
             raise ConfigError(f"{folder}: was begun with another {', '.join(changed)}; pick another --out_dir")
-    elif folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder}: holds other files and no shards; pick another --out_dir")
+    elif path.exists() or (folder.exists() and any(folder.glob("shard_*"))):
+        raise ConfigError(f"{folder}: holds shards or a manifest of something else; pick another --out_dir")
     else:
         write_json(path, plan)
 

@@ -71,15 +71,20 @@ def shuffled(n: int, seed: int) -> tuple[int, ...]:
     return tuple(order)
 
 
-def seed_everything(seed: int) -> None:
+def seed_everything(seed: int, deterministic: bool | None = None) -> None:
     """Seed the global generators of Python, numpy and torch (every device).
 
     For what draws from a global generator, such as weight initialisation and dropout. Sampling does not: it
     takes a generator of its own from `derive_seed`.
+
+    Args:
+        deterministic: also choose kernels, as `set_deterministic` does; None leaves them.
     """
     import numpy as np
     import torch
 
+    if deterministic is not None:
+        set_deterministic(deterministic)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -261,6 +266,12 @@ def git_commit() -> str:
         return os.environ.get("GRPO_GSM8K_COMMIT") or "nogit"
     changed = _git("status", "--porcelain", "--untracked-files=no")
     return head + ("-dirty" if changed or _untracked() else "")
+
+
+def origin() -> str:
+    """The address that this checkout was cloned from; "" for none."""
+    found = _git("remote", "get-url", "origin") if _head() else None
+    return found.decode().strip() if found else ""
 
 
 def _code_diff() -> str:

@@ -147,7 +147,7 @@ def test_a_checkpoint_is_evaluated_and_continued_as_it_is(tiny, tmp_path):
     logged = [json.loads(line) for line in (tmp_path / "sft/metrics.jsonl").read_text().splitlines()]
     assert found["accuracy"] == logged[-1]["val/accuracy"]
     next_one = {"model_id": first["model"], "kl_coef": 0.1, "max_steps": 1}
-    with workbench.open_bench(config_of("grpo", tiny, tmp_path / "peek", **next_one, **LORA), "grpo", {}) as bench:
+    with workbench.open_workbench(config_of("grpo", tiny, tmp_path / "peek", **next_one, **LORA), "grpo", {}) as bench:
         data = weighted(rows(*SEQUENCES), "token")
         began = bench.learner.logprobs(data)
         assert weights_sha256(bench.learner.weights()) == first["weights_sha256"]

@@ -144,12 +144,15 @@ def test_differences_ignore_what_may_change_between_a_run_and_its_continuation()
 
 
 def test_a_device_for_vllm_says_that_vllm_samples():
-    assert config.resolve("grpo").engine == "hf"
+    assert config.resolve("grpo").engine == "auto" and not config.resolve("grpo").uses_vllm
     for flags in ({"vllm_device": "cuda:1"}, {"vllm_devices": "cuda:1,cuda:2"}, {"engine": "vllm"}):
         cfg = config.resolve("grpo", flags=flags)
         assert cfg.uses_vllm and 'engine = "vllm"' in config.to_toml(cfg, "grpo")
     before = vars(config.resolve("grpo", flags={"vllm_device": "cuda:1"}))
-    assert config.differences(before, config.resolve("grpo")) == ["engine: 'vllm' then, 'hf' now"]
+    assert config.differences(before, config.resolve("grpo")) == []  # auto: as the run began
+    assert config.differences(before, config.resolve("grpo", flags={"engine": "hf"})) == [
+        "engine: 'vllm' then, 'hf' now"
+    ]
     assert config.differences(before, config.resolve("grpo", flags={"vllm_device": "cuda:2"})) == []
 
 

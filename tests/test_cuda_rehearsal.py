@@ -5,16 +5,21 @@ The default part takes each path once; the whole matrix of options, dtypes and l
 
 from __future__ import annotations
 
+import contextlib
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-from grpo_gsm8k import config, ei, grpo, repro, sft
+from grpo_gsm8k import config, ei, fast_eval_vllm, grpo, repro, sft
 from grpo_gsm8k.config import TrainConfig
-from grpo_gsm8k.engines.hf import _cumsum
-from grpo_gsm8k.trainer import kernels
+from grpo_gsm8k.datatypes import Request, SamplingParams
+from grpo_gsm8k.engines import static_cache
+from grpo_gsm8k.engines.hf import HFSampler, _cumsum
+from grpo_gsm8k.runs.files import read_jsonl
+from grpo_gsm8k.trainer import kernels, memory
 from grpo_gsm8k.trainer.data import weighted
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.losses import LOSSES, GrpoClip, Objective
@@ -167,6 +172,26 @@ def test_a_frozen_pass_waits_for_its_answer_alone():
 # ------------------------------------------------------------------------------------------------------ kernels
 
 
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+def test_rows_stand_end_to_end_by_default_in_bfloat16(deterministic):
+    """One kernel for all rows of a pass, whose shape is the pass's; in float32 it does not exist."""
+    repro.set_deterministic(deterministic)
+    for dtype, packs in ((torch.bfloat16, True), (torch.float32, False)):
+        with Pretend() as gpu:
+            learner = learner_on("cuda", dtype, deterministic=deterministic, max_tokens_per_microbatch=48)
+            gpu.attention.clear()
+            learner.forward_backward(update_data(), CLIP)
+        assert learner.packs is packs and {kernel == "varlen" for kernel, _ in gpu.attention} == {packs}
+
+
+def test_shards_in_float32_are_known_to_compute_in_bfloat16():
+    """Several ranks hold float32 shards: how their rows are read decides the memory that is predicted."""
+    with Pretend():
+        model, cfg = qwen().to("cuda"), TrainConfig(engine="vllm")
+        assert memory.gauge_of(model, cfg, torch.bfloat16, 2, False).end_to_end
+        assert not memory.gauge_of(model, cfg, torch.float32, 2, False).end_to_end
+
+
 def test_what_torch_would_take_by_itself():
     """So that the checks above are checks: without our choice cuDNN, and T x T scores in float32."""
     for dtype, kernel in ((torch.bfloat16, CUDNN), (torch.float32, MATH)):
@@ -179,6 +204,59 @@ def test_what_torch_would_take_by_itself():
             kernels.choose_attention(model)
             model(torch.ones(2, 7, dtype=torch.int64, device="cuda"))
             assert_kernels(gpu)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "flags", "each"),
+    [
+        (torch.bfloat16, {}, 1),  # end to end: one for all rows of a pass
+        (torch.bfloat16, {"deterministic": True}, 1),
+        (torch.bfloat16, {"packing": "off"}, 1),
+        (torch.float32, {"packing": "on"}, 2),  # in two blocks
+    ],
+    ids=str,
+)
+def test_the_attention_of_a_whole_update(dtype, flags, each):
+    """One kernel, and so many shapes a pass, whatever the number of rows, layers and lengths."""
+    data = update_data(groups=12)
+    repro.set_deterministic(bool(flags.get("deterministic")))
+    with Pretend() as gpu:
+        learner = learner_on("cuda", dtype, max_tokens_per_microbatch=64, **flags)
+        passes = learner.passes(data)
+        gpu.attention.clear()
+        learner.forward_backward(data, CLIP)
+    assert 3 < passes < len(data) / 2
+    assert_kernels(gpu)
+    assert len({kernel for kernel, _ in gpu.attention}) == 1 and len(gpu.attention) <= each * passes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_attention_of_a_whole_generation(dtype, tiny, monkeypatch):
+    """Prompts are one shape; then it is one for each number of rows and columns that a graph is made for."""
+    monkeypatch.setattr(static_cache, "LEAST_COLUMNS", 32)
+    monkeypatch.setattr(static_cache, "LEAST_ROWS", 4)
+    renderer = SimpleNamespace(stop_ids=frozenset(range(3, 8)), pad_id=0, decode=lambda ids: "")
+    asked = [Request(tuple(range(20, 23 + i)), tuple(range(8 * i, 8 * i + 8))) for i in range(2)]
+    with Pretend() as gpu:
+        sampler = HFSampler(qwen(dtype).to("cuda"), renderer)
+        gpu.attention.clear()
+        drawn = sampler.sample(asked, SamplingParams(max_new_tokens=70))
+        shapes = gpu.attention.copy()
+    assert_kernels(gpu)
+    tokens = {len(c.token_ids) for group in drawn for c in group}
+    assert max(tokens) > 60 and len(tokens) > 5  # rows end one by one
+    steps = [shape for _, shape in shapes if shape[3] >= 32]
+    assert 4 <= len(steps) == len(shapes) - 1 <= 3 * 3  # rows in 16, 8, 4; columns in 32, 64, 96
+
+
+def test_a_probe_keeps_no_memory(monkeypatch):
+    """What the allocator kept of it would lack to an engine that wakes on the same GPU."""
+    monkeypatch.setattr(memory, "PROBE_TOKENS", 16)
+    with Pretend() as gpu:
+        learner = learner_on("cuda", torch.bfloat16, max_tokens_per_microbatch=0)
+        held = torch.cuda.memory_allocated()
+        assert learner.budget > 256 and gpu.top > held
+        assert torch.cuda.memory_reserved() < held + (gpu.top - held) / 10
 
 
 def test_a_cumulative_sum_in_a_fixed_order():
@@ -233,6 +311,7 @@ def test_memory_that_lacks_twice_is_the_users_to_mend(monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------- stages
 
+EI = {"prompts_per_round": 8, "samples_per_prompt": 2, "steps_per_round": 2, "batch_size": 4}
 STAGES = {
     "grpo": (grpo, {}),
     "grpo, one step off": (grpo, {"mode": "one_step_off"}),
@@ -240,9 +319,18 @@ STAGES = {
     "grpo, LoRA": (grpo, {"lora_rank": 4, "kl_coef": 0.05}),
     "grpo, offloaded": (grpo, {"optimizer_device": "cpu"}),
     "grpo, packed": (grpo, {"packing": "on"}),
+    "grpo, padded": (grpo, {"packing": "off"}),
+    "grpo, checkpointed": (grpo, {"activation_checkpointing": True}),
+    "grpo, probed": (grpo, {"max_tokens_per_microbatch": 0}),
     "grpo, deterministic": (grpo, {"deterministic": True}),
+    "grpo, everything": (
+        grpo,
+        {"mode": "one_step_off", "kl_coef": 0.05, "lora_rank": 4, "activation_checkpointing": True, "epochs": 2},
+    ),
     "sft": (sft, {"batch_size": 8, "max_steps": 3}),
-    "ei": (ei, {"prompts_per_round": 8, "samples_per_prompt": 2, "steps_per_round": 2, "batch_size": 4}),
+    "sft, LoRA, deterministic": (sft, {"batch_size": 8, "max_steps": 3, "lora_rank": 4, "deterministic": True}),
+    "ei": (ei, EI),
+    "ei, offloaded, probed": (ei, {**EI, "optimizer_device": "cpu", "max_tokens_per_microbatch": 0}),
 }
 DEFAULT = {"grpo", "grpo, deterministic", "sft"}
 
@@ -259,6 +347,7 @@ def test_a_stage_runs_and_resumes_there(name, dtype, tmp_path):
         "data": str(data),
         "out_dir": str(tmp_path / "run"),
         "device": "cuda",
+        "engine": "hf",
         "dtype": dtype,
         "max_new_tokens": 12,
         "eval_every": 2,
@@ -274,3 +363,17 @@ def test_a_stage_runs_and_resumes_there(name, dtype, tmp_path):
         result = module.run(config.resolve(stage, preset="tiny", flags={**flags, "resume": True}))
     assert result["weights_sha256"]
     assert_kernels(gpu)
+
+
+@pytest.mark.slow
+def test_an_evaluation_there_is_the_one_here(tiny, tmp_path):
+    flags = {"model_id": str(tiny.model), "eval_path": str(tiny.data / "test.jsonl"), "prompt_style": "gsm8k"}
+    flags |= {"limit": 6, "max_new_tokens": 12, "dtype": "float32", "engine": "hf", "samples": 2, "temperature": 1.0}
+    found = []
+    for device, there in (("cpu", contextlib.nullcontext()), ("cuda", Pretend())):
+        cfg = config.resolve("eval", flags={**flags, "device": device, "out_dir": str(tmp_path / device)})
+        with there:
+            result = fast_eval_vllm.run(cfg)
+        rows = [row for _, row in read_jsonl(result["results_path"])]
+        found.append([(row["id"], row["response"], row["weights_sha256"]) for row in rows])
+    assert len(found[0]) == 12 and found[0] == found[1]

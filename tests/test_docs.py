@@ -25,7 +25,7 @@ import torch
 import typer
 import yaml
 
-from grpo_gsm8k import bench, cli, config, r1_traces
+from grpo_gsm8k import bench, cli, config, data_prep, r1_traces
 from grpo_gsm8k.datatypes import Completion, Grade, Prompt, Trajectory
 from grpo_gsm8k.grpo import advantages_of
 from grpo_gsm8k.runs import diagnosis
@@ -38,14 +38,16 @@ from tests.toys import rows, stage_config, word_problem
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "grpo_gsm8k"
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+ELSEWHERE = {"originals.md"}  # full of other programs' names; tests/test_originals.py types it row by row
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(p for p in DOCS.glob("*.md") if p.name not in ELSEWHERE)]
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 every_page = pytest.mark.parametrize("page", PAGES, ids=IDS)
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS, GROUPS = set(PYPROJECT["project"]["optional-dependencies"]), set(PYPROJECT["dependency-groups"])
-OTHER_TOOLS = {"git", "cd", "export", "ssh", "ruff", "mypy", "mkdocs", "pre-commit"}
+OTHER_TOOLS = {"bash", "git", "cd", "export", "ssh", "ruff", "mypy", "mkdocs", "pre-commit", "uvx"}
 OTHER_FLAGS = {"--help", "--extra", "--group", "--torch-backend", "--runslow", "--strict", "--apply-chat-template"}
+OTHER_FLAGS |= {"--generation-config"}  # vLLM's
 OTHER_FLAGS |= {"--gpus", "--shm-size", "--max-restarts", "--shutdown-timeout"}  # docker's and torchrun's
 METRICS = "time|perf|policy|mismatch|staleness|sync|eval|groups|outcome|length|reward|ei|diversity|val"
 NOT_HERE = {"mine.py", "config.toml", "/pre_start.sh", "/post_start.sh", "gsm8k.yaml"}  # the user's, lm-eval's
@@ -124,7 +126,7 @@ def check(words: Sequence[str]) -> None:
             check_module(rest[1], rest[2:])
         elif rest[0] == "grpo_gsm8k/r1_traces.py":
             r1_traces.parse_flags(rest[1:])
-        else:
+        elif not rest[0].startswith("deploy/"):  # what `export` writes
             check_source(ROOT / rest[0], rest[1:])
     elif program == "pytest":
         check_pytest(rest)
@@ -134,7 +136,7 @@ def check(words: Sequence[str]) -> None:
 
 def check_uv(words: Sequence[str]) -> None:
     command, *rest = words
-    assert command in ("run", "sync", "venv", "pip"), command
+    assert command in ("run", "sync", "lock", "venv", "pip"), command
     while rest and rest[0].startswith("--"):
         option = rest.pop(0)
         if option in ("--extra", "--group", "--only-group", "--with", "--python"):
@@ -146,7 +148,9 @@ def check_uv(words: Sequence[str]) -> None:
 
 
 def check_docker(words: Sequence[str]) -> None:
-    if words[0] == "compose":
+    if words[:2] == ["compose", "--file"]:  # one that a command writes
+        assert words[2].endswith("compose.yaml"), words
+    elif words[0] == "compose":
         assert words[-1] in yaml.safe_load((ROOT / "compose.yaml").read_text())["services"], words
     elif words[0] == "run" and words.count("grpo-gsm8k") == 2:  # the image, then the command
         check(words[len(words) - words[::-1].index("grpo-gsm8k") - 1 :])
@@ -157,6 +161,8 @@ def check_module(module: str, words: Sequence[str]) -> None:
     assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file() or (ROOT / module.replace(".", "/")).is_dir()
     if module == "grpo_gsm8k.cli":
         check_cli(words)
+    elif module == "grpo_gsm8k.data_prep":
+        data_prep.flags().parse_args(words)
     elif top == "grpo_gsm8k":
         check_cli([name, *words])
     else:
@@ -187,8 +193,8 @@ def check_cli(words: Sequence[str]) -> None:
         words, job = (list(words), []) if "--" not in words else split_at(words, "--")
         name, params = parsed([word for word in words if word != "--help"])
         check_settings(name, params)
-        if job:
-            check(job)
+        if job:  # flags alone belong to the training that `launch up --model_id` makes
+            check(["grpo-gsm8k", "grpo", *job] if job[0].startswith("-") else job)
 
 
 def split_at(words: Sequence[str], mark: str) -> tuple[list[str], list[str]]:
@@ -245,7 +251,12 @@ def all_flags() -> frozenset[str]:
 
     walk(root_command())
     found.update(f"--{field.name}" for field in r1_traces.fields(r1_traces.Settings))
-    for path in [*PACKAGE.glob("bench/**/*.py"), *(ROOT / "scripts").glob("*.py"), ROOT / "tests" / "fake_api.py"]:
+    for path in [
+        *PACKAGE.glob("bench/**/*.py"),
+        *PACKAGE.glob("launch/templates/*.py"),
+        *(ROOT / "scripts").glob("*.py"),
+        ROOT / "tests" / "fake_api.py",
+    ]:
         found.update(re.findall(r'"(--[a-z_]+)"', path.read_text()))
         found.update(f"--{name}" for name in re.findall(r'^    "([a-z_]+)": \(', path.read_text(), flags=re.M))
     return frozenset(flag.replace("_", "-") for flag in found) | OTHER_FLAGS
@@ -339,7 +350,9 @@ def test_the_checker_finds(line, fault):
 @every_page
 def test_files_flags_and_metrics_that_are_named_exist(page):
     for span in spans(page):
-        if re.fullmatch(r"[\w./-]+\.(py|sh|yml|yaml|toml|svg)", span) and span not in NOT_HERE:
+        if span in NOT_HERE or span.startswith("deploy/"):
+            continue
+        if re.fullmatch(r"[\w./-]+\.(py|sh|yml|yaml|toml|svg)", span):
             module(span)
         elif re.fullmatch(r"(scripts|tests|docs|grpo_gsm8k)/[\w./-]+", span):
             assert (ROOT / span).exists(), span
@@ -423,6 +436,47 @@ def test_the_findings_are_those_of_the_diagnosis():
     names = [row["finding"].strip("`") for row in rows]
     assert set(names) == {check.__name__ for check in (*diagnosis.CHECKS, diagnosis.stalled)}
     assert len(names) == len(set(names))
+
+
+def test_what_would_have_gone_wrong_on_a_gpu_has_its_tests():
+    rows = next(t for t in tables(DOCS / "performance.md") if "finding" in t[0])
+    assert {int(row[""]) for row in rows} == set(range(1, 15))
+    source = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row["test"])
+        assert named and row["what a user would have seen"], row
+        for name in named:
+            assert f"\ndef {name}(" in source, f"there is no {name}"
+
+
+NO_DEFAULT_OF_SPEED = {
+    *("grading", "max_new_tokens", "seed", "wandb_project", "run_name", "engine_patience_s", "data", "out_dir"),
+    *("resume", "max_steps", "save_every", "keep_last", "eval_every", "eval_examples", "eval_set_path", "eval_device"),
+    *("lora_rank", "lora_alpha", "lora_targets", "grader_processes", "grader_timeout_s", "eval_draw"),
+    *("learner", "wire_loss"),
+    *("eval_backlog", "probe_tolerance", "lr", "lr_schedule", "warmup_steps", "weight_decay", "beta1", "beta2"),
+    *("grad_clip",),
+}
+"""Fields that say what is learned and where it is kept, not how fast."""
+
+
+def test_every_default_says_what_it_was_chosen_by():
+    """All fields of the samplers' and learners' configs; a new one is put on the page, or on the list above."""
+    mine = [
+        vars(cls).get("__annotations__", {})
+        for cls in config.TrainConfig.__mro__
+        if issubclass(cls, config.ModelConfig)
+    ]
+    fields = {name for names in mine for name in names if name.islower()} - NO_DEFAULT_OF_SPEED | {"mode"}
+    declared = config.GrpoConfig.__dataclass_fields__
+    first, second = (t for t in tables(DOCS / "performance.md") if {"flag", "default"} <= t[0].keys())
+    assert {row["flag"].strip("`-") for row in second} == fields
+    for row in (*first, *second):
+        default = declared[row["flag"].strip("`-")].default
+        assert row["default"] == (f"`{default}`" if default != "" else ""), row
+    for row in second:
+        for device in ("on a CPU", "on a GPU"):
+            assert "measured" in row[device] or re.search(r"\d", row[device]), row
 
 
 def test_the_messages_are_printed_somewhere():

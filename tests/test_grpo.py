@@ -27,7 +27,7 @@ from grpo_gsm8k.trainer import checkpoint, loop
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.data import ImportanceCorrection, mismatch_metrics, weighted, with_old_logprobs
 from grpo_gsm8k.trainer.losses import GrpoClip, Gspo, Objective, per_token_loss
-from grpo_gsm8k.workbench import open_bench
+from grpo_gsm8k.workbench import open_workbench
 from tests.toys import datum, draw, even_tokens, graded, load_split, stage_config, with_advantage, word_problem
 
 
@@ -49,7 +49,7 @@ def bench_of(tiny, tmp_path):
             small |= {"lr": 1e-3, "out_dir": str(tmp_path / f"run{next(numbers)}")}
             where = {"model_id": str(tiny.model), "data": str(tiny.data)}
             cfg = stage_config("grpo", **(small | where | flags))
-            bench = opened.enter_context(open_bench(cfg, "grpo", {"train": tiny.data / "train.jsonl"}))
+            bench = opened.enter_context(open_workbench(cfg, "grpo", {"train": tiny.data / "train.jsonl"}))
             return cfg, bench, bench.prompts(load_split(tiny.data, "train"), tiny.data)
 
         yield make
@@ -236,7 +236,7 @@ def test_metrics_carry_the_names_that_are_relied_upon(bench_of):
     cfg, bench, prompts = bench_of(steps=2, eval_every=1)
     grpo.train(cfg, bench, prompts, graded(bench))
     names = set(metrics_of(bench)[-1])
-    times = {f"time/{t}" for t in ("sampling", "compute_rewards", "build_data", "training", "sync", "total")}
+    times = {f"time/{t}" for t in ("save_weights", "sampling", "compute_rewards", "build_data", "training", "total")}
     assert names >= times | {"progress/grpo_step", "progress/done_frac", "val/accuracy", "val/format_accuracy"}
     assert names >= {f"reward/{r}" for r in ("mean", "std", "min", "max", "format", "answer")}
     assert names >= {"policy/entropy", "policy/grad_norm", "policy/lr", "policy/approx_kl", "policy/update_to_weight"}
@@ -511,7 +511,7 @@ def test_when_the_engine_fails_for_good_the_last_complete_step_is_kept(bench_of,
 
 @contextlib.contextmanager
 def open_again(bench):
-    """What `open_bench` does when an engine fails, for a bench that is closed only later."""
+    """What `open_workbench` does when an engine fails, for a bench that is closed only later."""
     try:
         yield
     except EngineError:

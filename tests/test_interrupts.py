@@ -102,6 +102,7 @@ def test_a_complete_step_is_kept_whether_it_is_pressed_once_or_twice(gaps, tiny,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_at_hundreds_of_random_moments(tiny, tmp_path):
     """From exec to exit, once and twice, Ctrl-C and SIGTERM."""
     draw = random.Random(20)

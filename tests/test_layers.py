@@ -20,14 +20,25 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom to the top. A module may import from its own layer (without a circle) and from those below.
 # `name*` stands for every module of the package's top level that begins so.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("__init__", "interrupts", "errors", "datatypes", "config", "argv", "plugins", "r1_traces"),
+    (
+        "__init__",
+        "interrupts",
+        "errors",
+        "datatypes",
+        "config",
+        "argv",
+        "environment",
+        "originals",
+        "plugins",
+        "r1_traces",
+    ),
     ("tasks", "runs", "repro", "presets", "judge"),
     ("trainer", "engines"),
     ("evals",),
     ("preflight",),
     ("rollout", "workbench"),
     ("data_prep", "hub_datasets", "pretokenize", "sft", "ei", "grpo", "fast_eval_vllm"),
-    ("report*", "pipeline", "serve", "launch", "doctor", "bench*"),
+    ("report", "pipeline", "serve", "launch", "doctor", "bench*"),
     ("flags", "cli", "__main__"),
 )
 NETWORK = {
@@ -42,10 +53,10 @@ NETWORK = {
     "urllib3",
 }
 MAY_USE_THE_NETWORK = {"data_prep", "hub_datasets", "judge", "r1_traces", "launch", "serve"}  # and a function of doctor
-IN_ONE_MODULE_ONLY = ("vllm", "wandb", "datasets")
-PRIVATE = {f"{PACKAGE}.trainer.batch": "trainer"}  # a learner is given data; the tensors are its own affair
+IN_ONE_MODULE_ONLY = ("vllm", "wandb", "datasets", "tinker")
+PRIVATE = {f"{PACKAGE}.trainer.batch": ("trainer", "serve")}  # a learner is given data; the tensors are its own affair
 MAY_CATCH_EVERYTHING = {"plugins"}  # a user's own function can raise anything; it becomes one line
-HEAVY = {"torch", "transformers", "vllm", "datasets", "wandb", "matplotlib", "scipy"}
+HEAVY = {"torch", "transformers", "vllm", "datasets", "wandb", "matplotlib", "scipy", "tinker"}
 
 
 @dataclass(frozen=True)
@@ -161,8 +172,8 @@ def complaints(sources: Mapping[str, str]) -> list[str]:
             below = layer_of(room_of(reached)) if reached else None
             if below is not None and below > own_layer:
                 found.append(f"{where}: imports upward, {reached}")
-            if reached in PRIVATE and room != PRIVATE[reached]:
-                found.append(f"{where}: {reached} is private to {PRIVATE[reached]}/")
+            if reached in PRIVATE and room not in PRIVATE[reached]:
+                found.append(f"{where}: {reached} is private to {' and '.join(f'{r}/' for r in PRIVATE[reached])}")
             if room == "tasks" and i.is_of("torch"):
                 found.append(f"{where}: torch in {room}/")
             if room == "r1_traces" and i.target.split(".")[0] not in {*sys.stdlib_module_names, "aiohttp"}:

@@ -12,21 +12,19 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_gsm8k.datatypes import SamplingParams
-from grpo_gsm8k.engines.hf import HFSampler, _draw
+from grpo_gsm8k.engines.hf import HFSampler
+from grpo_gsm8k.engines.hf import draw as _draw
 from grpo_gsm8k.engines.probe import logprob_differences
 from grpo_gsm8k.errors import ModelError, NonFiniteError
 from grpo_gsm8k.trainer.learner import TorchLearner
-from tests.toys import datum, draw, load, load_split, renderer_for, train_config, word_problem
+from tests.toys import attentive, datum, draw, load, load_split, renderer_for, train_config, word_problem
 
 PARAMS = SamplingParams(max_new_tokens=10, temperature=1.0)
 
 
 @pytest.fixture(scope="module")
 def parts(tiny):
-    model = AutoModelForCausalLM.from_pretrained(tiny.model)
-    with torch.no_grad():  # sharper than a fresh model, so that greedy choices and ends are not all alike
-        for parameter in model.parameters():
-            parameter.mul_(2.0)
+    model = attentive(AutoModelForCausalLM.from_pretrained(tiny.model))
     tokenizer = AutoTokenizer.from_pretrained(tiny.model)
     renderer = renderer_for(tokenizer)
     prompts = [renderer.prompt(problem) for problem in load_split(tiny.data, "train")[:6]]

@@ -39,7 +39,7 @@ from grpo_gsm8k.trainer.data import weighted
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.losses import CrossEntropy, Objective
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer, weights_sha256
-from grpo_gsm8k.workbench import open_bench, open_sampler
+from grpo_gsm8k.workbench import open_sampler, open_workbench
 from tests.toys import (
     cli,
     draw,
@@ -184,7 +184,7 @@ def test_an_adapter_is_all_that_reaches_vllm(vllm, trained, renderer, prompts, t
             before = frozen(learner)
             optimizer_step(learner, trained, renderer, version)
             load(sampler, version, learner.weights())
-            with safe_open(sampler.outbox.newest.path, "pt") as given:
+            with safe_open(sampler.outbox.newest.where, "pt") as given:
                 assert given.keys() and all(".lora_" in name for name in given.keys())  # noqa: SIM118
             drawn = draw(sampler, prompts, greedy)
             assert same_ids(drawn, draw(HFSampler(model, renderer), prompts, greedy)) >= AGREE
@@ -215,7 +215,7 @@ def recited(tmp_path_factory):
     learned = Path(sft.run(stage_config("sft", **flags))["model"])
     renderer = renderer_for(load_tokenizer(engine_config(learned)), "r1_zero")
     prompts = [renderer.prompt(problem) for problem in load_split(data, "train")]
-    answers = [renderer.target(prompt.problem).token_ids[len(prompt.token_ids) :] for prompt in prompts]
+    answers = [renderer.target(prompt.example).token_ids[len(prompt.token_ids) :] for prompt in prompts]
     candidates = {i for ids in answers for i in ids[3:-6]}
     extra = min(candidates, key=lambda i: (abs(sum(i in ids for ids in answers) - len(answers) // 2), i))
     stored = json.loads((learned / "generation_config.json").read_text())
@@ -399,7 +399,7 @@ def test_a_run_goes_on_after_its_engine_is_killed_while_it_samples(trained, tmp_
         where = {"model_id": str(trained.model), "data": str(trained.data), "out_dir": str(folder)}
         flags = {**where, "steps": 3, "eval_every": 0, "lr": 1e-3, "engine": "vllm"}
         cfg = config.resolve("grpo", preset="tiny", flags=flags)
-        with open_bench(cfg, "grpo", {}) as bench:
+        with open_workbench(cfg, "grpo", {}) as bench:
             sampler = bench.sampler = Watched(bench.sampler)
             if kills:
                 sampler.call_to_kill_in = 2

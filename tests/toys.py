@@ -85,6 +85,16 @@ def make_model(folder: Path, data: Path, **sizes: int) -> Path:
     return make_tiny_model(folder, texts, 0, **{**SMALL, **sizes})
 
 
+def attentive(model: Any) -> Any:
+    """A new model whose tokens depend on what it attends to: it is made with residual branches of zeros."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+    return model
+
+
 def cli(*args: str | Path, cwd: Path | None = None, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own."""
     command = [sys.executable, "-m", "grpo_gsm8k.cli", *map(str, args)]

@@ -92,7 +92,9 @@ class VLLMSampler:
                 **lora,
             )
         except ValueError as fault:  # vLLM's own word for a model or a setting that it does not take
-            raise ModelError(f"vLLM cannot run {cfg.model_id}: {' '.join(str(fault).split())[:500]}") from None
+            raise ModelError(
+                f"vLLM cannot run {cfg.model_id}: {' '.join(str(fault).split())[:500]}; --engine hf may"
+            ) from None
         self.context: int = self.llm.llm_engine.model_config.max_model_len
         ends = (self.llm.llm_engine.model_config.try_get_generation_config() or {}).get("eos_token_id")
         self.stop_ids = renderer.stop_ids | set([ends] if isinstance(ends, int) else ends or [])
@@ -124,7 +126,7 @@ class VLLMSampler:
         if any(refusals):  # some workers have changed their model: no answer of theirs may be used
             raise EngineError(f"the workers of vLLM read different weights: {next(filter(None, refusals))}")
 
-    def _replace_adapter(self, path: Path | None) -> None:
+    def _replace_adapter(self, path: Path | str | None) -> None:
         """Another adapter in the place of the one before, under a number that was never used."""
         from vllm.lora.request import LoRARequest
 
@@ -174,6 +176,7 @@ class VLLMSampler:
         return VLLMParams(
             temperature=params.temperature,
             top_p=params.top_p,
+            top_k=params.top_k,
             max_tokens=min(params.max_new_tokens, self.context - len(token_ids)),
             seed=seed,
             logprobs=0,  # of the sampled token alone

@@ -60,6 +60,19 @@ def rate_interval(outcomes: Sequence[Sequence[bool]]) -> tuple[float, float]:
     return bootstrap_mean([sum(one) / len(one) for one in outcomes], [len(one) for one in outcomes])
 
 
+def difference_interval(
+    a: float, ci_a: tuple[float, float], b: float, ci_b: tuple[float, float]
+) -> tuple[float, float]:
+    """95 % interval of `b - a`, two independent estimates with their own intervals.
+
+    Newcombe's hybrid score interval where these are Wilson's (1998, Statist. Med. 17:873, method 10). For scores of
+    the same problems it is too wide, since what the problems have in common does not cancel: pair them, see `compare`.
+    """
+    low = math.hypot(b - ci_b[0], ci_a[1] - a)
+    high = math.hypot(ci_b[1] - b, a - ci_a[0])
+    return b - a - low, b - a + high
+
+
 def pass_at_k(n: int, right: int, k: int) -> float:
     """Unbiased chance that one of k completions is right, given `right` of n (arXiv 2107.03374 eq. 1)."""
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)

@@ -195,4 +195,5 @@ def _p(value: float) -> str:
 
 
 def _path(result: Result) -> str:
-    return f"rows in {escape(str(Path(result['results_path'])))}"
+    record = f"; machine, code and inputs in {escape(result['run_dir'])}" if "run_dir" in result else ""
+    return f"rows in {escape(str(Path(result['results_path'])))}{record}"

@@ -16,13 +16,13 @@ from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.launch import records
 from grpo_gsm8k.launch.api import Offer, connect
 from grpo_gsm8k.launch.settings import PREFERENCE, UpConfig
-from grpo_gsm8k.launch.up import LEAST_S, MOST_HOURS, body, check, ranked, wrapped
+from grpo_gsm8k.launch.up import LEAST_S, MOST_HOURS, body, prepared, ranked, wrapped
 
 
 def rehearse(values: Mapping[str, Any], command: Sequence[str]) -> dict[str, Any]:
     """What a run with these settings would ask for; raises `ConfigError` as the run would."""
-    cfg = config.build(UpConfig, values)
-    job = wrapped(cfg, check(cfg, command))
+    cfg, words = prepared(config.build(UpConfig, values), command)
+    job = wrapped(cfg, words)
     blot = records.Blot(records.secrets_of(cfg.pass_env) | {"webhook": cfg.webhook})
     gpus = [{"gpu": name} for name in records.names_in(cfg.gpu) or PREFERENCE]
     if os.environ.get("RUNPOD_API_KEY"):

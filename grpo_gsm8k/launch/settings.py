@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,7 @@ from grpo_gsm8k.errors import ConfigError
 API = "https://api.runpod.io/v2"
 PREFERENCE = ("NVIDIA L40S", "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA H200")
 COUNTS = (1, 2, 4, 6, 8)
+MODAL_GPUS = ("T4", "L4", "A10", "L40S", "A100-40GB", "A100-80GB", "H100", "H200", "B200")
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,28 @@ class PlanConfig:
 class UpConfig:
     """One job on one pod."""
 
-    image: str = opt("", "container image, by digest: ghcr.io/owner/name@sha256:…")
+    image: str = opt(
+        "",
+        "container image, best by digest: ghcr.io/owner/name@sha256:…; empty: the environment's GRPO_GSM8K_IMAGE, else "
+        "the latest release of the repository on GitHub that this checkout is a clone of",
+    )
+    model_id: str = opt(
+        "",
+        "model on the hub that the job trains: access, size and memory are checked first; empty: as the job says. "
+        "Without a job, GRPO trains it on GSM8K",
+    )
+    sft: bool = opt(False, "without a job: supervised fine-tuning instead of GRPO")
+    skip_setup: bool = opt(False, "without a job: do not try machine and model with `doctor` first")
+    preflight: bool = opt(True, "ask the hub about the job's model before anything is rented")
+    report_to: Literal["", "none", "wandb"] = opt(
+        "",
+        "wandb: the job must get WANDB_API_KEY; none: it does not get it; empty: it does if --pass_env and you have it",
+    )
     budget: float = opt(0.0, "dollars that the run may cost in all; must be given", ge=0, le=1e6)
     hours: float = opt(0.0, "hours that it may take in all; 0 for what the budget pays, at most 24", ge=0, le=720)
     gpu: str = opt("", "GPU ids in order, comma separated; empty for L40S, A100 SXM, H100 SXM, H200")
     count: int = opt(1, "GPUs of the pod: 1, 2, 4, 6 or 8", ge=0, le=8)
-    min_memory: float = opt(0.0, "GiB that a GPU must have at least; `launch plan` says how much", ge=0)
+    min_memory: float = opt(0.0, "GiB that a GPU must have at least; 0: what the job's model needs, if known", ge=0)
     cloud: Literal["SECURE", "COMMUNITY"] = opt("SECURE", "whose machines")
     min_cuda: str = opt("13.0", "oldest CUDA version of the driver; empty for any", expert=True)
     disk: int = opt(120, "GB of the container's disk", ge=1, le=100_000)
@@ -58,14 +76,24 @@ class UpConfig:
     fetch_gb: float = opt(256.0, "GB of results that may come home in all", gt=0, le=1e6, expert=True)
     fetch_file_gb: float = opt(128.0, "GB of a single file of them", gt=0, le=1e6, expert=True)
     fetch_files: int = opt(200_000, "number of them", ge=1, le=10_000_000, expert=True)
-    repo_id: str = opt("", "hub repository that checkpoints are pushed to, and continued from after a dead host")
+    repo_id: str = opt(
+        "",
+        "hub repository that checkpoints are pushed to, and continued from after a dead host; in the end it holds the "
+        "trained model with its card",
+    )
     public: bool = opt(False, "--repo_id may be a public repository: all that is pushed is published")
     push_every_s: float = opt(600.0, "seconds between pushes", gt=0, le=1e7, expert=True)
     restarts: int = opt(2, "new pods after a dead host; only with --repo_id", ge=0, le=1000, expert=True)
     pass_env: str = opt("HF_TOKEN,WANDB_API_KEY", "environment variables that the job gets, over ssh")
-    think_open: str = opt("", "opens the reasoning; tags are appended to the command, and come in pairs", expert=True)
-    think_close: str = opt("", "closes the reasoning", expert=True)
-    answer_open: str = opt("", "opens the answer", expert=True)
+    think_open: str = opt(
+        "",
+        "opens the reasoning; tags are appended to the command, and come in pairs; empty: <think>",
+        expert=True,
+    )
+    think_close: str = opt("", "closes the reasoning; empty: </think>", expert=True)
+    answer_open: str = opt(
+        "", "opens the answer; empty, beside other tags or without a job: think-only prompts", expert=True
+    )
     answer_close: str = opt("", "closes the answer", expert=True)
     insecure_host_key: bool = opt(False, "take any ssh host key where the container's log shows none", expert=True)
     webhook: str = opt("", "URL for progress events; better in GRPO_GSM8K_WEBHOOK, which no process list shows")
@@ -98,6 +126,44 @@ class UpConfig:
             raise ConfigError(f"--count {self.count}: must be one of {', '.join(map(str, COUNTS))}")
         if not self.name.isascii() or not self.name.isalnum() or not self.name.islower() or len(self.name) > 20:
             raise ConfigError(f"--name {self.name!r}: at most 20 lower-case letters and digits")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """How a model is served elsewhere."""
+
+    model: str = opt("", "folder of a model or a LoRA adapter, such as a checkpoint; or a name on the hub")
+    out: str = opt("", "folder that is written; must not exist")
+    modal: bool = opt(False, "write modal_app.py and modal_client.py: vLLM on Modal, scaled to zero")
+    compose: bool = opt(False, "write compose.yaml and client.py: vLLM on a GPU of one's own machine")
+    name: str = opt("grpo-model", "of the app, and of the model in requests: lower-case letters, digits and -")
+    gpu: str = opt("L4", f"GPU as Modal names it, :N for several: {', '.join(MODAL_GPUS)}")
+    max_model_len: int = opt(0, "longest prompt and answer in tokens; 0 for the model's context", ge=0)
+    revision: str = opt("", "revision of a model on the hub; empty for its default branch")
+    scaledown_s: int = opt(300, "idle seconds after which Modal gives the GPU back", ge=2, le=3600)
+    max_containers: int = opt(1, "GPUs, or groups of :N, that Modal rents at most at once", ge=1, le=1000)
+    proxy_auth: bool = opt(True, "Modal asks for a proxy token, too, so that strangers cannot start the GPU")
+    hub_secret: str = opt("", "name of a Modal secret with HF_TOKEN, for a gated model on the hub")
+    port: int = opt(8000, "of compose.yaml, on the loopback address", ge=1, le=65535)
+
+    def __post_init__(self) -> None:
+        for flag in ("model", "out"):
+            if not getattr(self, flag):
+                raise ConfigError(f"--{flag} must be given")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,39}", self.name):
+            raise ConfigError(f"--name {self.name!r}: at most 40 lower-case letters, digits and -")
+        if self.hub_secret and not re.fullmatch(r"[\w.-]{1,64}", self.hub_secret):
+            raise ConfigError(f"--hub_secret {self.hub_secret!r}: a Modal secret's name has letters, digits, - . and _")
+        if self.revision and not re.fullmatch(r"[\w.][\w./-]{0,199}", self.revision):
+            raise ConfigError(f"--revision {self.revision!r}: is no branch, tag or commit")
+        if self.gpu_and_count[0] not in MODAL_GPUS or not 1 <= self.gpu_and_count[1] <= 8:
+            raise ConfigError(f"--gpu {self.gpu}: must be one of {', '.join(MODAL_GPUS)}, with :1 to :8 behind it")
+
+    @property
+    def gpu_and_count(self) -> tuple[str, int]:
+        """("H100", 2) of H100:2."""
+        name, _, count = self.gpu.partition(":")
+        return name, int(count or 1) if count.isdecimal() or not count else 0
 
 
 def api_key() -> str:

@@ -83,6 +83,7 @@ class TaskOptions:
         tags: around thoughts and answers.
         grading: "strict" demands a marked answer.
         format_weight, answer_weight: of the two components of the usual reward.
+        grader_processes, grader_timeout_s: see `grader_pool`.
         settings: of single tasks, by the names that they have in the config (chat: preference, judge_model, …).
     """
 
@@ -91,6 +92,8 @@ class TaskOptions:
     grading: Literal["strict", "flexible"] = "flexible"
     format_weight: float = 0.2
     answer_weight: float = 0.8
+    grader_processes: int = 0
+    grader_timeout_s: float = 300.0
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -110,7 +113,8 @@ class Task:
         stop: strings that end a turn of the model.
         plain: prompts are plain text, for models without chat turns.
         max_turns: most turns of the model in one trajectory.
-        threads: how many groups are graded at once; above 1 for graders that wait for something.
+        threads: how many groups are graded at once; above 1 for graders that wait for something. For those that
+            compute for long there is `--grader_processes`.
     """
 
     name: str = ""

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_gsm8k import plugins
 from grpo_gsm8k.datatypes import Completion, Example, Grade, Message, Prompt, Trajectory
-from grpo_gsm8k.errors import ConfigError, DataError
+from grpo_gsm8k.errors import ConfigError, DataError, PluginError
 from grpo_gsm8k.plugins import calling
 from grpo_gsm8k.tasks.base import SPLITS, Task, TaskOptions, id_of, read_examples
 from grpo_gsm8k.tasks.conversations import conversation_of
@@ -67,6 +67,8 @@ class Chat(Task):
         self._judge_settings: JudgeSettings | None = None
         self._function: Callable[..., Any] | None = None
         if self.preference == "judge":
+            if self.options.grader_processes:
+                raise ConfigError("--grader_processes: the judge's calls wait together in one process; leave it out")
             from grpo_gsm8k.judge import JudgeSettings
 
             named = {k.removeprefix("judge_"): v for k, v in settings.items() if k.startswith("judge_")}
@@ -176,7 +178,7 @@ class Chat(Task):
     async def _call(
         self, function: Callable[..., Any], trajectories: Sequence[Trajectory], example: Example
     ) -> list[float]:
-        """A number for each completion from a user's function. Raises `ConfigError` for anything else."""
+        """A number for each completion from a user's function. Raises `PluginError` for anything else."""
         with calling(f"--preference {self.preference!r}"):
             found = function(trajectories, example)
             if inspect.isawaitable(found):
@@ -184,7 +186,7 @@ class Chat(Task):
         values = list(found) if isinstance(found, list | tuple) else []
         sound = all(isinstance(value, numbers.Real) and math.isfinite(value) for value in values)
         if not values or len(values) != len(trajectories) or not sound:
-            raise ConfigError(
+            raise PluginError(
                 f"--preference {self.preference!r} returned {str(found)[:80]!r} for the {len(trajectories)} "
                 f"completions of example {example.id}: a list with a finite number for each is needed"
             )

@@ -28,6 +28,8 @@ from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.tasks import load_task
 from grpo_gsm8k.tasks.base import Author, Tags, Task, TaskOptions, after_opened_thought, make_tags
 
+GRADING = ("grading", "format_weight", "answer_weight", "grader_processes", "grader_timeout_s")
+"""Settings of every task's grades, by their names in the config and in `TaskOptions`."""
 PROMPT_FILE = "prompt.json"
 SHOT_BREAK = "\n\n\n"  # between worked examples in plain text; a completion that writes it begins another one
 DATE = "2024-07-26"
@@ -261,6 +263,18 @@ class Renderer:
             prompt = self._plain_ids(text)
             return self._join([(prompt, 0), (self._continued(text, prompt, messages[-1][1], source), 1)])
         return self._trained(messages, said[-1:] if train_on == "last" else said, source)
+
+    def conversation(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """The ids of a chat that the assistant answers next.
+
+        Raises:
+            DataError: a text holds a control token, or the template does not render this chat.
+        """
+        source = Source("this conversation", None)
+        self.check_texts(messages, False, source)
+        if not self._template_text:
+            return tuple(self._plain_ids(self._plain(messages)))
+        return tuple(self._encode(self._row_template(messages, True, source)))
 
     def check_texts(self, messages: Sequence[Message], raw: bool, source: Source) -> None:
         """Raise `DataError` for a control token in a message. A raw prompt is rendered text, which has some."""
@@ -603,7 +617,7 @@ def task_of(cfg: PromptConfig) -> Task:
     spec = cfg.task or (stored["task"] if stored else DEFAULT_TASK)
     if style == "auto" and stored and stored["task"] == spec:
         style, tags = stored["prompt_style"], Tags(**{key: stored[key] for key in vars(Tags())})
-    known = {name: getattr(cfg, name) for name in ("grading", "format_weight", "answer_weight") if hasattr(cfg, name)}
+    known = {name: getattr(cfg, name) for name in GRADING if hasattr(cfg, name)}
     settings = {name: getattr(cfg, name) for name in TASK_SETTINGS if hasattr(cfg, name)}
     return load_task(spec, TaskOptions(style, tags, settings=settings, **known))
 

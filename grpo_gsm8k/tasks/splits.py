@@ -15,6 +15,7 @@ from grpo_gsm8k.errors import ConfigError
 from .base import SPLITS, Split
 from .dataset import write_splits
 
+Row = dict[str, Any]
 PATIENCE = 5_000  # draws in a row without a new example, after which the level counts as exhausted
 
 
@@ -29,18 +30,22 @@ def split_of(digest: str) -> Split:
     return "train" if share < 90 else "val" if share < 95 else "test"
 
 
-def collect(split: Split, count: int, draw: Callable[[], tuple[str, dict[str, Any]] | None]) -> list[dict[str, Any]]:
-    """The first `count` different examples of a split that `draw` yields as (digest, row); None is drawn again.
+def collect(name: str, split: Split, count: int, draw: Callable[[], tuple[str, Row] | None]) -> list[Row]:
+    """The first `count` different examples of a split that `draw` yields as (identity, row); None is drawn again.
+
+    Args:
+        name: what the ids of the rows begin with.
 
     Raises:
         ValueError: if no new one comes for `PATIENCE` draws.
     """
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Row] = {}
     stale = 0
     while len(found) < count:
-        drawn = draw()
-        if drawn and split_of(drawn[0]) == split and drawn[0] not in found:
-            found[drawn[0]], stale = drawn[1], 0
+        identity, row = draw() or ("", {})
+        key = digest(identity)
+        if row and split_of(key) == split and key not in found:
+            found[key], stale = {"id": f"{name}-{key[:12]}", **row}, 0
             continue
         stale += 1
         if stale > PATIENCE:
@@ -51,17 +56,27 @@ def collect(split: Split, count: int, draw: Callable[[], tuple[str, dict[str, An
 
 
 def write(
-    folder: Path, seed: int, sizes: Mapping[str, int], draw: Callable[[Split, int], list[dict[str, Any]]]
+    folder: Path,
+    seed: int,
+    sizes: Mapping[str, int],
+    draw: Callable[[Split, int, bool], list[Row]],
+    teach: Callable[[Row, int], Row],
 ) -> Path:
-    """Writes the rows that `draw(split, count)` returns for each split, and their manifest.
+    """Write the rows that `draw(split, count, tiny)` returns for each split, and their manifest.
+
+    Args:
+        sizes: of each split, and `tiny`: small examples, the training ones with the solution that `teach` adds.
 
     Raises:
         ConfigError: there are fewer different examples than `sizes` asks for.
     """
+    tiny = bool(sizes.get("tiny"))
     try:
-        rows: dict[str, list[dict[str, Any]]] = {split: draw(split, sizes[split]) for split in SPLITS}
+        rows = {str(split): draw(split, sizes[split], tiny) for split in SPLITS}
     except ValueError as fault:
         raise ConfigError(str(fault)) from None
-    provenance = {"source": "generated", "seed": seed, "tiny": bool(sizes.get("tiny"))}
+    if tiny:
+        rows["train"] = [teach(row, seed) for row in rows["train"]]
+    provenance = {"source": "generated", "seed": seed, "tiny": tiny}
     write_splits(folder, rows, provenance)
     return folder

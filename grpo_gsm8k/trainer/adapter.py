@@ -155,6 +155,7 @@ def merged(cfg: ModelConfig) -> Any:
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    pretrained.hold_here(cfg.model_id)
     held = in_folder(cfg.model_id)
     if held is None:
         raise ConfigError(f"{cfg.model_id} is no folder of a LoRA adapter: there is nothing to merge")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from grpo_gsm8k.datatypes import Datum
@@ -108,14 +109,15 @@ class Batch:
 def make_batch(data: Sequence[Datum], pad_id: int = 0) -> Batch:
     """Pad and shift the rows, at least one, of an update."""
     lengths = tuple(len(row.token_ids) - 1 for row in data)
-    shape = (len(data), max(lengths))
-    input_ids, targets = torch.full(shape, pad_id), torch.full(shape, pad_id)
+    ids = np.full((len(data), max(lengths) + 1), pad_id)
     for b, row in enumerate(data):
         n = len(row.token_ids)
         assert len(row.mask) == n
         assert {len(row.logprobs), len(row.advantages), len(row.ref_logprobs), len(row.weights)} <= {0, n}
-        ids = torch.tensor(row.token_ids)
-        input_ids[b, : n - 1], targets[b, : n - 1] = ids[:-1], ids[1:]
+        ids[b, :n] = row.token_ids
+    input_ids, targets = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
+    for b, n in enumerate(lengths):
+        input_ids[b, n:] = pad_id  # the last token is a target alone
     mask = shifted([row.mask for row in data], lengths)
     return Batch(
         input_ids,
@@ -131,11 +133,11 @@ def make_batch(data: Sequence[Datum], pad_id: int = 0) -> Batch:
 
 def shifted(values: Sequence[Sequence[float]], lengths: Sequence[int]) -> torch.Tensor:
     """`(B, T)` float32, what rows hold per token, aligned to targets; 0 behind a row's end, and where it is empty."""
-    out = torch.zeros(len(lengths), max(lengths))
+    out = np.zeros((len(lengths), max(lengths)), np.float32)  # numpy reads a tuple in a tenth of torch's time
     for b, (row, n) in enumerate(zip(values, lengths, strict=True)):
         if row:
-            out[b, :n] = torch.tensor(row[1:], dtype=torch.float32)
-    return out
+            out[b, :n] = row[1:]
+    return torch.from_numpy(out)
 
 
 def unshifted(x: torch.Tensor, lengths: Sequence[int]) -> list[tuple[float, ...]]:

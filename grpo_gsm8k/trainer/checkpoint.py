@@ -95,9 +95,14 @@ def newest(root: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any
     return None
 
 
-def retain(root: Path, keep_last: int, best: int | None) -> None:
-    """Delete all but the last `keep_last` checkpoints and the best one."""
+def retain(root: Path, keep_last: int, best: int | None, forget: Callable[[Path], None] = lambda folder: None) -> None:
+    """Delete all but the last `keep_last` checkpoints and the best one.
+
+    Args:
+        forget: is called with each folder before it is deleted.
+    """
     steps = steps_present(root)
     for step in steps[: -max(keep_last, 1)]:
         if step != best:
+            forget(root / f"step_{step:06d}")
             shutil.rmtree(root / f"step_{step:06d}")

@@ -21,7 +21,6 @@ from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.trainer import adapter, architecture, costs, dcp, memory, packing, pretrained
 from grpo_gsm8k.trainer.batch import Batch, make_batch, unshifted
 from grpo_gsm8k.trainer.compiled import compiles
-from grpo_gsm8k.trainer.head import FusedGrad
 from grpo_gsm8k.trainer.kernels import choose_attention
 from grpo_gsm8k.trainer.logprobs import check_head, plain_logprobs, token_logprobs
 from grpo_gsm8k.trainer.losses import Objective, fused_grad, rows_to_train, update_loss
@@ -30,6 +29,7 @@ from grpo_gsm8k.trainer.optimizer import MasterAdamW, OffloadedAdamW, State
 from grpo_gsm8k.trainer.policy import context_length, weights_sha256
 from grpo_gsm8k.trainer.ranks import world
 
+Scored = tuple[torch.Tensor, dict[str, torch.Tensor]]  # what `token_logprobs` returns
 OPTIMIZER = f"{dcp.FOLDER}/state.safetensors"  # apart: vLLM takes every *.safetensors beside a model for its own
 
 
@@ -125,7 +125,7 @@ class TorchLearner:
         sums, cells, pairs, stuck = [], 0, 0, None
         for _, part in self._microbatches(batch, rows):
             if self.gauge:
-                self.gauge.saw(part)
+                self.gauge.record(part)
             try:
                 sums.append(self._pass(part, objective))
             except torch.OutOfMemoryError:
@@ -231,6 +231,9 @@ class TorchLearner:
             self.model.save_pretrained(folder)
         self._save_beside(folder, self.optimizer.state())
 
+    def forget(self, folder: Path) -> None:
+        """Nothing: a checkpoint's folder is all there is of it."""
+
     def _save_beside(self, folder: Path, state: State) -> None:
         self.tokenizer.save_pretrained(folder)
         rng = {"rng.cpu": torch.get_rng_state()}
@@ -278,8 +281,8 @@ class TorchLearner:
     def _packs(self, model: Any) -> bool:
         wanted = self.cfg.packing
         blocks = self.device.type != "cpu" and not packing.reads_varlen(model)  # not measured there without a compiler
-        if wanted == "off" or (wanted == "auto" and (blocks or (self.cfg.deterministic and self.device.type != "cpu"))):
-            return False  # the kernel for rows end to end promises no order of its sums
+        if wanted == "off" or (wanted == "auto" and blocks):
+            return False
         able = packing.enable(model)
         if wanted == "on" and not able:
             raise ConfigError("--packing on: this model does not read packed rows as it reads others; leave it at auto")
@@ -327,20 +330,12 @@ class TorchLearner:
         self.optimizer.zero_grad()
         torch.cuda.empty_cache() if self.device.type == "cuda" else None  # an engine on this GPU wants it next
         cells = costs.most_cells(self.probed.taken, room)
-        if not gauge.said:
+        if not gauge.printed:
             talk(f"memory: {self.probed.each / 1e6:.3g} MB a token by a probe, so {cells} tokens a forward pass")
         return cells
 
-    def _token_logprobs(
-        self,
-        model: Any,
-        part: Batch,
-        temperature: float,
-        statistics: bool = True,
-        fused_grad: FusedGrad | None = None,
-        entropy_grad: bool = False,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return token_logprobs(model, part, temperature, statistics, fused_grad, entropy_grad)
+    def _token_logprobs(self, model: Any, part: Batch, *how: Any, **more: Any) -> Scored:
+        return token_logprobs(model, part, *how, **more)
 
     def _of_the_update(self, sums: dict[str, float]) -> dict[str, float]:
         return sums

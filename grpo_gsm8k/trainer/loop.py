@@ -1,6 +1,6 @@
 """The step loop that every training stage runs in: resume, checkpoints, interrupts, progress.
 
-    for step in steps(run, learner, total, progress):
+    for step in steps(run, learner, total, state):
         ...                         # the stage's own work for this step
         run.log(step, metrics)
 
@@ -28,13 +28,12 @@ from grpo_gsm8k.runs.progress import progress, talk
 from grpo_gsm8k.trainer import checkpoint
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.losses import Objective
-from grpo_gsm8k.trainer.policy import weights_sha256
 from grpo_gsm8k.trainer.ranks import world
 
 TORCHRUN_S = 2.0  # torchrun passes on the Ctrl-C that the terminal has sent to its ranks already
 
 
-class Progress:
+class StageState:
     """What a stage carries from step to step; a stage with more to remember extends all three."""
 
     note = ""  # beside the progress bar
@@ -48,7 +47,7 @@ class Progress:
         self.note = stored["note"]
 
 
-def steps(run: Run, learner: Learner, total: int, state: Progress) -> Iterator[int]:
+def steps(run: Run, learner: Learner, total: int, state: StageState) -> Iterator[int]:
     """Yield the steps that are left, 1-based, of a run of `total`.
 
     Args:
@@ -57,7 +56,7 @@ def steps(run: Run, learner: Learner, total: int, state: Progress) -> Iterator[i
     Raises:
         Interrupted: after Ctrl-C or SIGTERM, once the step is complete and its checkpoint is written.
     """
-    cfg, run.progress = run.cfg, state.as_json
+    cfg, run.state = run.cfg, state.as_json
     last = min(total, cfg.max_steps or total)
     first = resume(run, learner, state)
     if first == 0 and last == 0:
@@ -84,7 +83,7 @@ def _validated(run: Run) -> str:
     return ""
 
 
-def resume(run: Run, learner: Learner, state: Progress) -> int:
+def resume(run: Run, learner: Learner, state: StageState) -> int:
     """Load the newest whole checkpoint, rewind the logs to it, and return its step; 0 when there is none."""
     found = checkpoint.newest(run.checkpoints, talk)
     step = 0
@@ -107,16 +106,19 @@ def save(run: Run, learner: Learner, step: int, state: Mapping[str, Any]) -> Pat
     scores = run.metric_history("val/accuracy") or run.metric_history("val/reward")
     kept = [s for s in checkpoint.steps_present(run.checkpoints) if s in scores]
     best = max(kept, key=lambda s: (scores[s], s), default=None)
-    checkpoint.retain(run.checkpoints, run.cfg.keep_last, best)
+    checkpoint.retain(run.checkpoints, run.cfg.keep_last, best, learner.forget)
     return folder
 
 
-def rescue(run: Run, learner: Learner) -> bool:
-    """Keep the last complete step when a step ends halfway, unless the weights have moved beyond it."""
-    if not _within_reach(run):
-        return False
-    save(run, learner, run.complete, run.progress())
-    return True
+def rescue(run: Run, learner: Learner) -> int:
+    """Keep the last complete step when a step ends halfway, unless the weights have moved beyond it.
+
+    Returns:
+        the newest step that a checkpoint holds; 0 if there is none.
+    """
+    if _within_reach(run) and getattr(learner, "in_step", True):
+        save(run, learner, run.complete, run.state())
+    return max(checkpoint.steps_present(run.checkpoints), default=0)
 
 
 def rescue_interrupted(run: Run, learner: Learner) -> None:
@@ -166,7 +168,7 @@ class _Presses:
 def finish(run: Run, learner: Learner) -> dict[str, Any]:
     """The run's result: its last checkpoint and the hash of the weights in it."""
     step = checkpoint.steps_present(run.checkpoints)[-1]
-    return run.finish(step, run.checkpoints / f"step_{step:06d}", weights_sha256(learner.weights()))
+    return run.finish(step, run.checkpoints / f"step_{step:06d}", learner.publish(step).sha256)
 
 
 def update(

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 
 from grpo_gsm8k import plugins
-from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.errors import ConfigError, PluginError
 from grpo_gsm8k.trainer.batch import Batch
 from grpo_gsm8k.trainer.data import MAX_LOG_RATIO, NO_CORRECTION, ImportanceCorrection
 from grpo_gsm8k.trainer.head import FusedGrad
@@ -284,7 +284,7 @@ class UserLoss(Loss):
         with plugins.calling(f"loss {self.spec!r}", torch.OutOfMemoryError):
             pair = self.inner.clipped(logp, batch)
         if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise ConfigError(f"loss {self.spec!r}: clipped() must return two tensors (above, below)")
+            raise PluginError(f"loss {self.spec!r}: clipped() must return two tensors (above, below)")
         above, below = (self._checked(part, logp, "clipped()") for part in pair)
         return above, below
 
@@ -294,7 +294,7 @@ class UserLoss(Loss):
     def _checked(self, found: Any, logp: torch.Tensor, what: str) -> torch.Tensor:
         if not isinstance(found, torch.Tensor) or found.shape != logp.shape:
             shape = tuple(found.shape) if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
-            raise ConfigError(f"loss {self.spec!r}: {what} is {shape}, must be a tensor like logp, {tuple(logp.shape)}")
+            raise PluginError(f"loss {self.spec!r}: {what} is {shape}, must be a tensor like logp, {tuple(logp.shape)}")
         return found
 
 

@@ -108,14 +108,14 @@ class Gauge:
         """
         self.end_to_end = end_to_end
         self.shape, self.setup, self.meter, self.flops, self.beside = shape, setup, meter, flops, beside
-        self.predicted, self.said = 0, world().rank > 0
+        self.predicted, self.printed = 0, world().rank > 0
 
     def start(self) -> None:
         """An update begins."""
         self.meter.reset()
         self.predicted = 0
 
-    def saw(self, part: Batch) -> None:
+    def record(self, part: Batch) -> None:
         """One of its microbatches, still on the CPU."""
         cells, targets = part.cells, int(part.mask.sum())
         attended = packing.attended_cells(part, self.end_to_end)
@@ -132,9 +132,9 @@ class Gauge:
     def finish(self) -> dict[str, float]:
         """The update has ended: its peak in GB, predicted and as the allocator says; the first time on stderr, too."""
         peak = self.meter.peak()
-        if not self.said:
+        if not self.printed:
             talk(f"memory: predicted {self.predicted / 1e9:.1f} GB, measured peak {peak / 1e9:.1f} GB")
-            self.said = True
+            self.printed = True
         return {"perf/peak_memory_gb": peak / 1e9, "perf/predicted_peak_gb": self.predicted / 1e9}
 
 
@@ -152,7 +152,7 @@ def gauge_of(model: Any, cfg: TrainConfig, dtype: torch.dtype, ranks: int, compi
     flops = gpu.flops * ranks if gpu and dtype == torch.bfloat16 else 0.0
     setup = replace(costs.setup_of(cfg, dtype.itemsize, ranks), compiled=compiled)
     beside = costs.beside_bytes(shape, setup, cfg)
-    return Gauge(shape, setup, CudaMeter(device), flops, beside, packing.reads_varlen(model))
+    return Gauge(shape, setup, CudaMeter(device), flops, beside, packing.reads_varlen(model, dtype))
 
 
 def engine_share(cfg: TrainConfig, model: Any, overlaps: bool) -> float:
@@ -174,7 +174,7 @@ def engine_share(cfg: TrainConfig, model: Any, overlaps: bool) -> float:
         raise ConfigError(
             f"vLLM has no room beside the learner on {device}: of {total / 1e9:.0f} GB the learner keeps "
             f"{resting / 1e9:.0f} GB and {free / 1e9:.0f} GB are free; pass --optimizer_device cpu, --lora_rank, "
-            "another --vllm_device, or --gpu_mem_util to try it all the same"
+            "another --vllm_device, --engine hf, or --gpu_mem_util to try it all the same"
         )
     talk(f"vLLM takes {share:.2f} of {device}: the learner keeps {resting / 1e9:.1f} of {total / 1e9:.0f} GB")
     return share
@@ -228,9 +228,9 @@ def probe(run: Callable[[Batch], object], model: Any, gauge: Gauge, context: int
     fits = min(PROBE_BYTES, gauge.meter.free() / 8) / cell / length
     rows = 2 ** max(min(int(fits).bit_length() - 1, 5), 1)  # at most half of the targets, which are shared out evenly
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
-        run(made_up(rows, length, gauge.shape.vocab))
-        passes = [made_up(n, length, gauge.shape.vocab) for n in (rows, 2 * rows)]
-        few, many = (_two_heights(run, model, gauge.meter, part) for part in passes)
+        run(dummy_batch(rows, length, gauge.shape.vocab))
+        passes = [dummy_batch(n, length, gauge.shape.vocab) for n in (rows, 2 * rows)]
+        few, many = (_peak_memory(run, model, gauge.meter, part) for part in passes)
     lines = []
     for before, after in zip(few, many, strict=True):
         each = (after - before) / (rows * length)
@@ -239,7 +239,7 @@ def probe(run: Callable[[Batch], object], model: Any, gauge: Gauge, context: int
     return Probed(lines[0], lines[1], partial(costs.head_bytes, gauge.shape, gauge.setup))
 
 
-def _two_heights(run: Callable[[Batch], object], model: Any, meter: Meter, part: Batch) -> tuple[int, int]:
+def _peak_memory(run: Callable[[Batch], object], model: Any, meter: Meter, part: Batch) -> tuple[int, int]:
     """The peak of a pass until the last hidden state's gradient is there, and from then on to the embedding's.
 
     What the embedding's own gradient takes is left out: by then nothing is kept of the layers, and it is the same for
@@ -270,7 +270,7 @@ def _two_heights(run: Callable[[Batch], object], model: Any, meter: Meter, part:
     return at_head, backward
 
 
-def made_up(rows: int, length: int, vocabulary: int) -> Batch:
+def dummy_batch(rows: int, length: int, vocabulary: int) -> Batch:
     """A microbatch of `rows` x `length` cells, `PROBE_TARGETS` of them trained; no two rows begin alike."""
     trained = PROBE_TARGETS // rows
     mask = (0,) * (length + 1 - trained) + (1,) * trained

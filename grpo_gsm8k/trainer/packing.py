@@ -236,16 +236,23 @@ def varlen(
     """Attention of rows end to end, `(S, heads, width)`, keys and values `(K, kv_heads, width)`: the last query of a
     row sees all of its keys, the one before it one fewer.
 
-    Measured on an H200: equal to the padded kernel, also for the last tokens of a row alone.
+    Measured on an H200: equal to the padded kernel, also for the last tokens of a row alone. Under torch's
+    deterministic algorithms its backward pass keeps a sum for each block of keys and adds them in order
+    (`_flash_attention_backward` in aten hands the flag on), so that a run can be repeated bit for bit.
     """
     assert VARLEN, "whoever packs so has asked `reads_varlen`"
     return VARLEN(query, key, value, *starts, *longest, scale=scaling, window_size=(-1, 0), **TELLS_GQA)
 
 
-def reads_varlen(model: Any) -> bool:
-    """Whether packed rows of this model go through `varlen`: its kernel is a GPU's, in half precision."""
+def reads_varlen(model: Any, dtype: torch.dtype | None = None) -> bool:
+    """Whether packed rows of this model go through `varlen`: its kernel is a GPU's, in half precision.
+
+    Args:
+        dtype: what the model computes in, where its weights do not say it: the shards of several ranks are float32
+            until a forward pass gathers them.
+    """
     weight = next(model.parameters())
-    return weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) and VARLEN is not None
+    return weight.is_cuda and (dtype or weight.dtype) in (torch.bfloat16, torch.float16) and VARLEN is not None
 
 
 def _is_token_step(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> bool:

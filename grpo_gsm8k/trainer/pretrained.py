@@ -12,7 +12,7 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -23,11 +23,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from grpo_gsm8k.config import PromptConfig
+from grpo_gsm8k.config import PromptConfig, at_service
+from grpo_gsm8k.engines.service import tokenizer_of
 from grpo_gsm8k.errors import ModelError
 
 ADAPTER_CONFIG = "adapter_config.json"  # peft's own name
 DESCRIPTIONS = ("config.json", ADAPTER_CONFIG)  # of a model, of a LoRA adapter that names its model
+TOKENIZERS = (*DESCRIPTIONS, "tokenizer.json", "tokenizer_config.json")  # a tokenizer's folder may have no model
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 HUB_PATIENCE_S = 2.0  # for a connection; the hub's own client tries for 23 seconds, once for each file
 BROKEN = (
@@ -46,6 +48,7 @@ def read_model(cfg: PromptConfig, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.modeling_utils import LoadStateDictConfig
 
+    hold_here(cfg.model_id)
     config = adapter_config(cfg)
     base, revision = cfg.model_id, cfg.revision
     if config:
@@ -70,13 +73,32 @@ def read_model(cfg: PromptConfig, dtype: torch.dtype) -> Any:
     return model
 
 
-def read(factory: Any, where: str, revision: str = "", cache_dir: str = "", **kwargs: Any) -> Any:
+def hold_here(model_id: str) -> None:
+    """Raise `ModelError` for a model whose weights a training service holds."""
+    if at_service(model_id):
+        raise ModelError(
+            f"{model_id}: its weights are at a training service: train them there with --learner tinker, or take them "
+            "home with `grpo-gsm8k export --model tinker://… --out DIR`"
+        )
+
+
+def read(
+    factory: Any,
+    where: str,
+    revision: str = "",
+    cache_dir: str = "",
+    holds: Sequence[str] = DESCRIPTIONS,
+    **kwargs: Any,
+) -> Any:
     """`factory.from_pretrained`, with what a user can mend printed in one line, and no code but transformers' own.
+
+    Args:
+        holds: files of which a folder must have one.
 
     Raises:
         ModelError: for everything in `BROKEN`.
     """
-    known = _known_place(where)
+    known = _known_place(where, holds)
     if revision and not known:
         kwargs["revision"] = revision
     with one_line(where), _quiet(), _without_retries(known):
@@ -87,13 +109,25 @@ def read_tokenizer(cfg: PromptConfig) -> Any:
     """The tokenizer of `cfg.model_id`. Raises `ModelError` if there is none, or one that knows no text."""
     from transformers import AutoTokenizer
 
-    tokenizer = read(AutoTokenizer, cfg.model_id, cfg.revision, cfg.cache_dir)
-    with one_line(cfg.model_id):
+    where = tokenizer_of(cfg)
+    tokenizer = read(AutoTokenizer, where, cfg.revision, cfg.cache_dir, TOKENIZERS)
+    with one_line(where):
         ids = tokenizer("3 + 4 = 7", add_special_tokens=False)["input_ids"]
     if not set(ids) - {tokenizer.unk_token_id}:  # without its files it has special tokens alone
         files = ", ".join(sorted({*tokenizer.vocab_files_names.values(), "tokenizer.json"}))
-        raise ModelError(f"{cfg.model_id}: its tokenizer knows no text; its files are missing or empty ({files})")
+        raise ModelError(f"{where}: its tokenizer knows no text; its files are missing or empty ({files})")
     return tokenizer
+
+
+def generation_ends(cfg: PromptConfig) -> list[int]:
+    """The ids that end a sequence, as the generation config beside the tokenizer has them; [] without one."""
+    from transformers import GenerationConfig
+
+    try:
+        found = read(GenerationConfig, tokenizer_of(cfg), cfg.revision, cfg.cache_dir, TOKENIZERS).eos_token_id
+    except ModelError:
+        return []
+    return [found] if isinstance(found, int) else list(found or [])
 
 
 def adapter_config(cfg: PromptConfig) -> Path | None:
@@ -177,11 +211,15 @@ def _base_of(config: Path) -> tuple[str, str]:
     return base, revision or ""
 
 
-def _known_place(where: str) -> Path | None:
-    """The folder that a model is in; None for a name on the hub. Raises `ModelError` for what is neither."""
+def _known_place(where: str, holds: Sequence[str] = DESCRIPTIONS) -> Path | None:
+    """The folder that a model is in; None for a name on the hub. Raises `ModelError` for what is neither.
+
+    Args:
+        holds: files of which such a folder has one.
+    """
     folder = Path(where)
     if where and folder.is_dir():
-        if not any((folder / name).is_file() for name in DESCRIPTIONS):
+        if not any((folder / name).is_file() for name in holds):
             raise ModelError(f"{where}: this folder holds no model (no {' and no '.join(DESCRIPTIONS)})")
         return folder
     if folder.is_file():

@@ -62,7 +62,7 @@ class Lead:
     def __init__(self, learner: Any) -> None:
         """`learner` is rank 0's own `ShardedLearner`."""
         self.learner = learner
-        self._in_step = True
+        self.in_step = True  # whether the followers wait for a command
         self._gathered: list[tuple[str, torch.Tensor]] | None = None
         self._published: WeightsRef | None = None
 
@@ -106,21 +106,24 @@ class Lead:
         self._gathered = self._published = None
         self._on_all("load", folder)
 
+    def forget(self, folder: Path) -> None:
+        """See `TorchLearner.forget`."""
+
     def close(self) -> None:
         """Let the followers go. Where they cannot hear it, in the middle of a command, torchrun ends them."""
-        if self._in_step:
+        if self.in_step:
             self._tell(None)
             dist.destroy_process_group()
 
     def _on_all(self, method: str, *arguments: Any) -> Any:
-        self._in_step = False
+        self.in_step = False
         self._tell((method, arguments))
         try:
             result = getattr(self.learner, method)(*arguments)
         except SHARED:
-            self._in_step = True
+            self.in_step = True
             raise
-        self._in_step = True
+        self.in_step = True
         return result
 
     def _tell(self, command: tuple[str, tuple[Any, ...]] | None) -> None:

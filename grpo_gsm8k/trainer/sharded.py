@@ -29,8 +29,7 @@ from grpo_gsm8k.config import TrainConfig
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.trainer import adapter, architecture, dcp, ranks
 from grpo_gsm8k.trainer.batch import Batch
-from grpo_gsm8k.trainer.head import FusedGrad
-from grpo_gsm8k.trainer.learner import TorchLearner
+from grpo_gsm8k.trainer.learner import Scored, TorchLearner
 from grpo_gsm8k.trainer.logprobs import token_logprobs
 from grpo_gsm8k.trainer.metrics import add_sums
 from grpo_gsm8k.trainer.optimizer import MasterAdamW, State
@@ -102,18 +101,8 @@ class ShardedLearner(TorchLearner):
         dist.all_reduce(least, dist.ReduceOp.MIN, self.group)
         return int(least)
 
-    def _token_logprobs(
-        self,
-        model: Any,
-        part: Batch,
-        temperature: float,
-        statistics: bool = True,
-        fused_grad: FusedGrad | None = None,
-        entropy_grad: bool = False,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        found: tuple[torch.Tensor, dict[str, torch.Tensor]] = model.token_logprobs(
-            part, temperature, statistics, fused_grad, entropy_grad
-        )
+    def _token_logprobs(self, model: Any, part: Batch, *how: Any, **more: Any) -> Scored:
+        found: Scored = model.token_logprobs(part, *how, **more)  # by way of FSDP, which gathers the parameters
         return found
 
     def _of_the_update(self, sums: dict[str, float]) -> dict[str, float]:

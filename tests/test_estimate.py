@@ -11,9 +11,10 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from grpo_gsm8k.errors import ConfigError
-from grpo_gsm8k.trainer import costs, memory, plan
+from grpo_gsm8k.trainer import costs, memory
 from grpo_gsm8k.trainer import learner as learner_module
 from grpo_gsm8k.trainer.data import weighted
+from grpo_gsm8k.trainer.estimate import estimate
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.losses import Objective
 from grpo_gsm8k.trainer.memory import Gauge, shape_of
@@ -36,9 +37,9 @@ def test_an_estimate_of_the_full_recipe(tmp_path):
     Qwen2Config(**MATH_1B5, architectures=["Qwen2ForCausalLM"]).save_pretrained(tmp_path)
     sizes = {"max_new_tokens": 250, "rollouts_per_step": 2048, "max_tokens_per_microbatch": 0}
     cfg = stage_config("grpo", model_id=str(tmp_path), **sizes)
-    found = plan.estimate(cfg, "H200")
+    found = estimate(cfg, "H200")
     assert found["weights"] == 1_543_714_304  # as its card has it: 1.54B
-    assert found["fits"] and not plan.estimate(cfg, "4090")["fits"]
+    assert found["fits"] and not estimate(cfg, "4090")["fits"]
     # 6 x (1.31e9 x 716,800 + 0.233e9 x 512,000) operations at 989e12 a second; attention: 12 x 28 x 1536 for each of
     # 2,048 x 350 x 351 / 2 pairs
     assert found["update_seconds_at_peak"] == pytest.approx(6.42 + 0.066, abs=0.02)
@@ -50,27 +51,27 @@ def test_an_estimate_of_the_full_recipe(tmp_path):
     # tokens take the rest, well within 0.85 of what CUDA leaves of 141 GB
     assert 30.9 + 2.6 < found["peak_gb"] < 0.6 * (141 - 2.147)
     again = 2 * 1.31e9 * 716_800 / 989e12 + 0.022  # the layers' forward pass a second time
-    slower = plan.estimate(replace(cfg, activation_checkpointing=True), "H200")["update_seconds_at_peak"]
+    slower = estimate(replace(cfg, activation_checkpointing=True), "H200")["update_seconds_at_peak"]
     assert slower - found["update_seconds_at_peak"] == pytest.approx(again, abs=0.02)
     passes = replace(cfg, kl_coef=0.1, old_logprobs="recompute")  # with one update a step, the reference's alone
     for minibatches, share in [(1, 4 / 3), (2, 5 / 3)]:
-        frozen = plan.estimate(replace(passes, minibatches=minibatches), "H200")["update_seconds_at_peak"]
+        frozen = estimate(replace(passes, minibatches=minibatches), "H200")["update_seconds_at_peak"]
         assert frozen == pytest.approx(share * found["update_seconds_at_peak"], abs=0.02)
     small = replace(cfg, max_tokens_per_microbatch=4096)
-    peak = plan.estimate(small, "H200")["peak_gb"]
+    peak = estimate(small, "H200")["peak_gb"]
     saved = {"optimizer_device": 12 * 1.5437, "engine": 2 * 1.5437 + 256 * 350 * 28672 / 1e9}
     for name, value in {"optimizer_device": "cpu", "engine": "vllm"}.items():
-        assert plan.estimate(replace(small, **{name: value}), "H200")["peak_gb"] == pytest.approx(
+        assert estimate(replace(small, **{name: value}), "H200")["peak_gb"] == pytest.approx(
             peak - saved[name], abs=0.02
         )
-    eager = plan.estimate(replace(small, compile="off"), "H200")["peak_gb"]
-    checkpointing = plan.estimate(replace(small, activation_checkpointing=True), "H200")["peak_gb"]
+    eager = estimate(replace(small, compile="off"), "H200")["peak_gb"]
+    checkpointing = estimate(replace(small, activation_checkpointing=True), "H200")["peak_gb"]
     assert peak < eager - 2 and checkpointing < peak - 2
     assert (
-        plan.estimate(replace(small, mode="one_step_off"), "H200")["peak_gb"] > peak + 0.35
+        estimate(replace(small, mode="one_step_off"), "H200")["peak_gb"] > peak + 0.35
     )  # logits of 256 rows; their cache stays in either mode
     with pytest.raises(ConfigError, match="H200"):
-        plan.estimate(cfg, "B9000")
+        estimate(cfg, "B9000")
 
 
 def test_running_out_of_memory_says_what_to_lower(tiny, monkeypatch):
