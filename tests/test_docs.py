@@ -226,7 +226,7 @@ def parsed(words: list[str]) -> tuple[str, dict[str, Any]]:
 
 def check_settings(name: str, params: dict[str, Any]) -> None:
     given = {key: value for key, value in params.items() if value is not None}
-    layers = {"as_json", "preset", "config_file", "sets", "browse"}
+    layers = {"as_json", "preset", "config_file", "sets", "help_all", "browse"}
     if name in config.SECTIONS:
         flags = {key: value for key, value in given.items() if key not in layers}
         config.resolve(name, preset=given.get("preset"), flags=flags, sets=given.get("sets", ()))
@@ -257,6 +257,7 @@ def all_flags() -> frozenset[str]:
         *PACKAGE.glob("bench/**/*.py"),
         *PACKAGE.glob("launch/templates/*.py"),
         *(ROOT / "scripts").glob("*.py"),
+        ROOT / "tests" / "fake_api.py",
     ]:
         found.update(re.findall(r'"(--[a-z_]+)"', path.read_text()))
         found.update(f"--{name}" for name in re.findall(r'^    "([a-z_]+)": \(', path.read_text(), flags=re.M))
@@ -336,7 +337,7 @@ def test_every_command_exists_and_takes_its_flags(page):
         ("cd x && FOO=1 uv run pytest tests/test_nothing.py", "test_nothing"),
         ("uv run python -m grpo_gsm8k.nothing", "assert"),
         ("uv run torchrun --nproc-per-node 4 -m grpo_gsm8k.cli sft --prest full", "No such option"),
-        ("python grpo_gsm8k/r1_traces.py --infiles f", "no such flag: --infiles"),
+        ("python grpo_gsm8k/r1_traces.py --infiles f", "no such flag: --infiles (did you mean --infile?)"),
         ("docker run --rm grpo-gsm8k grpo-gsm8k doctors", "no command"),
         ("grpo-gsm8k launch up --budget 5 -- grpo-gsm8k nothing", "no command"),
         ("make install", "unknown program"),
