@@ -360,7 +360,7 @@ def test_what_ends_a_sample(client: Client) -> None:
     word = next(c for c in text if c.isalnum())
     by_text = client.sample(sampler, IDS, 2, max_tokens=40, stop=word)["sequences"][0]["tokens"]
     assert word in spell(by_text) and word not in spell(by_text[:-1])
-    ends = client.service.work.sampler.stop_ids  # type: ignore[attr-defined]
+    ends = client.service.weights.sampler.stop_ids  # type: ignore[attr-defined]
     by_end = client.sample(sampler, IDS, 3, max_tokens=1000, temperature=3.0)["sequences"][0]
     assert by_end["stop_reason"] == "length" or by_end["tokens"][-1] in ends
 

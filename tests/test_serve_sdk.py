@@ -95,28 +95,30 @@ class FaultyProxy:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One request a connection."""
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError, ValueError):
-            head = await reader.readuntil(b"\r\n\r\n")
-            lines = head.decode("latin-1").split("\r\n")
-            lengths = [int(line.split(":")[1]) for line in lines if line.lower().startswith("content-length:")]
-            body = await reader.readexactly(lengths[0]) if lengths else b""
-            kept = [line for line in lines if line and not line.lower().startswith("connection:")]
-            fate = self.draw.random() / self.share
-            self.faults += fate < 1
-            if fate < 1 / 3:  # lost on its way
-                return
-            if fate < 2 / 3:
-                writer.write(b"HTTP/1.1 503 Busy\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
-                return
-            sent, back = await asyncio.open_connection("127.0.0.1", self.target)
-            back.write("\r\n".join([*kept, "Connection: close", "", ""]).encode("latin-1") + body)
-            answer = await sent.read()
-            back.close()
-            if fate >= 1:  # else the answer is lost on its way back
-                writer.write(answer)
-        with contextlib.suppress(OSError):
-            await writer.drain()
+        try:
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError, ValueError):
+                writer.write(await self.answer(reader))
+                await writer.drain()
+        finally:
             writer.close()
+
+    async def answer(self, reader: asyncio.StreamReader) -> bytes:
+        """What comes back; nothing where the request or the answer is lost."""
+        lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        lengths = [int(line.split(":")[1]) for line in lines if line.lower().startswith("content-length:")]
+        body = await reader.readexactly(lengths[0]) if lengths else b""
+        fate = self.draw.random() / self.share
+        self.faults += fate < 1
+        if fate < 1 / 3:
+            return b""
+        if fate < 2 / 3:
+            return b"HTTP/1.1 503 Busy\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
+        kept = [line for line in lines if line and not line.lower().startswith("connection:")]
+        sent, back = await asyncio.open_connection("127.0.0.1", self.target)
+        back.write("\r\n".join([*kept, "Connection: close", "", ""]).encode("latin-1") + body)
+        answer = await sent.read()
+        back.close()
+        return answer if fate >= 1 else b""
 
 
 SDK_RUN = """
@@ -180,7 +182,7 @@ def test_twenty_kills_inside_one_run_of_the_sdk(tiny, tmp_path, process: Process
 
     def kill() -> None:
         nonlocal kills
-        while kills < 20 and not ends.wait(draw.uniform(0.1, 2.0)):
+        while kills < 20 and not ends.wait(draw.uniform(0.2, 3.0)):
             other.end(signal.SIGKILL)
             kills += 1
             other.start()

@@ -30,6 +30,7 @@ from grpo_gsm8k.serve.jobs import Base, Refusal, Result, SampledSequence, Sample
 from grpo_gsm8k.serve.ledger import Ledger
 from grpo_gsm8k.serve.settings import ServeConfig
 from grpo_gsm8k.serve.store import Store
+from grpo_gsm8k.serve.weights import SampleWeights
 from grpo_gsm8k.serve.work import Workshop
 
 MOST_SAMPLES, MOST_TOPK, MOST_MODELS = 1024, 128, 10_000
@@ -40,8 +41,14 @@ SHOWN_TOKENS = 400  # of a sample there
 class Service(Ledger):
     """What the wires stand on. Every coroutine that takes a `key` is idempotent: the same key, the same request."""
 
-    def __init__(self, cfg: ServeConfig, base: BaseModel, store: Store, folder: Path) -> None:
-        """`folder` holds the checkpoints and snapshots that `store` speaks of."""
+    def __init__(
+        self, cfg: ServeConfig, base: BaseModel, store: Store, folder: Path, draws: BaseModel | None = None
+    ) -> None:
+        """`folder` holds the checkpoints and snapshots that `store` speaks of.
+
+        Args:
+            draws: the base once more, on the device where samples are drawn while training goes on; None to take turns.
+        """
         super().__init__(store, cfg.gap_s)
         self.cfg, self.folder = cfg, folder
         name = cfg.served_name or cfg.model_id
@@ -49,7 +56,8 @@ class Service(Ledger):
         self.used: dict[str, float] = {}  # when a sampling session was last asked
         self.books = Books(store)
         self.work = Workshop(cfg, base, self.books, folder)
-        self.engine = Engine(self.work, self._finish)
+        self.weights = SampleWeights(draws or base, folder)
+        self.engine = Engine(self.work, self.weights, self._finish)
         self.started = time.time()
         self.samples: deque[dict[str, str]] = deque(maxlen=20)
         self.refusals: deque[dict[str, Any]] = deque(maxlen=REFUSALS)
