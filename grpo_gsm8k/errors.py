@@ -72,7 +72,7 @@ class CheckpointError(UserError):
 
 
 class DiskError(UserError):
-    """The disk is full or cannot be written; whatever was complete before is untouched."""
+    """The disk is full or cannot be written; complete files are untouched."""
 
 
 class NonFiniteError(UserError):
