@@ -108,7 +108,7 @@ def survey(path: Path, shard_rows: int, renderer: Renderer) -> tuple[list[Chunk]
     for number, raw in read_lines(path):
         example, faults = read_chat(raw)
         if example is None:
-            raise DataError(path, f"{faults[0]}; `grpo-gsm8k validate --data {path}` lists every fault", number)
+            raise DataError(path, f"{faults[0]}; `grpo-gsm8k validate --data {path}` lists every error", number)
         renderer.check_texts(example.messages, example.raw, Source(str(path), number))
         if (number - 1) % shard_rows == 0:
             chunks.append(Chunk(len(chunks), offset, number, shard_rows))

@@ -206,7 +206,7 @@ def test_damaged_shards_are_refused_and_no_code_is_run(tiny, pairs, tmp_path):
             shard.write_bytes(bad)
             manifest["shards"][1]["sha256"] = sha256_file(shard)
             write_json(folder / "manifest.json", manifest)
-        with pytest.raises(DataError, match=r"shard_00001\.pt: is no shard"):
+        with pytest.raises(DataError, match=r"shard_00001\.pt: is not a shard"):
             token_shards.load_rows(folder, made_with, "last")
     assert not (tmp_path / "boom").exists()
     with pytest.raises(DataError, match="tokenize --out_dir"):

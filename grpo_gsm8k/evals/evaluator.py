@@ -166,7 +166,7 @@ class AsyncEvaluator:
             stored = read_json(note)
             given = WeightsRef(stored["version"], stored["sha256"], note.with_suffix(".safetensors"))
             self._jobs.append(_Job(given.version, None, given))
-            talk(f"the evaluation of step {given.version} is still owed")
+            talk(f"the evaluation of step {given.version} is still pending")
         for target in (self._write, self._judge):
             threading.Thread(target=self._guard, args=(target,), daemon=True).start()
 

@@ -55,9 +55,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise
         named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else path
         other = f" ({named})" if named.parent != path.parent else ""
-        raise DiskError(
-            f"{path}: cannot be written: {error.strerror}{other}; whatever was complete before is untouched"
-        ) from error
+        raise DiskError(f"{path}: cannot be written: {error.strerror}{other}; complete files are untouched") from error
 
 
 def make_folder(path: Path) -> None:

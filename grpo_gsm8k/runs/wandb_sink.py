@@ -107,7 +107,7 @@ class WandbSink:
             run.finish()
         except (wandb.Error, HandleAbandonedError, MailboxClosedError, OSError, ValueError) as fault:
             reason = f"{type(fault).__name__} {' '.join(str(fault).split())[:200]}"
-            talk(f"W&B is off for this run, metrics.jsonl goes on: {reason}")
+            talk(f"W&B is off for this run, metrics.jsonl has everything: {reason}")
             while self._rows.get() is not None:  # drain the queue until the run ends
                 pass
 

@@ -81,7 +81,7 @@ def read_shard(path: Path, format: str) -> dict[str, Any]:
             }
     except (OSError, EOFError, SafetensorError, pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as fault:
         what = " ".join(str(fault).split())[:200]
-        raise DataError(path, f"is no shard of format {format}: {what}") from None
+        raise DataError(path, f"is not a shard of format {format}: {what}") from None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -117,6 +117,6 @@ def load_rows(folder: Path, made_with: Mapping[str, str | None], train_on: str) 
     for entry in manifest["shards"]:
         path = folder / Path(entry["file"]).name
         if not path.is_file() or sha256_file(path) != entry["sha256"]:
-            raise DataError(path, f"is missing, or not the file that {MANIFEST} speaks of; tokenize again")
+            raise DataError(path, f"is missing, or differs from {MANIFEST}; tokenize again")
         rows += unpack(read_shard(path, manifest["format"]))
     return rows
