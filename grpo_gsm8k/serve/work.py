@@ -225,7 +225,7 @@ class Workshop:
             *(model.id, model.snapshot_seq, model.applied),
         )
         for row in rows:
-            if row["kind"] not in CHANGES_STATE:
+            if row["kind"] not in CHANGES_STATE or row["body"] is None:  # forward passes keep none: they change nothing
                 continue
             kind, body = unpack(row["body"])
             try:
