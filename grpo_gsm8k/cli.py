@@ -22,7 +22,20 @@ import typer
 
 from grpo_gsm8k import config, environment, interrupts, originals
 from grpo_gsm8k.errors import ConfigError, GrpoError, Interrupted, ModelError, UserError
-from grpo_gsm8k.flags import HUB, RENT, RUN, App, Commands, epilog, flags_of, help_all, mistake, nearest
+from grpo_gsm8k.flags import (
+    HUB,
+    RENT,
+    RUN,
+    SERVED,
+    SERVICE,
+    App,
+    Commands,
+    epilog,
+    flags_of,
+    help_all,
+    mistake,
+    nearest,
+)
 from grpo_gsm8k.launch import settings as launch_settings
 from grpo_gsm8k.runs import progress, streams
 from grpo_gsm8k.runs.clean import printable, printable_json
@@ -303,7 +316,7 @@ def _export(flags: Mapping[str, Any]) -> Mapping[str, Any]:
     return deploy.export(flags)
 
 
-register("export", launch_settings.ExportConfig, _export, panel=AFTER)
+register("export", launch_settings.ExportConfig, _export, panel=AFTER, reads=SERVED)
 
 
 @app.command(rich_help_panel=AFTER)
@@ -450,7 +463,7 @@ def _serve(
     return serve.run(config.build(serve_settings.ServeConfig, flags), status)
 
 
-register("serve", serve_settings.ServeConfig, _serve, panel=MACHINE, reads=HUB)
+register("serve", serve_settings.ServeConfig, _serve, panel=MACHINE, reads=(*HUB, *SERVICE))
 
 
 PIPELINE = dict.fromkeys(("pipeline", "demo"), ("sft", "ei", "grpo", "eval"))

@@ -40,6 +40,10 @@ ENVIRONMENT = {
     "WANDB_API_KEY": "switches W&B on",
     "WANDB_MODE": "offline: W&B writes to disk",
     "TINKER_API_KEY": "the training service's key",
+    "TINKER_BASE_URL": "its address",
+    "VLLM_API_KEY": "what clients of the served model send",
+    "MODAL_KEY": "Modal's proxy token",
+    "MODAL_SECRET": "its other half",
     "RUNPOD_API_KEY": "the provider's key",
     "RUNPOD_API_BASE_URL": "its API's address",
     "GRPO_GSM8K_WEBHOOK": "URL for progress events",
@@ -50,7 +54,9 @@ ENVIRONMENT = {
 }
 """Variables that commands read besides those that a field names; their help lists them."""
 HUB = ("HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE")
-RUN = ("CUDA_VISIBLE_DEVICES", *HUB, "WANDB_API_KEY", "WANDB_MODE", "TINKER_API_KEY")
+SERVICE = ("TINKER_API_KEY", "TINKER_BASE_URL")
+RUN = ("CUDA_VISIBLE_DEVICES", *HUB, "WANDB_API_KEY", "WANDB_MODE", *SERVICE)
+SERVED = ("VLLM_API_KEY", "MODAL_KEY", "MODAL_SECRET")
 RENT = (
     *("RUNPOD_API_KEY", "RUNPOD_API_BASE_URL", "HF_TOKEN", "SSH_PUBLIC_KEY", "SSH_PRIVATE_KEY_PATH"),
     *("GRPO_GSM8K_WEBHOOK", "GRPO_GSM8K_WEBHOOK_SECRET", "DISCORD_WEBHOOK_URL"),

@@ -414,7 +414,7 @@ def async_evaluator(bench: Workbench, model: Any, stage: str) -> AsyncEvaluator:
     device = cfg.eval_device
     if cfg.uses_vllm:
         if stage != "sft" and not device:
-            raise ConfigError("--eval_mode async beside a vLLM sampler needs a device of its own: pass --eval_device")
+            raise ConfigError("--eval_mode async beside a vLLM sampler needs its own device: pass --eval_device")
         wanted = dataclasses.replace(cfg, vllm_device=device or cfg.vllm_device, vllm_devices="")
         row = placements(wanted, device_name(model), torch.cuda.device_count(), world().local_size)[0]
     else:

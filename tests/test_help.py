@@ -191,7 +191,7 @@ def test_the_shell_completes_commands_flags_and_choices(tmp_path):
 
 QUIET = {"CC", "CXX", "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE", "XDG_CACHE_HOME", "HF_HUB_CACHE", "NETRC"}
 QUIET |= {"USER", "LOGNAME", "OMP_WAIT_POLICY", "DISABLE_SAFETENSORS_CONVERSION", "VLLM_ALLOW_INSECURE_SERIALIZATION"}
-QUIET |= {"VLLM_BATCH_INVARIANT"}  # others' own, and what we set ourselves for them
+QUIET |= {"VLLM_BATCH_INVARIANT", "TINKER_TELEMETRY"}  # others' own, and what we set ourselves for them
 
 
 def read_of_the_environment(path):

@@ -464,10 +464,10 @@ def test_lm_eval_finds_through_the_service_what_it_finds_in_its_own_process(tiny
         (tmp_path / "tasks" / f"{task['task']}.yaml").write_text(json.dumps(shared | task))
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
-    def found(model, **args):
+    def found(backend, **args):
         manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
         settings = {"tasks": ["choices", "texts"], "task_manager": manager, "bootstrap_iters": 0, "batch_size": 4}
-        said = lm_eval.simple_evaluate(model=model, model_args=args, **settings)["samples"]
+        said = lm_eval.simple_evaluate(model=backend, model_args=args, **settings)["samples"]
         return {(name, s["doc_id"]): s["resps"] for name in said for s in said[name]}
 
     own = found("hf", pretrained=str(tiny.model), device="cpu", dtype="float32")

@@ -77,7 +77,7 @@ class Chat(Task):
         elif plugins.is_users(self.preference):
             self._function = plugins.load_object(self.preference, "--preference")
             if not callable(self._function):
-                raise ConfigError(f"--preference {self.preference!r}: is no function")
+                raise ConfigError(f"--preference {self.preference!r}: is not a function")
         elif self.preference not in PREFERENCES:
             raise ConfigError(f"preference {self.preference!r}: must be length, judge, or package.module:function")
 

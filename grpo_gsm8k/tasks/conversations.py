@@ -87,7 +87,7 @@ def iter_pairs(path: Path) -> Iterator[Conversation]:
     for line, raw in read_lines(path):
         example, faults = read_chat(raw)
         if example is None:
-            raise DataError(path, f"{faults[0]}; `grpo-gsm8k validate --data {path}` lists every fault", line)
+            raise DataError(path, f"{faults[0]}; `grpo-gsm8k validate --data {path}` lists every error", line)
         yield replace(example, source=Source(str(path), line))
 
 

@@ -135,7 +135,7 @@ def read_manifest(out_dir: Path) -> Manifest:
         raise DataError(path, f"does not exist; make the data with `grpo-gsm8k data --out_dir {out_dir}`")
     fields = read_json(path)
     if fields.pop("format", None) != FORMAT:
-        raise DataError(path, f"is no data manifest of format {FORMAT}; choose another folder")
+        raise DataError(path, f"is not a data manifest of format {FORMAT}; choose another folder")
     try:
         counts, files, content = (fields.pop(key) for key in ("counts", "files", "content"))
         sound = set(counts) == set(content) == set(SPLITS) and set(files) == {f"{s}.jsonl" for s in SPLITS}

@@ -189,7 +189,7 @@ class Renderer:
                 )
         for answer in (example.answer, example.meta.get("solution")):
             if isinstance(answer, str) and (found := self._control_token(answer)):
-                what = f"the answer holds {found}, a special token of this model, which is no text; take it out"
+                what = f"the answer holds {found}, a special token of this model, not text; remove it"
                 raise _refused(_source(example), what)
 
     def target(self, example: Example) -> Datum:
@@ -378,7 +378,7 @@ class Renderer:
             head, both = self._encode(anchor), self._encode(anchor + answer)
             if both[: len(head)] == head:
                 return [*both[len(head) :], self.end_id]
-        raise _refused(source, "the tokenizer joins the response's beginning with whatever stands before it")
+        raise _refused(source, "the tokenizer merges the start of the response with the text before it")
 
     # ----------------------------------------------------------------------------------------------- chats
 
@@ -443,8 +443,8 @@ class Renderer:
             (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole))
         )
         return (
-            f"{self._named}: the prompt{opened} is not how the rendered conversation begins: {prompt[at:][:30]!r} "
-            f"stands in the one, {whole[at:][:30]!r} in the other; this cannot be fine-tuned on"
+            f"{self._named}: the prompt{opened} is not the start of the rendered conversation: {prompt[at:][:30]!r} "
+            f"in the prompt, {whole[at:][:30]!r} in the conversation; it cannot be fine-tuned on"
             + ("; give pairs with thoughts" if self.opens_thought else "")
         )
 
@@ -493,7 +493,7 @@ class Renderer:
             roles = ", ".join(message["role"] for message in chat)
             said = " ".join(str(e).split())[:200] or type(e).__name__
             raise ModelError(
-                f"{self._named} fails on a chat of {roles}: {said}; mend chat_template.jinja in the model's folder"
+                f"{self._named} fails on a chat of {roles}: {said}; fix chat_template.jinja in the model's folder"
             ) from None
         return text
 
@@ -523,7 +523,7 @@ class Renderer:
         except ModelError:
             taken = False
         if not taken:
-            talk(f"{self._named} takes no system message: its text stands before the first question instead")
+            talk(f"{self._named} takes no system message: its text is put before the first question instead")
         return taken
 
     # -------------------------------------------------------------------------------- properties of a template
@@ -580,7 +580,7 @@ class Renderer:
         if self._template_text:
             (_, question), (_, answer) = _PROBE_CHAT
             if question not in self._template(_PROBE_CHAT[:1], generation=True):
-                raise ModelError(f"{self._named} does not render what the user asks; mend chat_template.jinja")
+                raise ModelError(f"{self._named} does not render the user's message; fix chat_template.jinja")
             _, found, behind = self._template(_PROBE_CHAT, generation=False).rpartition(answer)
             self._turn_end = behind if found else ""
             after = self._encode(self._turn_end.strip())

@@ -68,7 +68,7 @@ class SortWords(Task):
             raise ValueError(f"'words' must be an array of words, not {json_type(words)}")
         for word in words:
             if not isinstance(word, str) or _words(word) != [word]:
-                raise ValueError(f"'words' holds {word!r}, which is no word: letters only, with - or ' between them")
+                raise ValueError(f"'words' holds {word!r}, which is not a word: letters only, with - or ' between them")
         if "solution" in row:
             text_of(row, "solution")
         meta = {key: value for key, value in row.items() if key not in ("id", "words")}

@@ -60,12 +60,13 @@ def write(
     seed: int,
     sizes: Mapping[str, int],
     draw: Callable[[Split, int, bool], list[Row]],
-    teach: Callable[[Row, int], Row],
+    teach: Callable[[Row, int], Row] | None = None,
 ) -> Path:
     """Write the rows that `draw(split, count, tiny)` returns for each split, and their manifest.
 
     Args:
-        sizes: of each split, and `tiny`: small examples, the training ones with the solution that `teach` adds.
+        sizes: of each split, and `tiny`: small examples, the training ones with the solution that `teach` adds, where
+            it is given.
 
     Raises:
         ConfigError: there are fewer different examples than `sizes` asks for.
@@ -75,7 +76,7 @@ def write(
         rows = {str(split): draw(split, sizes[split], tiny) for split in SPLITS}
     except ValueError as fault:
         raise ConfigError(str(fault)) from None
-    if tiny:
+    if tiny and teach:
         rows["train"] = [teach(row, seed) for row in rows["train"]]
     provenance = {"source": "generated", "seed": seed, "tiny": tiny}
     write_splits(folder, rows, provenance)

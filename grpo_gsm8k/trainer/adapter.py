@@ -70,7 +70,7 @@ def attach(model: Any, cfg: PolicyConfig) -> None:
         if (held.r, held.lora_alpha) != (cfg.lora_rank, cfg.lora_alpha):
             raise ConfigError(
                 f"{cfg.model_id} is a LoRA adapter: continue it with --lora_rank {held.r} --lora_alpha "
-                f"{held.lora_alpha}, or make it a model of its own with `grpo-gsm8k merge`"
+                f"{held.lora_alpha}, or merge it with `grpo-gsm8k merge`"
             )
     elif cfg.lora_rank:
         if Path(cfg.model_id).is_dir():  # the adapter names its base, from wherever it will be loaded
@@ -158,7 +158,7 @@ def merged(cfg: ModelConfig) -> Any:
     pretrained.hold_here(cfg.model_id)
     held = in_folder(cfg.model_id)
     if held is None:
-        raise ConfigError(f"{cfg.model_id} is no folder of a LoRA adapter: there is nothing to merge")
+        raise ConfigError(f"{cfg.model_id} is not the folder of a LoRA adapter: there is nothing to merge")
     before = _probe(load_model(replace(cfg, dtype="float32")))  # refuses what the folder does not hold exactly
     named = {"model_id": held.base_model_name_or_path, "revision": held.revision or ""}
     base = load_model(replace(cfg, **named, dtype="float32"))

@@ -91,7 +91,7 @@ def newest(root: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any
         except CheckpointError as fault:
             warn(f"{fault}; trying the checkpoint before it")
     if present:
-        raise CheckpointError(f"{root}: no checkpoint is whole; start anew in another --out_dir")
+        raise CheckpointError(f"{root}: all checkpoints are damaged; start again in another --out_dir")
     return None
 
 

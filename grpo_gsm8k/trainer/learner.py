@@ -63,9 +63,7 @@ class TorchLearner:
         self.model = self._place(model)
         architecture.silence(self.model, cfg.activation_checkpointing)
         if coefficient := architecture.router_loss(model):
-            talk(
-                f"{architecture.name(model)}: its router loss (router_aux_loss_coef {coefficient:g}) is no part of ours"
-            )
+            talk(f"{architecture.name(model)}: its router loss (router_aux_loss_coef {coefficient:g}) is left out")
         compiled = compiles(self.model, cfg, self.packs, world().size)
         self.optimizer = self._make_optimizer()
         self.gauge = memory.gauge_of(self.model, cfg, self.optimizer.dtype, world().size, compiled)

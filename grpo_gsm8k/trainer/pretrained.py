@@ -115,7 +115,7 @@ def read_tokenizer(cfg: PromptConfig) -> Any:
         ids = tokenizer("3 + 4 = 7", add_special_tokens=False)["input_ids"]
     if not set(ids) - {tokenizer.unk_token_id}:  # without its files it has special tokens alone
         files = ", ".join(sorted({*tokenizer.vocab_files_names.values(), "tokenizer.json"}))
-        raise ModelError(f"{where}: its tokenizer knows no text; its files are missing or empty ({files})")
+        raise ModelError(f"{where}: its tokenizer encodes no text; its files are missing or empty ({files})")
     return tokenizer
 
 
@@ -225,7 +225,7 @@ def _known_place(where: str, holds: Sequence[str] = DESCRIPTIONS) -> Path | None
     if folder.is_file():
         raise ModelError(f"{where}: is a file; --model_id takes a model's folder, or a name on the hub")
     if not HUB_NAME.fullmatch(where) or where.startswith((".", "-")) or ".." in where or len(where) > 96:
-        raise ModelError(f"cannot load model {where!r}: there is no such folder, and it is no name on the hub")
+        raise ModelError(f"cannot load model {where!r}: there is no such folder, and it is not a name on the hub")
     return None
 
 
@@ -247,7 +247,7 @@ def _reason(where: str, fault: BaseException) -> str:
     reason = " ".join(str(fault).split())[:300] or "no reason given"
     if "trust_remote_code" in reason or "custom code" in reason:
         return (
-            f"{where}: needs code of its own (auto_map in its config), which is never run here; take a model that "
+            f"{where}: needs its own code (auto_map in its config), which is never run here; choose a model that "
             "transformers knows"
         )
     if broken := _first_unreadable(Path(where)):

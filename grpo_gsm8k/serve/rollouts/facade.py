@@ -354,6 +354,7 @@ class Rollouts:
                 put(db, SPACE, str(number), asdict(ended))
             if update:
                 put(db, HISTORY, str(after.version), dict(update))
+                put(db, HISTORY, str(after.version - MOST_HISTORY), None)
             put(db, SPACE, CURRENT, stored)
 
         await asyncio.wrap_future(self.service.store.write(change))
