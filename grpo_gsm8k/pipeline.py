@@ -53,8 +53,6 @@ def run(cfg: PipelineConfig, config_file: Path | None = None, sets: Sequence[str
     for section in (*TRAINERS, "eval", "toy", "tiny_model"):
         resolve(section, {})  # a mistake in a recipe shows before any work is done
     first = resolve("sft", {"model_id": cfg.model_id} if cfg.model_id else {})
-    if first.learner == "tinker" and not first.model_id:
-        raise ConfigError("--learner tinker: a training service has models of its own; name one with --model_id")
     task = task_of(first)
     planned = [stage for stage in STAGES if stage != "ei" or task.has_right_answers]
     if cfg.stop_after and cfg.stop_after not in planned:
@@ -133,6 +131,10 @@ def _prepare(cfg: PipelineConfig, folder: Path, task: Task, first: Any, resolve:
     examples = {split: load_split(task, data, split) for split in SPLITS}
     if first.model_id:
         return data, first.model_id
+    if first.learner == "tinker":
+        from grpo_gsm8k.engines.service import Service
+
+        return data, Service(first.base_url).base_model("").name
     return data, str(make_tiny(folder / "model", resolve("tiny_model", {}), task, examples["train"], cfg.seed))
 
 

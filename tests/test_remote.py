@@ -20,7 +20,7 @@ from grpo_gsm8k.serve import server
 from grpo_gsm8k.serve.app import make_app
 from grpo_gsm8k.serve.auth import Keeper, hash_of
 from grpo_gsm8k.trainer.policy import load_model
-from tests.serve_tools import KEY, Process, free_port, settings
+from tests.serve_tools import KEY, NAME, Process, free_port, settings
 from tests.toys import REPOSITORY, cli, stage_config
 
 pytest.importorskip("tinker")
@@ -119,7 +119,15 @@ def test_grpo_at_a_service_is_grpo_here_to_the_bit(tiny, tmp_path, address):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [{}, {"minibatches": 4, "aggregation": "token"}, {"loss": "gspo", "minibatches": 2}])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"minibatches": 4, "aggregation": "token"},
+        {"loss": "gspo", "minibatches": 2},
+        {"mode": "one_step_off", "steps": 3, "importance_correction": "truncate", "old_logprobs": "recompute"},
+    ],
+)
 def test_sampled_log_probabilities_too_are_the_same_to_the_bit(tiny, tmp_path, address, flags):
     run("grpo", tiny, tmp_path / "here", engine=ROWS, **flags)
     run("grpo", tiny, tmp_path / "there", address, **flags)
@@ -280,10 +288,23 @@ def test_a_pipeline_trains_stage_after_stage_at_the_service(task, more, stages, 
     assert Path(found["report"]).is_file()
 
 
-def test_a_pipeline_at_a_service_needs_a_models_name():
-    cfg = config.build(config.PipelineConfig, {"preset": "tiny", "learner": "tinker"})
-    with pytest.raises(ConfigError, match="a training service has models of its own; name one with --model_id"):
-        pipeline.run(cfg)
+@pytest.mark.slow
+def test_a_pipeline_without_a_models_name_takes_the_services_only_one(tiny, tmp_path):
+    """Its name is where its tokenizer is, unless it is served under another one."""
+    flags = {"data": str(tiny.data), "learner": "tinker", "stop_after": "base", "out_dir": str(tmp_path / "all")}
+    with serving(tiny.model, tmp_path / "data", served_name="") as address:
+        cfg = config.build(config.PipelineConfig, {**flags, "base_url": address})
+        found = pipeline.run(cfg, None, ["eval.limit=2", "common.max_new_tokens=4"])
+    assert found["model_id"] == str(tiny.model) and found["stages"][0]["n"] == 2
+
+
+def test_a_model_that_the_service_does_not_have(tiny, tmp_path, address):
+    with pytest.raises(
+        ModelError, match=f"--model_id 'some/other': {address} has no model of this name; it has: {NAME}"
+    ):
+        Service(address).base_model("some/other")
+    assert Service(address).base_model(NAME).context == 1024
+    assert Service(address).base_model(f"/models/{NAME}").name == NAME
 
 
 # ----------------------------------------------------------------------------------------------------- mistakes

@@ -108,10 +108,12 @@ class Service:
     # ---------------------------------------------------------------------------------------- what there is
 
     def base_model(self, wanted: str) -> BaseModel:
-        """The service's model that is meant by `wanted`: a name there, a folder called so, or the only one it has.
+        """The service's model that is meant by `wanted`, a name there or a folder called so.
+
+        The only one that it has is meant by nothing, and by a folder of another name, which has the tokenizer.
 
         Raises:
-            ModelError: it has several, none of which is called so.
+            ModelError: none is meant.
         """
         found = self.call("asking for the service's models", lambda: self.rest.get_server_capabilities().result())
         models = {m.model_name: BaseModel(m.model_name, m.max_context_length or 0) for m in found.supported_models}
@@ -119,12 +121,16 @@ class Service:
         meant = [name for name in models if asked == name or asked.endswith(f"/{name.lstrip('/')}")]
         if meant:
             return models[max(meant, key=len)]
-        if len(models) == 1:
+        if len(models) == 1 and (not wanted or Path(wanted).is_dir()):
             (only,) = models.values()
-            talk(f"{self}: has one model, {only.name}; it is asked with the tokenizer of {wanted}")
+            if wanted:
+                talk(f"{self}: has one model, {only.name}; it is asked with the tokenizer of {wanted}")
             return only
         few = ", ".join(list(models)[:10]) or "none"
-        raise ModelError(f"{wanted or 'model_id'}: {self} has no model of this name; give --model_id, one of: {few}")
+        raise ModelError(
+            f"--model_id {wanted!r}: {self} has no model of this name; it has: {few}. Give one of them, or where there "
+            "is only one, a folder with its tokenizer"
+        )
 
     def checkpoint(self, path: str) -> Checkpoint:
         """What a tinker:// path names. Raises `ModelError` for what is no path, `RefusedError` for an unknown one."""
