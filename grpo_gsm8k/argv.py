@@ -1,4 +1,4 @@
-"""argparse with the manners of the other commands, for what must run without typer: one line for a mistake."""
+"""argparse for commands that must run without typer, with the one-line errors of the other commands."""
 
 from __future__ import annotations
 

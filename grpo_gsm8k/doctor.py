@@ -123,7 +123,7 @@ def model_checks(model_id: str, device: str = "auto", prompt_style: str = "auto"
 
     cfg = config.build(config.ModelConfig, {"model_id": model_id, "device": device, "prompt_style": prompt_style})
     with tempfile.TemporaryDirectory() as folder:
-        return [Check(name, ok, detail) for name, ok, detail in preflight.of_model(cfg, Path(folder))]
+        return [Check(name, ok, detail) for name, ok, detail in preflight.check_model(cfg, Path(folder))]
 
 
 def _guarded(name: str, check: Callable[[], Check]) -> Check:

@@ -187,7 +187,11 @@ def _insist() -> None:
 def _unwinding(main: int) -> bool:
     """Whether the main thread is handling our exception, or one raised during its handling."""
     found: Any = sys._current_exceptions().get(main)
-    fault: BaseException | None = found[1] if isinstance(found, tuple) else found
+    return _of_an_interrupt(found[1] if isinstance(found, tuple) else found)
+
+
+def _of_an_interrupt(fault: BaseException | None) -> bool:
+    """Whether an exception is ours, or was raised while ours was handled: an import may turn it into an error."""
     seen = 0
     while fault is not None and seen < 100:
         if isinstance(fault, KeyboardInterrupt | SystemExit) or type(fault).__name__ == "Interrupted":
@@ -211,7 +215,7 @@ def say(line: str) -> None:
 
 def _at_the_top(kind: type[BaseException], fault: BaseException, trace: TracebackType | None) -> None:
     """Print a line, not a traceback, for an interrupt that no command caught, as during an import."""
-    if issubclass(kind, KeyboardInterrupt):
+    if issubclass(kind, KeyboardInterrupt) or (_state.received and _of_an_interrupt(fault)):
         _exit()
     sys.__excepthook__(kind, fault, trace)
 

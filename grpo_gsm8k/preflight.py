@@ -53,7 +53,7 @@ ASKED = (
 )
 """The prompts of `doctor --model_id`, which has no data."""
 
-_proven: set[tuple[str, str]] = set()
+_passed: set[tuple[str, str]] = set()
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,14 @@ class Subject:
     packs: bool = False
 
 
-def fly(subject: Subject) -> None:
+def run_checks(subject: Subject) -> None:
     """Run all checks. Raises the `UserError` of the first that fails."""
     known = _fingerprint(subject)
     with _generators_restored(subject.model):
         for check in checks(subject):
-            if check.name == "ids" or (known, check.name) not in _proven:
+            if check.name == "ids" or (known, check.name) not in _passed:
                 check.run()
-                _proven.add((known, check.name))
+                _passed.add((known, check.name))
 
 
 def checks(subject: Subject) -> list[Check]:
@@ -119,7 +119,7 @@ def check_service(renderer: Renderer, prompts: Sequence[Prompt], learner: Learne
     probe(sampler, learner, prompts[:2], ref.version, TOLERANCE["bfloat16"])
 
 
-def of_model(cfg: ModelConfig, folder: Path) -> Iterator[tuple[str, bool, str]]:
+def check_model(cfg: ModelConfig, folder: Path) -> Iterator[tuple[str, bool, str]]:
     """The pre-flight of a model alone, as (name, passed, what was found), up to the first that fails: `doctor`."""
     train = TrainConfig(**{**vars(cfg), "packing": "auto"})
     try:

@@ -227,11 +227,11 @@ def _bench_here(
             learner = open_until_the_end.enter_context(closing(Lead(learner)))
         bench = Workbench(run, learner, NoSampler(), renderer, [], context_length(model), embeddings_of(model))
         bench.val = bench.prompts(examples, eval_path)
-        flown = Subject(model, renderer, bench.val, learner, None, run.path, getattr(learner, "packs", False))
-        preflight.fly(flown)  # before an engine is started, which takes a minute
+        subject = Subject(model, renderer, bench.val, learner, None, run.path, getattr(learner, "packs", False))
+        preflight.run_checks(subject)  # before an engine is started, which takes a minute
         if not (apart and stage == "sft"):
             bench.sampler = open_until_the_end.enter_context(open_sampler(cfg, model, renderer, run.path, overlaps))
-            preflight.fly(dataclasses.replace(flown, sampler=bench.sampler))
+            preflight.run_checks(dataclasses.replace(subject, sampler=bench.sampler))
         if apart:
             bench.evaluator = async_evaluator(bench, model, stage)
             open_until_the_end.callback(bench.evaluator.close)
@@ -370,7 +370,8 @@ def open_sampler(
     if any(beside) and not cfg.gpu_mem_util and isinstance(cfg, TrainConfig):
         cfg = dataclasses.replace(cfg, gpu_mem_util=engine_share(cfg, model, overlaps))
     engines = [
-        Engine(cfg, renderer, row, log=log, naps=mine and not overlaps) for row, mine in zip(rows, beside, strict=True)
+        Engine(cfg, renderer, row, log=log, sleep_when_idle=mine and not overlaps)
+        for row, mine in zip(rows, beside, strict=True)
     ]
     connect = None
     if cfg.weight_transfer != "file":
@@ -489,7 +490,7 @@ def evaluate_model(
     ref = WeightsRef(0, weights_sha256(adapter.own_weights(model)))
     with open_sampler(cfg, model, renderer, Path(cfg.out_dir)) as sampler:
         sampler.load(ref, functools.partial(adapter.own_weights, model))
-        preflight.fly(Subject(model, renderer, prompts, sampler=sampler))
+        preflight.run_checks(Subject(model, renderer, prompts, sampler=sampler))
         del model
         how |= {"context": context, "chunk_size": ENGINE_CHUNK if cfg.uses_vllm else CHUNK}
         return evaluate(sampler, prompts, params, renderer, ref.sha256, **how)

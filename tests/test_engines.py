@@ -428,7 +428,7 @@ def test_an_engine_that_wakes_finds_the_memory_that_training_let_go_of(fake, mon
     sampler = fake()
     load(sampler, 1, WEIGHTS)
     assert not emptied
-    sampler.engines[0].naps = True
+    sampler.engines[0].sleep_when_idle = True
     load(sampler, 2, WEIGHTS)
     draw(sampler, PROMPTS, PARAMS)
     assert [held.version for held in emptied] == [1, 2]  # before the engine is asked for anything
@@ -446,19 +446,23 @@ class RecordedLLM:
         self.slept += 1
 
 
-@pytest.mark.parametrize(("device", "naps"), [("cuda:0", True), ("cuda:0", False), ("cpu", False)])
-def test_what_vllm_is_started_with(tiny, monkeypatch, device, naps):
+@pytest.mark.parametrize(("device", "sleep_when_idle"), [("cuda:0", True), ("cuda:0", False), ("cpu", False)])
+def test_what_vllm_is_started_with(tiny, monkeypatch, device, sleep_when_idle):
     """On a GPU: the model runner that was tested, as many requests at once as it holds, graphs, and sleep."""
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=RecordedLLM))
     monkeypatch.setattr(vllm.os, "environ", {})
-    flags = {"engine": "vllm", "sample_rows": 64, "gpu_mem_util": 0.0 if naps else 0.5}
+    flags = {"engine": "vllm", "sample_rows": 64, "gpu_mem_util": 0.0 if sleep_when_idle else 0.5}
     cfg = config.build(PolicyConfig, {"model_id": str(tiny.model), **flags})
-    sampler = vllm.VLLMSampler(replace(cfg, device=device), SimpleNamespace(stop_ids=frozenset({5})), print, naps)
+    sampler = vllm.VLLMSampler(
+        replace(cfg, device=device), SimpleNamespace(stop_ids=frozenset({5})), print, sleep_when_idle
+    )
     llm, gpu = sampler.llm, device != "cpu"
     assert llm.environment["VLLM_USE_V2_MODEL_RUNNER"] == "0" == llm.environment["VLLM_USE_FLASHINFER_SAMPLER"]
     assert llm.settings["max_num_seqs"] == (1024 if gpu else 64)
-    assert llm.settings["enforce_eager"] is not gpu and llm.settings["enable_sleep_mode"] is naps is bool(llm.slept)
-    assert llm.settings["gpu_memory_utilization"] == (0.9 if naps else 0.5)
+    assert llm.settings["enforce_eager"] is not gpu and llm.settings["enable_sleep_mode"] is sleep_when_idle is bool(
+        llm.slept
+    )
+    assert llm.settings["gpu_memory_utilization"] == (0.9 if sleep_when_idle else 0.5)
     assert sampler.stop_ids == {5, 7, 9} and sampler.context == 512
     wider = vllm.VLLMSampler(replace(cfg, device=device, sample_rows=3000), sampler.renderer, print)
     assert wider.llm.settings["max_num_seqs"] == 3000

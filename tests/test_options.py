@@ -135,8 +135,11 @@ def same_as_eager(tmp_path, **flags):
 @pytest.mark.parametrize(
     "flags",
     [
-        {"lora_rank": 4},
-        *(pytest.param(flags, marks=pytest.mark.slow) for flags in ({}, {"activation_checkpointing": True})),
+        {},
+        *(
+            pytest.param(flags, marks=pytest.mark.slow)
+            for flags in ({"lora_rank": 4}, {"activation_checkpointing": True})
+        ),
     ],
     ids=str,
 )

@@ -19,7 +19,7 @@ from tests.toys import renderer_for, stage_config
 
 
 @pytest.mark.parametrize(
-    ("learner", "engine", "overlaps", "naps"),
+    ("learner", "engine", "overlaps", "sleep_when_idle"),
     [
         ("cuda:0", "cuda:0", False, True),
         ("cuda:0", "cuda:0", True, False),  # both work at once
@@ -28,13 +28,13 @@ from tests.toys import renderer_for, stage_config
     ],
 )
 def test_an_engine_sleeps_between_calls_only_where_it_shares_a_gpu(
-    tiny, tmp_path, monkeypatch, learner, engine, overlaps, naps
+    tiny, tmp_path, monkeypatch, learner, engine, overlaps, sleep_when_idle
 ):
     seen = []
 
     class Engine:
         def __init__(self, cfg, renderer, devices, **start):
-            seen.append(start["naps"])
+            seen.append(start["sleep_when_idle"])
 
         def close(self):
             """Nothing was started."""
@@ -44,7 +44,7 @@ def test_an_engine_sleeps_between_calls_only_where_it_shares_a_gpu(
     monkeypatch.setattr(workbench, "device_name", lambda model: learner)
     cfg = config.build(config.EngineConfig, {"model_id": str(tiny.model), "device": "cpu", "engine": "vllm"})
     with workbench.open_sampler(cfg, load_model(cfg), renderer_for(load_tokenizer(cfg)), tmp_path, overlaps):
-        assert seen == [naps]
+        assert seen == [sleep_when_idle]
 
 
 @pytest.fixture

@@ -134,10 +134,10 @@ class Engine:
         """
         fields = {f.name: getattr(cfg, f.name, f.default) for f in dataclasses.fields(PolicyConfig)}
         fields["device"] = "cpu" if devices[0] == "cpu" else "cuda:0"
-        self._start = {"cfg": fields, **renderer.as_json(), "naps": False, **start}
+        self._start = {"cfg": fields, **renderer.as_json(), "sleep_when_idle": False, **start}
         self.name = f"{'vllm' if cfg.uses_vllm else 'hf'} engine on {','.join(devices)}"
         self._environment, self._log, self._module = environment_of(devices), log, module
-        self.naps = bool(self._start["naps"])
+        self.sleep_when_idle = bool(self._start["sleep_when_idle"])
         self.patience_s = cfg.engine_patience_s
         self._child: Child | None = None
         self._shut = False
@@ -279,7 +279,7 @@ class ProcessSampler:
 
     def _make_room(self) -> None:
         """Return cached memory to the driver, for engines that wake up on the same GPU."""
-        if any(engine.naps for engine in self.engines):
+        if any(engine.sleep_when_idle for engine in self.engines):
             torch.cuda.empty_cache()
 
     def _transfer(self, engine: Engine, version: int) -> None:

@@ -1,4 +1,4 @@
-"""Data become tensors, and tensors data again. The only place in the repository that shifts; private to the trainer.
+"""Converts data to tensors and back. Only this module shifts ids to targets; it is private to the trainer.
 
 A model that reads `input_ids[:, t]` predicts `targets[:, t]`, the token that follows. Mask,
 log-probabilities, advantages and weights are all `(B, T)` and aligned **to targets**: `mask[b, t]` says
@@ -49,34 +49,34 @@ class Batch:
         return len(self.lengths)
 
     def select(self, rows: Sequence[int], shared: tuple[int, ...] = ()) -> Batch:
-        """Some rows, cut to the longest of them; `shared` where they are to be packed."""
+        """Select rows, cut to the longest of them; `shared` packs them."""
         index, longest = list(rows), max(self.lengths[r] for r in rows)
         few = self._each(lambda x: x[index, :longest])
         return replace(few, lengths=tuple(self.lengths[r] for r in rows), shared=shared)
 
     def prompt_lengths(self, rows: Sequence[int]) -> list[int]:
-        """Tokens of each of these rows before its first trained one; all of them where none is trained."""
+        """Number of tokens before the first trained one, for each of these rows; all tokens if none is trained."""
         trained, first = self.mask[rows].max(1)
         return [int(at) + 1 if any_ else self.lengths[row] for row, any_, at in zip(rows, trained, first, strict=True)]
 
     @functools.cached_property
     def trained(self) -> torch.Tensor:
-        """`(N,)` int64, where the trained targets stand among the B x T, row by row.
+        """`(N,)` int64, the flat indices of the trained targets, row by row.
 
-        `to` takes it along: counting them on a GPU makes the host wait for it.
+        `to` copies them: computing them on a GPU would force a sync.
         """
         return self.mask.flatten().nonzero().squeeze(-1)
 
     def at_trained(self, x: torch.Tensor) -> torch.Tensor:
-        """`(N,)`, what a `(B, T)` tensor holds at the trained targets."""
+        """Gather a `(B, T)` tensor at the trained targets, `(N,)`."""
         return x.flatten().index_select(0, self.trained)
 
     def everywhere(self, x: torch.Tensor) -> torch.Tensor:
-        """`(B, T)`, what an `(N,)` tensor holds of the trained targets, at their places; 0 elsewhere."""
+        """Scatter an `(N,)` tensor of the trained targets to `(B, T)`; 0 elsewhere."""
         return torch.zeros_like(self.mask, dtype=x.dtype).flatten().index_copy(0, self.trained, x).view_as(self.mask)
 
     def trained_targets(self) -> Batch:
-        """The N trained targets alone, `(1, N)`, in their order, row by row. Rows and lengths are no more."""
+        """The N trained targets as a batch of one row, `(1, N)`."""
         few = self._each(lambda x: self.at_trained(x).unsqueeze(0))
         return replace(few, lengths=(len(self.trained),), shared=())
 
@@ -141,5 +141,5 @@ def shifted(values: Sequence[Sequence[float]], lengths: Sequence[int]) -> torch.
 
 
 def unshifted(x: torch.Tensor, lengths: Sequence[int]) -> list[tuple[float, ...]]:
-    """Undo `shifted`: per token of each row, 0 for the first, which nothing predicts."""
+    """Undo `shifted`: values per token of each row, 0 for the first token, which is never predicted."""
     return [(0.0, *row[:n]) for row, n in zip(x.tolist(), lengths, strict=True)]

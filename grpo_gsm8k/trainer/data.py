@@ -1,6 +1,7 @@
-"""What each token of an update counts, as data: loss weights, the old policy's log-probabilities and the reference's.
+"""Per-token data of an update: loss weights, and the log-probabilities of the old policy and the reference model.
 
-They are set over a whole pass before it is cut into minibatches and microbatches, so any split, order or packing gives
+They are set over a whole pass before it is split into minibatches and microbatches, so any split, order or packing
+gives
 the same gradient: the loss is the sum of weight x per-token loss.
 """
 
@@ -15,7 +16,7 @@ import torch
 from grpo_gsm8k.datatypes import Datum
 from grpo_gsm8k.trainer.batch import Batch, make_batch, shifted, unshifted
 
-MAX_LOG_RATIO = 20.0  # e^20 = 5e8: beyond it a ratio is an accident, and must not become inf
+MAX_LOG_RATIO = 20.0  # e^20 = 5e8: a larger ratio is meaningless, and must not become inf
 
 Aggregation = Literal["sequence", "token", "constant"]
 Correction = Literal["none", "truncate", "mask", "sequence_truncate", "sequence_mask", "geometric_mask"]
@@ -24,14 +25,14 @@ Values = Sequence[Sequence[float]]
 
 
 def weighted(data: Sequence[Datum], aggregation: Aggregation, max_tokens: int = 0) -> list[Datum]:
-    """The rows of a whole pass with the weights of their tokens; see `loss_weights`."""
+    """Set the loss weights of a whole pass; see `loss_weights`."""
     lengths = [len(row.token_ids) - 1 for row in data]
     weights = loss_weights(shifted([row.mask for row in data], lengths), aggregation, max_tokens)
     return [replace(row, weights=each) for row, each in zip(data, unshifted(weights, lengths), strict=True)]
 
 
 def loss_weights(mask: torch.Tensor, aggregation: Aggregation, max_tokens: int = 0) -> torch.Tensor:
-    """What each token's loss counts in the whole update, `(B, T)`; all zero for an all-masked update.
+    """The weight of each token's loss in the whole update, `(B, T)`; all zero if everything is masked.
 
     "sequence": mean over a response's tokens, then over the responses that have any (GRPO, arXiv
     2402.03300 eq. 3). "token": mean over all tokens of the update (DAPO, arXiv 2503.14476 eq. 8).
@@ -51,8 +52,8 @@ def loss_weights(mask: torch.Tensor, aggregation: Aggregation, max_tokens: int =
 class ImportanceCorrection:
     """Weighs each token's loss by p = pi_old / pi_sampler, held fixed.
 
-    The sampler drew the tokens, and its kernels (and, one step off, its weights) are others than the trainer's. The
-    ratio of the loss is then pi / pi_old alone (the decoupled objective of arXiv 2110.00641 and arXiv 2505.24298).
+    The sampler drew the tokens with other kernels than the trainer's (and, one step off, other weights). The ratio in
+    the loss is then pi / pi_old only (the decoupled objective of arXiv 2110.00641 and arXiv 2505.24298).
 
         kind                 ratio                            weight
         truncate             p of the token                   p clipped to [cap_low, cap] (TIS)
@@ -75,7 +76,7 @@ class ImportanceCorrection:
         return self.kind in ("none", "truncate", "mask")
 
     def ratio(self, batch: Batch, logprobs: torch.Tensor) -> torch.Tensor:
-        """What is held to the bounds, `(B, T)`; 1 where masked out."""
+        """The ratio that the bounds apply to, `(B, T)`; 1 where masked out."""
         log_p = (logprobs - batch.old_logprobs) * batch.mask
         if not self.separable:
             log_p = log_p.sum(1, keepdim=True) * batch.mask
@@ -84,21 +85,21 @@ class ImportanceCorrection:
         return log_p.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
     def outside(self, ratio: torch.Tensor) -> torch.Tensor:
-        """Where the ratio is beyond the bounds."""
+        """Where the ratio exceeds the bounds."""
         return (ratio > self.cap) | (ratio < (self.cap_low or 1 / self.cap))
 
     def factor(self, ratio: torch.Tensor) -> torch.Tensor:
-        """What a token's weight is multiplied by."""
+        """The factor of each token's weight."""
         if self.kind.endswith("truncate"):
             return ratio.clamp(self.cap_low, self.cap)
         kept = torch.ones_like(ratio) if self.kind == "geometric_mask" else ratio
         return kept * ~self.outside(ratio)
 
     def apply(self, batch: Batch, logprobs: torch.Tensor) -> torch.Tensor:
-        """The weights of the batch, `(B, T)`, times what the ratio makes of each.
+        """The corrected weights of the batch, `(B, T)`.
 
         Args:
-            logprobs: of the old policy, `(B, T)` and without a gradient; those of the batch are the sampler's.
+            logprobs: of the old policy, `(B, T)`, without gradient; the batch holds the sampler's.
         """
         return batch.weights if self.kind == "none" else batch.weights * self.factor(self.ratio(batch, logprobs))
 
@@ -109,7 +110,7 @@ NO_CORRECTION = ImportanceCorrection()
 def with_old_logprobs(
     data: Sequence[Datum], logprobs: Values, correction: ImportanceCorrection = NO_CORRECTION
 ) -> list[Datum]:
-    """The rows with the old policy's log-probabilities in place of the sampler's, and corrected weights."""
+    """Replace the sampler's log-probabilities by the old policy's, and correct the weights."""
     batch = make_batch(data)
     weights = unshifted(correction.apply(batch, shifted(logprobs, batch.lengths)), batch.lengths)
     rows = zip(data, logprobs, weights, strict=True)
@@ -117,14 +118,14 @@ def with_old_logprobs(
 
 
 def with_ref_logprobs(data: Sequence[Datum], logprobs: Values) -> list[Datum]:
-    """The rows with the reference model's log-probabilities, for the KL term."""
+    """Add the reference model's log-probabilities, for the KL term."""
     return [replace(row, ref_logprobs=tuple(ref)) for row, ref in zip(data, logprobs, strict=True)]
 
 
 def mismatch_metrics(
     data: Sequence[Datum], logprobs: Values, correction: ImportanceCorrection = NO_CORRECTION
 ) -> dict[str, float]:
-    """How far the log-probabilities of the rows, the sampler's, are from `logprobs`, the trainer's frozen pass."""
+    """Compare the sampler's log-probabilities, in the rows, with those of a frozen pass of the trainer."""
     batch = make_batch(data)
     frozen, mask = shifted(logprobs, batch.lengths), batch.mask.bool()
     delta = (frozen - batch.old_logprobs)[mask].abs()

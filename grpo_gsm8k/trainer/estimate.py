@@ -1,4 +1,4 @@
-"""What a GRPO run would need on a named GPU: memory, token budget, seconds of a step. `grpo --estimate`.
+"""`grpo --estimate`: predicts memory, token budget and seconds per step of a GRPO run on a named GPU.
 
 The formulas are `costs.py`'s. Predictions: none has been held against a GPU yet (artifacts/RESULTS.md).
 """

@@ -106,11 +106,18 @@ def read(
 
 
 def read_tokenizer(cfg: PromptConfig) -> Any:
-    """The tokenizer of `cfg.model_id`. Raises `ModelError` if there is none, or one that knows no text."""
+    """The tokenizer of `cfg.model_id`; of an adapter that brings none, its base's.
+
+    Raises:
+        ModelError: there is none, or one that knows no text.
+    """
     from transformers import AutoTokenizer
 
-    where = tokenizer_of(cfg)
-    tokenizer = read(AutoTokenizer, where, cfg.revision, cfg.cache_dir, TOKENIZERS)
+    where, revision = tokenizer_of(cfg), cfg.revision
+    config = adapter_config(cfg) if where == cfg.model_id and Path(where).is_dir() else None
+    if config and not any(config.parent.glob("*token*")):
+        where, revision = _base_of(config)
+    tokenizer = read(AutoTokenizer, where, revision, cfg.cache_dir, TOKENIZERS)
     with one_line(where):
         ids = tokenizer("3 + 4 = 7", add_special_tokens=False)["input_ids"]
     if not set(ids) - {tokenizer.unk_token_id}:  # without its files it has special tokens alone

@@ -38,7 +38,7 @@ from grpo_gsm8k.serve.forms import (
 )
 from grpo_gsm8k.serve.jobs import Refusal
 from grpo_gsm8k.serve.rollouts.facade import Rollouts
-from grpo_gsm8k.serve.rollouts.run import Group, Rejected, Settings, rollout_id
+from grpo_gsm8k.serve.rollouts.run import Group, Rejected, Settings, group_id, rollout_id
 
 MOST_PROMPTS = 256
 MOST_ROLLOUTS = 1024  # of one request, and of one group
@@ -231,7 +231,7 @@ def _zipped(folder: Path, renderer: Any) -> Path:
 def _shown(run_id: str, group: Group) -> dict[str, Any]:
     return {
         "prompt": group.prompt,
-        "group_id": f"{run_id}-{group.number}",
+        "group_id": group_id(run_id, group.number),
         "completions": [
             {
                 "rollout_id": rollout_id(run_id, group.number, i),

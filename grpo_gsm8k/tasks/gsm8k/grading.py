@@ -12,7 +12,7 @@ Four layers, each small enough to check by eye:
 `strict` stops after layer 2: it demands a marker outside the thoughts, and "the answer is 18" is prose.
 Nothing is evaluated but a plain fraction and a power of ten; there is no `eval`, no float, no symbolic algebra.
 
-House rulings on what people may debate:
+Rules for debatable cases:
 - Units and currency are ignored, and percent is a unit: `50%` is 50, not 1/2. "2 dozen" is 2; "2 thousand" is 2000.
 - `20 - 2 = 18` is 18 (the last side of an equation); a bare `20 - 2` is work left to do, and no answer.
 - "18 apples and 3 pears", "17, 18", "15-18", "about 18", "at least 18", "maybe 18", "18?" commit to no number.
