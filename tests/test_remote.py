@@ -30,7 +30,7 @@ SMALL = {"seed": 7, "deterministic": True, "warmup_steps": 0, "lora_rank": 4, "l
 RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sft": (sft.run, {"epochs": 1, "batch_size": 16}),
     "ei": (ei.run, {"rounds": 2, "steps_per_round": 2, "prompts_per_round": 8, "batch_size": 4}),
-    "grpo": (grpo.run, {"steps": 2, "rollouts_per_step": 16, "group_size": 4, "reward": "tests.toys:even_tokens"}),
+    "grpo": (grpo.run, {"steps": 2, "rollouts_per_step": 8, "group_size": 4, "reward": "tests.toys:even_tokens"}),
 }
 CLIPPED = {"minibatches": 2, "epochs": 2, "clip_eps": 0.01, "kl_coef": 0.1, "old_logprobs": "recompute"}
 ROWS = "grpo_gsm8k.serve.local:RowSampler"

@@ -114,8 +114,8 @@ def read_tokenizer(cfg: PromptConfig) -> Any:
     from transformers import AutoTokenizer
 
     where, revision = tokenizer_of(cfg), cfg.revision
-    config = adapter_config(cfg) if where == cfg.model_id and Path(where).is_dir() else None
-    if config and not any(config.parent.glob("*token*")):
+    config = Path(where) / ADAPTER_CONFIG
+    if config.is_file() and not any(config.parent.glob("*token*")):
         where, revision = _base_of(config)
     tokenizer = read(AutoTokenizer, where, revision, cfg.cache_dir, TOKENIZERS)
     with one_line(where):
