@@ -298,6 +298,31 @@ def test_a_pipeline_without_a_models_name_takes_the_services_only_one(tiny, tmp_
     assert found["model_id"] == str(tiny.model) and found["stages"][0]["n"] == 2
 
 
+def failing(error: Exception) -> Any:
+    """A request that the client gives up."""
+
+    def request() -> None:
+        raise error
+
+    return request
+
+
+def test_what_the_client_raises_is_a_refusal_or_a_failure_in_one_line(address):
+    import tinker
+
+    service = Service(address)
+    for category, kind in (("user", RefusedError), ("server", ServiceError)):
+        with pytest.raises(kind, match=f"^{address}: training: too long"):
+            service.call("training", failing(tinker.RequestFailedError("too\nlong", "id", category)))
+    with pytest.raises(ValueError, match="a bug of ours"):
+        service.call("training", failing(ValueError("a bug of ours")))
+    assert not service.lost
+    with pytest.raises(ServiceError, match=r"result is gone \(Error retrieving result: 404\); continue with --resume"):
+        service.call("training", failing(ValueError("Error retrieving result: 404")))
+    with pytest.raises(ServiceError, match="the result is gone"):  # nothing more is tried
+        service.call("saving", lambda: 1)
+
+
 def test_a_model_that_the_service_does_not_have(tiny, tmp_path, address):
     with pytest.raises(
         ModelError, match=f"--model_id 'some/other': {address} has no model of this name; it has: {NAME}"

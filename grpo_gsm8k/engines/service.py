@@ -26,6 +26,7 @@ from grpo_gsm8k.runs.progress import talk
 
 KEY = "TINKER_API_KEY"
 HASH = "weights_sha256"  # a key of user_metadata that is sent empty
+UNFETCHED = "Error retrieving result"  # begins what the client says of a result that the service no longer has
 PATIENCE_S = 5.0  # for a first connection: the client itself would try for minutes
 PATHS = ("weights", "sampler_weights")  # what of a checkpoint's name says which kind it is
 Ends = Literal["success", "errored", "interrupted"]
@@ -87,12 +88,14 @@ class Service:
         try:
             import tinker
             from tinker.lib.base_url import resolve_base_url
+            from tinker.lib.retryable_exception import RetryableException
         except ImportError:
             raise ConfigError(
                 "a training service is reached through the `tinker` client, which is not installed: "
                 "uv sync --extra tinker, or pip install 'grpo-gsm8k[tinker]'"
             ) from None
         self.sdk: Any = tinker
+        self._gone: Any = RetryableException
         self.lost = ""  # why nothing more can be had from the service
         _knock(self.address or resolve_base_url())
         where = {"base_url": self.address or None, "api_key": key}
@@ -227,6 +230,11 @@ class Service:
             raise ServiceError(f"{self}: {doing}: {_line(fault)}") from None
         except sdk.TinkerError as fault:  # a key that can be none
             raise RefusedError(f"{self}: {doing}: {_line(fault)}") from None
+        except (ValueError, self._gone) as fault:
+            if isinstance(fault, ValueError) and not str(fault).startswith(UNFETCHED):
+                raise
+            self.lost = f"{self}: {doing}: the result is gone ({_line(fault)}); continue with --resume"
+            raise ServiceError(self.lost) from None
 
     def __str__(self) -> str:
         return self.address or "Tinker"
