@@ -245,6 +245,8 @@ def test_a_stage_goes_on_from_the_weights_of_another_one_with_a_fresh_optimizer(
     assert service.made == [("tinker://run0/weights/x", False)]
     with pytest.raises(ConfigError, match="was trained with --lora_rank 8: leave --lora_rank 4 out"):
         learner(service, start=start)
+    with pytest.raises(ConfigError, match="can only be sampled from; to train on, name tinker://RUN/weights/NAME"):
+        learner(service, start=replace(start, state=""))
     mine.save(tmp_path)
     with pytest.raises(CheckpointError, match="its run began from other weights: tinker://run0/weights/x"):
         learner(service).load(tmp_path)

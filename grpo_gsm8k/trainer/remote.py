@@ -93,6 +93,8 @@ class RemoteLearner:
         Raises:
             ConfigError: for settings that the wire cannot say.
         """
+        if start.sampler and not start.state:
+            raise ConfigError(f"{cfg.model_id}: can only be sampled from; to train on, name tinker://RUN/weights/NAME")
         if start.state and cfg.lora_rank not in (0, start.lora_rank):
             raise ConfigError(
                 f"{cfg.model_id} was trained with --lora_rank {start.lora_rank}: leave --lora_rank {cfg.lora_rank} out"
