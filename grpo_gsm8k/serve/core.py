@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo_gsm8k.errors import DiskError
 from grpo_gsm8k.repro import derive_seed
 from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.serve import data, upkeep, watch
@@ -71,12 +72,15 @@ class Service(Ledger):
 
     def close(self) -> None:
         """End what is being done, write the models' states, and close the journal. Requests that wait are kept."""
-        self.draining = True
+        self.drain()
         self.engine.stop()
         with self._lock:
             held = list(self.work.models)
-        for model_id in held if not self.store.fault else ():
-            self.work.evict(model_id)
+        try:
+            for model_id in held if not self.store.fault else ():
+                self.work.evict(model_id)
+        except DiskError as full:  # their requests are kept, and done again at the next start
+            talk(f"models are not written to disk: {full}")
         self.store.close()
 
     def give(self, entry: Entry) -> None:

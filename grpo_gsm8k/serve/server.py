@@ -190,7 +190,7 @@ def _server(service: Any, keeper: Any) -> Any:
 
         def handle_exit(self, sig: int, frame: Any) -> None:
             """Long polls are answered, and then it ends."""
-            service.draining = True
+            service.drain()
             super().handle_exit(sig, frame)
 
     settings = uvicorn.Config(
