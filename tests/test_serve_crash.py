@@ -96,6 +96,7 @@ def test_a_server_that_ended_goes_on_where_it_was(tiny, tmp_path, undisturbed) -
     folder, turn = tmp_path / "out", _Turn(tiny.model, tmp_path / "out")
     with turn:
         found = a_run(turn.client, STEPS, lambda step: turn.again() if step else None)
+        assert turn.client.get("status")["models"][0]["last"]["step"] == STEPS
     assert found == undisturbed
     assert len(list((folder / "models").glob("*"))) == 1  # earlier snapshots are gone
 

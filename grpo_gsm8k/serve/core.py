@@ -295,16 +295,8 @@ class Service(Ledger):
             return
         if entry.kind == "sample":
             self.totals["sampled_tokens"] += sum(len(s.token_ids) for s in result.value.sequences)
-            return
-        model = self.books.models.get(entry.owner)
-        if model is None:
-            return
-        if entry.kind == "forward_backward":
+        elif entry.kind == "forward_backward":
             self.totals["trained_tokens"] += sum(a.size for a in result.value.logprobs)
-            model.last |= result.value.metrics
-        elif entry.kind == "optim_step":
-            model.last |= result.value["metrics"]
-            model.history.append({"time": time.time(), "step": model.steps, **model.last})
 
     def refuse(self, reason: str, where: str = "") -> None:
         """Write a refusal into the log that the page shows."""

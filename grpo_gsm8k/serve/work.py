@@ -30,10 +30,11 @@ from grpo_gsm8k.serve.bodies import (
     training_job,
     unpack,
 )
-from grpo_gsm8k.serve.books import Books, Checkpoint, Entry, Kind, Model, SamplerRow, check_name, insert
+from grpo_gsm8k.serve.books import LAST, Books, Checkpoint, Entry, Kind, Model, SamplerRow, check_name, insert
 from grpo_gsm8k.serve.jobs import Refusal
 from grpo_gsm8k.serve.learn import Trained
 from grpo_gsm8k.serve.settings import ServeConfig
+from grpo_gsm8k.serve.store import put
 
 CHANGES_STATE = ("forward_backward", "optim_step", "load_weights")
 ROOM_S = 2.0  # between attempts to write to a full disk
@@ -100,7 +101,9 @@ class Workshop:
         kind, body = unpack(entry.body)
         if entry.kind == "forward_backward":
             job = training_job(kind, body)
-            return Outcome(trained.forward_backward(job), replays=not job.forward_only)
+            found = trained.forward_backward(job)
+            model.last |= found.metrics
+            return Outcome(found, replays=not job.forward_only)
         if entry.kind == "create_model":
             return Outcome({"type": "create_model", "model_id": model.id})
         sent = json.loads(body)
@@ -123,7 +126,10 @@ class Workshop:
     def _optim_step(self, sent: Any, entry: Entry, model: Model, trained: Trained) -> Outcome:
         metrics = trained.optim_step(adam_of(sent))
         model.steps = trained.steps
-        return Outcome({"metrics": metrics}, replays=True)
+        model.last |= metrics
+        model.history.append({"time": time.time(), **model.last})
+        last = dict(model.last)
+        return Outcome({"metrics": metrics}, [lambda db: put(db, LAST, model.id, last)], replays=True)
 
     def _load(self, sent: Any, entry: Entry, model: Model, trained: Trained) -> Outcome:
         found = self.books.checkpoint(str(sent.get("path")))
