@@ -14,12 +14,13 @@ from typing import Any
 import httpx
 import pytest
 
-from grpo_gsm8k.errors import CheckpointError, RunDirError
-from grpo_gsm8k.serve import server
-from tests.serve_tools import KEY, Client, Process, datum, free_port, in_process, settings
+from grpo_gsm8k.errors import CheckpointError, DiskError, RunDirError
+from grpo_gsm8k.serve import learn, server, work
+from tests.serve_tools import KEY, Client, Failed, Process, datum, free_port, in_process, settings
 
 IDS = [5, 9, 14, 7, 22, 31, 8, 40, 12, 6]
 STEPS = 4
+A_ROW = {"data": [datum(IDS)], "loss_fn": "cross_entropy"}
 
 
 class Stubborn:
@@ -71,6 +72,7 @@ def a_run(client: Client, steps: int, on_step: Any = lambda step: None, rank: in
         sent = [client.submit("forward_backward", model, **_input(part)) for part in (rows[:2], rows[2:])]
         sent.append(client.submit("optim_step", model, adam_params={"learning_rate": 3e-2}))
         told += [client.result(each) for each in sent]
+        told.append(client.train("forward", model, forward_input=_input(rows[:1])["forward_backward_input"]))
     path = client.train("save_weights_external", model, path="end")["path"]
     where = path.removeprefix("tinker://").replace("/external_weights", "/checkpoints/external_weights")
     urls = client.get(f"training_runs/{where}/external_weights_urls")["urls"]
@@ -94,6 +96,7 @@ def test_a_server_that_ended_goes_on_where_it_was(tiny, tmp_path, undisturbed) -
     folder, turn = tmp_path / "out", _Turn(tiny.model, tmp_path / "out")
     with turn:
         found = a_run(turn.client, STEPS, lambda step: turn.again() if step else None)
+        assert turn.client.get("status")["models"][0]["last"]["step"] == STEPS
     assert found == undisturbed
     assert len(list((folder / "models").glob("*"))) == 1  # earlier snapshots are gone
 
@@ -274,3 +277,56 @@ def test_forward_passes_between_updates_are_not_done_again(tiny, tmp_path):
         found = client.forward(model, [datum(IDS)])
         client.service.work.lose(model)  # type: ignore[attr-defined]  # as after a crash
         assert client.forward(model, [datum(IDS)]) == found
+
+
+def test_a_snapshot_that_finds_no_room_is_made_later(tiny, tmp_path, monkeypatch) -> None:
+    """No step fails for it; a model that has to make room for another waits until it can be written."""
+    monkeypatch.setattr(work, "ROOM_S", 0.05)
+
+    def run(folder: str, full: int) -> list[Any]:
+        with in_process(tiny.model, tmp_path / folder, max_models=1, snapshot_every=1) as client:
+            save, tries = learn.Trained.save, []
+
+            def fails_at_first(self: Any, where: Path, optimizer: bool) -> None:
+                tries.append(where)
+                if len(tries) <= full:
+                    raise DiskError(f"{where}: no space left on device")
+                save(self, where, optimizer)
+
+            monkeypatch.setattr(learn.Trained, "save", fails_at_first)
+            session = client.session()
+            models = [client.model(session, number=k) for k in range(2)]
+            found = []
+            for _ in range(2):
+                for model in models:
+                    found += [client.learn(model, [datum(IDS)]), client.step(model)]
+            monkeypatch.setattr(learn.Trained, "save", save)
+            assert len(tries) > full
+            return found
+
+    assert run("full", 4) == run("calm", 0)
+
+
+def test_a_model_is_made_again_from_its_requests(tiny, tmp_path) -> None:
+    """Also where some of them leave no gradient, or have failed: a forward pass, a mistake, a gradient of NaN."""
+
+    def run(folder: str, loses: bool) -> list[Any]:
+        with in_process(tiny.model, tmp_path / folder, snapshot_every=100) as client:
+            model, found = client.model(), []
+            service = client.service  # type: ignore[attr-defined]
+            for _ in range(2):
+                found.append(client.learn(model, [datum(IDS)]))
+                found.append(client.step(model))
+                found.append(client.train("forward", model, forward_input=_input([])["forward_backward_input"] | A_ROW))
+                with pytest.raises(Failed):
+                    client.learn(model, [datum([10**6, 3])])
+                found.append(client.learn(model, [datum(IDS[2:])]))
+                with pytest.raises(Failed, match="norm"):
+                    client.learn(model, [datum(IDS, weights=[2e37] * 9)])
+                    client.step(model)
+                found.append(client.learn(model, [datum(IDS[4:])]))
+                if loses:
+                    service.engine.call(lambda: service.work.lose(model))
+            return found
+
+    assert run("lost", True) == run("kept", False)

@@ -21,6 +21,7 @@ from grpo_gsm8k.serve.store import Store
 Kind = Literal["weights", "sampler_weights", "external_weights"]
 TYPES = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 SCHEME = "tinker://"
+LAST = "last"  # the notes with each model's last metrics
 HISTORY = 240  # points of a model's curves
 _NAME = re.compile(r"[^/\\\x00-\x1f\x7f]{1,200}")
 
@@ -128,6 +129,9 @@ class Books:
         for row in applied:
             if row["owner"] in self.models:
                 self.models[row["owner"]].applied = row["seq"] or 0
+        for model_id, last in store.notes(LAST).items():
+            if model_id in self.models:
+                self.models[model_id].last = last
         self.unborn = {
             row["owner"]: row["error"]
             for row in store.read(

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo_gsm8k.errors import DiskError
 from grpo_gsm8k.repro import derive_seed
 from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.serve import data, upkeep, watch
@@ -73,12 +74,15 @@ class Service(Ledger):
 
     def close(self) -> None:
         """End what is being done, write the models' states, and close the journal. Requests that wait are kept."""
-        self.draining = True
+        self.drain()
         self.engine.stop()
         with self._lock:
             held = list(self.work.models)
-        for model_id in held if not self.store.fault else ():
-            self.work.evict(model_id)
+        try:
+            for model_id in held if not self.store.fault else ():
+                self.work.evict(model_id)
+        except DiskError as full:  # their requests are kept, and done again at the next start
+            talk(f"models are not written to disk: {full}")
         self.store.close()
 
     def give(self, entry: Entry) -> None:
@@ -294,16 +298,8 @@ class Service(Ledger):
         if entry.kind == "sample":
             self.totals["sampled_tokens"] += sum(len(s.token_ids) for s in result.value.sequences)
             self._keep_text(entry, result.value)
-            return
-        model = self.books.models.get(entry.owner)
-        if model is None:
-            return
-        if entry.kind == "forward_backward":
+        elif entry.kind == "forward_backward":
             self.totals["trained_tokens"] += sum(a.size for a in result.value.logprobs)
-            model.last |= result.value.metrics
-        elif entry.kind == "optim_step":
-            model.last |= result.value["metrics"]
-            model.history.append({"time": time.time(), "step": model.steps, **model.last})
 
     def _keep_text(self, entry: Entry, found: SampleResult) -> None:
         """At most one sample a second, for the page."""

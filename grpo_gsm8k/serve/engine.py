@@ -16,11 +16,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from grpo_gsm8k.errors import DiskError, GrpoError, UserError
+from grpo_gsm8k.errors import DiskError, GrpoError, NonFiniteError, UserError
 from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.serve.bodies import unpack
 from grpo_gsm8k.serve.books import Entry
-from grpo_gsm8k.serve.jobs import Refusal, Result, SampledSequence, SampleJob, Table
+from grpo_gsm8k.serve.jobs import Result, SampledSequence, SampleJob, Table
 from grpo_gsm8k.serve.sampling import Decoding
 from grpo_gsm8k.serve.weights import SampleWeights
 from grpo_gsm8k.serve.work import Outcome, Workshop
@@ -66,6 +66,7 @@ class Engine:
         """End what is being done at the moment, and leave the rest to the next start."""
         with self._changed:
             self._stopping = True
+            self.work.stopping.set()
             self._changed.notify_all()
         for thread in self._threads:
             if thread.ident:
@@ -173,7 +174,7 @@ class Engine:
             outcome = task.result()
             self.finish(entry, Result(entry.kind, outcome.value), outcome, True)
         elif isinstance(error, GrpoError):
-            self.finish(entry, _failed(entry, error), Outcome(None), not isinstance(error, Refusal))
+            self.finish(entry, _failed(entry, error), Outcome(None), isinstance(error, NonFiniteError))
         else:
             self._torch.submit(self.work.lose, entry.owner).result()
             self.finish(entry, _bug(entry, error), Outcome(None), False)

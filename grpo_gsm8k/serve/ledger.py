@@ -50,6 +50,12 @@ class Ledger:
         """How a request ended, when it is on disk."""
         raise NotImplementedError
 
+    def drain(self) -> None:
+        """No new requests, and nobody waits for an old one: the server ends."""
+        self.draining = True
+        for entry in list(self._live.values()):
+            entry.done.interrupt()
+
     def recall(self) -> int:
         """Take up what the journal says is still to be done; how many requests that is."""
         ended = (

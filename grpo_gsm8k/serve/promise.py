@@ -36,6 +36,14 @@ class Promise(Generic[T]):
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there
                 loop.call_soon_threadsafe(event.set)
 
+    def interrupt(self) -> None:
+        """Whoever waits now stops waiting, as if its time were over."""
+        with self._lock:
+            waiting, self._waiting = self._waiting, {}
+        for event, loop in waiting.items():
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(event.set)
+
     async def get(self, timeout: float | None = None) -> T:
         """The value. Raises `TimeoutError` when it has not come in time."""
         event = asyncio.Event()
@@ -48,6 +56,8 @@ class Promise(Generic[T]):
             finally:
                 with self._lock:
                     self._waiting.pop(event, None)
+        if not self._done:
+            raise TimeoutError
         if self._error is not None:
             raise self._error
         return self._value  # type: ignore[return-value]

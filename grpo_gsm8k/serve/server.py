@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from grpo_gsm8k import __version__, config
-from grpo_gsm8k.errors import CheckpointError, ConfigError, GrpoError, RunDirError
+from grpo_gsm8k.errors import CheckpointError, ConfigError, RunDirError
 from grpo_gsm8k.runs.clean import printable
 from grpo_gsm8k.runs.files import disk_errors, make_folder
 from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.serve import watch
 from grpo_gsm8k.serve.settings import ServeConfig
 
 DATABASE = "journal.sqlite"
@@ -190,7 +191,7 @@ def _server(service: Any, keeper: Any) -> Any:
 
         def handle_exit(self, sig: int, frame: Any) -> None:
             """Long polls are answered, and then it ends."""
-            service.draining = True
+            service.drain()
             super().handle_exit(sig, frame)
 
     settings = uvicorn.Config(
@@ -206,8 +207,9 @@ def _server(service: Any, keeper: Any) -> Any:
 
 
 def show_status(cfg: ServeConfig) -> Mapping[str, Any]:
-    """What a running server says of itself. Raises `ConfigError` where there is none, `GrpoError` where it refuses."""
-    url = os.environ.get("TINKER_BASE_URL") or f"http://{cfg.host}:{cfg.port}"
+    """What a running server says of itself. Raises `ConfigError` where there is none, or the key is not its."""
+    named = (cfg.host, cfg.port) != (ServeConfig.host, ServeConfig.port)
+    url = (not named and os.environ.get("TINKER_BASE_URL")) or f"http://{cfg.host}:{cfg.port}"
     import urllib.error
     import urllib.request
 
@@ -215,9 +217,8 @@ def show_status(cfg: ServeConfig) -> Mapping[str, Any]:
     address = f"{url.rstrip('/')}/api/v1/status"
     try:
         with urllib.request.urlopen(urllib.request.Request(address, headers={"X-API-Key": key}), timeout=10) as answer:
-            found: Mapping[str, Any] = json.load(answer)
+            return watch.summary(json.load(answer))
     except urllib.error.HTTPError as fault:
-        raise GrpoError(f"{url}: {json.loads(fault.read()).get('detail', fault.reason)}") from None
+        raise ConfigError(f"{url}: {json.loads(fault.read()).get('detail', fault.reason)}") from None
     except (OSError, ValueError) as fault:
         raise ConfigError(f"{url}: no server answers there ({fault}); give --host and --port") from None
-    return found

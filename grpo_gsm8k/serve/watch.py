@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from grpo_gsm8k import __version__
@@ -51,4 +52,33 @@ def status(service: Service) -> dict[str, Any]:
         "refusals": list(service.refusals),
         "disk": {"free": disk.free, "fault": service.store.fault},
         "rows_independent": service.weights.sampler.rowwise,
+    }
+
+
+def summary(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A status in a few lines: `serve --status`."""
+    models = [
+        {
+            "model": model["model_id"],
+            "rank": model["rank"],
+            "steps": model["steps"],
+            "queued": model["queued"],
+            "where": "memory" if model["resident"] else "disk",
+            "loss": model["last"].get("loss:sum"),
+        }
+        for model in found["models"]
+    ]
+    refusals = [{"where": each["where"], "reason": each["reason"]} for each in found["refusals"][-5:]]
+    return {
+        "base": found["base"],
+        "version": found["version"],
+        "uptime_s": found["uptime_s"],
+        **{f"sessions_{name}": number for name, number in found["sessions"].items()},
+        **{f"waiting_{name}": number for name, number in found["queue"].items()},
+        **found["totals"],
+        "checkpoints": found["checkpoints"],
+        "disk_free_gb": found["disk"]["free"] / 1e9,
+        "disk_fault": found["disk"]["fault"] or "none",
+        "models": models,
+        "refused": refusals,
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grpo_gsm8k.errors import GrpoError
+from grpo_gsm8k.errors import DiskError, GrpoError, NonFiniteError
 from grpo_gsm8k.runs.files import atomic_folder
 from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.serve.adapters import BaseModel, ModelSpec
@@ -29,13 +30,15 @@ from grpo_gsm8k.serve.bodies import (
     training_job,
     unpack,
 )
-from grpo_gsm8k.serve.books import Books, Checkpoint, Entry, Kind, Model, SamplerRow, check_name, insert
+from grpo_gsm8k.serve.books import LAST, Books, Checkpoint, Entry, Kind, Model, SamplerRow, check_name, insert
 from grpo_gsm8k.serve.jobs import Refusal
 from grpo_gsm8k.serve.learn import Trained
 from grpo_gsm8k.serve.settings import ServeConfig
+from grpo_gsm8k.serve.store import put
 from grpo_gsm8k.trainer.policy import weights_sha256
 
 CHANGES_STATE = ("forward_backward", "optim_step", "load_weights")
+ROOM_S = 2.0  # between attempts to write to a full disk
 MOST_REPLAYED = 32  # requests for each of `--snapshot_every`
 HASH = "weights_sha256"
 """A key of a checkpoint's user_metadata that, sent with an empty text, comes back with the hash of what was saved."""
@@ -64,6 +67,7 @@ class Workshop:
         self.cfg, self.base, self.books, self.folder = cfg, base, books, folder
         self.models: OrderedDict[str, Trained] = OrderedDict()
         self.names = 0
+        self.stopping = threading.Event()
         self.snapshot_steps: dict[str, int] = {}
 
     # ------------------------------------------------------------------------------------------------ requests
@@ -81,7 +85,8 @@ class Workshop:
             if entry.seq is None:
                 self.books.unborn[model.id] = str(fault)
                 self.lose(model.id)
-            model.applied = entry.seq or 0
+            if isinstance(fault, NonFiniteError):  # an optimizer step that is refused has dropped the gradient
+                model.applied = entry.seq or 0
             raise
         model.applied = seq = entry.seq or 0
         trained = self.models.get(model.id)
@@ -89,14 +94,19 @@ class Workshop:
             return outcome
         steps = trained.steps - self.snapshot_steps.get(model.id, 0)
         if steps >= self.cfg.snapshot_every or seq - model.snapshot_seq >= MOST_REPLAYED * self.cfg.snapshot_every:
-            self._snapshot(model, trained, seq, outcome)
+            try:
+                self._snapshot(model, trained, seq, outcome)
+            except DiskError as full:
+                talk(f"{model.id}: no snapshot of its state now, its requests are kept: {full}")
         return outcome
 
     def _do(self, entry: Entry, model: Model, trained: Trained) -> Outcome:
         kind, body = unpack(entry.body)
         if entry.kind == "forward_backward":
             job = training_job(kind, body)
-            return Outcome(trained.forward_backward(job), replays=not job.forward_only)
+            found = trained.forward_backward(job)
+            model.last |= found.metrics
+            return Outcome(found, replays=not job.forward_only)
         if entry.kind == "create_model":
             return Outcome({"type": "create_model", "model_id": model.id})
         sent = json.loads(body)
@@ -119,15 +129,21 @@ class Workshop:
     def _optim_step(self, sent: Any, entry: Entry, model: Model, trained: Trained) -> Outcome:
         metrics = trained.optim_step(adam_of(sent))
         model.steps = trained.steps
-        return Outcome({"metrics": metrics}, replays=True)
+        model.last |= metrics
+        model.history.append({"time": time.time(), "step": model.steps, **model.last})
+        last = dict(model.last)
+        return Outcome({"metrics": metrics}, [lambda db: put(db, LAST, model.id, last)], replays=True)
 
     def _load(self, sent: Any, entry: Entry, model: Model, trained: Trained) -> Outcome:
         found = self.books.checkpoint(str(sent.get("path")))
         trained.load(self.folder / found.folder, optimizer=bool(sent.get("optimizer")))
         outcome = Outcome({"type": "load_weights", "path": found.path, "model_id": model.id})
         model.steps = trained.steps
-        # At once: the checkpoint may be deleted before the next snapshot is due.
-        self._snapshot(model, trained, entry.seq or 0, outcome)
+        try:  # at once: the checkpoint may be deleted before the next snapshot is due
+            self._snapshot(model, trained, entry.seq or 0, outcome)
+        except DiskError:
+            self.lose(model.id)
+            raise
         return outcome
 
     def _save(self, sent: Any, entry: Entry, trained: Trained, kind: Kind) -> Outcome:
@@ -221,7 +237,8 @@ class Workshop:
     def _replay(self, model: Model, trained: Trained) -> None:
         """Do again what is behind the snapshot, with the results that it had."""
         rows = self.books.store.read(
-            "SELECT * FROM requests WHERE owner = ? AND applied AND seq > ? AND seq <= ? ORDER BY seq",
+            "SELECT * FROM requests WHERE owner = ? AND applied AND seq > ? AND seq <= ?"
+            " AND body IS NOT NULL ORDER BY seq",
             *(model.id, model.snapshot_seq, model.applied),
         )
         for row in rows:
@@ -243,11 +260,22 @@ class Workshop:
         model.steps = trained.steps
 
     def evict(self, model_id: str) -> None:
-        """Write a model's state to disk and let go of it."""
+        """Write a model's state to disk and let go of it; on a full disk, when there is room again.
+
+        Raises:
+            DiskError: the disk is full while the server ends.
+        """
         model, trained = self.books.model(model_id), self.models[model_id]
         if model.applied > model.snapshot_seq:
             outcome = Outcome(None)
-            self._snapshot(model, trained, model.applied, outcome)
+            while True:
+                try:
+                    self._snapshot(model, trained, model.applied, outcome)
+                    break
+                except DiskError as full:
+                    if self.stopping.wait(ROOM_S):
+                        raise
+                    talk(f"{model.id}: waits for room on the disk: {full}")
             self.books.store.write(lambda db: [change(db) for change in outcome.changes], insist=True).result()
             for step in outcome.after:
                 step()
