@@ -20,7 +20,7 @@ from grpo_gsm8k.errors import DiskError, GrpoError, UserError
 from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.serve.bodies import unpack
 from grpo_gsm8k.serve.books import Entry
-from grpo_gsm8k.serve.jobs import Refusal, Result, SampledSequence, SampleJob
+from grpo_gsm8k.serve.jobs import Refusal, Result, SampledSequence, SampleJob, Table
 from grpo_gsm8k.serve.sampling import Decoding
 from grpo_gsm8k.serve.weights import SampleWeights
 from grpo_gsm8k.serve.work import Outcome, Workshop
@@ -244,6 +244,9 @@ class Engine:
 def job_of(body: bytes) -> SampleJob:
     """A sample request as `core.Service` put it into the journal."""
     sent = json.loads(body)["job"]
+    if sent.get("prompt_targets"):
+        table: dict[str, Any] = {k: None if v is None else tuple(v) for k, v in sent["prompt_targets"].items()}
+        sent["prompt_targets"] = Table(**table)
     lists = {"token_ids", "stop_ids", "stop_strings"}
     fields: dict[str, Any] = {k: tuple(v) if k in lists and v is not None else v for k, v in sent.items()}
     return SampleJob(**fields)

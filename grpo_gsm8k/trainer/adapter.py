@@ -146,7 +146,7 @@ def swapped(model: Any, other: dict[str, torch.Tensor]) -> Iterator[None]:
 def merged(cfg: ModelConfig) -> Any:
     """The adapter in `cfg.model_id` and its base as a plain model: W + (alpha / r) B A, formed in float32.
 
-    A tied model whose embedding has an adapter becomes an untied one.
+    A tied model becomes an untied one where its embedding has an adapter, or its head.
 
     Raises:
         ConfigError: there is no adapter.
@@ -163,7 +163,7 @@ def merged(cfg: ModelConfig) -> Any:
     base = load_model(replace(cfg, **named, dtype="float32"))
     with pretrained.one_line(cfg.model_id):
         model = PeftModel.from_pretrained(base, cfg.model_id)
-    if isinstance(base.get_input_embeddings(), BaseTunerLayer):
+    if any(isinstance(end, BaseTunerLayer) for end in (base.get_input_embeddings(), base.get_output_embeddings())):
         _untie(base)
     with pretrained.one_line(cfg.model_id):  # peft merges some kinds alone
         model = model.merge_and_unload(safe_merge=True)
@@ -181,8 +181,9 @@ def _probe(model: Any) -> torch.Tensor:
 
 
 def _untie(model: Any) -> None:
-    """Give the head a matrix of its own: an adapter on the embedding leaves the head as it is."""
+    """Give the head a matrix of its own: an adapter on the embedding leaves the head as it is, and the other way."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
+    head = getattr(head, "base_layer", head)
     if config.tie_word_embeddings:
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
         model.config.tie_word_embeddings = config.tie_word_embeddings = False

@@ -84,10 +84,18 @@ def read(factory: Any, where: str, revision: str = "", cache_dir: str = "", **kw
 
 
 def read_tokenizer(cfg: PromptConfig) -> Any:
-    """The tokenizer of `cfg.model_id`. Raises `ModelError` if there is none, or one that knows no text."""
+    """The tokenizer of `cfg.model_id`; of an adapter that brings none, its base's.
+
+    Raises:
+        ModelError: there is none, or one that knows no text.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = read(AutoTokenizer, cfg.model_id, cfg.revision, cfg.cache_dir)
+    where, revision = cfg.model_id, cfg.revision
+    config = adapter_config(cfg) if Path(where).is_dir() else None
+    if config and not any(config.parent.glob("*token*")):
+        where, revision = _base_of(config)
+    tokenizer = read(AutoTokenizer, where, revision, cfg.cache_dir)
     with one_line(cfg.model_id):
         ids = tokenizer("3 + 4 = 7", add_special_tokens=False)["input_ids"]
     if not set(ids) - {tokenizer.unk_token_id}:  # without its files it has special tokens alone
