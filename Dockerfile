@@ -21,11 +21,13 @@ FROM ${BASE_IMAGE} AS system
 # when it is installed would be the same in every container: each makes its own when it boots.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends ca-certificates gcc libc6-dev openssh-server tini \
+    && apt-get install -y --no-install-recommends ca-certificates gcc git libc6-dev openssh-server tini \
     && { command -v python3 >/dev/null \
          || apt-get install -y --no-install-recommends python3 python3-dev python3-venv; } \
     && rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_* \
     && python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+# Whoever owns a mounted checkout: git tells its commit, to root as to any other user.
+RUN git config --system safe.directory '*'
 # Root by default, as rented GPU machines expect. `--user 1000:1000` works as well; it has a name because sshd lets
 # nobody in without one. "*" is no password's hash: keys open these accounts, and passwords never do.
 RUN useradd --create-home --uid 1000 --shell /bin/bash trainer \
@@ -85,8 +87,8 @@ ENTRYPOINT ["tini", "--", "entrypoint.sh"]
 CMD ["grpo-gsm8k", "--help"]
 EXPOSE 22
 
-# There is no git in the image: the commit comes from outside, and run directories are named after it. Last, since
-# it changes most often.
+# There is no repository in the image: the commit comes from outside, and run directories are named after it. Last,
+# since it changes most often.
 ARG BASE_IMAGE
 ARG GIT_COMMIT=nogit
 ENV GRPO_GSM8K_COMMIT=${GIT_COMMIT}

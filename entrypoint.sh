@@ -4,7 +4,10 @@
 #   PUBLIC_KEY, SSH_PUBLIC_KEY  who may log in by ssh, a key a line; with neither no sshd runs
 #   SSHD_PORT, SSHD_ADDRESS     where sshd listens; 22, on every address
 #   GRPO_GSM8K_CHECKOUT         a mounted checkout whose code runs instead of the image's; 1: the one in /workspace
-#   HOME, TMPDIR, XDG_CACHE_HOME, HF_HOME, MPLCONFIGDIR, TRITON_CACHE_DIR, TORCHINDUCTOR_CACHE_DIR
+#   VSCODE_TUNNEL_NAME          a VS Code tunnel of this name; its log says where to log in
+#   UV_PROJECT_ENVIRONMENT      a venv of one's own, as in /workspace/.venv: the image's packages, and what is added
+#   HOME, TMPDIR, XDG_CACHE_HOME, XDG_CONFIG_HOME, HF_HOME, PIP_CACHE_DIR, GIT_CONFIG_GLOBAL, VSCODE_AGENT_FOLDER,
+#   VSCODE_CLI_DATA_DIR, MPLCONFIGDIR, TRITON_CACHE_DIR, TORCHINDUCTOR_CACHE_DIR
 #                               win where they are set
 #
 # /pre_start.sh and /post_start.sh are run where there are any, before and after sshd is started. Without a command the
@@ -14,11 +17,14 @@ set -euo pipefail
 say() { printf 'entrypoint: %s\n' "$*" >&2; }
 fail() { say "$*"; exit 2; }
 
-# Places to write, also with a read-only root file system, and for a user id that /etc/passwd does not know. Caches
-# outlive the container where a volume is mounted.
+# The volume, where one is mounted.
+volume() { if [[ -w /workspace ]] && mountpoint -q /workspace; then echo /workspace; fi; }
+
+# Places to write, also with a read-only root file system, and for a user id that /etc/passwd does not know. Caches and
+# settings outlive the container where a volume is mounted.
 find_places() {
-    local volume="" cache
-    if [[ -w /workspace ]] && mountpoint -q /workspace; then volume=/workspace; fi
+    local volume cache
+    volume="$(volume)"
     if [[ ! -w "${TMPDIR:-/tmp}" ]]; then
         [[ -n "$volume" ]] || fail "there is no place to write: mount a folder at /workspace, or add --tmpfs /tmp"
         export TMPDIR="$volume/.tmp"
@@ -29,8 +35,13 @@ find_places() {
     fi
     if [[ -n "$volume" ]] && mkdir -p "$volume/.cache" 2>/dev/null && [[ -w "$volume/.cache" ]]; then
         export XDG_CACHE_HOME="${XDG_CACHE_HOME:-$volume/.cache}"
-        export HF_HOME="${HF_HOME:-$XDG_CACHE_HOME/huggingface}"
+        export HF_HOME="${HF_HOME:-$XDG_CACHE_HOME/huggingface}" PIP_CACHE_DIR="${PIP_CACHE_DIR:-$XDG_CACHE_HOME/pip}"
+        export XDG_CONFIG_HOME="${XDG_CONFIG_HOME:-$volume/.config}"
+        export GIT_CONFIG_GLOBAL="${GIT_CONFIG_GLOBAL:-$volume/dotfiles/gitconfig}"
+        export VSCODE_AGENT_FOLDER="${VSCODE_AGENT_FOLDER:-$volume/.vscode-server}"
     fi
+    # git makes the file, and not the folder
+    [[ -z "${GIT_CONFIG_GLOBAL:-}" ]] || mkdir -p "$(dirname "$GIT_CONFIG_GLOBAL")" 2>/dev/null || true
     cache="${XDG_CACHE_HOME:-$HOME/.cache}"
     export HOME USER="${USER:-$(id -un 2>/dev/null || id -u)}"
     export MPLCONFIGDIR="${MPLCONFIGDIR:-$cache/matplotlib}" TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$cache/triton}"
@@ -52,6 +63,52 @@ use_checkout() {
     unset GRPO_GSM8K_COMMIT # the image's, not the checkout's
     say "the code is that of $folder"
     cmp -s "$folder/uv.lock" /opt/src/uv.lock || say "its uv.lock is not the image's, whose packages are used"
+}
+
+# A venv of the user's own, which outlives the container on a volume: it sees the image's packages behind its own.
+use_venv() {
+    local own="${UV_PROJECT_ENVIRONMENT:-/opt/venv}" purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
+    [[ "$own" != /opt/venv ]] || return 0
+    if [[ ! -e "$own/bin/python" ]] && ! python3 -m venv --without-pip "$own" >&2; then
+        say "no venv: $own cannot be made; the image's is used"
+        return 0
+    fi
+    if ! python3 -c "$purelib" >"$("$own/bin/python" -c "$purelib")/image.pth"; then
+        say "no venv: $own is not one of this image's Python; delete it, or name another"
+        return 0
+    fi
+    export VIRTUAL_ENV="$own" PATH="$own/bin:$PATH"
+}
+
+# Where VS Code's command line is, fetched if need be: $1 is its address.
+find_code() {
+    local folder="${XDG_CACHE_HOME:-$HOME/.cache}/vscode-cli"
+    command -v code && return 0
+    [[ -x "$folder/code" ]] || python3 - "$1" "$folder" <<'PYTHON' || return 1
+import io, sys, tarfile, urllib.request
+try:
+    with urllib.request.urlopen(sys.argv[1], timeout=60) as reply:
+        tarfile.open(fileobj=io.BytesIO(reply.read())).extract("code", sys.argv[2], filter="data")
+except (OSError, KeyError, ValueError, tarfile.TarError) as fault:
+    sys.exit(f"{type(fault).__name__}: {fault}")
+PYTHON
+    echo "$folder/code"
+}
+
+# A VS Code tunnel, where one is named. Nothing waits for it, and what keeps it away is only said. Its login is kept
+# beside the other settings.
+start_tunnel() {
+    local name="${VSCODE_TUNNEL_NAME:-}" code kind=x64
+    [[ -n "$name" ]] || return 0
+    [[ "$(uname -m)" != aarch64 ]] || kind=arm64
+    export VSCODE_CLI_DATA_DIR="${VSCODE_CLI_DATA_DIR:-${XDG_CONFIG_HOME:-$HOME/.config}/vscode-cli}"
+    {
+        if code="$(find_code "${1:-https://update.code.visualstudio.com/latest/cli-alpine-$kind/stable}")"; then
+            "$code" tunnel --accept-server-license-terms --name "$name" || say "the VS Code tunnel ended with $?"
+        else
+            say "no VS Code tunnel: there is no \`code\`, and it cannot be fetched"
+        fi
+    } </dev/null >&2 &
 }
 
 tell_device() {
@@ -126,11 +183,13 @@ main() {
     local waits="grpo-gsm8k --help"
     find_places
     use_checkout
+    use_venv
     tell_device
     run_hook /pre_start.sh
     # In a subshell: its umask is not the command's.
     if (start_sshd); then waits="sleep infinity"; fi
     run_hook /post_start.sh
+    start_tunnel
     # shellcheck disable=SC2086  # words, ours
     [[ $# -gt 0 ]] || set -- $waits
     exec "$@"

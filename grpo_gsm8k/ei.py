@@ -1,7 +1,7 @@
 """Stage 5: expert iteration. Sample, keep what is right, fine-tune on it, again (arXiv 2203.14465).
 
 Simplified on purpose: each round goes on from the current weights, its number of updates is fixed
-(`steps_per_round`), and a round in which nothing was right trains nothing and says so.
+(`steps_per_round`), and a round without a right answer prints that and trains nothing.
 
     grpo-gsm8k ei --model_id MODEL --data DIR
 """
@@ -21,40 +21,40 @@ from grpo_gsm8k.engines.trajectories import sample_trajectories
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.runs.files import read_jsonl, write_jsonl
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import doing, talk
 from grpo_gsm8k.sft import fit_step
 from grpo_gsm8k.tasks.base import load_split
 from grpo_gsm8k.tasks.render import task_of
 from grpo_gsm8k.tasks.rewards import Grader
 from grpo_gsm8k.trainer import loop
 from grpo_gsm8k.trainer.optimizer import lr_at
-from grpo_gsm8k.workbench import Bench, open_bench
+from grpo_gsm8k.workbench import Workbench, open_workbench
 
 
-def train(cfg: EiConfig, bench: Bench, prompts: Sequence[Prompt]) -> None:
-    """All rounds, each `cfg.steps_per_round` updates long."""
+def train(cfg: EiConfig, bench: Workbench, prompts: Sequence[Prompt]) -> None:
+    """Run all rounds, each of `cfg.steps_per_round` updates."""
     total = cfg.rounds * cfg.steps_per_round
     rows: list[Datum] = []
-    for step in loop.steps(bench.run, bench.learner, total, state := loop.Progress()):
+    for step in loop.steps(bench.run, bench.learner, total, state := loop.StageState()):
         started = time.perf_counter()
         done, k = divmod(step - 1, cfg.steps_per_round)
         metrics: dict[str, float] = {"progress/ei_step": step, "progress/done_frac": step / total}
-        if k == 0 or not rows:  # a round begins, or a resumed run is in the middle of one
+        if k == 0 or not rows:  # a new round, or a run that was resumed inside one
             rows, found = round_rows(cfg, bench, prompts, done, fresh=k == 0)
             metrics |= found
         if rows:
             seed = derive_seed(cfg.seed, "ei", done)
             lr, start = lr_at(step, total, cfg), done * cfg.steps_per_round
             metrics |= fit_step(cfg, bench, rows, step, lr, seed=seed, start=start)
-        metrics |= bench.validate(step, total)
+        bench.validate(step, total, metrics)
         bench.run.log(step, metrics | {"time/total": time.perf_counter() - started})
         state.note = f"round {done + 1}, {len(rows)} solutions"
 
 
 def round_rows(
-    cfg: EiConfig, bench: Bench, prompts: Sequence[Prompt], done: int, fresh: bool
+    cfg: EiConfig, bench: Workbench, prompts: Sequence[Prompt], done: int, fresh: bool
 ) -> tuple[list[Datum], dict[str, float]]:
-    """The rows of a round and its `ei/` metrics: sampled when it begins, read back when it is resumed."""
+    """The rows of a round and its `ei/` metrics: sampled at its start, or read back by a resumed run."""
     path = bench.run.path / "rounds" / f"round_{done + 1:02d}.jsonl"
     if not fresh:
         stored = [row for _, row in read_jsonl(path)] if path.stat().st_size else []
@@ -64,10 +64,11 @@ def round_rows(
     chosen = [prompts[i] for i in order[: cfg.prompts_per_round]]
     params = SamplingParams(cfg.max_new_tokens, cfg.temperature, cfg.top_p, bench.renderer.stop)
     how = {"n": cfg.samples_per_prompt, "seed": derive_seed(cfg.seed, "ei-sample", done), "context": bench.context}
-    sampled_P_G = sample_trajectories(bench.sampler, bench.renderer, chosen, params, **how)
+    with doing(f"round {done + 1}: sampling {cfg.samples_per_prompt} x {len(chosen)}"):
+        sampled_P_G = sample_trajectories(bench.sampler, bench.renderer, chosen, params, **how)
     grades_P_G = Grader(bench.renderer.task).grade(sampled_P_G)
     if any(grade.correct is None for grades in grades_P_G for grade in grades):
-        raise ConfigError(f"task {cfg.task!r} knows no right answers, which expert iteration keeps: use grpo instead")
+        raise ConfigError(f"task {cfg.task!r} has no right answers, which expert iteration keeps: use grpo instead")
     kept = [
         rollout
         for group, grades in zip(sampled_P_G, grades_P_G, strict=True)
@@ -82,7 +83,7 @@ def round_rows(
 
 
 def keep_right(cfg: EiConfig, group: Sequence[Rollout]) -> list[Rollout]:
-    """The right, finished and distinct trajectories of one prompt, at most `cfg.keep_per_problem`, as drawn."""
+    """The right, finished and distinct trajectories of one prompt, at most `cfg.keep_per_problem`, in order."""
     kept: dict[tuple[int, ...], Rollout] = {}
     for rollout in group:
         if rollout.grade.correct and rollout.trajectory.finish_reason == "stop":
@@ -105,12 +106,12 @@ def yield_metrics(kept: Sequence[Rollout], problems: int, sampled: int, done: in
 
 
 def run(cfg: EiConfig) -> dict[str, Any]:
-    """The stage as a command: load, train, return the result."""
+    """The stage as a command: load, train, and return the result."""
     task = task_of(cfg)
     if not task.has_right_answers:
-        raise ConfigError(f"task {task.spec!r} knows no right answers, which expert iteration keeps: use grpo instead")
+        raise ConfigError(f"task {task.spec!r} has no right answers, which expert iteration keeps: use grpo instead")
     examples, source = load_split(task, cfg.data, "train"), Path(cfg.data) / "train.jsonl"
-    with open_bench(cfg, "ei", {"train": source}) as bench:
+    with open_workbench(cfg, "ei", {"train": source}) as bench:
         train(cfg, bench, bench.prompts(examples, source))
         return bench.finish()
 

@@ -1,19 +1,22 @@
-"""The errors that a person may meet, and the exit code of each.
+"""The errors that users see, with their exit codes.
 
-Everything raised on purpose descends from one base, so the command line can print one clear line
-for it. Whatever is not in this tree is a bug and keeps its traceback.
+Every error that we raise on purpose descends from one base, for which the command line prints one clear line. Anything
+outside of this tree is a bug and keeps its traceback.
 
     GrpoError                   exit 1   the job failed
-    ├── UserError               exit 2   what was asked cannot be done; says what, where, and what to do
+    ├── UserError               exit 2   the request cannot be done; says what, where, and what to do
     │   ├── ConfigError                  unknown key, value of the wrong type, impossible combination
+    │   │   └── PluginError              a user's own function or class raises, or returns nonsense
     │   ├── DataError                    a file or a row of it; names the file and the line
     │   ├── ModelError                   a model that cannot be found or loaded, a prompt beyond its context
     │   ├── RunDirError                  a run directory that exists, or belongs to another config
     │   ├── CheckpointError              a checkpoint that is damaged or of another model
+    │   ├── RefusedError                 what a training service refuses, in its own words
     │   ├── DiskError                    the disk is full or cannot be written
     │   └── NonFiniteError               a loss or gradient that is not a number; the batch was kept
     ├── EngineError             exit 1   a sampling or evaluating process that fails again and again, or that
     │   │                                does not hold the weights it was given; checkpoints are good
+    │   ├── ServiceError                 a training service that cannot be reached, or fails
     │   └── JudgeError                   a judge that cannot be reached, answers nonsense, or has no budget left
     ├── LaunchError             exit 1   a rented machine that could not be had, was lost, or whose job failed
     └── Interrupted             exit 130 Ctrl-C (143 on SIGTERM); a checkpoint was written first
@@ -31,13 +34,17 @@ class GrpoError(Exception):
 
 
 class UserError(GrpoError):
-    """What was asked cannot be done, and the user can mend it."""
+    """The request cannot be done, and the user can fix that."""
 
     exit_code = 2
 
 
 class ConfigError(UserError):
     """An unknown key, a value of the wrong type, or an impossible combination."""
+
+
+class PluginError(ConfigError):
+    """A user's own reward, loss, advantage, task or sampler raises, returns nonsense, or does not return."""
 
 
 class DataError(UserError):
@@ -66,8 +73,12 @@ class CheckpointError(UserError):
     """A checkpoint that is damaged, or that belongs to another model or config."""
 
 
+class RefusedError(UserError):
+    """A training service refuses a request, and says what to change."""
+
+
 class DiskError(UserError):
-    """The disk is full or cannot be written; whatever was complete before is untouched."""
+    """The disk is full or cannot be written; complete files are untouched."""
 
 
 class NonFiniteError(UserError):
@@ -76,6 +87,10 @@ class NonFiniteError(UserError):
 
 class EngineError(GrpoError):
     """An engine process fails again and again, or does not sample from the weights that it was given."""
+
+
+class ServiceError(EngineError):
+    """A training service cannot be reached, or fails at what it accepted; its checkpoints are good."""
 
 
 class JudgeError(EngineError):

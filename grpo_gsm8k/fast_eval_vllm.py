@@ -1,5 +1,6 @@
 """Stage 7: evaluation as a command.
 
+    grpo-gsm8k eval --limit 100                                                       data fetched where there are none
     grpo-gsm8k eval --model_id MODEL --eval_path DIR/test.jsonl                       greedy accuracy
     grpo-gsm8k eval --model_id MODEL --samples 8 --temperature 1.0 --seeds 0,1,2      avg@8, pass@k, maj@k, spread
     grpo-gsm8k eval --model_id MODEL --shots 4 --shots_path DIR/train.jsonl           four worked examples first
@@ -7,11 +8,13 @@
     python -m grpo_gsm8k.fast_eval_vllm --model_id MODEL --eval_path F --limit 200    the same command
 
 The results file has one row a completion; every row carries the sha256 of the weights that wrote it. Figures and
-samples go to W&B, too, where it is on.
+samples go to W&B, too, where it is on. The command, the machine and the hashes of its inputs are kept in a folder of
+`artifacts/runs/`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import secrets
 import tempfile
@@ -20,17 +23,67 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from grpo_gsm8k.config import EvalConfig
+from grpo_gsm8k import data_prep
+from grpo_gsm8k.config import DATA, OTHER_DATA, EvalConfig
 from grpo_gsm8k.datatypes import Example, SamplingParams
-from grpo_gsm8k.errors import ConfigError, DiskError
+from grpo_gsm8k.errors import ConfigError, DataError, DiskError, UserError
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.runs import wandb_sink
-from grpo_gsm8k.runs.files import check_writable, write_json, write_jsonl
+from grpo_gsm8k.runs.directory import recorded
+from grpo_gsm8k.runs.files import check_writable, real_path, write_json, write_jsonl
 from grpo_gsm8k.runs.progress import talk
-from grpo_gsm8k.tasks.base import Task, load_examples
+from grpo_gsm8k.tasks.base import SPLITS, Task, load_examples
 from grpo_gsm8k.tasks.contamination import words
-from grpo_gsm8k.tasks.render import task_of
-from grpo_gsm8k.workbench import evaluate_model
+from grpo_gsm8k.tasks.dataset import read_manifest
+from grpo_gsm8k.tasks.render import DEFAULT_TASK, task_of
+from grpo_gsm8k.workbench import evaluate_model, settled
+
+
+def command(cfg: EvalConfig) -> dict[str, Any]:
+    """`eval`, also with nothing there: the data are fetched, the engine is chosen, and the machine is recorded.
+
+    Raises:
+        DataError: there are no data, and the hub does not give them.
+    """
+    cfg = settled(with_data(cfg))
+    with recorded(cfg, "eval", {"eval_set": Path(cfg.eval_path)}) as folder:
+        summary = run(cfg) | {"run_dir": str(folder)}
+        write_json(folder / "result.json", summary)
+    return summary
+
+
+def with_data(cfg: EvalConfig) -> EvalConfig:
+    """The config whose evaluation set is there: one of GSM8K's splits is fetched into its usual folder, or `--out_dir`.
+
+    Where `--out_dir` is the data's own folder, as in `--eval_path artifacts/gsm8k/val.jsonl --out_dir artifacts/gsm8k`,
+    results go to their usual folder instead.
+    """
+    if cfg.eval_path == EvalConfig.eval_path and not Path(cfg.eval_path).exists():
+        cfg = dataclasses.replace(cfg, eval_path=f"{OTHER_DATA}/{Path(cfg.eval_path).name}")
+    path, folder = Path(cfg.eval_path), Path(cfg.eval_path).parent
+    usual = {Path(DATA), Path(OTHER_DATA), Path(cfg.out_dir)}
+    if not path.exists() and folder in usual and path.stem in SPLITS and task_of(cfg).spec == DEFAULT_TASK:
+        fetch(cfg, path)
+    if not (folder / "manifest.json").is_file():
+        return cfg
+    reserved = read_manifest(folder).counts["val"]
+    if cfg.eval_n not in (0, reserved):
+        talk(f"--eval_n {cfg.eval_n}: {folder} has {reserved} validation problems, and stays as it is")
+    if real_path(cfg.out_dir) == real_path(folder):
+        cfg = dataclasses.replace(cfg, out_dir=EvalConfig.out_dir)
+        talk(f"{folder} holds the data; the results go to {cfg.out_dir}")
+    return cfg
+
+
+def fetch(cfg: EvalConfig, path: Path) -> None:
+    """GSM8K's three splits, in the folder of `path`. Raises `DataError` if they cannot be had."""
+    talk(f"{path} is not there: GSM8K is fetched into {path.parent}")
+    cache = Path(cfg.cache_dir) if cfg.cache_dir else None
+    try:
+        data_prep.prepare(path.parent, eval_n=cfg.eval_n or data_prep.EVAL_N, cache_dir=cache)
+    except UserError as fault:
+        how = f"make it with `grpo-gsm8k data --out_dir {path.parent}`"
+        raise DataError(path, f"does not exist; {how} ({fault})") from None
 
 
 def run(cfg: EvalConfig, results_path: Path | None = None, title: str = "eval") -> dict[str, Any]:
@@ -48,7 +101,7 @@ def run(cfg: EvalConfig, results_path: Path | None = None, title: str = "eval") 
         raise ConfigError(
             "several --samples or --seeds need --temperature above 0: greedy completions are all the same"
         )
-    task = task_of(cfg)
+    cfg, task = settled(cfg), task_of(cfg)
     task.folder = results_path.parent if results_path else Path(cfg.out_dir)
     examples = load_examples(task, cfg.eval_path)
     shots = draw_shots(cfg, task, examples)

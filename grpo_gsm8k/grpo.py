@@ -27,9 +27,9 @@ from typing import Any
 
 from grpo_gsm8k import plugins
 from grpo_gsm8k.config import GrpoConfig
-from grpo_gsm8k.datatypes import Datum, Grade, Prompt, Rollout
+from grpo_gsm8k.datatypes import Datum, Grade, Learner, Prompt, Rollout
 from grpo_gsm8k.engines.probe import sampled_datum
-from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.errors import ConfigError, PluginError
 from grpo_gsm8k.evals.diversity import diversity
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.rollout import RolloutSource, SourceState, StepTimer, rollout_metrics, sample_row
@@ -38,28 +38,27 @@ from grpo_gsm8k.tasks.base import load_split
 from grpo_gsm8k.tasks.render import task_of
 from grpo_gsm8k.tasks.rewards import Grader, make_reward
 from grpo_gsm8k.trainer import loop
-from grpo_gsm8k.trainer.batch import (
-    Batch,
+from grpo_gsm8k.trainer.data import (
     ImportanceCorrection,
-    make_batch,
     mismatch_metrics,
+    weighted,
     with_old_logprobs,
     with_ref_logprobs,
 )
+from grpo_gsm8k.trainer.estimate import estimate
 from grpo_gsm8k.trainer.losses import Objective, make_loss, unread_settings
 from grpo_gsm8k.trainer.optimizer import lr_at
-from grpo_gsm8k.trainer.plan import estimate
-from grpo_gsm8k.workbench import Bench, open_bench
+from grpo_gsm8k.workbench import Workbench, open_workbench
 
 ADVANTAGES = ("group_relative", "maxrl")
 
 
-def train(cfg: GrpoConfig, bench: Bench, prompts: Sequence[Prompt], grader: Grader) -> None:
+def train(cfg: GrpoConfig, bench: Workbench, prompts: Sequence[Prompt], grader: Grader) -> None:
     """The algorithm. Everything that it needs is handed in, so a test can hand it toys."""
     check(cfg)
     with closing(RolloutSource(cfg, bench, prompts, grader)) as source:
-        progress = Progress(source)
-        for step in loop.steps(bench.run, bench.learner, cfg.steps, progress):
+        state = GrpoState(source)
+        for step in loop.steps(bench.run, bench.learner, cfg.steps, state):
             timer = StepTimer(bench.sampler)
             sampled, metrics = source.take(step)
             timer.restart()  # the source has timed itself
@@ -72,33 +71,33 @@ def train(cfg: GrpoConfig, bench: Bench, prompts: Sequence[Prompt], grader: Grad
                 source.settle()
                 bench.run.samples(step, (sample_row(bench, r, k) for k, group in enumerate(groups) for r in group))
                 metrics |= diversity([[r.trajectory.token_ids for r in group] for group in groups])
-            metrics |= bench.validate(step, cfg.steps)
+            bench.validate(step, cfg.steps, metrics)
             timer.lap("eval")
             metrics |= {"progress/grpo_step": step, "progress/done_frac": step / cfg.steps}
             bench.run.log(step, metrics | timer.metrics(metrics["time/wait"]))
-            progress.said = diagnosis.announce(bench.run.history(), vars(cfg), progress.said)
-            progress.note = f"reward {metrics['reward/mean']:.3f}, {metrics['length/mean']:.0f} tokens"
+            state.said = diagnosis.announce(bench.run.history(), vars(cfg), state.said)
+            state.note = f"reward {metrics['reward/mean']:.3f}, {metrics['length/mean']:.0f} tokens"
 
 
-class Progress(loop.Progress):
-    """What the steps carry along: findings already voiced, and where the source of rollouts stands."""
+class GrpoState(loop.StageState):
+    """What a checkpoint stores besides the weights: the findings printed so far, and the rollout source's state."""
 
     def __init__(self, source: RolloutSource) -> None:
         self.source, self.note = source, ""
         self.said: list[str] = []
 
     def as_json(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """As JSON, for a checkpoint."""
         return {"note": self.note, "said": self.said, "source": self.source.state().as_json()}
 
     def restore(self, stored: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore what `as_json` returned."""
         self.note, self.said = stored["note"], stored["said"]
         self.source.restore(SourceState.of_json(stored["source"], self.source.prompts))
 
 
 def check(cfg: GrpoConfig) -> None:
-    """Refuse settings that cannot mean what they say. Raises `ConfigError`."""
+    """Refuse settings that contradict each other. Raises `ConfigError`."""
     if cfg.rollouts_per_step % cfg.group_size:
         raise ConfigError(
             f"rollouts_per_step = {cfg.rollouts_per_step} must be a multiple of group_size = {cfg.group_size}"
@@ -111,7 +110,7 @@ def check(cfg: GrpoConfig) -> None:
     if cfg.advantage == "maxrl" and cfg.overlong_buffer:
         raise ConfigError("advantage maxrl needs rewards that are not negative: leave overlong_buffer at 0")
     if relative and cfg.baseline == "none" and cfg.std_norm:
-        raise ConfigError("baseline none with std_norm divides plain rewards by a deviation near 0; pass --no-std-norm")
+        raise ConfigError("baseline none with std_norm divides plain rewards by a deviation near 0; pass --no_std_norm")
     if cfg.top_p < 1:
         raise ConfigError("top_p < 1 truncates what is sampled, so ratios would be wrong; use top_p = 1")
     if cfg.temperature <= 0:
@@ -119,7 +118,9 @@ def check(cfg: GrpoConfig) -> None:
     if cfg.importance_correction != "none" and cfg.old_logprobs != "recompute":
         raise ConfigError("importance_correction needs the trainer's own log-probabilities: old_logprobs = recompute")
     if objective_of(cfg).loss.supervised:
-        raise ConfigError(f"loss {cfg.loss!r} knows no advantages: it is for fine-tuning, and GRPO would learn nothing")
+        raise ConfigError(
+            f"loss {cfg.loss!r} does not use advantages: it is for fine-tuning, and GRPO would learn nothing"
+        )
     if unread := unread_settings(cfg.loss, vars(cfg), vars(GrpoConfig())):
         raise ConfigError(f"{unread[0]} = {getattr(cfg, unread[0])}: --loss {cfg.loss} does not read it; leave it out")
     if cfg.kl_coef and cfg.kl_estimator == "k1" and not cfg.kl_bias_correction:
@@ -130,7 +131,7 @@ def check(cfg: GrpoConfig) -> None:
 
 
 def with_advantages(cfg: GrpoConfig, groups: Sequence[Sequence[Rollout]]) -> list[list[Rollout]]:
-    """Each rollout's reward relative to its own group's."""
+    """Set each rollout's advantage, from the grades of its group."""
     found = []
     for group in groups:
         values = advantages_of(cfg, [rollout.grade for rollout in group])
@@ -139,10 +140,10 @@ def with_advantages(cfg: GrpoConfig, groups: Sequence[Sequence[Rollout]]) -> lis
 
 
 def advantages_of(cfg: GrpoConfig, grades_G: Sequence[Grade]) -> list[float]:
-    """What each completion of a group is credited with, as `--advantage` says.
+    """The advantage of each completion of a group, as `--advantage` defines it.
 
     Raises:
-        ConfigError: the user's own function fails, or returns something other than a finite number for each.
+        PluginError: the user's own function fails, or returns something other than a finite number for each.
     """
     rewards_G = [grade.reward for grade in grades_G]
     if cfg.advantage == "group_relative":
@@ -153,14 +154,14 @@ def advantages_of(cfg: GrpoConfig, grades_G: Sequence[Grade]) -> list[float]:
     with plugins.calling(what):
         found = [float(value) for value in own(grades_G)]
     if len(found) != len(grades_G) or not all(map(math.isfinite, found)):
-        raise ConfigError(
+        raise PluginError(
             f"{what}: returned {str(found)[:80]} for rewards {str(rewards_G)[:80]}; must be as many numbers"
         )
     return found
 
 
 def maxrl_advantages(rewards_G: Sequence[float]) -> list[float]:
-    """r / mean - 1 (MaxRL, arXiv 2602.02710): the rarer a right answer, the more it counts, as in log-likelihood."""
+    """r / mean - 1 (MaxRL, arXiv 2602.02710): a right answer counts more the rarer it is, as in log-likelihood."""
     mean = statistics.fmean(rewards_G)
     if min(rewards_G) < 0:
         raise ConfigError(f"advantage maxrl divides by a group's mean: rewards must not be negative ({min(rewards_G)})")
@@ -188,30 +189,30 @@ def group_advantages(
 
 
 def datum(cfg: GrpoConfig, rollout: Rollout) -> Datum | None:
-    """The sampled ids with their mask and log-probabilities; None for a cut trajectory that is to be left out."""
+    """The row to train on; None for a truncated trajectory under `--mask_truncated`."""
     if cfg.mask_truncated and rollout.trajectory.finish_reason == "length":
         return None
     return sampled_datum(rollout.trajectory, rollout.advantage)
 
 
-def update(cfg: GrpoConfig, bench: Bench, rows: Sequence[Datum], step: int) -> dict[str, float]:
+def update(cfg: GrpoConfig, bench: Workbench, rows: Sequence[Datum], step: int) -> dict[str, float]:
     """`epochs` passes of `minibatches` optimizer steps over the step's rollouts; means over them.
 
-    `mismatch/` is of the first update, where the weights are still those that sampled: whatever differs there
-    differs between sampler and trainer.
+    `mismatch/` is measured at the first update, where the weights are still those that sampled: any difference is one
+    between sampler and trainer.
     """
-    if not rows:  # every completion was cut, and cut ones are masked
+    if not rows:  # every completion was truncated, and `--mask_truncated` leaves them out
         return {}
     objective, lr = objective_of(cfg), lr_at(step, cfg.steps, cfg)
-    batch, mismatch = whole_batch(cfg, bench, rows, step)
-    updates = minibatches(cfg, batch, step)
+    data, mismatch = whole_pass(cfg, bench.learner, rows, step)
+    updates = minibatches(cfg, data, step)
     history = [loop.update(bench.run, bench.learner, part, objective, lr, step) for part in updates]
     mean = {key: statistics.fmean(metrics[key] for metrics in history) for key in history[0]}
     return mean | {key: value for key, value in history[0].items() if key.startswith("mismatch/")} | mismatch
 
 
 def objective_of(cfg: GrpoConfig) -> Objective:
-    """The loss and its terms. Raises `ConfigError` where the loss is not there, or refuses its settings."""
+    """The loss and its terms. Raises `ConfigError` for an unknown loss, or one that refuses its settings."""
     return Objective(
         loss=make_loss(cfg.loss, vars(cfg) | {"clip_eps_high": cfg.clip_eps_high or cfg.clip_eps}),
         temperature=cfg.temperature,
@@ -224,59 +225,56 @@ def objective_of(cfg: GrpoConfig) -> Objective:
     )
 
 
-def whole_batch(cfg: GrpoConfig, bench: Bench, rows: Sequence[Datum], step: int) -> tuple[Batch, dict[str, float]]:
-    """All rows of a step, and how far apart sampler and trainer were, where that was looked at.
+def whole_pass(
+    cfg: GrpoConfig, learner: Learner, rows: Sequence[Datum], step: int
+) -> tuple[list[Datum], dict[str, float]]:
+    """All rows of a step, shuffled and weighted; and the `mismatch/` metrics if a frozen pass measured them.
 
-    The loss weights are those of the whole pass: a row weighs the same in whichever minibatch it comes to stand. Old
-    log-probabilities never change between the updates: that is what the clip is for.
+    The loss weights are set over the whole pass, so a row weighs the same in any minibatch. The old log-probabilities
+    stay the same between the updates: the clip is for that.
     """
     order = shuffled(len(rows), derive_seed(cfg.seed, "minibatches", step))
-    chosen = [rows[r] for r in order]
-    batch = make_batch(chosen, bench.renderer.pad_id, cfg.aggregation, cfg.max_new_tokens)
-    assert all(  # what is trained is what was sampled
-        tuple(batch.targets[b, :n].tolist()) == row.token_ids[1:]
-        for b, (n, row) in enumerate(zip(batch.lengths, chosen, strict=True))
-    )
+    data = weighted([rows[r] for r in order], cfg.aggregation, cfg.max_new_tokens)
     mismatch: dict[str, float] = {}
     if cfg.frozen_pass:  # before the first update moves the weights
-        frozen = bench.learner.logprobs(batch, cfg.temperature)
+        frozen = learner.logprobs(data, cfg.temperature)
         correction = objective_of(cfg).correction
-        mismatch = mismatch_metrics([batch], [frozen], correction)
-        batch = with_old_logprobs(batch, frozen, correction)
+        mismatch = mismatch_metrics(data, frozen, correction)
+        data = with_old_logprobs(data, frozen, correction)
     if cfg.kl_coef:
-        batch = with_ref_logprobs(batch, bench.learner.reference_logprobs(batch, cfg.temperature))
-    return batch, mismatch
+        data = with_ref_logprobs(data, learner.reference_logprobs(data, cfg.temperature))
+    return data, mismatch
 
 
-def minibatches(cfg: GrpoConfig, batch: Batch, step: int) -> Iterator[Batch]:
-    """The updates of a step: `minibatches` a pass, or as many as there are rows, each pass in an order of its own.
+def minibatches(cfg: GrpoConfig, data: Sequence[Datum], step: int) -> Iterator[list[Datum]]:
+    """The updates of a step: `minibatches` per pass, or as many as there are rows, reshuffled in each pass.
 
-    Their sizes differ by one at most, and their weights are multiplied by their number, so that the mean over a pass is
-    the loss of the whole batch.
+    Their sizes differ by one at most. Their weights are multiplied by their number, so the mean of their losses is the
+    loss of the whole pass.
     """
-    parts = min(cfg.minibatches, len(batch))
+    parts = min(cfg.minibatches, len(data))
+    scaled = [replace(row, weights=tuple(weight * parts for weight in row.weights)) for row in data]
     for epoch in range(cfg.epochs):
-        order: Sequence[int] = range(len(batch))  # of the first pass: `whole_batch` has shuffled
+        order: Sequence[int] = range(len(data))  # of the first pass: `whole_pass` has shuffled
         if epoch:
-            order = shuffled(len(batch), derive_seed(cfg.seed, "minibatches", step, epoch))
-        ends = [-(-len(batch) * k // parts) for k in range(parts + 1)]
+            order = shuffled(len(data), derive_seed(cfg.seed, "minibatches", step, epoch))
+        ends = [-(-len(data) * k // parts) for k in range(parts + 1)]
         for start, end in pairwise(ends):
-            part = batch.select(order[start:end])
-            yield replace(part, weights=part.weights * parts)
+            yield [scaled[i] for i in order[start:end]]
 
 
 # ------------------------------------------------------------------------------------------------ the command
 
 
 def run(cfg: GrpoConfig) -> dict[str, Any]:
-    """The stage as a command: load, train, return the result."""
+    """The stage as a command: load, train, and return the result."""
     check(cfg)
     if cfg.estimate:
         return estimate(cfg, cfg.estimate)
     source, task = Path(cfg.data) / "train.jsonl", task_of(cfg)
     examples, reward = load_split(task, cfg.data, "train"), make_reward(cfg.reward)
     buffer = round(cfg.overlong_buffer * cfg.max_new_tokens)
-    with open_bench(cfg, "grpo", {"train": source}, overlaps=cfg.mode == "one_step_off") as bench:
+    with open_workbench(cfg, "grpo", {"train": source}, overlaps=cfg.mode == "one_step_off") as bench:
         grader = Grader(bench.renderer.task, reward, (cfg.max_new_tokens, buffer) if buffer else None)
         train(cfg, bench, bench.prompts(examples, source), grader)
         return bench.finish()

@@ -10,58 +10,91 @@ same kind of folder. From there on it is a model folder and three files like any
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from grpo_gsm8k import config, ei, fast_eval_vllm, grpo, report, sft
+from grpo_gsm8k import config
 from grpo_gsm8k.config import STAGES, EvalConfig, PipelineConfig, TinyModelConfig, ToyConfig
 from grpo_gsm8k.datatypes import Example
 from grpo_gsm8k.errors import ConfigError, DataError, RunDirError
-from grpo_gsm8k.evals.accuracy import read_results
-from grpo_gsm8k.evals.stats import compare
 from grpo_gsm8k.repro import derive_seed, shuffled
+from grpo_gsm8k.runs import lock
 from grpo_gsm8k.runs.directory import RUNS, new_path
-from grpo_gsm8k.runs.files import read_json, sha256_file, write_json
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.files import disk_errors, make_folder, read_json, sha256_file, write_json
+from grpo_gsm8k.runs.progress import doing, part, talk
 from grpo_gsm8k.tasks.base import SPLITS, Task, load_examples, load_split
 from grpo_gsm8k.tasks.dataset import verify, write_splits
 from grpo_gsm8k.tasks.render import task_of
-from grpo_gsm8k.trainer.ranks import world
 
-TRAINERS: dict[str, Callable[[Any], dict[str, Any]]] = {"sft": sft.run, "ei": ei.run, "grpo": grpo.run}
+Resolve = Callable[[str, Mapping[str, Any]], Any]  # section and flags → that stage's config
+
+STORED = "pipeline_config.json"
+TRAINERS = ("sft", "ei", "grpo")
+WHAT = {
+    "base": "base  is evaluated as it is",
+    "sft": "SFT   imitates worked solutions",
+    "ei": "EI    learns its own right answers",
+    "grpo": "GRPO  reinforces what beats its group",
+}
 
 
 def run(cfg: PipelineConfig, config_file: Path | None = None, sets: Sequence[str] = ()) -> dict[str, Any]:
     """All stages up to `cfg.stop_after`; returns what the command prints."""
     if cfg.stop_after and cfg.stop_after not in STAGES:
         raise ConfigError(f"--stop_after {cfg.stop_after!r}: must be one of {', '.join(STAGES)}")
-    if world().size > 1:
-        raise ConfigError("torchrun starts one stage at a time: sft, ei or grpo; the pipeline runs in one process")
     resolve = _resolver(cfg, config_file, sets)
     for section in (*TRAINERS, "eval", "toy", "tiny_model"):
         resolve(section, {})  # a mistake in a recipe shows before any work is done
-    grpo.check(resolve("grpo", {}))
-    folder = _open(cfg, sets)
-    before = _stored(folder)
-    began = time.monotonic() - before.get("seconds", 0.0)
     first = resolve("sft", {"model_id": cfg.model_id} if cfg.model_id else {})
-    task, model, given = task_of(first), first.model_id, cfg.data or first.data
+    if first.learner == "tinker" and not first.model_id:
+        raise ConfigError("--learner tinker: a training service has models of its own; name one with --model_id")
+    task = task_of(first)
     planned = [stage for stage in STAGES if stage != "ei" or task.has_right_answers]
     if cfg.stop_after and cfg.stop_after not in planned:
         raise ConfigError(f"--stop_after {cfg.stop_after}: task {task.spec!r} has the stages {', '.join(planned)}")
-    data = Path(given) if given else make_data(task, folder / "data", resolve("toy", {}), cfg.seed)
-    if data.is_file():
-        data = split_file(task, data, folder / "data", cfg.seed)
-    if (data / "manifest.json").is_file():
-        verify(data, task)
-    examples = {split: load_split(task, data, split) for split in SPLITS}
-    if not model:
-        model = str(make_tiny(folder / "model", resolve("tiny_model", {}), task, examples["train"], cfg.seed))
+    planned = planned[: planned.index(cfg.stop_after) + 1] if cfg.stop_after else planned
+    folder = _folder(cfg, sets)
+    announce(folder, planned)
+    _check(resolve)
+    with _opened(folder, cfg, sets):
+        return _stages(cfg, folder, planned, resolve)
+
+
+def announce(folder: Path, stages: Sequence[str]) -> None:
+    """Say where the pipeline works and what it will do, before anything that takes time."""
+    talk(f"working in {folder}")
+    for number, stage in enumerate(stages, 1):
+        talk(f" {number} {WHAT[stage]}")
+    talk("each is evaluated on the test split,\nand report.html shows them all")
+
+
+def _check(resolve: Resolve) -> None:
+    """Refuse what a later stage would refuse. It imports torch, which takes seconds."""
+    with doing("importing torch and transformers"):
+        from grpo_gsm8k import grpo
+        from grpo_gsm8k.trainer.ranks import world
+    if world().size > 1:
+        raise ConfigError("torchrun starts one stage at a time: sft, ei or grpo; the pipeline runs in one process")
+    grpo.check(resolve("grpo", {}))
+
+
+def _stages(cfg: PipelineConfig, folder: Path, planned: Sequence[str], resolve: Resolve) -> dict[str, Any]:
+    """Data, model, then stage after stage; `pipeline.json` is written after each."""
+    from grpo_gsm8k import report
+
+    before = _stored(folder)
+    began = time.monotonic() - before.get("seconds", 0.0)
+    first = resolve("sft", {"model_id": cfg.model_id} if cfg.model_id else {})
+    task = task_of(first)
+    with doing("preparing data and model"):
+        data, model = _prepare(cfg, folder, task, first, resolve)
     result: dict[str, Any] = {
         "run_dir": str(folder),
         "data": str(data),
@@ -71,23 +104,36 @@ def run(cfg: PipelineConfig, config_file: Path | None = None, sets: Sequence[str
     }
     result |= {"model_id": model, "seconds": 0.0, "stages": [], "comparisons": []}
     finished = before.get("stages", [])
-    for stage in planned:
+    for number, stage in enumerate(planned, 1):
         started = time.monotonic()
-        if stage in TRAINERS:
-            flags = {"model_id": model, "data": str(data), "out_dir": str(folder / stage), "resume": True}
-            trained = TRAINERS[stage](resolve(stage, flags | {"max_steps": cfg.max_steps}))
-            model = trained["model"]
-        row = evaluate_stage(stage, model, data, folder, resolve)
+        with part(number, len(planned)), doing(stage):
+            if stage in TRAINERS:
+                flags = {"model_id": model, "data": str(data), "out_dir": str(folder / stage), "resume": True}
+                model = train_stage(stage, resolve(stage, flags | {"max_steps": cfg.max_steps}))
+            row = evaluate_stage(stage, model, data, folder, resolve)
         result["stages"].append(row | {"seconds": _stage_seconds(before, row, started)})
         result["comparisons"] = comparisons(result["stages"])
         result["seconds"] = round(time.monotonic() - began, 1)
         if len(result["stages"]) > len(finished) or result["stages"] != finished[: len(result["stages"])]:
             write_json(folder / "pipeline.json", result)  # never shorter than it was: a kill must not lose a stage
-        talk(f"{stage}: {_outcome(row)}")
-        if stage == cfg.stop_after:
-            break
-    result["report"] = str(report.write_report([folder]))
+        talk(f"{number}/{len(planned)} {stage}: {_outcome(row)}")
+    with doing("writing the report"):
+        result["report"] = str(report.write_report([folder]))
     return result
+
+
+def _prepare(cfg: PipelineConfig, folder: Path, task: Task, first: Any, resolve: Resolve) -> tuple[Path, str]:
+    """The data folder and the model to start from, made where none are named."""
+    given = cfg.data or first.data
+    data = Path(given) if given else make_data(task, folder / "data", resolve("toy", {}), cfg.seed)
+    if data.is_file():
+        data = split_file(task, data, folder / "data", cfg.seed)
+    if (data / "manifest.json").is_file():
+        verify(data, task)
+    examples = {split: load_split(task, data, split) for split in SPLITS}
+    if first.model_id:
+        return data, first.model_id
+    return data, str(make_tiny(folder / "model", resolve("tiny_model", {}), task, examples["train"], cfg.seed))
 
 
 def make_data(task: Task, folder: Path, cfg: ToyConfig, seed: int) -> Path:
@@ -134,23 +180,32 @@ def texts_of(task: Task, example: Example) -> list[str]:
 
 
 def _outcome(row: Mapping[str, Any]) -> str:
-    """A stage's result in one line."""
+    """A stage's result and its 95 % interval in one line."""
     low, high = row["ci95"]
     if row["accuracy"] is None:
-        return f"mean reward {row['reward']:.3f} on {row['n']} test examples (95 % {low:.3f} to {high:.3f})"
-    return f"{row['accuracy']:.1%} right on {row['n']} test problems (95 % {low:.1%} to {high:.1%})"
+        return f"reward {row['reward']:.3f} ({low:.3f}–{high:.3f})"
+    return f"{100 * row['accuracy']:.1f} % right ({100 * low:.1f}–{100 * high:.1f})"
 
 
-def evaluate_stage(
-    stage: str, model: str, data: Path, folder: Path, resolve: Callable[[str, Mapping[str, Any]], Any]
-) -> dict[str, Any]:
+def train_stage(stage: str, cfg: Any) -> str:
+    """Run a training stage, or what is left of it; returns the folder of its model."""
+    run: Callable[[Any], dict[str, Any]] = importlib.import_module(f"grpo_gsm8k.{stage}").run
+    model: str = run(cfg)["model"]
+    return model
+
+
+def evaluate_stage(stage: str, model: str, data: Path, folder: Path, resolve: Resolve) -> dict[str, Any]:
     """Greedy accuracy of a stage's model on the test split; read back if these weights were evaluated before."""
+    from grpo_gsm8k import fast_eval_vllm
+
     results = folder / "evals" / f"{stage}.jsonl"
     summary_path = results.with_suffix(".json")
     cfg: EvalConfig = resolve("eval", {"model_id": model, "eval_path": str(data / "test.jsonl")})
     if summary_path.is_file() and read_json(summary_path)["model_id"] == model:
         summary = read_json(summary_path)
     else:
+        if cfg.engine == "auto" and resolve("sft", {}).learner == "tinker":  # unless asked otherwise, as the stages do
+            cfg = replace(cfg, engine="tinker")
         summary = fast_eval_vllm.run(cfg, results, f"{stage}: test")
     keys = (
         "accuracy",
@@ -168,6 +223,9 @@ def evaluate_stage(
 
 def comparisons(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Each stage against the one before it, and the last against SFT, paired over the test problems."""
+    from grpo_gsm8k.evals.accuracy import read_results
+    from grpo_gsm8k.evals.stats import compare
+
     if any(stage["accuracy"] is None for stage in stages):
         return []  # nothing is right or wrong
     pairs = list(pairwise(stages))
@@ -180,53 +238,91 @@ def comparisons(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _resolver(
-    cfg: PipelineConfig, config_file: Path | None, sets: Sequence[str]
-) -> Callable[[str, Mapping[str, Any]], Any]:
+def _resolver(cfg: PipelineConfig, config_file: Path | None, sets: Sequence[str]) -> Resolve:
     """Section and flags → that stage's config, with the pipeline's own settings laid over the preset."""
-    scoped = [item for item in sets if "." in item.partition("=")[0]]
-    if plain := [item for item in sets if item not in scoped]:
+    if plain := [item for item in sets if "." not in item.partition("=")[0]]:
         raise ConfigError(f"--set {plain[0]}: say which stage, as in --set grpo.{plain[0]}")
 
     def resolve(section: str, flags: Mapping[str, Any]) -> Any:
-        own: dict[str, Any] = {}
-        if section in (*TRAINERS, "eval"):
-            own = {"seed": cfg.seed, "deterministic": cfg.deterministic} | (
-                {"engine": cfg.engine} if cfg.engine else {}
-            )
-            own |= {"task": cfg.task} if cfg.task else {}
-        return config.resolve(
-            section, preset=cfg.preset, config_file=config_file, flags={**own, **flags}, sets=scoped, task=cfg.task
-        )
+        return config.resolve(section, **_given(section, cfg, config_file, sets, flags))
 
     return resolve
 
 
-def _open(cfg: PipelineConfig, sets: Sequence[str]) -> Path:
-    """The pipeline's folder: new, or with `--resume` the one of the same settings."""
-    mine = {**vars(replace(cfg, resume=False, stop_after="", max_steps=0, out_dir="")), "set": list(sets)}
+def _given(
+    section: str, cfg: PipelineConfig, config_file: Path | None, sets: Sequence[str], flags: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The layers of a stage, as `config.resolve` takes them."""
+    own: dict[str, Any] = {}
+    if section in (*TRAINERS, "eval"):
+        own = {"seed": cfg.seed, "deterministic": cfg.deterministic} | ({"engine": cfg.engine} if cfg.engine else {})
+        own |= {name: value for name in ("task", "base_url") if (value := getattr(cfg, name))}
+    if section in TRAINERS:
+        own |= {"learner": cfg.learner} if cfg.learner != "torch" else {}
+        own |= {"lora_rank": cfg.lora_rank} if cfg.lora_rank else {}
+    how = {"preset": cfg.preset, "config_file": config_file, "sets": sets, "task": cfg.task}
+    return {**how, "flags": {**own, **flags}}
+
+
+def explain(section: str, flags: Mapping[str, Any], config_file: Path | None, sets: Sequence[str]) -> config.Explained:
+    """A stage's config and the layer of each value, as a pipeline with these flags begins it.
+
+    Models and data that the pipeline makes, and the folders below its own, are not known before it runs.
+    """
+    cfg = config.build(PipelineConfig, flags)
+    _resolver(cfg, config_file, sets)
+    first = {key: flags[key] for key in ("model_id", "data", "max_steps") if flags.get(key) and section in TRAINERS}
+    settings, origin = config.explain(section, **_given(section, cfg, config_file, sets, first))
+    unasked = {name for name in ("seed", "deterministic") if name not in flags and name in origin}
+    return settings, origin | dict.fromkeys(unasked, ("default", "of the pipeline"))
+
+
+def _settings(cfg: PipelineConfig, sets: Sequence[str]) -> dict[str, Any]:
+    """What a continued pipeline is held to."""
+    runtime: dict[str, Any] = {"resume": False, "stop_after": "", "max_steps": 0, "out_dir": "", "base_url": ""}
+    return {**vars(replace(cfg, **runtime)), "set": list(sets)}
+
+
+def _folder(cfg: PipelineConfig, sets: Sequence[str]) -> Path:
+    """Where the pipeline works: a new folder, or with `--resume` the one of the same settings. Nothing is made yet."""
+    mine = _settings(cfg, sets)
     folder = Path(cfg.out_dir) if cfg.out_dir else _unfinished(mine) if cfg.resume else new_path()
-    stored = folder / "pipeline_config.json"
-    if folder.exists() and not folder.is_dir():
-        raise RunDirError(f"{folder}: is a file, not a folder")
-    begun = folder.is_dir() and any(path != stored for path in folder.iterdir())
-    if begun and not stored.is_file():
+    with disk_errors(folder):
+        if folder.exists() and not folder.is_dir():
+            raise RunDirError(f"{folder}: is a file, not a folder")
+        lock.refuse_if_held(folder)
+        begun = _begun(folder)
+    if begun and not (folder / STORED).is_file():
         raise RunDirError(f"{folder}: is not empty and holds no pipeline; pick another --out_dir")
     if begun and not cfg.resume:
         raise RunDirError(f"{folder}: exists already; pass --resume to continue it, or another --out_dir")
-    if begun:
-        before = read_json(stored)
+    return folder
+
+
+def _begun(folder: Path) -> bool:
+    """Whether it holds more than a pipeline that has not begun."""
+    return folder.is_dir() and any(path.name not in (STORED, lock.NAME) for path in folder.iterdir())
+
+
+@contextmanager
+def _opened(folder: Path, cfg: PipelineConfig, sets: Sequence[str]) -> Iterator[None]:
+    """The pipeline's folder, locked, with its settings in it."""
+    mine, stored = _settings(cfg, sets), folder / STORED
+    make_folder(folder)
+    with lock.hold(folder, "pipeline"):
+        begun = _begun(folder)
+        before = read_json(stored) if begun else mine
         changed = [f"{k}: {before.get(k)!r} then, {v!r} now" for k, v in mine.items() if before.get(k) != v]
         if changed:
             raise RunDirError(f"{folder}: was begun differently ({'; '.join(changed)}); pick another --out_dir")
-    else:
-        write_json(stored, mine)
-    return folder
+        if not begun:
+            write_json(stored, mine)
+        yield
 
 
 def _unfinished(mine: Mapping[str, Any]) -> Path:
     """The newest pipeline of these settings that has not ended; a new folder when there is none."""
-    for stored in sorted(RUNS.glob("*/pipeline_config.json"), reverse=True):
+    for stored in sorted(RUNS.glob(f"*/{STORED}"), reverse=True):
         result = stored.with_name("pipeline.json")
         ended = result.is_file() and [row["name"] for row in read_json(result)["stages"]][-1:] == [STAGES[-1]]
         if read_json(stored) == mine and not ended:

@@ -1,6 +1,6 @@
-"""A user's own code: `package.module:name` found and called, its faults told in one line.
+"""Loads and calls a user's own code, named `package.module:name`, and turns its exceptions into one line.
 
-Rewards, losses, advantages and tasks are named this way on the command line.
+Rewards, losses, advantages, tasks and samplers are named this way on the command line.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from grpo_gsm8k.errors import ConfigError, GrpoError
+from grpo_gsm8k.errors import ConfigError, GrpoError, PluginError
 
 
 def load_object(spec: str, kind: str, known: Iterable[str] = ()) -> Any:
-    """What `spec`, `package.module:name`, names. The current directory is searched, too.
+    """The object that `spec`, `package.module:name`, names. The current directory is searched, too.
 
     Args:
-        kind: what is being named, for the error: "reward", "loss", …
-        known: the names of those that the package has itself.
+        kind: for the error message: "reward", "loss", …
+        known: the package's own names of this kind.
 
     Raises:
-        ConfigError: there is no such module or name in it, or the module raises on import.
+        ConfigError: the module or the name does not exist, or the import raises.
     """
     module_name, colon, name = spec.partition(":")
     if not colon or not module_name or not name:
@@ -34,11 +34,11 @@ def load_object(spec: str, kind: str, known: Iterable[str] = ()) -> Any:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{kind} {spec!r}: must be {', '.join([*names, 'or package.module:name'])}{hint}")
     here = str(Path.cwd())
-    if here not in sys.path:  # the user's module lies where the command was typed
+    if here not in sys.path:  # users keep the module in the directory where they type the command
         sys.path.insert(0, here)
     if not all(part.isidentifier() for part in module_name.split(".")) or module_name.endswith(".py"):
         dotted = module_name.removesuffix(".py").replace("/", ".").strip(".")
-        raise ConfigError(f"{kind} {spec!r}: {module_name!r} is no module name; write {dotted}:{name}")
+        raise ConfigError(f"{kind} {spec!r}: {module_name!r} is not a module name; write {dotted}:{name}")
     try:
         with calling(f"{kind} {spec!r}", ModuleNotFoundError):
             module = importlib.import_module(module_name)
@@ -60,29 +60,29 @@ def load_object(spec: str, kind: str, known: Iterable[str] = ()) -> Any:
 
 
 def is_users(spec: str) -> bool:
-    """Whether a name is of a user's own code."""
+    """Whether a name points to a user's own code."""
     return ":" in spec
 
 
 @contextmanager
 def calling(what: str, *passed: type[Exception]) -> Iterator[None]:
-    """Around a call of a user's own code: whatever it raises becomes a `ConfigError` that names the file and line.
+    """Wraps a call of a user's own code: any exception becomes a `PluginError` with its file and line.
 
     Args:
-        what: whose code it is, for the error.
-        passed: errors that the caller handles itself; the package's own pass, too.
+        what: names the code, for the error message.
+        passed: exceptions to let through, besides the package's own.
     """
     try:
         yield
-    except (Exception, SystemExit) as fault:  # somebody else's code can raise anything
+    except (Exception, SystemExit) as fault:  # a user's code can raise anything
         if isinstance(fault, (GrpoError, *passed)):
             raise
         text = " ".join(str(fault).split())[:300]
-        raise ConfigError(f"{what}: {_where(fault)}{type(fault).__name__}{': ' * bool(text)}{text}") from fault
+        raise PluginError(f"{what}: {_where(fault)}{type(fault).__name__}{': ' * bool(text)}{text}") from fault
 
 
 def _where(fault: BaseException) -> str:
-    """`mine.py:12: `, the innermost line of the user's own that raised; empty where there is none."""
+    """`mine.py:12: `, the innermost line of the user's own code in the traceback; empty if there is none."""
     if isinstance(fault, SyntaxError) and fault.filename:
         return f"{fault.filename}:{fault.lineno}: "
     ours = (str(Path(__file__).parent), "<frozen")

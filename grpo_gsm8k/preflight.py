@@ -1,23 +1,24 @@
-"""The pre-flight: what a run will need is tried once, in a second or two, before a minute of it is paid for.
+"""Pre-flight checks: a run tries once, in a second or two, everything that it will rely on.
 
     for check in checks(subject):
-        check.run()                 # what was found, or a UserError in one line
+        check.run()                 # returns what it found, or raises a UserError in one line
 
-That every weight came from its file, and is a number, loading has seen to (`trainer/pretrained.py`). Then:
+Loading has already checked that every weight came from its file and is finite (`trainer/pretrained.py`). Then:
 
-    ids          prompts, ends and padding are within the embeddings
-    template     the renderer's own check of what the chat template opens and closes
-    trainer      its log-probabilities, padded and packed, adapter included, are those of `model(...).logits`
-    sampler      two prompts are answered, with log-probabilities that are those of `model(...).logits`
-    checkpoint   one is written into the run directory, read back bit for bit, and deleted
+    ids          prompts, end ids and padding are within the embeddings
+    template     the chat template renders what the renderer expects
+    trainer      its log-probabilities, padded and packed, with the adapter, match `model(...).logits`
+    sampler      it answers two prompts, with log-probabilities that match `model(...).logits`
+    checkpoint   it is written into the run directory, read back bit for bit, and deleted
 
-No generator is moved by it, and no weight. What was shown for a model in this process is not shown again for the same
-configuration; the data are looked at each time.
+The checks change no weight and no random generator. A check that passed is not repeated in this process for the same
+model and configuration; the ids are checked each time.
 """
 
 from __future__ import annotations
 
 import shutil
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,35 +31,34 @@ from safetensors import SafetensorError
 from grpo_gsm8k.config import ModelConfig, TrainConfig
 from grpo_gsm8k.datatypes import Datum, Example, Learner, Prompt, Sampler, SamplingParams
 from grpo_gsm8k.engines.hf import HFSampler
-from grpo_gsm8k.engines.probe import TOLERANCE, completed
+from grpo_gsm8k.engines.probe import TOLERANCE, completed, logprob_differences, probe
 from grpo_gsm8k.errors import CheckpointError, ConfigError, DataError, DiskError, ModelError, UserError
 from grpo_gsm8k.repro import requests
 from grpo_gsm8k.runs.files import disk_errors
 from grpo_gsm8k.tasks.render import Renderer
-from grpo_gsm8k.trainer import adapter, packing
-from grpo_gsm8k.trainer.batch import Batch, make_batch
+from grpo_gsm8k.trainer import adapter
 from grpo_gsm8k.trainer.learner import TorchLearner
-from grpo_gsm8k.trainer.logprobs import token_logprobs
+from grpo_gsm8k.trainer.logprobs import frozen_logprobs, own_logprobs
 from grpo_gsm8k.trainer.policy import dtype_name, load_model, load_tokenizer, prepare_to_save, weights_sha256
 from grpo_gsm8k.trainer.ranks import world
 
-LIMIT = {"float32": 1e-4, "bfloat16": TOLERANCE["bfloat16"]}  # mean difference that the order of sums may make
+LIMIT = {"float32": 1e-4, "bfloat16": TOLERANCE["bfloat16"]}  # mean difference that another order of sums can cause
 SAMPLED = SamplingParams(max_new_tokens=8, temperature=1.0)
-ROW = 24  # tokens of a row that is compared
-SMALL = 50_000_000  # weights: of a larger model only what describes it is written, not gigabytes
+ROW = 24  # tokens of each compared row
+SMALL = 50_000_000  # weights: of a larger model the check writes config and tokenizer only
 
 ASKED = (
     Example("1", "Ann has 3 apples and buys 4 more. How many has she now?", "7", {"solution": "3 + 4 = 7\n#### 7"}),
     Example("2", "What is 9 + 8?", "17", {"solution": "9 + 8 = 17\n#### 17"}),
 )
-"""What a model alone is asked by `doctor`, which has no data."""
+"""The prompts of `doctor --model_id`, which has no data."""
 
-_proven: set[tuple[str, str]] = set()
+_passed: set[tuple[str, str]] = set()
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the pre-flight: `run` returns what it found, or raises a `UserError`."""
+    """One check: `run` returns what it found, or raises a `UserError`."""
 
     name: str
     run: Callable[[], str]
@@ -66,12 +66,12 @@ class Check:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is about to be used.
+    """What the checks look at.
 
     Attributes:
-        prompts: a few of those that will be asked; all of their ids are looked at.
-        learner, sampler: where there are any. A sampler in another process is proven at each hand-over.
-        folder: where a checkpoint is tried; None for no such check.
+        prompts: some of the prompts that will be sampled; all of their ids are checked.
+        learner, sampler: None where there is none. A sampler in another process is probed at each hand-over instead.
+        folder: where the checkpoint check writes; None skips it.
         packs: whether the trainer packs rows.
     """
 
@@ -84,18 +84,18 @@ class Subject:
     packs: bool = False
 
 
-def fly(subject: Subject) -> None:
-    """All checks of a subject. Raises the `UserError` of the first that fails."""
+def run_checks(subject: Subject) -> None:
+    """Run all checks. Raises the `UserError` of the first that fails."""
     known = _fingerprint(subject)
-    with _generators_kept(subject.model):
+    with _generators_restored(subject.model):
         for check in checks(subject):
-            if check.name == "ids" or (known, check.name) not in _proven:
+            if check.name == "ids" or (known, check.name) not in _passed:
                 check.run()
-                _proven.add((known, check.name))
+                _passed.add((known, check.name))
 
 
 def checks(subject: Subject) -> list[Check]:
-    """The checks that apply, in order: later ones rely on what earlier ones have shown."""
+    """The checks that apply, in order: later ones rely on earlier ones."""
     found = [Check("ids", lambda: _ids(subject))]
     example = subject.prompts[0].example if subject.prompts else None
     found.append(Check("template", lambda: subject.renderer.check(example)))
@@ -108,7 +108,18 @@ def checks(subject: Subject) -> list[Check]:
     return found
 
 
-def of_model(cfg: ModelConfig, folder: Path) -> Iterator[tuple[str, bool, str]]:
+def check_service(renderer: Renderer, prompts: Sequence[Prompt], learner: Learner, sampler: Sampler) -> None:
+    """What can be tried of a model at a training service: a few samples, whose log-probabilities its trainer repeats.
+
+    That holds the service's sampler to its trainer, and this tokenizer's ids to the model's. Raises `EngineError`.
+    """
+    renderer.check(prompts[0].example if prompts else None)
+    ref = learner.publish(0)
+    sampler.load(ref)
+    probe(sampler, learner, prompts[:2], ref.version, TOLERANCE["bfloat16"])
+
+
+def check_model(cfg: ModelConfig, folder: Path) -> Iterator[tuple[str, bool, str]]:
     """The pre-flight of a model alone, as (name, passed, what was found), up to the first that fails: `doctor`."""
     train = TrainConfig(**{**vars(cfg), "packing": "auto"})
     try:
@@ -174,32 +185,16 @@ def _ids(subject: Subject) -> str:
 
 
 def _rows(prompts: Sequence[Prompt]) -> list[Datum]:
-    """Short rows of prompts' ids, of which two begin alike and part in the middle."""
+    """Short rows of the prompts' ids; the first two share a prefix."""
     first, last = prompts[0].token_ids, prompts[-1].token_ids
     ids = [first[:ROW], (*first[: ROW // 2], *last[-ROW // 3 :]), last[: ROW // 2]]
     return [Datum(row, (0, *(1,) * (len(row) - 1))) for row in ids if len(row) > 1]
 
 
-@torch.no_grad()
-def _plain(model: Any, batch: Batch) -> torch.Tensor:
-    """Log-probabilities of the targets by `model(...).logits`, a row at a time, `(B, T)` on the CPU."""
-    training, out = model.training, torch.zeros_like(batch.mask)
-    model.eval()
-    try:
-        for row, length in enumerate(batch.lengths):
-            ids = batch.input_ids[row : row + 1, :length].to(model.device)
-            logits = model(input_ids=ids, use_cache=False).logits[0]
-            logp = logits.float().log_softmax(-1).cpu()
-            out[row, :length] = logp.gather(-1, batch.targets[row, :length].unsqueeze(-1)).squeeze(-1)
-    finally:
-        model.train(training)
-    return out * batch.mask
-
-
-def _near(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor, subject: Subject, who: str) -> float:
-    """The mean difference of log-probabilities. Raises `ModelError` if it is more than arithmetic makes."""
+def _near(data: Sequence[Datum], logprobs: Sequence[Sequence[float]], subject: Subject, who: str) -> float:
+    """The mean difference from `data`'s log-probabilities. Raises `ModelError` if rounding cannot explain it."""
     limit = LIMIT[dtype_name(subject.model.named_parameters())]
-    distance = float(((found - expected) * mask).abs().sum() / mask.sum())
+    distance = statistics.fmean(logprob_differences(data, logprobs))
     if not distance <= limit:
         raise ModelError(
             f"{type(subject.model).__name__}: {who} log-probabilities differ from the model's own logits by "
@@ -209,22 +204,16 @@ def _near(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor, subje
 
 
 def _trainer(subject: Subject) -> str:
-    batch = make_batch(_rows(subject.prompts), subject.renderer.pad_id)
-    expected = _plain(subject.model, batch)
+    rows = _rows(subject.prompts)
+    expected = own_logprobs(subject.model, rows)
+    data = [replace(row, logprobs=own) for row, own in zip(rows, expected, strict=True)]
     assert subject.learner is not None
     if world().size > 1:  # all ranks take part
-        return (
-            f"within {_near(subject.learner.logprobs(batch), expected, batch.mask, subject, RANKS):.1g} of the logits'"
-        )
+        return f"within {_near(data, subject.learner.logprobs(data), subject, RANKS):.1g} of the logits'"
     distance = 0.0
     for packs in {False, subject.packs}:
-        found = torch.zeros_like(batch.mask)
-        for rows, part in packing.microbatches(batch, 1 << 20, range(len(batch)), packs):
-            with torch.no_grad():
-                logp, _ = token_logprobs(subject.model, part.to(subject.model.device), statistics=False)
-            found[rows, : logp.shape[1]] = logp.cpu()
         who = f"the trainer's ({'packed' if packs else 'padded'} rows)"
-        distance = max(distance, _near(found, expected, batch.mask, subject, who))
+        distance = max(distance, _near(data, frozen_logprobs(subject.model, data, packs), subject, who))
     return f"log-probabilities within {distance:.1g} of the logits'{', packed too' if subject.packs else ''}"
 
 
@@ -238,13 +227,12 @@ def _sampler(subject: Subject, sampler: Sampler) -> str:
     if isinstance(sampler, HFSampler):
         sampler.busy_s = busy
     rows = [completed(one, completion) for one, group in zip(asked, drawn, strict=True) for completion in group]
-    batch = make_batch(rows, subject.renderer.pad_id)
-    distance = _near(batch.old_logprobs, _plain(subject.model, batch), batch.mask, subject, "the sampler's")
+    distance = _near(rows, own_logprobs(subject.model, rows), subject, "the sampler's")
     return f"log-probabilities within {distance:.1g} of the logits'"
 
 
 def _checkpoint(subject: Subject, learner: Any, folder: Path) -> str:
-    """Write a checkpoint, or of a large model what describes it, read it back, delete it."""
+    """Write a checkpoint (of a large model: config and tokenizer), read it back, and delete it."""
     trial, model = folder / ".preflight", subject.model
     whole = sum(p.numel() for _, p in adapter.own_weights(model)) <= SMALL
     with disk_errors(trial):
@@ -256,36 +244,36 @@ def _checkpoint(subject: Subject, learner: Any, folder: Path) -> str:
                 learner.save(trial)
                 learner.load(trial)
                 if weights_sha256(learner.weights()) != before:
-                    raise CheckpointError("a checkpoint that is read back holds other weights than were written")
+                    raise CheckpointError("a checkpoint does not read back as it was written: its weights differ")
             else:
                 model.config.save_pretrained(trial)
                 if model.generation_config is not None:
                     model.generation_config.save_pretrained(trial)
                 subject.renderer.save_pretrained(trial)
             load_tokenizer(replace(ModelConfig(), model_id=str(trial)))
-        except SafetensorError as fault:  # its writer wraps the operating system's error
+        except SafetensorError as fault:  # safetensors wraps the operating system's error
             raise DiskError(f"{folder}: no checkpoint can be written: {fault}") from None
-        except (ValueError, TypeError, NotImplementedError) as fault:  # what transformers refuses to write
+        except (ValueError, TypeError, NotImplementedError) as fault:  # transformers refuses to write it
             reason = " ".join(str(fault).split())[:300]
             raise ConfigError(f"no checkpoint of this model can be written: {reason}") from None
         finally:
             shutil.rmtree(trial, ignore_errors=True)
-    return "written and read back" if whole else "its descriptions are written and read back"
+    return "written and read back" if whole else "config and tokenizer are written and read back"
 
 
-# ----------------------------------------------------------------------------------------------- what is kept
+# ----------------------------------------------------------------------------------------- generators, caching
 
 
 @contextmanager
-def _generators_kept(model: Any) -> Iterator[None]:
-    """No draw of the run depends on whether it was preceded by a pre-flight."""
+def _generators_restored(model: Any) -> Iterator[None]:
+    """Restore the random generators, so that the checks change no draw of the run."""
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         yield
 
 
 def _fingerprint(subject: Subject) -> str:
-    """What the outcome of the checks depends on, besides the values of weights and the data."""
+    """What the result of the checks depends on, besides the values of the weights and the data."""
     model, renderer = subject.model, subject.renderer
     parts = [model.config.to_json_string(use_diff=False), str(model.generation_config), str(renderer.made_with())]
     parts += [str(model.dtype), str(model.device), str(subject.packs), str(world())]

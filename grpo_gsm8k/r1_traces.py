@@ -30,6 +30,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import difflib
 import fcntl
 import hashlib
 import json
@@ -64,6 +65,8 @@ HOPELESS = {
 }
 LEAST_BYTES, TOKEN_BYTES, MOST_BYTES = 4 << 20, 1 << 10, 256 << 20  # of an answer: some, for each token, and at most
 MESSAGE_BYTES = 1 << 16  # of an error
+METAVARS = {int: "INTEGER", float: "FLOAT", str: "TEXT"}
+LINE_EVERY_S, TICK_S = 20.0, 0.5  # between two lines where there is no terminal; between two looks at the clock
 RETRIED = frozenset({408, 409, 425, 429})  # and everything from 500 on
 
 
@@ -442,7 +445,7 @@ class ProgressLine:
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
-        self._every = 0.2 if self._terminal else 30.0
+        self._every = 0.2 if self._terminal else LINE_EVERY_S
         self._next = time.monotonic() + (0 if self._terminal else self._every)
 
     def show(self, text: str, last: bool = False) -> None:
@@ -515,12 +518,22 @@ class Collector:
         async with aiohttp.ClientSession(
             headers=headers, timeout=timeout, connector=connector, auto_decompress=False
         ) as session:
-            await asyncio.gather(*(self._work(session, jobs) for _ in range(cfg.concurrency)))
+            ticker = asyncio.create_task(self._tick())
+            try:
+                await asyncio.gather(*(self._work(session, jobs) for _ in range(cfg.concurrency)))
+            finally:
+                ticker.cancel()
         self.line.show(self._status(), last=True)
         summary = self._summary()
         if self._hopeless:
             raise MistakeError(self.stopped)
         return summary
+
+    async def _tick(self) -> None:
+        """Say how far it is while every call takes its time."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.line.show(self._status())
 
     def _jobs(self) -> list[tuple[Key, dict[str, str]]]:
         rows = {row["id"]: row for row in self.prompts}
@@ -720,17 +733,22 @@ def parse_flags(argv: Sequence[str]) -> Settings:
     """Settings from flags, `-` and `_` alike."""
     parser = _Parser(prog="traces", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     for item in fields(Settings):
-        name, text = "--" + item.name.replace("_", "-"), item.metadata["help"].replace("%", "%%")
+        name, text = f"--{item.name}", item.metadata["help"].replace("%", "%%")
         if isinstance(item.default, bool):
             parser.add_argument(name, action="store_true", help=text)
         else:
             shown = "" if item.name == "instruction" else f" [default: {item.default}]"
-            parser.add_argument(name, type=type(item.default), default=item.default, help=text + shown)
+            kind, metavar = type(item.default), METAVARS[type(item.default)]
+            parser.add_argument(name, type=kind, default=item.default, metavar=metavar, help=text + shown)
     given = []
     for word in argv:
         head, equals, tail = word.partition("=")
-        given.append((head.replace("_", "-") if word.startswith("--") else head) + equals + tail)
-    cfg = Settings(**vars(parser.parse_args(given)))
+        given.append((f"--{head[2:].replace('-', '_')}" if word.startswith("--") else head) + equals + tail)
+    known, unknown = parser.parse_known_args(given)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], [f"--{f.name}" for f in fields(Settings)], n=1)
+        raise MistakeError(f"no such flag: {unknown[0]}" + (f" (did you mean {near[0]}?)" if near else ""))
+    cfg = Settings(**vars(known))
     for name in ("concurrency", "samples_per_prompt", "max_tokens", "timeout", "connect_timeout", "read_timeout"):
         if not getattr(cfg, name) > 0:
             raise MistakeError(f"--{name} must be above 0")

@@ -1,10 +1,10 @@
-"""The rollouts of a GRPO step: sampled, graded once, in order, and never sampled twice.
+"""Samples and grades the rollouts of each GRPO step, in order, each once.
 
 on_policy     step k samples with the weights of k - 1 updates; the learner waits.
-one_step_off  step k trains on what was sampled while step k - 1 was trained, with the weights of k - 2 updates.
-              The first step is on-policy. Neither of the two devices waits for more than the slower one.
+one_step_off  step k trains on rollouts that were sampled during step k - 1, with the weights of k - 2 updates.
+              The first step is on-policy. Sampler and learner work side by side, so the slower one sets the pace.
 
-What was sampled ahead is part of a checkpoint, so a resumed run trains on the same ids as the uninterrupted one.
+A checkpoint stores the rollouts that were sampled ahead, so a resumed run trains on the same ids.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 from grpo_gsm8k.config import GrpoConfig
 from grpo_gsm8k.datatypes import Grade, Prompt, Rollout, Sampler, SamplingParams, Trajectory
 from grpo_gsm8k.engines.trajectories import sample_trajectories
-from grpo_gsm8k.errors import EngineError
+from grpo_gsm8k.errors import EngineError, PluginError
 from grpo_gsm8k.evals.accuracy import record
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.tasks.rewards import Grader
-from grpo_gsm8k.workbench import Bench
+from grpo_gsm8k.workbench import Workbench
 
 WAKE_S = 0.2
 
@@ -34,8 +34,8 @@ class Collected:
     """The graded groups of one step.
 
     Attributes:
-        cursor: how many prompts have been drawn from the stream up to here.
-        seconds: what sampling and grading took.
+        cursor: how many prompts the stream has yielded so far.
+        seconds: the time of sampling and of grading.
     """
 
     groups: list[list[Rollout]]
@@ -45,19 +45,19 @@ class Collected:
 
 @dataclass(frozen=True)
 class SourceState:
-    """Where a `RolloutSource` stands: its place in the stream of prompts, and what was sampled ahead."""
+    """The state of a `RolloutSource`: its position in the stream of prompts, and the rollouts sampled ahead."""
 
     cursor: int = 0
     ahead: Collected | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """For a checkpoint; floats keep every bit."""
+        """For a checkpoint. JSON keeps every bit of a float."""
         ahead = self.ahead and {"cursor": self.ahead.cursor, "groups": [list(map(_row, g)) for g in self.ahead.groups]}
         return {"cursor": self.cursor, "ahead": ahead}
 
     @staticmethod
     def of_json(stored: Mapping[str, Any], prompts: Sequence[Prompt]) -> SourceState:
-        """What `as_json` wrote. The prompts are those of the run."""
+        """Undo `as_json`, given the run's prompts."""
         ahead, by_id = stored["ahead"], {prompt.example.id: prompt for prompt in prompts}
         if not ahead:
             return SourceState(stored["cursor"])
@@ -77,21 +77,21 @@ def _rollout(row: Mapping[str, Any], by_id: Mapping[str, Prompt]) -> Rollout:
 
 
 class RolloutSource:
-    """The rollouts of each step, sampled when they are needed or one step ahead."""
+    """Yields the rollouts of each step, sampled on demand or one step ahead."""
 
-    def __init__(self, cfg: GrpoConfig, bench: Bench, prompts: Sequence[Prompt], grader: Grader) -> None:
+    def __init__(self, cfg: GrpoConfig, bench: Workbench, prompts: Sequence[Prompt], grader: Grader) -> None:
         self.cfg, self.bench, self.prompts, self.grader = cfg, bench, prompts, grader
         self.cursor = 0
-        self._taking = self._before = 0  # the step under way, and the cursor that it began with
-        self._taken: Future[Collected] | None = None  # what was sampled ahead for it
+        self._taking = self._before = 0  # the current step, and the cursor at its start
+        self._taken: Future[Collected] | None = None  # its rollouts, if they were sampled ahead
         self._ahead: Future[Collected] | None = None
         self._pool = ThreadPoolExecutor(1)
 
     def take(self, step: int) -> tuple[list[list[Rollout]], dict[str, float]]:
-        """The groups of `step`, and with one_step_off the start of the next ones; metrics of both.
+        """Return the groups of `step` and their metrics; with one_step_off, start sampling the next ones.
 
         Raises:
-            EngineError: the sampler failed, or sampled with weights that are too old.
+            EngineError: the sampler failed, or its weights are too old.
         """
         metrics, began = dict[str, float](), time.perf_counter()
         self._taking, self._before, self._taken = step, self.cursor, None
@@ -101,7 +101,7 @@ class RolloutSource:
         assert self._ahead is not None
         synced = time.perf_counter()
         while not wait([self._ahead], timeout=WAKE_S).done:
-            pass  # a Ctrl-C that comes while a thread is falling asleep is seen only when it wakes
+            pass  # Python handles a Ctrl-C only when the main thread wakes up
         ready = self._ahead.result()
         waited = time.perf_counter() - synced
         ahead, self._ahead = self._ahead, None
@@ -112,45 +112,53 @@ class RolloutSource:
             metrics |= self.bench.sync(step - 1)
             self._begin(step + 1)
         sync = time.perf_counter() - began - waited
-        metrics |= {"time/wait": waited, "time/sync": sync, **ready.seconds, **self._staleness(step, ready.groups)}
+        metrics |= {
+            "time/wait": waited,
+            "time/save_weights": sync,
+            **ready.seconds,
+            **self._staleness(step, ready.groups),
+        }
         return ready.groups, metrics
 
     def state(self) -> SourceState:
-        """What a checkpoint must hold. Waits for what is being sampled ahead.
+        """The state for a checkpoint. Waits for rollouts that are being sampled ahead.
 
-        In the middle of a step (the last complete one is being rescued) that is what the step began with.
+        When the last complete step is saved in the middle of the next one, this is the state at its start.
         """
         halfway = self._taking > self.bench.run.complete
         cursor = self._before if halfway else self.cursor
         future = (self._taken or self._ahead) if halfway else self._ahead
         if halfway and not (self.cfg.mode == "one_step_off" and future and future.done()):
-            future = None  # nobody waits for samples while a run is being ended; they are drawn anew
+            future = None  # a run that is ending does not wait for samples; the resumed run draws them again
         try:
             return SourceState(cursor, future.result() if future else None)
-        except EngineError:  # the checkpoint is being written because of it; the step will be sampled anew
+        except (
+            EngineError,
+            PluginError,
+        ):  # why this checkpoint is written; the resumed run samples again
             return SourceState(cursor)
 
     def restore(self, state: SourceState) -> None:
-        """Go on from a checkpoint."""
+        """Restore a checkpoint's state."""
         self.cursor, self._ahead = state.cursor, None
         if state.ahead:
             self._ahead = Future()
             self._ahead.set_result(state.ahead)
 
     def settle(self) -> None:
-        """Wait until nothing is being sampled: a validation needs the sampler."""
+        """Wait until the sampler is idle, for a validation."""
         if self._ahead:
             self._ahead.result()
 
     def close(self) -> None:
-        """Let what is being sampled end, but not after Ctrl-C."""
+        """Wait for rollouts that are being sampled, except after a Ctrl-C."""
         self._pool.shutdown(wait=not isinstance(sys.exc_info()[1], KeyboardInterrupt), cancel_futures=True)
 
     def _begin(self, step: int) -> None:
         self._ahead = self._pool.submit(collect, self.cfg, self.bench, self.prompts, self.grader, step, self.cursor)
 
     def _staleness(self, step: int, groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
-        """Updates between the weights that sampled and those that are trained; one at most."""
+        """Updates between the sampling and the trained weights. Raises `EngineError` above the mode's bound."""
         staleness = [step - 1 - rollout.trajectory.policy_version for group in groups for rollout in group]
         bound = 1 if self.cfg.mode == "one_step_off" else 0
         if not 0 <= min(staleness) <= max(staleness) <= bound:
@@ -162,12 +170,12 @@ class RolloutSource:
 
 
 def collect(
-    cfg: GrpoConfig, bench: Bench, prompts: Sequence[Prompt], grader: Grader, step: int, cursor: int
+    cfg: GrpoConfig, bench: Workbench, prompts: Sequence[Prompt], grader: Grader, step: int, cursor: int
 ) -> Collected:
-    """Graded groups for one step, in order; groups without variance are replaced up to the configured times."""
+    """Sample and grade the groups of one step, in order; replace groups without variance as often as configured."""
     wanted = cfg.rollouts_per_step // cfg.group_size
     groups: list[list[Rollout]] = []
-    spare: list[list[Rollout]] = []  # zero variance: used only when nothing better was found in time
+    spare: list[list[Rollout]] = []  # without variance: used if the replacements do not suffice
     seconds = {"time/sampling": 0.0, "time/compute_rewards": 0.0}
     params = sampling_params(cfg, bench)
     for attempt in range(cfg.resample_zero_variance + 1):
@@ -175,7 +183,7 @@ def collect(
         asked = [prompt_at(prompts, cursor + i, cfg.seed) for i in range(missing)]
         cursor += missing
         began = time.perf_counter()
-        seed = derive_seed(cfg.seed, "grpo", step, attempt)  # a resumed run draws the same
+        seed = derive_seed(cfg.seed, "grpo", step, attempt)  # so a resumed run draws the same
         how = {"n": cfg.group_size, "seed": seed, "context": bench.context}
         sampled_P_G = sample_trajectories(bench.sampler, bench.renderer, asked, params, **how)
         sampled = time.perf_counter()
@@ -191,13 +199,13 @@ def collect(
 
 
 def prompt_at(prompts: Sequence[Prompt], k: int, seed: int) -> Prompt:
-    """The k-th prompt of an endless stream: every epoch is a fresh shuffle of all prompts."""
+    """The k-th prompt of an endless stream that shuffles all prompts anew in every epoch."""
     epoch, i = divmod(k, len(prompts))
     return prompts[shuffled(len(prompts), derive_seed(seed, "prompts", epoch))[i]]
 
 
-def sampling_params(cfg: GrpoConfig, bench: Bench) -> SamplingParams:
-    """How the rollouts of every step are sampled."""
+def sampling_params(cfg: GrpoConfig, bench: Workbench) -> SamplingParams:
+    """The sampling parameters of all steps."""
     return SamplingParams(cfg.max_new_tokens, cfg.temperature, cfg.top_p, bench.renderer.stop)
 
 
@@ -205,7 +213,7 @@ def sampling_params(cfg: GrpoConfig, bench: Bench) -> SamplingParams:
 
 
 def rollout_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
-    """What the rewards, groups, outcomes and lengths of one step look like."""
+    """Metrics of one step: rewards, groups, outcomes, lengths, advantages."""
     rollouts = [rollout for group in groups for rollout in group]
     rewards = [r.grade.reward for r in rollouts]
     lengths = [sum(r.trajectory.mask) for r in rollouts]
@@ -238,7 +246,7 @@ def rollout_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
 
 
 def outcome_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, Sequence[float]]:
-    """What a task with right answers says; each trajectory has exactly one of the four outcomes."""
+    """Metrics of a task with right answers; each trajectory has exactly one of the four outcomes."""
     rollouts = [rollout for group in groups for rollout in group]
     right = [bool(r.grade.correct) for r in rollouts]
     cut = [r.trajectory.finish_reason == "length" for r in rollouts]
@@ -257,12 +265,12 @@ def outcome_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, Sequence[f
 
 
 def turn_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Turns of the model, where any trajectory has several."""
+    """How many turns the model took, if any trajectory has several."""
     turns = [r.trajectory.turns for r in rollouts]
     return {"turns/mean": statistics.fmean(turns), "turns/max": float(max(turns))} if max(turns) > 1 else {}
 
 
-def sample_row(bench: Bench, rollout: Rollout, group: int) -> dict[str, Any]:
+def sample_row(bench: Workbench, rollout: Rollout, group: int) -> dict[str, Any]:
     """One rollout as a row of `samples/`; `group` numbers the prompts of the step."""
     return {
         **record(rollout, bench.renderer),
@@ -276,7 +284,7 @@ def sample_row(bench: Bench, rollout: Rollout, group: int) -> dict[str, Any]:
 
 
 class StepTimer:
-    """Times the phases of a step: `time/<phase>` and `time/total`, in seconds, and which side was idle."""
+    """Times the phases of a step in seconds, `time/<phase>` and `time/total`, and the idle share of each side."""
 
     def __init__(self, sampler: Sampler) -> None:
         self.started = self.last = time.perf_counter()
@@ -294,7 +302,7 @@ class StepTimer:
         self.last = now
 
     def metrics(self, waited: float) -> dict[str, float]:
-        """All laps and the whole; the learner was idle while it `waited` for rollouts, the sampler when not busy."""
+        """All laps and the total. The learner is idle while it waits for rollouts, the sampler while it is not busy."""
         total = time.perf_counter() - self.started
         busy = min(self.sampler.busy_s - self.busy_before, total)
         laps = {f"time/{name}": seconds for name, seconds in self.laps.items()}

@@ -1,7 +1,7 @@
 """Stage 4: supervised fine-tuning on worked solutions.
 
-Simplified on purpose: no packing, one pass order per epoch. What is trained is the response and
-its end-of-turn id; the loss is the mean over the response tokens of the whole update.
+Simplified on purpose: one shuffle per epoch, and an example that is too long is left out, never split. The response and
+its end-of-turn id are trained; the loss is the mean over the response tokens of the whole update.
 
     grpo-gsm8k sft --model_id MODEL --data DIR                         # the reference solutions of train.jsonl
     grpo-gsm8k sft --model_id MODEL --data_path pairs.jsonl --eval_set_path DIR/val.jsonl   # or a folder of shards
@@ -26,28 +26,28 @@ from grpo_gsm8k.tasks.base import load_split
 from grpo_gsm8k.tasks.conversations import Conversation, load_pairs
 from grpo_gsm8k.tasks.render import task_of
 from grpo_gsm8k.trainer import loop
-from grpo_gsm8k.trainer.batch import make_batch
+from grpo_gsm8k.trainer.data import weighted
 from grpo_gsm8k.trainer.losses import CrossEntropy, Objective
 from grpo_gsm8k.trainer.optimizer import lr_at
-from grpo_gsm8k.trainer.shards import MANIFEST, load_rows, read_manifest
-from grpo_gsm8k.workbench import Bench, open_bench
+from grpo_gsm8k.trainer.token_shards import MANIFEST, load_rows, read_manifest
+from grpo_gsm8k.workbench import Workbench, open_workbench
 
 
-def train(cfg: SftConfig, bench: Bench, rows: Sequence[Datum]) -> None:
+def train(cfg: SftConfig, bench: Workbench, rows: Sequence[Datum]) -> None:
     """Fine-tune on `rows` for `cfg.epochs` epochs, validating as it goes."""
     total = cfg.epochs * updates_per_epoch(len(rows), cfg.batch_size)
-    for step in loop.steps(bench.run, bench.learner, total, state := loop.Progress()):
+    for step in loop.steps(bench.run, bench.learner, total, state := loop.StageState()):
         started = time.perf_counter()
         metrics = fit_step(cfg, bench, rows, step, lr_at(step, total, cfg), seed=cfg.seed)
         metrics |= {"progress/sft_step": step, "progress/done_frac": step / total}
-        metrics |= bench.validate(step, total)
+        bench.validate(step, total, metrics)
         bench.run.log(step, metrics | {"time/total": time.perf_counter() - started})
         state.note = f"loss {metrics['loss']:.3f}"
 
 
 def fit_step(
     cfg: TrainConfig,
-    bench: Bench,
+    bench: Workbench,
     rows: Sequence[Datum],
     step: int,
     lr: float,
@@ -55,27 +55,26 @@ def fit_step(
     seed: int,
     start: int = 0,
 ) -> dict[str, float]:
-    """One update on the rows whose turn it is. Expert iteration uses the same one.
+    """One update on the step's rows. Expert iteration uses it too.
 
     Args:
-        step: 1-based; `step - start` counts within these rows.
-        seed: of the order of the rows, a fresh shuffle every epoch.
+        step: 1-based; `step - start` counts the updates on these rows.
+        seed: of the shuffle, which is new in every epoch.
     """
     batch_size: int = cfg.batch_size  # type: ignore[attr-defined]  # SFT and EI have one, GRPO has rollouts
     epoch, k = divmod(step - start - 1, updates_per_epoch(len(rows), batch_size))
     order = shuffled(len(rows), derive_seed(seed, "order", epoch))
     chosen = [rows[i] for i in order[k * batch_size : (k + 1) * batch_size]]
-    batch = make_batch(chosen, bench.renderer.pad_id, "token")
-    return loop.update(bench.run, bench.learner, batch, Objective(CrossEntropy()), lr, step)
+    return loop.update(bench.run, bench.learner, weighted(chosen, "token"), Objective(CrossEntropy()), lr, step)
 
 
 def updates_per_epoch(rows: int, batch_size: int) -> int:
-    """Updates of one pass; the last may be smaller, no row is left out."""
+    """Updates of one pass over the rows; the last one may be smaller."""
     return -(-rows // batch_size)
 
 
 def run(cfg: SftConfig) -> dict[str, Any]:
-    """The stage as a command: load, train, return the result."""
+    """The stage as a command: load, train, and return the result."""
     if not cfg.eval_every:
         raise ConfigError("eval_every = 0: fine-tuning is always evaluated; give the steps between evaluations")
     source = local_path(cfg.data_path, cfg.out_dir) if cfg.data_path else Path(cfg.data) / "train.jsonl"
@@ -84,7 +83,7 @@ def run(cfg: SftConfig) -> dict[str, Any]:
     examples: Sequence[Conversation | Example] = []
     if not sharded:
         examples = load_pairs(source) if cfg.data_path else load_split(task_of(cfg), cfg.data, "train")
-    with open_bench(cfg, "sft", {"train": source / MANIFEST if sharded else source}) as bench:
+    with open_workbench(cfg, "sft", {"train": source / MANIFEST if sharded else source}) as bench:
         rows = (
             load_rows(source, bench.renderer.made_with(), cfg.train_on)
             if sharded
@@ -101,8 +100,8 @@ def run(cfg: SftConfig) -> dict[str, Any]:
         return {**bench.finish(), "examples": len(fitting), "left_out": left_out}
 
 
-def render(cfg: SftConfig, bench: Bench, item: Conversation | Example) -> Datum:
-    """A conversation, or an example with what a teacher answers, as ids and mask."""
+def render(cfg: SftConfig, bench: Workbench, item: Conversation | Example) -> Datum:
+    """Ids and mask of a conversation, or of an example with its reference answer."""
     if isinstance(item, Conversation):
         return bench.renderer.chat(item.messages, cfg.train_on, item.raw, item.source)
     return bench.renderer.target(item)

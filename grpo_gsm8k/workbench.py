@@ -1,6 +1,6 @@
-"""What every training stage needs, made ready from its config: the run, the learner, the sampler, the data.
+"""Builds what a training stage needs from its config: run directory, learner, sampler, renderer, validation data.
 
-The stages' `train` functions receive these; a test hands them toys instead.
+The stages' `train` functions take them as one `Workbench`, so a test can pass toys.
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ from grpo_gsm8k.config import ENGINES, EngineConfig, EvalConfig, GrpoConfig, Mod
 from grpo_gsm8k.datatypes import Evaluator, Example, Learner, Prompt, Sampler, SamplingParams, WeightsRef
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.engines.probe import TOLERANCE, probe
-from grpo_gsm8k.engines.process import Engine, ProcessSampler, placements, trained_on
-from grpo_gsm8k.errors import ConfigError, EngineError, RunDirError
+from grpo_gsm8k.engines.process import C, Engine, ProcessSampler, placements, settle, trained_on
+from grpo_gsm8k.engines.remote import RemoteSampler
+from grpo_gsm8k.engines.service import Checkpoint, Service, connected
+from grpo_gsm8k.engines.users import UserSampler
+from grpo_gsm8k.errors import ConfigError, EngineError, PluginError, RunDirError, ServiceError
 from grpo_gsm8k.evals.accuracy import CHUNK, Evaluation, evaluate
 from grpo_gsm8k.evals.evaluator import AsyncEvaluator, InlineEvaluator
 from grpo_gsm8k.plugins import calling, is_users, load_object
 from grpo_gsm8k.preflight import Subject, check_ids, embeddings_of
-from grpo_gsm8k.runs.directory import Run, open_run
+from grpo_gsm8k.runs.directory import Run, continued, open_run
 from grpo_gsm8k.runs.files import atomic_folder
 from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.tasks import contamination
 from grpo_gsm8k.tasks.base import Task, load_examples
 from grpo_gsm8k.tasks.render import Renderer, check_lengths, date_of, task_of
-from grpo_gsm8k.trainer import adapter, loop, ranks
+from grpo_gsm8k.trainer import adapter, checkpoint, loop, ranks
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.memory import engine_share
 from grpo_gsm8k.trainer.policy import (
@@ -45,24 +48,27 @@ from grpo_gsm8k.trainer.policy import (
     prepare_to_save,
     weights_sha256,
 )
+from grpo_gsm8k.trainer.pretrained import generation_ends
 from grpo_gsm8k.trainer.ranks import Lead, world
+from grpo_gsm8k.trainer.remote import RemoteLearner
 
+UNKNOWN_CONTEXT = 1 << 20  # tokens, where a service does not say: it refuses a longer row itself
 ENGINE_CHUNK = 1024  # prompts at once: an engine schedules them itself, and each chunk ends with a slow tail
 
 
 @dataclass
-class Bench:
+class Workbench:
     """The tools of one training run.
 
     Attributes:
         run: its directory.
-        learner, sampler: who learns and who samples; `sync` hands the weights from one to the other. SFT with
-            an evaluator of its own has no sampler.
-        renderer: the prompt style bound to the tokenizer.
+        learner, sampler: `sync` hands the weights from one to the other. SFT with an asynchronous evaluator has no
+            sampler.
+        renderer: the task bound to the tokenizer.
         val: the validation prompts.
         context: the model's context in tokens.
-        embeddings: how many ids it has an embedding for.
-        evaluator: who validates; by default the sampler does, while training waits.
+        embeddings: the number of ids that the model has an embedding for.
+        evaluator: runs the validations; by default the sampler does, while training waits.
     """
 
     run: Run
@@ -76,9 +82,9 @@ class Bench:
     _held: WeightsRef | None = None
 
     def sync(self, version: int) -> dict[str, float]:
-        """Hand the learner's weights to the sampler; where that is another process, prove that they arrived.
+        """Hand the learner's weights to the sampler, and probe a sampler in another process for them.
 
-        Nothing is handed over that the sampler holds already, such as the weights of a validation in the next step.
+        Does nothing if the sampler already holds them, as it does in the step after a validation.
         """
         return self._handed_over(version)[1]
 
@@ -94,33 +100,40 @@ class Bench:
             return ref, {}
         tolerance = cfg.probe_tolerance or TOLERANCE[dtype_name(self.learner.weights())]
         prompts = self.val[: cfg.probe_prompts]
-        return ref, probe(self.sampler, self.learner, prompts, self.renderer.pad_id, version, tolerance)
+        return ref, probe(self.sampler, self.learner, prompts, version, tolerance)
 
-    def validate(self, step: int, total: int) -> dict[str, float]:
-        """Submit the weights of this step when it is due; log what has come back.
+    def validate(self, step: int, total: int, metrics: dict[str, float]) -> None:
+        """Submit this step's weights if a validation is due, and log the results that have arrived.
 
-        Returns:
-            the metrics of this step: the validation's own when it was done at once.
+        If the validation fails, the step is still complete: its metrics are logged and its update can be saved.
+
+        Args:
+            metrics: of this step; an inline validation adds its own.
         """
         if self.evaluator is None:
             self.evaluator = inline_evaluator(self)
-        if self.due(step, total):
-            self.evaluator.submit(step, self.learner.weights())
-        return self._keep(self.evaluator.results(), step) | self.evaluator.metrics()
+        try:
+            if self.due(step, total):
+                self.evaluator.submit(step, self.learner.weights())
+            metrics |= self._keep(self.evaluator.results(), step) | self.evaluator.metrics()
+        except (EngineError, PluginError):
+            self.run.log(step, metrics)
+            self.run.complete = step
+            raise
 
     def due(self, step: int, total: int) -> bool:
-        """Whether this step ends with a validation: every `eval_every`, and the last."""
+        """Whether this step ends with a validation: every `eval_every` steps, and after the last one."""
         every = self.run.cfg.eval_every
         return bool(every) and (step % every == 0 or step == total)
 
     def finish(self) -> dict[str, Any]:
-        """Wait for the evaluations that are still owed, then write and return the run's result."""
+        """Wait for pending evaluations, then write and return the run's result."""
         if self.evaluator:
             self._keep(self.evaluator.drain(), -1)
         return loop.finish(self.run, self.learner)
 
     def _keep(self, found: Sequence[tuple[int, Evaluation]], now: int) -> dict[str, float]:
-        """Records and metrics of evaluations: logged under their own step, or returned if that is `now`."""
+        """Log each evaluation under its own step; return the metrics of the step `now`."""
         metrics: dict[str, float] = {}
         logged = self.run.metric_history("val/n") if any(step != now for step, _ in found) else {}
         for step, evaluation in found:
@@ -134,7 +147,7 @@ class Bench:
         return metrics
 
     def prompts(self, examples: Sequence[Example], source: Path | str) -> list[Prompt]:
-        """Rendered examples, each known to fit into the context with its completion."""
+        """Render examples. Raises a `UserError` for a prompt that does not fit into the context."""
         prompts = [self.renderer.prompt(example) for example in examples]
         check_lengths(prompts, self.context, str(source))
         check_ids(prompts, self.embeddings, source)
@@ -142,61 +155,138 @@ class Bench:
 
 
 @contextmanager
-def open_bench(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlaps: bool = False) -> Iterator[Bench]:
-    """Everything ready-made from a config; what is cheap to refuse is refused before the model is loaded.
+def open_workbench(
+    cfg: TrainConfig, stage: str, inputs: Mapping[str, Path], overlaps: bool = False
+) -> Iterator[Workbench]:
+    """Open the run directory and build the workbench. Cheap checks come before the model is loaded.
 
-    Of several ranks the first alone comes here: the others learn with it until it is done, and leave.
+    Only rank 0 gets a workbench: the other ranks follow its learner, and exit when it is done.
 
     Args:
         inputs: name → file that the stage reads, besides the evaluation set.
-        overlaps: the sampler works while the learner does, so on one GPU neither can make room for the other.
+        overlaps: sampler and learner work at the same time, so on one GPU neither can free memory for the other.
     """
+    cfg = settled(cfg, stage)
+    if cfg.learner == "tinker" and world().size > 1:
+        raise ConfigError("--learner tinker trains at a service: start it in one process, without torchrun")
     if world().rank:
         ranks.follow(make_learner(cfg, load_seeded(cfg), None))
         raise SystemExit(0)
+    warn_of_unread(cfg)
     eval_path = Path(cfg.eval_set_path or Path(cfg.data) / "val.jsonl")
     task = task_of(cfg)
     examples = load_examples(task, eval_path)
-    apart = evaluates_apart(cfg, stage)
+    evaluates_apart(cfg, stage)  # refuses here
     if cfg.uses_vllm:
         placements(cfg, gpus=torch.cuda.device_count())
     with open_run(cfg, stage, {**inputs, "eval_set": eval_path}) as run, ExitStack() as open_until_the_end:
         task.folder = run.path
         contamination.warn(inputs.values(), Path(cfg.data) / "test.jsonl", task)
-        # Before the model is loaded: what is wrong with a template shows at once.
+        # Before the model is loaded, so that a broken template fails at once.
         renderer = Renderer(load_tokenizer(cfg), task, date=date_of(cfg))
         renderer.check(examples[0])
-        model = load_seeded(cfg)
-        prepare_to_save(model, end_ids(renderer))
-        learner: Learner = make_learner(cfg, model, renderer)
-        if world().size > 1:
-            learner = open_until_the_end.enter_context(closing(Lead(learner)))
-        bench = Bench(run, learner, NoSampler(), renderer, [], context_length(model), embeddings_of(model))
-        bench.val = bench.prompts(examples[: cfg.eval_examples or None], eval_path)
-        flown = Subject(model, renderer, bench.val, learner, None, run.path, getattr(learner, "packs", False))
-        preflight.fly(flown)  # before an engine is started, which takes a minute
-        if not (apart and stage == "sft"):
-            bench.sampler = open_until_the_end.enter_context(open_sampler(cfg, model, renderer, run.path, overlaps))
-            preflight.fly(dataclasses.replace(flown, sampler=bench.sampler))
-        if apart:
-            bench.evaluator = async_evaluator(bench, model, stage)
-            open_until_the_end.callback(bench.evaluator.close)
+        val = validated(examples, cfg), eval_path
+        if cfg.learner == "tinker":
+            bench = open_until_the_end.enter_context(_bench_at_service(run, renderer, *val))
+        else:
+            bench = open_until_the_end.enter_context(_bench_here(run, renderer, *val, overlaps))
+        learner = bench.learner
         try:
             yield bench
-        except EngineError:
-            if loop.rescue(run, learner):
-                talk(f"{run.stage}: step {run.complete} is saved in {run.path}; continue with --resume")
+        except (EngineError, PluginError):
+            _rescue(run, learner)
             raise
         except KeyboardInterrupt:
             loop.rescue_interrupted(run, learner)
             raise
 
 
+def _rescue(run: Run, learner: Learner) -> None:
+    """Keep the last complete step, where that can be, and say how to go on. The error on its way out is the reason."""
+    try:
+        saved = loop.rescue(run, learner)
+    except ServiceError as second:
+        talk(f"{run.stage}: the last complete step could not be saved: {second}")
+        saved = max(checkpoint.steps_present(run.checkpoints), default=0)
+    if saved:
+        talk(f"{run.stage}: step {saved} is saved in {run.path}; continue with --resume")
+
+
+@contextmanager
+def _bench_here(
+    run: Run, renderer: Renderer, examples: Sequence[Example], eval_path: Path, overlaps: bool
+) -> Iterator[Workbench]:
+    """A bench with a model that this machine trains."""
+    cfg, stage = run.cfg, run.stage
+    apart = evaluates_apart(cfg, stage)
+    with ExitStack() as open_until_the_end:
+        model = load_seeded(cfg)
+        prepare_to_save(model, end_ids(renderer))
+        learner: Learner = make_learner(cfg, model, renderer)
+        if world().size > 1:
+            learner = open_until_the_end.enter_context(closing(Lead(learner)))
+        bench = Workbench(run, learner, NoSampler(), renderer, [], context_length(model), embeddings_of(model))
+        bench.val = bench.prompts(examples, eval_path)
+        subject = Subject(model, renderer, bench.val, learner, None, run.path, getattr(learner, "packs", False))
+        preflight.run_checks(subject)  # before an engine is started, which takes a minute
+        if not (apart and stage == "sft"):
+            bench.sampler = open_until_the_end.enter_context(open_sampler(cfg, model, renderer, run.path, overlaps))
+            preflight.run_checks(dataclasses.replace(subject, sampler=bench.sampler))
+        if apart:
+            bench.evaluator = async_evaluator(bench, model, stage)
+            open_until_the_end.callback(bench.evaluator.close)
+        yield bench
+
+
+@contextmanager
+def _bench_at_service(
+    run: Run, renderer: Renderer, examples: Sequence[Example], eval_path: Path
+) -> Iterator[Workbench]:
+    """A bench with a model that a training service trains and samples from."""
+    with connected(run.cfg) as (service, start):
+        learner = RemoteLearner(service, start, renderer, run.cfg)
+        sampler = _remote_sampler(run.cfg, renderer, service, start)
+        bench = Workbench(run, learner, sampler, renderer, [], sampler.context, len(renderer.tokenizer))
+        bench.val = bench.prompts(examples, eval_path)
+        if not checkpoint.steps_present(run.checkpoints):  # a run that goes on has been through it
+            preflight.check_service(renderer, bench.val, learner, sampler)
+        yield bench
+
+
+def _remote_sampler(cfg: EngineConfig, renderer: Renderer, service: Service, model: Checkpoint) -> RemoteSampler:
+    context = service.base_model(model.base_model).context or UNKNOWN_CONTEXT
+    where = model.sampler or model.base_model
+    return RemoteSampler(service, renderer, where, context, generation_ends(cfg))
+
+
+def settled(cfg: C, stage: str = "") -> C:
+    """`cfg` with the engine that `auto` means: that of the run which is continued, else this machine's."""
+    before = continued(cfg, stage) if isinstance(cfg, TrainConfig) else {}
+    if cfg.engine == "auto" and "engine" in before:
+        return dataclasses.replace(cfg, engine=before["engine"])
+    return settle(cfg, str(pick_device(cfg.device)), torch.cuda.device_count(), world().local_size)
+
+
+def validated(examples: Sequence[Example], cfg: TrainConfig) -> list[Example]:
+    """What every validation of a run asks: the first examples, or some drawn by its seed, in the order of the file."""
+    n = cfg.eval_examples or len(examples)
+    if cfg.eval_draw == "first":
+        return list(examples[:n])
+    drawn = repro.shuffled(len(examples), repro.derive_seed(cfg.seed, "validation"))[:n]
+    return [examples[i] for i in sorted(drawn)]
+
+
+def warn_of_unread(cfg: EngineConfig) -> None:
+    """Name the settings that are vLLM's alone and were given to the embedded engine."""
+    if cfg.unread:
+        talk(f"{', '.join(cfg.unread)}: only vLLM reads this, and --engine is {cfg.engine}")
+
+
 def evaluates_apart(cfg: TrainConfig, stage: str) -> bool:
-    """Whether another process evaluates while training goes on. On the learner's own GPU it could not: they take turns.
+    """Whether another process evaluates during training. On the learner's own GPU it cannot: they take turns.
 
     Raises:
-        ConfigError: it was asked for there.
+        ConfigError: `--eval_mode async` names the learner's GPU.
     """
     if not cfg.uses_vllm or cfg.eval_mode == "inline" or (cfg.eval_mode == "auto" and stage != "sft"):
         return cfg.eval_mode == "async"
@@ -215,15 +305,14 @@ def evaluates_apart(cfg: TrainConfig, stage: str) -> bool:
 
 def load_seeded(cfg: TrainConfig) -> Any:
     """The model to train, with every generator and kernel set as the config says."""
-    repro.set_deterministic(cfg.deterministic)
-    repro.seed_everything(cfg.seed)
+    repro.seed_everything(cfg.seed, cfg.deterministic)
     model = load_model(cfg)
     adapter.attach(model, cfg)
     return model
 
 
 def make_learner(cfg: TrainConfig, model: Any, tokenizer: Any) -> TorchLearner:
-    """Who learns in this process: alone, or as one of several ranks."""
+    """The learner of this process: alone, or as one of several ranks."""
     held = isinstance(cfg, GrpoConfig) and cfg.kl_coef > 0  # before a resume loads later weights into the model
     if world().size == 1:
         return TorchLearner(model, tokenizer, cfg, reference=held)
@@ -233,12 +322,12 @@ def make_learner(cfg: TrainConfig, model: Any, tokenizer: Any) -> TorchLearner:
 
 
 def end_ids(renderer: Renderer) -> list[int]:
-    """The ids that end a completion, the end of turn first."""
+    """The ids that end a completion, with the end of turn first."""
     return sorted(renderer.stop_ids, key=lambda i: (i != renderer.end_id, i))
 
 
 class NoSampler:
-    """Stands where a stage that never samples would have a sampler."""
+    """The sampler of a stage that never samples."""
 
     busy_s = 0.0
 
@@ -255,32 +344,34 @@ class NoSampler:
 def open_sampler(
     cfg: EngineConfig, model: Any, renderer: Renderer, folder: Path, overlaps: bool = False
 ) -> Iterator[Sampler]:
-    """The sampler that the config asks for: a copy of the model here, or vLLM engines in their own processes.
+    """Open the configured sampler: a copy of the model in this process, or vLLM engines in their own processes.
 
     Args:
-        model: whose type and device the engines take over.
-        folder: for the engines' log, and for weights that do not fit into shared memory.
-        overlaps: see `open_bench`.
+        model: the engines take over its dtype, and keep off its device where they can.
+        folder: takes the engines' log, and weights that do not fit into shared memory.
+        overlaps: see `open_workbench`.
     """
     here = world()
+    assert cfg.engine != "auto", "whoever opens a sampler has settled the engine"
     if is_users(cfg.engine):
         make = load_object(cfg.engine, "engine", ENGINES)
         with calling(f"engine {cfg.engine!r}"):
-            own: Sampler = make(model, renderer, cfg)
-        yield own
+            own = make(model, renderer, cfg)
+        yield UserSampler(cfg.engine, own)
         return
     if not cfg.uses_vllm:
-        yield HFSampler(model, renderer, cfg.sample_rows, copy_model=here.size == 1)  # ranks train another copy
+        yield HFSampler(model, renderer, cfg.sample_rows, copy_model=here.size == 1)  # several ranks train a copy
         return
     learner, log = device_name(model), folder / "engine.log"
     rows = placements(cfg, learner, torch.cuda.device_count(), here.local_size)
     cfg = dataclasses.replace(cfg, dtype=dtype_name(model.named_parameters()))
     trained = trained_on(learner, here.local_size) - {"cpu"}
-    beside = [not trained.isdisjoint(row) for row in rows]  # engines on a GPU that is trained on
+    beside = [not trained.isdisjoint(row) for row in rows]  # engines that share a GPU with the learner
     if any(beside) and not cfg.gpu_mem_util and isinstance(cfg, TrainConfig):
         cfg = dataclasses.replace(cfg, gpu_mem_util=engine_share(cfg, model, overlaps))
     engines = [
-        Engine(cfg, renderer, row, log=log, naps=mine and not overlaps) for row, mine in zip(rows, beside, strict=True)
+        Engine(cfg, renderer, row, log=log, sleep_when_idle=mine and not overlaps)
+        for row, mine in zip(rows, beside, strict=True)
     ]
     connect = None
     if cfg.weight_transfer != "file":
@@ -318,13 +409,13 @@ def open_sampler(
         sampler.close()
 
 
-def async_evaluator(bench: Bench, model: Any, stage: str) -> AsyncEvaluator:
-    """An evaluator in a process of its own, for the bench's validation prompts."""
+def async_evaluator(bench: Workbench, model: Any, stage: str) -> AsyncEvaluator:
+    """An evaluator in its own process, for the validation prompts."""
     cfg = bench.run.cfg
     device = cfg.eval_device
     if cfg.uses_vllm:
         if stage != "sft" and not device:
-            raise ConfigError("--eval_mode async beside a vLLM sampler needs a device of its own: pass --eval_device")
+            raise ConfigError("--eval_mode async beside a vLLM sampler needs its own device: pass --eval_device")
         wanted = dataclasses.replace(cfg, vllm_device=device or cfg.vllm_device, vllm_devices="")
         row = placements(wanted, device_name(model), torch.cuda.device_count(), world().local_size)[0]
     else:
@@ -343,7 +434,7 @@ def async_evaluator(bench: Bench, model: Any, stage: str) -> AsyncEvaluator:
 
 
 def prompt_rows(prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-    """Prompts for an evaluating process."""
+    """Prompts as JSON rows for the evaluating process."""
     text = ("id", "messages", "answer", "meta")
     return [
         {"example": {key: getattr(p.example, key) for key in text}, "token_ids": p.token_ids, "opened": p.opened}
@@ -351,8 +442,8 @@ def prompt_rows(prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
     ]
 
 
-def inline_evaluator(bench: Bench) -> InlineEvaluator:
-    """The bench's own sampler as the evaluator."""
+def inline_evaluator(bench: Workbench) -> InlineEvaluator:
+    """An evaluator that uses the workbench's own sampler."""
 
     def sync(step: int) -> WeightsRef:
         return bench._handed_over(step)[0]
@@ -361,8 +452,8 @@ def inline_evaluator(bench: Bench) -> InlineEvaluator:
     return InlineEvaluator(sync, bench.sampler, bench.val, params, bench.renderer, bench.context)
 
 
-def validation_params(bench: Bench) -> SamplingParams:
-    """Greedy, one completion an example."""
+def validation_params(bench: Workbench) -> SamplingParams:
+    """Greedy decoding, one completion per example."""
     cfg = bench.run.cfg
     return SamplingParams(cfg.max_new_tokens, temperature=0.0, stop=bench.renderer.stop)
 
@@ -380,8 +471,12 @@ def evaluate_model(
     shots: Sequence[Example] = (),
 ) -> Evaluation:
     """Load a model, evaluate it on `examples` (with each of `seeds`, after `shots`), let it go."""
+    how: dict[str, Any] = {"samples": samples, "seeds": seeds, "title": title}
+    if cfg.engine == "tinker":
+        return _evaluate_at_service(cfg, task, examples, params, source, shots, how)
+    warn_of_unread(cfg)
     repro.set_deterministic(cfg.deterministic)
-    # An engine is given the weights like any other time, from a copy on the CPU: their hash is what was evaluated.
+    # An engine gets the weights from a copy on the CPU, as in training, so their hash names what was evaluated.
     if cfg.uses_vllm:
         gpu = placements(cfg, gpus=torch.cuda.device_count())[0][0] != "cpu"
         cfg = dataclasses.replace(cfg, device="cpu", dtype="bfloat16" if cfg.dtype == "auto" and gpu else cfg.dtype)
@@ -395,18 +490,38 @@ def evaluate_model(
     ref = WeightsRef(0, weights_sha256(adapter.own_weights(model)))
     with open_sampler(cfg, model, renderer, Path(cfg.out_dir)) as sampler:
         sampler.load(ref, functools.partial(adapter.own_weights, model))
-        preflight.fly(Subject(model, renderer, prompts, sampler=sampler))
+        preflight.run_checks(Subject(model, renderer, prompts, sampler=sampler))
         del model
-        how: dict[str, Any] = {"samples": samples, "seeds": seeds, "title": title, "context": context}
-        how["chunk_size"] = ENGINE_CHUNK if cfg.uses_vllm else CHUNK
+        how |= {"context": context, "chunk_size": ENGINE_CHUNK if cfg.uses_vllm else CHUNK}
         return evaluate(sampler, prompts, params, renderer, ref.sha256, **how)
 
 
+def _evaluate_at_service(
+    cfg: EvalConfig,
+    task: Task,
+    examples: Sequence[Example],
+    params: SamplingParams,
+    source: str,
+    shots: Sequence[Example],
+    how: Mapping[str, Any],
+) -> Evaluation:
+    """Evaluate a model that a training service holds; the records carry what `Checkpoint` calls its weights' hash."""
+    renderer = Renderer(load_tokenizer(cfg), task, shots, date_of(cfg))
+    prompts = [renderer.prompt(example) for example in examples]
+    with connected(cfg) as (service, model):
+        sampler = _remote_sampler(cfg, renderer, service, model)
+        check_lengths(prompts, sampler.context, source)
+        check_ids(prompts, len(renderer.tokenizer), source)
+        params = dataclasses.replace(params, stop=renderer.stop)
+        more = {**how, "context": sampler.context, "chunk_size": ENGINE_CHUNK}
+        return evaluate(sampler, prompts, params, renderer, model.identity(), **more)
+
+
 def merge(cfg: ModelConfig, out: Path) -> dict[str, Any]:
-    """Make a LoRA adapter's folder a model of its own in `out`; returns its `model` and `weights_sha256`.
+    """Merge a LoRA adapter into its base model, in `out`; returns its `model` and `weights_sha256`.
 
     Raises:
-        ConfigError: `cfg.model_id` is no adapter.
+        ConfigError: `cfg.model_id` is not an adapter.
         RunDirError: `out` exists.
     """
     if out.exists():

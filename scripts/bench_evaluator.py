@@ -50,7 +50,7 @@ from grpo_gsm8k.evals.evaluator import AsyncEvaluator  # noqa: E402
 from grpo_gsm8k.tasks import load_task  # noqa: E402
 from grpo_gsm8k.tasks.base import load_split  # noqa: E402
 from grpo_gsm8k.trainer.tiny_model import make_tiny_model  # noqa: E402
-from grpo_gsm8k.workbench import Bench, open_bench, prompt_rows, validation_params  # noqa: E402
+from grpo_gsm8k.workbench import Workbench, open_workbench, prompt_rows, validation_params  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def make_inputs(folder: Path, size: Size) -> None:
 class Training:
     """`sft.train`, a block at a time."""
 
-    def __init__(self, bench: Bench, folder: Path) -> None:
+    def __init__(self, bench: Workbench, folder: Path) -> None:
         self.bench, self.step, self.submissions = bench, 0, list[float]()
         self.rows = [
             bench.renderer.target(problem) for problem in load_split(bench.renderer.task, folder / "data", "train")
@@ -109,11 +109,13 @@ def open_training(folder: Path, size: Size, every: int) -> Iterator[Training]:
     flags = {"model_id": str(folder / "model"), "data": str(folder / "data"), "device": "cpu", "dtype": "float32"}
     flags |= {"prompt_style": "gsm8k", "max_new_tokens": 96, "eval_examples": 16, "max_tokens_per_microbatch": 1500}
     flags |= {"batch_size": size.batch_size, "out_dir": tempfile.mkdtemp(dir=folder)}
-    with open_bench(config.build(SftConfig, {**flags, "eval_mode": "async", "eval_every": every}), "sft", {}) as bench:
+    with open_workbench(
+        config.build(SftConfig, {**flags, "eval_mode": "async", "eval_every": every}), "sft", {}
+    ) as bench:
         yield Training(bench, folder)
 
 
-def slow_evaluator(bench: Bench, seconds: float, really: bool) -> AsyncEvaluator:
+def slow_evaluator(bench: Workbench, seconds: float, really: bool) -> AsyncEvaluator:
     """As `workbench.async_evaluator` makes it, with another module in the child."""
     engine = Engine(
         dataclasses.replace(bench.run.cfg, dtype="float32"),

@@ -349,6 +349,26 @@ def caches() -> dict[str, Any]:
 
 
 @check
+def template() -> dict[str, Any]:
+    """A pod template's variables: venv, settings and git's identity on the volume, and a tunnel that delays nobody."""
+    folder = volume()
+    own = {"XDG_CONFIG_HOME": ".config", "XDG_CACHE_HOME": ".cache", "HF_HOME": ".cache/huggingface"}
+    own |= {"UV_PROJECT_ENVIRONMENT": ".venv", "PIP_CACHE_DIR": ".cache/pip", "VSCODE_AGENT_FOLDER": ".vscode-server"}
+    own |= {"GIT_CONFIG_GLOBAL": "dotfiles/gitconfig"}
+    words = [word for name, path in own.items() for word in ("--env", f"{name}=/workspace/{path}")]
+    inside = """
+      git config -f /workspace/dotfiles/gitconfig user.name me && git config --global user.name
+      git init -q /workspace/c && chown -R 4321 /workspace/c && git -C /workspace/c status --short && echo trusted
+      python -c 'import sys, grpo_gsm8k.cli; print(sys.prefix)'"""
+    for _ in range(2):  # the second container finds what the first has left
+        said = podman_run(
+            *mounted(folder), *words, "--env", "VSCODE_TUNNEL_NAME=box", "--network", "none", "--", "bash", "-c", inside
+        )
+        assert said.stdout.split() == ["me", "trusted", "/workspace/.venv"], said
+    return {"venv": said.stdout.split()[-1]}
+
+
+@check
 def checkout() -> dict[str, Any]:
     """A checkout in /workspace runs when it is asked for, by any way of starting it, and else does not."""
     folder = volume()

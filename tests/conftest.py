@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ os.environ.update(
 os.environ.pop("WANDB_API_KEY", None)
 # Toy models gain nothing from threads, and one thread gives the same bits whatever the number of cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell starts its background jobs with Ctrl-C ignored, and so would be every process that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 

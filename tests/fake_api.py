@@ -1,8 +1,9 @@
 """A teacher's API that misbehaves: an OpenAI-compatible chat endpoint with every fault a client must survive.
 
-    python -m tests.fake_api --data DIR/train.jsonl --port 8123 --faults 0.3
+    python -m tests.fake_api --try 20                                           asks it 20 questions, and ends
+    python -m tests.fake_api --data DIR/train.jsonl --port 8123 --faults 0.3    answers until Ctrl-C
 
-answers with the reference solutions of a file. `paid` counts what a provider would send the bill for: answers that
+It answers with the reference solutions of a file. `paid` counts what a provider would send the bill for: answers that
 are whole and sound, and that have been handed to the network to their last byte.
 """
 
@@ -10,15 +11,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import gzip
 import json
+import os
 import random
+import subprocess
+import sys
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from email.utils import formatdate
+from pathlib import Path
 from time import time
 from typing import Any
 from urllib.parse import quote
@@ -173,25 +179,80 @@ def serve(api: FakeApi, port: int = 0) -> Iterator[str]:
         loop.close()
 
 
-def main() -> None:
-    """Answer with the reference solutions of a file until Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--port", type=int, default=8123)
-    parser.add_argument("--faults", type=float, default=0.3)
-    flags = parser.parse_args()
-    with open(flags.data, encoding="utf-8") as lines:  # noqa: PTH123
-        solutions = {row["question"]: row["answer"] for row in map(json.loads, lines)}
+def answers(rows: Iterable[Mapping[str, str]]) -> Callable[[str], tuple[str, str]]:
+    """What a teacher says to the questions of these rows: their reference solutions, with a little thinking first."""
+    solutions = {row["question"]: row["answer"] for row in rows}
 
     def answer(prompt: str) -> tuple[str, str]:
         body, _, gold = solutions[prompt.rpartition("\n\n")[0]].rpartition("####")
         thought = f"Okay, the user wants me to solve this.\n{body}So it is{gold}."
         return thought, f"{body}\n**Final Answer**\n\\boxed{{{gold.strip()}}}"
 
-    with serve(FakeApi(answer, flags.faults, delay=0.05, hang=5.0), flags.port) as url:
-        print(url, flush=True)
-        threading.Event().wait()
+    return answer
+
+
+def read_rows(path: str) -> list[dict[str, str]]:
+    """The problems of a file, or a few made up on the spot."""
+    if path:
+        return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return [
+        {
+            "question": f"Ann has {a} apples and buys {b} more. How many has she?",
+            "answer": f"{a} + {b} = {a + b}\n#### {a + b}",
+        }
+        for a in range(2, 12)
+        for b in range(3, 13)
+    ]
+
+
+def try_out(rows: Sequence[Mapping[str, str]], faults: float, folder: Path) -> int:
+    """Ask a stand-in these questions with the real program, and be done in seconds; returns its exit code."""
+    infile, outfile = folder / "questions.jsonl", folder / "traces.jsonl"
+    infile.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    quick = {"read_timeout": 1, "backoff": 0.05, "backoff_max": 0.5, "max_retries": 20, "concurrency": 8}
+    flags = [f"--{name}={value}" for name, value in quick.items()]
+    kinds = [kind for kind in FAULTS if kind != "drip"]  # a byte now and then takes a minute, and no deadline ends it
+    with serve(FakeApi(answers(rows), faults, kinds, delay=0.02, hang=1.5)) as url:
+        flags += [f"--infile={infile}", f"--outfile={outfile}", f"--base_url={url}", "--api_key_env=TRY_OUT_KEY"]
+        command = [sys.executable, "-m", "grpo_gsm8k.r1_traces", *flags]
+        code = subprocess.run(command, env={**os.environ, "TRY_OUT_KEY": "not-a-secret"}, check=False).returncode
+    print(
+        f"to go on: grpo-gsm8k pairs --traces {outfile} --out {folder / 'pairs.jsonl'} --model_id MODEL",
+        file=sys.stderr,
+    )
+    return code
+
+
+def main() -> int:
+    """Answer with the reference solutions of a file, until Ctrl-C or until the try-out is done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="", help="JSONL of question and answer; some are made up without it")
+    parser.add_argument("--port", type=int, default=8123, help="0 for any")
+    parser.add_argument("--faults", type=float, default=0.3, help="share of the calls that fail")
+    parser.add_argument("--try", type=int, default=0, dest="count", metavar="N", help="ask N questions, and end")
+    parser.add_argument("--out", default="artifacts/traces/try", help="where --try writes")
+    flags = parser.parse_args()
+    rows = read_rows(flags.data)
+    if flags.count:
+        folder = Path(flags.out)
+        if (folder / "traces.jsonl").exists():
+            parser.exit(2, f"error: {folder}: holds a try-out already; pass another --out, or remove it\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        return try_out(rows[: flags.count], flags.faults, folder)
+    try:
+        with serve(FakeApi(answers(rows), flags.faults, delay=0.05, hang=5.0), flags.port) as url:
+            print(url, flush=True)
+            threading.Event().wait()
+    except OSError as fault:
+        if fault.errno != errno.EADDRINUSE:
+            raise
+        parser.exit(
+            2, f"error: port {flags.port} is busy; end what listens there, or pass another --port (0 for any)\n"
+        )
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -174,7 +174,7 @@ class Pretend(TorchDispatchMode):
         self.uploads = collections.Counter()
         self.attention = collections.Counter()
         self.graphs = 0  # captured, as far as one can without a GPU: replayed by running the function again
-        self.live = self.top = 0
+        self.live = self.top = self.reserved = 0  # bytes: in tensors, the most of that, and what the allocator keeps
         self.paused = False
         self._known = set()
         self._pinned = {}  # storage → event number of the copy into it that was not waited for
@@ -204,11 +204,11 @@ class Pretend(TorchDispatchMode):
         yield mock.patch.object(cuda, "get_device_name", lambda *a: self.name)
         yield mock.patch.object(cuda, "is_current_stream_capturing", lambda: False)
         yield mock.patch.object(cuda, "synchronize", lambda *a: self.wait("synchronize"))
-        yield mock.patch.object(cuda, "empty_cache", lambda: None)
+        yield mock.patch.object(cuda, "empty_cache", lambda: setattr(self, "reserved", self.live))
         yield mock.patch.object(cuda, "get_rng_state", lambda *a: state.clone())
         yield mock.patch.object(cuda, "set_rng_state", lambda s, *a: None)
-        yield mock.patch.object(cuda, "mem_get_info", lambda *a: (self.total - self.live, self.total))
-        yield mock.patch.object(cuda, "memory_reserved", lambda *a: self.live)
+        yield mock.patch.object(cuda, "mem_get_info", lambda *a: (self.total - self.reserved, self.total))
+        yield mock.patch.object(cuda, "memory_reserved", lambda *a: self.reserved)
         yield mock.patch.object(cuda, "memory_allocated", lambda *a: self.live)
         yield mock.patch.object(cuda, "max_memory_allocated", lambda *a: self.top)
         yield mock.patch.object(cuda, "reset_peak_memory_stats", lambda *a: setattr(self, "top", self.live))
@@ -301,7 +301,7 @@ class Pretend(TorchDispatchMode):
             return
         self._known.add(key)
         self.live += size
-        self.top = max(self.top, self.live)
+        self.top, self.reserved = max(self.top, self.live), max(self.reserved, self.live)
 
         def gone():
             self._known.discard(key)

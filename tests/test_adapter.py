@@ -16,12 +16,12 @@ from grpo_gsm8k.datatypes import SamplingParams
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.errors import CheckpointError, ConfigError, RunDirError
 from grpo_gsm8k.trainer import adapter
-from grpo_gsm8k.trainer.batch import make_batch
+from grpo_gsm8k.trainer.data import weighted
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.losses import Objective
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer, weights_sha256
 from tests.test_resume import config_of, story
-from tests.toys import draw, gradient, load_split, renderer_for, rows, train_config
+from tests.toys import draw, gradient, load_split, renderer_for, rows, tensor_of, train_config
 
 RANK, ALPHA = 4, 12
 LORA = {"lora_rank": RANK, "lora_alpha": ALPHA}
@@ -59,9 +59,9 @@ def test_the_gradient_is_the_chain_rule_through_the_full_one(tiny):
     with torch.no_grad():
         for layer in layers:
             plain[f"{layer}.weight"] += product(weights, layer).float()
-    batch = make_batch(rows(*SEQUENCES), 0)
+    data = weighted(rows(*SEQUENCES), "token")
     for learner in (lora, full):
-        learner.forward_backward(batch, Objective())
+        learner.forward_backward(data, Objective())
     mine, whole = gradient(lora), gradient(full)
     assert mine.keys() == {f"{layer}.lora_{side}.default.weight" for layer in layers for side in "AB"}
     for layer in layers:
@@ -74,16 +74,17 @@ def test_the_gradient_is_the_chain_rule_through_the_full_one(tiny):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_only_the_adapter_moves_and_the_reference_is_the_model_that_the_run_began_with(tiny, dtype):
-    learner, batch = learner_of(tiny, reference=True, dtype=dtype), make_batch(rows(*SEQUENCES), 0)
+    learner, data = learner_of(tiny, reference=True, dtype=dtype), weighted(rows(*SEQUENCES), "token")
     before = {name: p.detach().clone() for name, p in learner.model.named_parameters()}
     assert {p.dtype for p in before.values()} == {getattr(torch, dtype)}
-    learner.forward_backward(batch, Objective())
+    learner.forward_backward(data, Objective())
     learner.step(1e-2)
     moved = {n for n, p in learner.model.named_parameters() if not torch.equal(p, before[n])}
     assert moved and all("lora_B" in name for name in moved)  # A's gradient is 0 while B is
     base = learner_of(tiny, lora_rank=0, dtype=dtype)
-    torch.testing.assert_close(learner.reference_logprobs(batch), base.logprobs(batch), rtol=0, atol=1e-6)
-    assert not torch.allclose(learner.logprobs(batch), base.logprobs(batch), atol=1e-3)
+    mine, own = (tensor_of(found) for found in (learner.reference_logprobs(data), base.logprobs(data)))
+    torch.testing.assert_close(mine, own, rtol=0, atol=1e-6)
+    assert not torch.allclose(tensor_of(learner.logprobs(data)), own, atol=1e-3)
     assert learner.reference is None  # no second model is held for it
     assert {name.partition(".")[0] for name in learner.optimizer.state()} <= {"step", "exp_avg", "exp_avg_sq", "master"}
     assert all("lora_" in name for name in learner.optimizer.state())
@@ -146,12 +147,12 @@ def test_a_checkpoint_is_evaluated_and_continued_as_it_is(tiny, tmp_path):
     logged = [json.loads(line) for line in (tmp_path / "sft/metrics.jsonl").read_text().splitlines()]
     assert found["accuracy"] == logged[-1]["val/accuracy"]
     next_one = {"model_id": first["model"], "kl_coef": 0.1, "max_steps": 1}
-    with workbench.open_bench(config_of("grpo", tiny, tmp_path / "peek", **next_one, **LORA), "grpo", {}) as bench:
-        batch = make_batch(rows(*SEQUENCES), 0)
-        began = bench.learner.logprobs(batch)
+    with workbench.open_workbench(config_of("grpo", tiny, tmp_path / "peek", **next_one, **LORA), "grpo", {}) as bench:
+        data = weighted(rows(*SEQUENCES), "token")
+        began = bench.learner.logprobs(data)
         assert weights_sha256(bench.learner.weights()) == first["weights_sha256"]
         randomise(bench.learner.model)
-        assert torch.equal(bench.learner.reference_logprobs(batch), began)  # SFT's model, not the base
+        assert bench.learner.reference_logprobs(data) == began  # SFT's model, not the base
     grown = grpo.run(config_of("grpo", tiny, tmp_path / "grpo", **next_one, **LORA))
     held = json.loads((Path(grown["model"]) / "adapter_config.json").read_text())
     stored = AutoModelForCausalLM.from_pretrained(grown["model"])

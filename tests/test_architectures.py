@@ -20,12 +20,12 @@ from grpo_gsm8k.engines.vllm import max_model_len
 from grpo_gsm8k.errors import ConfigError, ModelError
 from grpo_gsm8k.repro import requests
 from grpo_gsm8k.trainer.architecture import context_length
-from grpo_gsm8k.trainer.batch import make_batch
+from grpo_gsm8k.trainer.data import weighted
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.logprobs import check_head
 from grpo_gsm8k.trainer.losses import Objective
 from tests.architectures import CONFIGS, VOCAB, config_of, make
-from tests.toys import gradient, rows, train_config, word_problem
+from tests.toys import batch_of, gradient, rows, tensor_of, train_config, word_problem
 
 QUICK = ("gemma2", "granite", "falcon-alibi", "stablelm", "bloom", "mamba", "lfm2")
 UNTRAINED = {"rwkv": "in place", "modernbert-decoder": "behind its head"}
@@ -96,13 +96,13 @@ def test_what_is_trained_has_the_log_probabilities_and_gradients_of_the_models_o
     expected = {key: p.grad for key, p in plain.named_parameters() if p.grad is not None}
     largest = max(float(grad.abs().max()) for grad in expected.values())
     tokens = sum(len(ids) - prompt for ids, prompt in SEQUENCES)
-    batch, objective = make_batch(rows(*SEQUENCES), 0, "token"), Objective(temperature=TEMPERATURE)
+    data, objective = weighted(rows(*SEQUENCES), "token"), Objective(temperature=TEMPERATURE)
     for packing, checkpointing in (("off", False), ("auto", False), ("off", True), ("auto", True)):
         flags = {"packing": packing, "activation_checkpointing": checkpointing}
         learner = TorchLearner(make(name), Saved(), train_config(**flags))
         assert learner.packs == (packing == "auto" and name not in PADDED)
-        check_logprobs(learner, plain, batch)
-        loss = learner.forward_backward(batch, objective)["loss"]
+        check_logprobs(learner, plain, data)
+        loss = learner.forward_backward(data, objective)["loss"]
         assert loss * tokens == pytest.approx(float(total.detach()), rel=1e-5)
         for key, mine in gradient(learner).items():
             own = expected.get(key, torch.zeros_like(mine))
@@ -110,18 +110,18 @@ def test_what_is_trained_has_the_log_probabilities_and_gradients_of_the_models_o
     learner.step(1e-2)
     learner.save(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=plain.config._attn_implementation)
-    check_logprobs(learner, loaded.eval(), batch)
+    check_logprobs(learner, loaded.eval(), data)
 
 
 def test_as_many_architectures_as_promised_are_served():
     assert len(CONFIGS.keys() - UNTRAINED.keys() - UNSAMPLED.keys()) >= 60
 
 
-def check_logprobs(learner, plain, batch):
-    for mine, (ids, prompt) in zip(learner.logprobs(batch, TEMPERATURE), SEQUENCES, strict=True):
+def check_logprobs(learner, plain, data):
+    for mine, (ids, prompt) in zip(learner.logprobs(data, TEMPERATURE), SEQUENCES, strict=True):
         with torch.no_grad():
             own = own_logprobs(plain, ids, prompt)
-        assert torch.allclose(mine[prompt - 1 : len(ids) - 1], own, rtol=0, atol=1e-5)
+        assert torch.allclose(torch.tensor(mine[prompt:]), own, rtol=0, atol=1e-5)
 
 
 class Saved:
@@ -138,9 +138,9 @@ class Saved:
 @pytest.mark.parametrize("name", ["gpt2", "qwen2-dropout", "opt", "falcon-alibi", "mixtral"])
 def test_no_pass_has_dropout_layer_drop_or_router_noise(name, checkpointing):
     learner = TorchLearner(make(name), Saved(), train_config(activation_checkpointing=checkpointing))
-    batch = make_batch(rows(*SEQUENCES), 0, "token")
-    assert torch.equal(learner.logprobs(batch), learner.logprobs(batch))
-    again = [(learner.forward_backward(batch, Objective())["loss"], gradient(learner)) for _ in range(2)]
+    data = weighted(rows(*SEQUENCES), "token")
+    assert learner.logprobs(data) == learner.logprobs(data)
+    again = [(learner.forward_backward(data, Objective())["loss"], gradient(learner)) for _ in range(2)]
     assert again[0][0] == again[1][0]
     for key, once in again[0][1].items():
         assert torch.allclose(again[1][1][key], 2 * once, rtol=1e-4, atol=1e-6)
@@ -160,9 +160,9 @@ def test_an_adapter_that_came_with_dropout_has_none():
             if "lora_B" in key:
                 parameter.normal_()
     learner = TorchLearner(model, Saved(), train_config(activation_checkpointing=True))
-    batch = make_batch(rows(*SEQUENCES), 0, "token")
-    losses = {learner.forward_backward(batch, Objective())["loss"] for _ in range(3)}
-    frozen = float(-(learner.logprobs(batch) * batch.weights).sum())
+    data = weighted(rows(*SEQUENCES), "token")
+    losses = {learner.forward_backward(data, Objective())["loss"] for _ in range(3)}
+    frozen = -float((tensor_of(learner.logprobs(data)) * batch_of(data).weights).sum())
     assert len(losses) == 1 and losses.pop() == pytest.approx(frozen, abs=1e-5)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from grpo_gsm8k.trainer.batch import loss_weights, make_batch
+from grpo_gsm8k.trainer.batch import make_batch
+from grpo_gsm8k.trainer.data import loss_weights, weighted, with_ref_logprobs
 from grpo_gsm8k.trainer.logprobs import token_logprobs
 from grpo_gsm8k.trainer.losses import CrossEntropy
-from tests.toys import TableModel, rows
+from tests.toys import TableModel, rows, tensor_of, values_of
 
 PAD = END = 9  # padding shares its id with the end of turn, as in many tokenizers
 
@@ -17,7 +18,7 @@ def trained_cells(sequences):
     """(row, token id) of every target whose logits get a gradient, by asking autograd."""
     torch.manual_seed(0)
     model = TableModel(torch.randn(10, 10))
-    batch = make_batch(rows(*sequences, advantage=1.0), PAD)
+    batch = make_batch(weighted(rows(*sequences, advantage=1.0), "token"), PAD)
     logp, _ = token_logprobs(model, batch)
     logp.retain_grad()
     (batch.weights * CrossEntropy()(logp, batch)).sum().backward()
@@ -42,7 +43,7 @@ def test_mask_does_not_come_from_the_padding_id():
 def test_known_logits_give_known_log_probabilities():
     table = torch.zeros(4, 4)
     table[1] = torch.tensor([0.0, 1.0, 2.0, 3.0]).log().nan_to_num(neginf=-1e9)  # after 1: 0, 1/6, 2/6, 3/6
-    batch = make_batch(rows(([1, 3, 0], 1)), 0)
+    batch = make_batch(rows(([1, 3, 0], 1)))
     logp, said = token_logprobs(TableModel(table), batch)
     assert logp[0].tolist() == pytest.approx([-0.6931472, -1.3862944], abs=1e-6)  # log 1/2, log 1/4
     # -(1/6 log 1/6 + 1/3 log 1/3 + 1/2 log 1/2) and log 4, by hand
@@ -52,7 +53,7 @@ def test_known_logits_give_known_log_probabilities():
 
 def test_temperature_is_part_of_the_distribution():
     table = torch.tensor([[0.0, 0.6931472], [0.0, 0.0]])  # T = 1: 1/3, 2/3; T = 0.5: 1/5, 4/5
-    batch = make_batch(rows(([0, 1], 1)), 0)
+    batch = make_batch(rows(([0, 1], 1)))
     assert float(token_logprobs(TableModel(table), batch, 0.5)[0]) == pytest.approx(-0.2231436, abs=1e-6)
 
 
@@ -70,3 +71,24 @@ def test_weights_of_the_three_aggregations_by_hand():
 def test_an_all_masked_update_weighs_nothing_and_stays_finite():
     weights = loss_weights(torch.zeros(2, 3), "sequence")
     assert weights.tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token", "constant"])
+def test_data_carry_the_weights_and_figures_that_the_tensors_have(aggregation):
+    """To the last bit, so that data may be cut, reordered and sent elsewhere."""
+    data = rows(([1, 2, 3, 4, END], 2), ([5, 6, END], 1), ([7, 8], 2), advantage=0.1, logprob=-0.3)
+    whole = weighted(data, aggregation, 7)
+    logp = torch.tensor([[0.0, -0.1, -0.2, -0.3], [-0.7, -0.9, 0.0, 0.0], [0.0] * 4])
+    whole = with_ref_logprobs(whole, values_of(logp, data))
+    batch = make_batch(whole)
+    assert torch.equal(batch.weights, loss_weights(batch.mask, aggregation, 7))
+    assert torch.equal(batch.ref_logprobs, logp) and torch.equal(tensor_of(values_of(logp, data)), logp)
+    part = make_batch([whole[2], whole[1]])
+    assert torch.equal(part.weights, batch.weights[[2, 1], :2])
+    assert torch.equal(part.old_logprobs, batch.old_logprobs[[2, 1], :2])
+    assert torch.equal(part.advantages, batch.advantages[[2, 1], :2])
+
+
+def test_without_weights_a_loss_is_the_sum_over_the_trained_tokens():
+    batch = make_batch(rows(([1, 2, 3, 4], 2), ([5, 6], 1)))
+    assert torch.equal(batch.weights, batch.mask) and batch.mask.sum() == 3

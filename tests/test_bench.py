@@ -79,6 +79,9 @@ def test_shares_of_a_peak_by_hand(args):
     # Two completions of 3 and 1 tokens after prompts of 5 and 6: two steps, of 6 and 7 tokens' keys and values.
     assert bench_sample.bytes_read(shape, 2, [(5, 3), (6, 1)]) == 2 * (2 * (2304 + 11200) + 2 * 8 * (6 + 7))
     assert bench.gpu_of(args) is None  # so that on a CPU there is no such figure
+    drivers = "H100 PCIe, H100 NVL, H200, B200, A100-SXM4-40GB, A100 80GB PCIe, L40S, L4, GeForce RTX 4090"
+    known = {costs.gpu_called(f"NVIDIA {name}") for name in f"{drivers}, GeForce RTX 5090, H100 80GB HBM3".split(", ")}
+    assert None not in known and len(known | {costs.gpu_called("AMD Instinct MI300X")}) == 12
     assert costs.gpu_called("NVIDIA H100 80GB HBM3") is costs.GPUS["H100"]
     assert costs.gpu_called("NVIDIA H100 PCIe") is costs.GPUS["H100-PCIe"] and costs.gpu_called("NVIDIA T4") is None
 

@@ -144,12 +144,15 @@ def test_differences_ignore_what_may_change_between_a_run_and_its_continuation()
 
 
 def test_a_device_for_vllm_says_that_vllm_samples():
-    assert config.resolve("grpo").engine == "hf"
+    assert config.resolve("grpo").engine == "auto" and not config.resolve("grpo").uses_vllm
     for flags in ({"vllm_device": "cuda:1"}, {"vllm_devices": "cuda:1,cuda:2"}, {"engine": "vllm"}):
         cfg = config.resolve("grpo", flags=flags)
         assert cfg.uses_vllm and 'engine = "vllm"' in config.to_toml(cfg, "grpo")
     before = vars(config.resolve("grpo", flags={"vllm_device": "cuda:1"}))
-    assert config.differences(before, config.resolve("grpo")) == ["engine: 'vllm' then, 'hf' now"]
+    assert config.differences(before, config.resolve("grpo")) == []  # auto: as the run began
+    assert config.differences(before, config.resolve("grpo", flags={"engine": "hf"})) == [
+        "engine: 'vllm' then, 'hf' now"
+    ]
     assert config.differences(before, config.resolve("grpo", flags={"vllm_device": "cuda:2"})) == []
 
 
@@ -214,3 +217,44 @@ def test_importance_sampling_is_the_surrogate_without_its_clip() -> None:
     cfg = config.resolve("grpo", flags={"algorithm": "importance_sampling"})
     assert (cfg.loss, cfg.clip_eps, cfg.std_norm) == ("grpo_clip", 1.0, False)
     assert cfg.clip_eps_high > math.exp(20)  # log-ratios are bounded by 20
+
+
+def test_every_value_is_traced_to_the_layer_that_set_it(tmp_path, monkeypatch) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("[common]\nmodel_id = 'm'\nseed = 3\n[grpo]\nsteps = 7\n[task.countdown.grpo]\ntop_p = 1.0\n")
+    monkeypatch.setenv("WANDB_PROJECT", "from-the-shell")
+    given = {"preset": "quick", "config_file": recipe, "flags": {"task": "countdown", "vllm_device": "cpu"}}
+    given |= {"sets": ["grpo.lr=0.5", "algorithm=dapo", "sft.lr=2"]}
+    cfg, origin = config.explain("grpo", **given)
+    assert cfg == config.resolve("grpo", **given)
+    expected = {
+        "beta1": ("default", ""),
+        "prompt_style": ("preset", "presets/quick.toml [common]"),
+        "seed": ("file", f"{recipe} [common]"),
+        "steps": ("file", f"{recipe} [grpo]"),
+        "top_p": ("task", f"{recipe} [task.countdown.grpo]"),
+        "wandb_project": ("env", "WANDB_PROJECT"),
+        "task": ("flag", "--task"),
+        "lr": ("flag", "--set lr=…"),
+        "overlong_buffer": ("flag", "algorithm dapo, --set algorithm=…"),
+        "engine": ("implied", "by other settings"),
+    }
+    assert {name: origin[name] for name in expected} == expected
+    assert (cfg.wandb_project, cfg.engine, cfg.lr) == ("from-the-shell", "vllm", 0.5)
+    _, of_ei = config.explain("ei", preset="quick")
+    assert of_ei["rounds"] == ("preset", "presets/quick.toml [ei]")
+    _, of_chat = config.explain("sft", preset="tiny", flags={"task": "chat"})
+    assert of_chat["batch_size"] == ("task", "presets/chat/tiny.toml [sft]")
+
+
+def test_the_environment_is_stronger_than_files_and_weaker_than_flags(tmp_path, monkeypatch) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("[common]\nwandb_project = 'of-the-file'\n")
+    monkeypatch.setenv("WANDB_PROJECT", "of-the-shell")
+    assert config.resolve("sft", config_file=recipe).wandb_project == "of-the-shell"
+    assert config.resolve("sft", flags={"wandb_project": "typed"}).wandb_project == "typed"
+    monkeypatch.setenv("WANDB_PROJECT", "")
+    assert config.resolve("sft", config_file=recipe).wandb_project == "of-the-file"
+    monkeypatch.setenv("WANDB_PROJECT", "a\udcffb")
+    with pytest.raises(ConfigError, match="WANDB_PROJECT ="):
+        config.resolve("sft")

@@ -98,11 +98,11 @@ def test_training_warns_of_test_questions_and_of_nothing_else(tmp_path, capsys):
 
 
 def test_the_warning_stands_at_the_start_of_training(tiny, tmp_path, capsys):
-    from grpo_gsm8k.workbench import open_bench
+    from grpo_gsm8k.workbench import open_workbench
     from tests.toys import stage_config
 
     cfg = stage_config("sft", model_id=str(tiny.model), data=str(tiny.data), out_dir=str(tmp_path / "run"))
-    with open_bench(cfg, "sft", {"train": tiny.data / "test.jsonl"}):
+    with open_workbench(cfg, "sft", {"train": tiny.data / "test.jsonl"}):
         assert "test problems" in capsys.readouterr().err
 
 

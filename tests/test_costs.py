@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_gsm8k.trainer import adapter, costs
-from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.compiled import compile_layers
 from grpo_gsm8k.trainer.costs import Setup, Shape
+from grpo_gsm8k.trainer.data import weighted
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.losses import GrpoClip, Objective
 from grpo_gsm8k.trainer.memory import shape_of
@@ -105,15 +105,15 @@ def test_the_whole_of_an_update_against_the_allocator(flags, dtype, vocabulary):
     model = make_model(dtype=dtype, vocabulary=vocabulary, lora_rank=flags.get("lora_rank", 0))
     learner = TorchLearner(model, None, train_config(max_tokens_per_microbatch=8 * 64, **flags))
     sequences = [([3 + (i + j) % 200 for j in range(65)], 20) for i in range(8)]
-    batch = make_batch(rows(*sequences, advantage=1.0, logprob=-5.0), 0)
-    learner.forward_backward(batch, POLICY)
+    data = weighted(rows(*sequences, advantage=1.0, logprob=-5.0), "token")
+    learner.forward_backward(data, POLICY)
     learner.step(1e-3)
-    learner.forward_backward(batch, POLICY)
+    learner.forward_backward(data, POLICY)
     masters = learner.optimizer.masters.values()
     tensors = [*model.parameters(), *(m.grad for m in masters), *learner.optimizer.state().values()]
     there = sum(t.numel() * t.element_size() for t in tensors if t.ndim)
     with ProfiledMemory() as meter:
-        learner.forward_backward(batch, POLICY)
+        learner.forward_backward(data, POLICY)
     setup = replace(costs.setup_of(learner.cfg, WIDTH[dtype], device="cpu"), copies=0)
     assert costs.state_bytes(shape_of(model), setup) == there
     predicted = costs.training_bytes(shape_of(model), setup, 8 * 64, 8 * 45)

@@ -5,21 +5,26 @@ The default part takes each path once; the whole matrix of options, dtypes and l
 
 from __future__ import annotations
 
+import contextlib
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-from grpo_gsm8k import config, ei, grpo, repro, sft
+from grpo_gsm8k import config, ei, fast_eval_vllm, grpo, repro, sft
 from grpo_gsm8k.config import TrainConfig
-from grpo_gsm8k.engines.hf import _cumsum
-from grpo_gsm8k.trainer import kernels
-from grpo_gsm8k.trainer.batch import make_batch
+from grpo_gsm8k.datatypes import Request, SamplingParams
+from grpo_gsm8k.engines import static_cache
+from grpo_gsm8k.engines.hf import HFSampler, _cumsum
+from grpo_gsm8k.runs.files import read_jsonl
+from grpo_gsm8k.trainer import kernels, memory
+from grpo_gsm8k.trainer.data import weighted
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.losses import LOSSES, GrpoClip, Objective
 from tests.rehearsal import CUDNN, MATH, Pretend
-from tests.toys import datum, make_data, make_model
+from tests.toys import datum, make_data, make_model, tensor_of
 
 V = 211
 CLIP = Objective(GrpoClip(), temperature=0.7)
@@ -59,7 +64,7 @@ def qwen(dtype=torch.float32, layers=2):
     return model
 
 
-def update_batch(groups=4):
+def update_data(groups=4):
     draw, rows = random.Random(0), []
     for group in range(groups):
         prompt = tuple(draw.randrange(3, V) for _ in range(draw.randrange(1, 9)))
@@ -68,7 +73,7 @@ def update_batch(groups=4):
             ids = (*prompt, *(draw.randrange(3, V) for _ in range(n)))
             old = (0.0,) * len(prompt) + tuple(draw.gauss(-5, 0.4) for _ in range(n))
             rows.append(datum(ids, (0,) * len(prompt) + (1,) * n, old, (1.0 if member else -1.0) if group else 0.0))
-    return make_batch(rows, 0, "token")
+    return weighted(rows, "token")
 
 
 def learner_on(device, dtype=torch.float32, **flags):
@@ -78,9 +83,9 @@ def learner_on(device, dtype=torch.float32, **flags):
 def after_an_update(dtype, device, objective, **flags):
     """Log-probabilities of the batch after one step, and what the update reported."""
     learner = learner_on(device, dtype, **flags)
-    metrics = learner.forward_backward(update_batch(), objective)
+    metrics = learner.forward_backward(update_data(), objective)
     learner.step(1e-3)
-    return learner.logprobs(update_batch(), objective.temperature), metrics
+    return tensor_of(learner.logprobs(update_data(), objective.temperature)), metrics
 
 
 # ------------------------------------------------------------------------------------------------------ updates
@@ -127,7 +132,8 @@ def assert_kernels(gpu):
 
 
 @pytest.mark.parametrize(("dtype", "loss", "flags"), NARROW)
-def test_an_update_there_is_the_update_here(dtype, loss, flags):
+def test_an_update_there_is_the_update_here(dtype, loss, flags, monkeypatch):
+    monkeypatch.setattr(memory, "PROBE_TOKENS", 16)  # as long as in a run below
     check_update(dtype, loss, flags)
 
 
@@ -144,12 +150,12 @@ def test_a_microbatch_waits_at_most_three_times(packing):
     for cells in (40, 4096):
         with Pretend() as gpu:
             learner = learner_on("cuda", torch.bfloat16, packing=packing, max_tokens_per_microbatch=cells)
-            learner.forward_backward(update_batch(8), CLIP)
+            learner.forward_backward(update_data(8), CLIP)
             learner.optimizer.zero_grad()
             gpu.syncs.clear()
             gpu.where.clear()
-            learner.forward_backward(update_batch(8), CLIP)
-        parts = len(list(learner._microbatches(update_batch(8), range(16))))
+            learner.forward_backward(update_data(8), CLIP)
+        parts = learner.passes(update_data(8))
         waits[parts] = sum(gpu.syncs.values())
         assert waits[parts] <= 2 * parts + 1, gpu.where.most_common()
     assert max(waits) > 3 and min(waits) == 1  # one for the mask that transformers makes, one for the head
@@ -160,11 +166,31 @@ def test_a_frozen_pass_waits_for_its_answer_alone():
         learner = learner_on("cuda", torch.bfloat16, max_tokens_per_microbatch=4096)
         gpu.syncs.clear()
         gpu.where.clear()
-        learner.logprobs(update_batch())
+        learner.logprobs(update_data())
     assert sum(gpu.syncs.values()) <= 2, gpu.where.most_common()  # one is the mask that transformers makes
 
 
 # ------------------------------------------------------------------------------------------------------ kernels
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+def test_rows_stand_end_to_end_by_default_in_bfloat16(deterministic):
+    """One kernel for all rows of a pass, whose shape is the pass's; in float32 it does not exist."""
+    repro.set_deterministic(deterministic)
+    for dtype, packs in ((torch.bfloat16, True), (torch.float32, False)):
+        with Pretend() as gpu:
+            learner = learner_on("cuda", dtype, deterministic=deterministic, max_tokens_per_microbatch=48)
+            gpu.attention.clear()
+            learner.forward_backward(update_data(), CLIP)
+        assert learner.packs is packs and {kernel == "varlen" for kernel, _ in gpu.attention} == {packs}
+
+
+def test_shards_in_float32_are_known_to_compute_in_bfloat16():
+    """Several ranks hold float32 shards: how their rows are read decides the memory that is predicted."""
+    with Pretend():
+        model, cfg = qwen().to("cuda"), TrainConfig(engine="vllm")
+        assert memory.gauge_of(model, cfg, torch.bfloat16, 2, False).end_to_end
+        assert not memory.gauge_of(model, cfg, torch.float32, 2, False).end_to_end
 
 
 def test_what_torch_would_take_by_itself():
@@ -179,6 +205,59 @@ def test_what_torch_would_take_by_itself():
             kernels.choose_attention(model)
             model(torch.ones(2, 7, dtype=torch.int64, device="cuda"))
             assert_kernels(gpu)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "flags", "each"),
+    [
+        (torch.bfloat16, {}, 1),  # end to end: one for all rows of a pass
+        (torch.bfloat16, {"deterministic": True}, 1),
+        (torch.bfloat16, {"packing": "off"}, 1),
+        (torch.float32, {"packing": "on"}, 2),  # in two blocks
+    ],
+    ids=str,
+)
+def test_the_attention_of_a_whole_update(dtype, flags, each):
+    """One kernel, and so many shapes a pass, whatever the number of rows, layers and lengths."""
+    data = update_data(groups=12)
+    repro.set_deterministic(bool(flags.get("deterministic")))
+    with Pretend() as gpu:
+        learner = learner_on("cuda", dtype, max_tokens_per_microbatch=64, **flags)
+        passes = learner.passes(data)
+        gpu.attention.clear()
+        learner.forward_backward(data, CLIP)
+    assert 3 < passes < len(data) / 2
+    assert_kernels(gpu)
+    assert len({kernel for kernel, _ in gpu.attention}) == 1 and len(gpu.attention) <= each * passes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_attention_of_a_whole_generation(dtype, tiny, monkeypatch):
+    """Prompts are one shape; then it is one for each number of rows and columns that a graph is made for."""
+    monkeypatch.setattr(static_cache, "LEAST_COLUMNS", 32)
+    monkeypatch.setattr(static_cache, "LEAST_ROWS", 4)
+    renderer = SimpleNamespace(stop_ids=frozenset(range(3, 8)), pad_id=0, decode=lambda ids: "")
+    asked = [Request(tuple(range(20, 23 + i)), tuple(range(8 * i, 8 * i + 8))) for i in range(2)]
+    with Pretend() as gpu:
+        sampler = HFSampler(qwen(dtype).to("cuda"), renderer)
+        gpu.attention.clear()
+        drawn = sampler.sample(asked, SamplingParams(max_new_tokens=70))
+        shapes = gpu.attention.copy()
+    assert_kernels(gpu)
+    tokens = {len(c.token_ids) for group in drawn for c in group}
+    assert max(tokens) > 60 and len(tokens) > 5  # rows end one by one
+    steps = [shape for _, shape in shapes if shape[3] >= 32]
+    assert 4 <= len(steps) == len(shapes) - 1 <= 3 * 3  # rows in 16, 8, 4; columns in 32, 64, 96
+
+
+def test_a_probe_keeps_no_memory(monkeypatch):
+    """What the allocator kept of it would lack to an engine that wakes on the same GPU."""
+    monkeypatch.setattr(memory, "PROBE_TOKENS", 16)
+    with Pretend() as gpu:
+        learner = learner_on("cuda", max_tokens_per_microbatch=0)
+        held = torch.cuda.memory_allocated()
+        assert learner.budget > 256 and gpu.top > held
+        assert torch.cuda.memory_reserved() < held + (gpu.top - held) / 10
 
 
 def test_a_cumulative_sum_in_a_fixed_order():
@@ -214,9 +293,9 @@ def out_of_memory_at(learner, monkeypatch, fails):
 
 def test_an_update_that_does_not_fit_is_made_again_in_smaller_passes(monkeypatch, capsys):
     plain, learner = (learner_on("cpu", max_tokens_per_microbatch=80, packing="off") for _ in range(2))
-    expected = plain.forward_backward(update_batch(), CLIP)
+    expected = plain.forward_backward(update_data(), CLIP)
     asked = out_of_memory_at(learner, monkeypatch, lambda number, part: number == 1)
-    found = learner.forward_backward(update_batch(), CLIP)
+    found = learner.forward_backward(update_data(), CLIP)
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     for name, master in learner.optimizer.masters.items():
         assert torch.allclose(master.grad, plain.optimizer.masters[name].grad, atol=1e-6), name
@@ -228,11 +307,12 @@ def test_memory_that_lacks_twice_is_the_users_to_mend(monkeypatch):
     learner = learner_on("cpu", max_tokens_per_microbatch=80, packing="off")
     out_of_memory_at(learner, monkeypatch, lambda number, part: True)
     with pytest.raises(config.ConfigError, match="--max_tokens_per_microbatch"):
-        learner.forward_backward(update_batch(), CLIP)
+        learner.forward_backward(update_data(), CLIP)
 
 
 # ------------------------------------------------------------------------------------------------------- stages
 
+EI = {"prompts_per_round": 8, "samples_per_prompt": 2, "steps_per_round": 2, "batch_size": 4}
 STAGES = {
     "grpo": (grpo, {}),
     "grpo, one step off": (grpo, {"mode": "one_step_off"}),
@@ -240,9 +320,18 @@ STAGES = {
     "grpo, LoRA": (grpo, {"lora_rank": 4, "kl_coef": 0.05}),
     "grpo, offloaded": (grpo, {"optimizer_device": "cpu"}),
     "grpo, packed": (grpo, {"packing": "on"}),
+    "grpo, padded": (grpo, {"packing": "off"}),
+    "grpo, checkpointed": (grpo, {"activation_checkpointing": True}),
+    "grpo, probed": (grpo, {"max_tokens_per_microbatch": 0}),
     "grpo, deterministic": (grpo, {"deterministic": True}),
+    "grpo, everything": (
+        grpo,
+        {"mode": "one_step_off", "kl_coef": 0.05, "lora_rank": 4, "activation_checkpointing": True, "epochs": 2},
+    ),
     "sft": (sft, {"batch_size": 8, "max_steps": 3}),
-    "ei": (ei, {"prompts_per_round": 8, "samples_per_prompt": 2, "steps_per_round": 2, "batch_size": 4}),
+    "sft, LoRA, deterministic": (sft, {"batch_size": 8, "max_steps": 3, "lora_rank": 4, "deterministic": True}),
+    "ei": (ei, EI),
+    "ei, offloaded, probed": (ei, {**EI, "optimizer_device": "cpu", "max_tokens_per_microbatch": 0}),
 }
 DEFAULT = {"grpo", "grpo, deterministic", "sft"}
 
@@ -259,6 +348,7 @@ def test_a_stage_runs_and_resumes_there(name, dtype, tmp_path):
         "data": str(data),
         "out_dir": str(tmp_path / "run"),
         "device": "cuda",
+        "engine": "hf",
         "dtype": dtype,
         "max_new_tokens": 12,
         "eval_every": 2,
@@ -274,3 +364,17 @@ def test_a_stage_runs_and_resumes_there(name, dtype, tmp_path):
         result = module.run(config.resolve(stage, preset="tiny", flags={**flags, "resume": True}))
     assert result["weights_sha256"]
     assert_kernels(gpu)
+
+
+@pytest.mark.slow
+def test_an_evaluation_there_is_the_one_here(tiny, tmp_path):
+    flags = {"model_id": str(tiny.model), "eval_path": str(tiny.data / "test.jsonl"), "prompt_style": "gsm8k"}
+    flags |= {"limit": 6, "max_new_tokens": 12, "dtype": "float32", "engine": "hf", "samples": 2, "temperature": 1.0}
+    found = []
+    for device, there in (("cpu", contextlib.nullcontext()), ("cuda", Pretend())):
+        cfg = config.resolve("eval", flags={**flags, "device": device, "out_dir": str(tmp_path / device)})
+        with there:
+            result = fast_eval_vllm.run(cfg)
+        rows = [row for _, row in read_jsonl(result["results_path"])]
+        found.append([(row["id"], row["response"], row["weights_sha256"]) for row in rows])
+    assert len(found[0]) == 12 and found[0] == found[1]

@@ -25,7 +25,7 @@ import torch
 import typer
 import yaml
 
-from grpo_gsm8k import bench, cli, config, r1_traces
+from grpo_gsm8k import bench, cli, config, data_prep, r1_traces
 from grpo_gsm8k.datatypes import Completion, Grade, Prompt, Trajectory
 from grpo_gsm8k.grpo import advantages_of
 from grpo_gsm8k.runs import diagnosis
@@ -38,13 +38,14 @@ from tests.toys import rows, stage_config, word_problem
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "grpo_gsm8k"
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+ELSEWHERE = {"originals.md"}  # full of other programs' names; tests/test_originals.py types it row by row
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(p for p in DOCS.glob("*.md") if p.name not in ELSEWHERE)]
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 every_page = pytest.mark.parametrize("page", PAGES, ids=IDS)
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS, GROUPS = set(PYPROJECT["project"]["optional-dependencies"]), set(PYPROJECT["dependency-groups"])
-OTHER_TOOLS = {"git", "cd", "export", "ssh", "ruff", "mypy", "mkdocs", "pre-commit", "uvx", "curl"}
+OTHER_TOOLS = {"bash", "git", "cd", "export", "ssh", "ruff", "mypy", "mkdocs", "pre-commit", "uvx", "curl"}
 OTHER_FLAGS = {"--help", "--extra", "--group", "--torch-backend", "--runslow", "--strict", "--apply-chat-template"}
 OTHER_FLAGS |= {"--generation-config"}  # vLLM's
 OTHER_FLAGS |= {"--gpus", "--shm-size", "--max-restarts", "--shutdown-timeout"}  # docker's and torchrun's
@@ -137,7 +138,7 @@ def check(words: Sequence[str]) -> None:
 
 def check_uv(words: Sequence[str]) -> None:
     command, *rest = words
-    assert command in ("run", "sync", "venv", "pip"), command
+    assert command in ("run", "sync", "lock", "venv", "pip"), command
     while rest and rest[0].startswith("--"):
         option = rest.pop(0)
         if option in ("--extra", "--group", "--only-group", "--with", "--python"):
@@ -162,6 +163,8 @@ def check_module(module: str, words: Sequence[str]) -> None:
     assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file() or (ROOT / module.replace(".", "/")).is_dir()
     if module == "grpo_gsm8k.cli":
         check_cli(words)
+    elif module == "grpo_gsm8k.data_prep":
+        data_prep.flags().parse_args(words)
     elif top == "grpo_gsm8k":
         check_cli([name, *words])
     else:
@@ -192,8 +195,8 @@ def check_cli(words: Sequence[str]) -> None:
         words, job = (list(words), []) if "--" not in words else split_at(words, "--")
         name, params = parsed([word for word in words if word != "--help"])
         check_settings(name, params)
-        if job:
-            check(job)
+        if job:  # flags alone belong to the training that `launch up --model_id` makes
+            check(["grpo-gsm8k", "grpo", *job] if job[0].startswith("-") else job)
 
 
 def split_at(words: Sequence[str], mark: str) -> tuple[list[str], list[str]]:
@@ -223,7 +226,7 @@ def parsed(words: list[str]) -> tuple[str, dict[str, Any]]:
 
 def check_settings(name: str, params: dict[str, Any]) -> None:
     given = {key: value for key, value in params.items() if value is not None}
-    layers = {"as_json", "preset", "config_file", "sets"}
+    layers = {"as_json", "preset", "config_file", "sets", "help_all", "browse"}
     if name in config.SECTIONS:
         flags = {key: value for key, value in given.items() if key not in layers}
         config.resolve(name, preset=given.get("preset"), flags=flags, sets=given.get("sets", ()))
@@ -254,6 +257,7 @@ def all_flags() -> frozenset[str]:
         *PACKAGE.glob("bench/**/*.py"),
         *PACKAGE.glob("launch/templates/*.py"),
         *(ROOT / "scripts").glob("*.py"),
+        ROOT / "tests" / "fake_api.py",
     ]:
         found.update(re.findall(r'"(--[a-z_]+)"', path.read_text()))
         found.update(f"--{name}" for name in re.findall(r'^    "([a-z_]+)": \(', path.read_text(), flags=re.M))
@@ -333,7 +337,7 @@ def test_every_command_exists_and_takes_its_flags(page):
         ("cd x && FOO=1 uv run pytest tests/test_nothing.py", "test_nothing"),
         ("uv run python -m grpo_gsm8k.nothing", "assert"),
         ("uv run torchrun --nproc-per-node 4 -m grpo_gsm8k.cli sft --prest full", "No such option"),
-        ("python grpo_gsm8k/r1_traces.py --infiles f", "unrecognized arguments"),
+        ("python grpo_gsm8k/r1_traces.py --infiles f", "no such flag: --infiles (did you mean --infile?)"),
         ("docker run --rm grpo-gsm8k grpo-gsm8k doctors", "no command"),
         ("grpo-gsm8k launch up --budget 5 -- grpo-gsm8k nothing", "no command"),
         ("make install", "unknown program"),
@@ -411,7 +415,7 @@ def test_other_blocks_can_be_read(page, tmp_path, monkeypatch):
                 ((found,),) = Grader(load_task("gsm8k"), make_reward("mine:short_and_right")).grade([group])
                 assert found.reward == pytest.approx(1.05)
             else:
-                batch = make_batch(rows(([1, 2], 1), advantage=2.0, logprob=-1.0), 0)
+                batch = make_batch(rows(([1, 2], 1), advantage=2.0, logprob=-1.0))
                 loss = make_loss("mine:Clipped", {"clip_eps": 0.5})(torch.tensor([[0.0]]), batch)
                 assert float(loss) == pytest.approx(-3.0)
                 best = advantages_of(stage_config("grpo", advantage="mine:best_only"), [Grade(1.0), Grade(0.2)])
@@ -434,6 +438,47 @@ def test_the_findings_are_those_of_the_diagnosis():
     names = [row["finding"].strip("`") for row in rows]
     assert set(names) == {check.__name__ for check in (*diagnosis.CHECKS, diagnosis.stalled)}
     assert len(names) == len(set(names))
+
+
+def test_what_would_have_gone_wrong_on_a_gpu_has_its_tests():
+    rows = next(t for t in tables(DOCS / "performance.md") if "finding" in t[0])
+    assert {int(row[""]) for row in rows} == set(range(1, 15))
+    source = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row["test"])
+        assert named and row["what a user would have seen"], row
+        for name in named:
+            assert f"\ndef {name}(" in source, f"there is no {name}"
+
+
+NO_DEFAULT_OF_SPEED = {
+    *("grading", "max_new_tokens", "seed", "wandb_project", "run_name", "engine_patience_s", "data", "out_dir"),
+    *("resume", "max_steps", "save_every", "keep_last", "eval_every", "eval_examples", "eval_set_path", "eval_device"),
+    *("lora_rank", "lora_alpha", "lora_targets", "grader_processes", "grader_timeout_s", "eval_draw"),
+    *("learner", "wire_loss"),
+    *("eval_backlog", "probe_tolerance", "lr", "lr_schedule", "warmup_steps", "weight_decay", "beta1", "beta2"),
+    *("grad_clip",),
+}
+"""Fields that say what is learned and where it is kept, not how fast."""
+
+
+def test_every_default_says_what_it_was_chosen_by():
+    """All fields of the samplers' and learners' configs; a new one is put on the page, or on the list above."""
+    mine = [
+        vars(cls).get("__annotations__", {})
+        for cls in config.TrainConfig.__mro__
+        if issubclass(cls, config.ModelConfig)
+    ]
+    fields = {name for names in mine for name in names if name.islower()} - NO_DEFAULT_OF_SPEED | {"mode"}
+    declared = config.GrpoConfig.__dataclass_fields__
+    first, second = (t for t in tables(DOCS / "performance.md") if {"flag", "default"} <= t[0].keys())
+    assert {row["flag"].strip("`-") for row in second} == fields
+    for row in (*first, *second):
+        default = declared[row["flag"].strip("`-")].default
+        assert row["default"] == (f"`{default}`" if default != "" else ""), row
+    for row in second:
+        for device in ("on a CPU", "on a GPU"):
+            assert "measured" in row[device] or re.search(r"\d", row[device]), row
 
 
 def test_the_messages_are_printed_somewhere():

@@ -64,7 +64,7 @@ def test_every_number_has_a_range_and_refuses_what_is_none():
         (f"sft --seed {10**400}", "--seed"),
         ("compare a b --gain nan", "--gain nan: must be a finite number"),
         ("compare a b --examples -1", "'--examples'"),
-        ("data --out_dir d --eval_n 0", "'--eval-n'"),
+        ("data --out_dir d --eval_n 0", "'--eval_n'"),
         ("contamination a --ngram 0", "'--ngram'"),
         ("bench update --repeats 0", "--repeats 0: must be at least 1"),
         ("bench sample --hidden -8", "--hidden"),

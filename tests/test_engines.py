@@ -18,9 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_gsm8k import config
-from grpo_gsm8k.config import EngineConfig
+from grpo_gsm8k.config import EngineConfig, PolicyConfig
 from grpo_gsm8k.datatypes import Prompt, SamplingParams, WeightsRef
-from grpo_gsm8k.engines import handover, process
+from grpo_gsm8k.engines import handover, process, vllm
 from grpo_gsm8k.engines.channel import Child, environment_of
 from grpo_gsm8k.engines.handover import HandoverError, Outbox
 from grpo_gsm8k.engines.hf import HFSampler
@@ -104,11 +104,11 @@ def test_the_probe_passes_only_when_the_weights_are_the_learners(tiny, parts, re
     model, renderer, prompts = parts
     learner = TorchLearner(model, renderer, train_config())
     load(real, 5, learner.weights())
-    found = probe(real, learner, prompts, renderer.pad_id, 5, 1e-3)
+    found = probe(real, learner, prompts, 5, 1e-3)
     assert found["sync/probe_logp_abs_max"] < 1e-5
     load(real, 6, changed(model))  # the engine takes them, but they are not the learner's
     with pytest.raises(EngineError, match="version 6"):
-        probe(real, learner, prompts, renderer.pad_id, 6, 1e-3)
+        probe(real, learner, prompts, 6, 1e-3)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
@@ -252,7 +252,7 @@ def test_an_engine_ends_when_its_parent_leaves_words_unread():
 def test_a_child_that_dies_says_its_last_words(tmp_path):
     with pytest.raises(EngineError, match="exit 1") as caught:
         Child("tests.no_such_module", {}, patience_s=30)
-    assert "no_such_module" in caught.value.words
+    assert "no_such_module" in caught.value.output_tail
 
 
 # ---------------------------------------------------------------------------------------------- hand-overs
@@ -406,7 +406,7 @@ def test_a_transfer_that_never_ends_stops_the_run(direct):
 
 def test_an_engine_that_dies_in_a_transfer_or_after_it_stops_the_run(direct):
     sampler, _ = direct(lambda engine: engine.ask("transfer", dict, method="update_weights"), "die_in_transfer")
-    sampler.engines[0].irreplaceable = True  # it dies when both ends meet, and is not started again for that
+    sampler.engines[0].restartable = False  # it dies when both ends meet, and is not started again for that
     with pytest.raises(EngineError, match="weight transfer failed"):
         load(sampler, 1, WEIGHTS)
 
@@ -416,6 +416,56 @@ def test_weights_that_came_directly_are_lost_with_their_engine(direct):
     load(sampler, 1, WEIGHTS)
     with pytest.raises(EngineError, match="its weights with it; resume"):
         draw(sampler, PROMPTS, PARAMS, 2, 5)
+
+
+# ------------------------------------------------------------------------------------------- vLLM on a GPU
+
+
+def test_an_engine_that_wakes_finds_the_memory_that_training_let_go_of(fake, monkeypatch):
+    """torch's allocator keeps it for this process, until it is told to give it back."""
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(sampler.engines[0].held))
+    sampler = fake()
+    load(sampler, 1, WEIGHTS)
+    assert not emptied
+    sampler.engines[0].sleep_when_idle = True
+    load(sampler, 2, WEIGHTS)
+    draw(sampler, PROMPTS, PARAMS)
+    assert [held.version for held in emptied] == [1, 2]  # before the engine is asked for anything
+
+
+class RecordedLLM:
+    """Stands for `vllm.LLM`: keeps what it was started with."""
+
+    def __init__(self, model, **settings):
+        self.settings, self.environment, self.slept = settings, dict(os.environ), 0
+        config = SimpleNamespace(max_model_len=512, try_get_generation_config=lambda: {"eos_token_id": [7, 9]})
+        self.llm_engine = SimpleNamespace(model_config=config)
+
+    def sleep(self, level):
+        self.slept += 1
+
+
+@pytest.mark.parametrize(("device", "sleep_when_idle"), [("cuda:0", True), ("cuda:0", False), ("cpu", False)])
+def test_what_vllm_is_started_with(tiny, monkeypatch, device, sleep_when_idle):
+    """On a GPU: the model runner that was tested, as many requests at once as it holds, graphs, and sleep."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=RecordedLLM))
+    monkeypatch.setattr(vllm.os, "environ", {})
+    flags = {"engine": "vllm", "sample_rows": 64, "gpu_mem_util": 0.0 if sleep_when_idle else 0.5}
+    cfg = config.build(PolicyConfig, {"model_id": str(tiny.model), **flags})
+    sampler = vllm.VLLMSampler(
+        replace(cfg, device=device), SimpleNamespace(stop_ids=frozenset({5})), print, sleep_when_idle
+    )
+    llm, gpu = sampler.llm, device != "cpu"
+    assert llm.environment["VLLM_USE_V2_MODEL_RUNNER"] == "0" == llm.environment["VLLM_USE_FLASHINFER_SAMPLER"]
+    assert llm.settings["max_num_seqs"] == (1024 if gpu else 64)
+    assert llm.settings["enforce_eager"] is not gpu and llm.settings["enable_sleep_mode"] is sleep_when_idle is bool(
+        llm.slept
+    )
+    assert llm.settings["gpu_memory_utilization"] == (0.9 if sleep_when_idle else 0.5)
+    assert sampler.stop_ids == {5, 7, 9} and sampler.context == 512
+    wider = vllm.VLLMSampler(replace(cfg, device=device, sample_rows=3000), sampler.renderer, print)
+    assert wider.llm.settings["max_num_seqs"] == 3000
 
 
 # -------------------------------------------------------------------------------------------------- devices

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tarfile
+import venv
 from pathlib import Path
 
 import pytest
+import yaml
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "entrypoint.sh"
@@ -65,3 +68,74 @@ def test_a_checkout_that_is_not_there_is_one_line_and_exit_code_2(tmp_path):
 
 def test_without_a_key_nothing_listens():
     assert bash("start_sshd", {"PUBLIC_KEY": " \n"}).returncode == 1
+
+
+def test_a_volume_keeps_caches_and_settings_and_the_template_wins(tmp_path):
+    names = (
+        "XDG_CACHE_HOME",
+        "HF_HOME",
+        "PIP_CACHE_DIR",
+        "XDG_CONFIG_HOME",
+        "GIT_CONFIG_GLOBAL",
+        "VSCODE_AGENT_FOLDER",
+    )
+    show = f"volume() {{ echo {tmp_path}; }}; find_places; printf '%s\\n' " + " ".join(f'"${name}"' for name in names)
+    found = bash(show, {"HOME": str(tmp_path)}).stdout.splitlines()
+    below = [".cache", ".cache/huggingface", ".cache/pip", ".config", "dotfiles/gitconfig", ".vscode-server"]
+    assert found == [str(tmp_path / path) for path in below]
+    template = {name: str(tmp_path / "of" / name / "x") for name in names}
+    assert bash(show, {"HOME": str(tmp_path), **template}).stdout.splitlines() == list(template.values())
+    # `git config -f FILE`, as the first README has it, needs the file's folder.
+    for file in (found[4], template["GIT_CONFIG_GLOBAL"]):
+        subprocess.run(["git", "config", "-f", file, "user.name", "me"], check=True)
+
+
+def test_a_venv_on_the_volume_sees_the_image_and_keeps_what_is_added(tmp_path):
+    image, own = tmp_path / "image", tmp_path / "volume" / ".venv"
+    venv.create(image, with_pip=False)
+    (purelib,) = image.glob("lib/python*/site-packages")
+    (purelib / "of_the_image.py").write_text("")
+    env = {"PATH": f"{image}/bin:{os.environ['PATH']}", "UV_PROJECT_ENVIRONMENT": str(own)}
+    show = "use_venv; python -c 'import of_the_image, sys; print(sys.prefix)'; "
+    assert bash(show, env).stdout == f"{own}\n"
+    (there,) = own.glob("lib/python*/site-packages")
+    (there / "added.py").write_text("")
+    assert bash(show + "python -c 'import added'; echo $? $VIRTUAL_ENV", env).stdout == f"{own}\n0 {own}\n"
+    unmade = bash("use_venv; command -v python", env | {"UV_PROJECT_ENVIRONMENT": "/proc/x"})
+    assert unmade.returncode == 0 and unmade.stdout == f"{image}/bin/python\n" and "no venv: /proc/x" in unmade.stderr
+    assert (
+        bash('use_venv; echo "${VIRTUAL_ENV:-none}"', env | {"UV_PROJECT_ENVIRONMENT": "/opt/venv"}).stdout == "none\n"
+    )
+
+
+CODE = '#!/bin/sh\necho "$@"\necho "$VSCODE_CLI_DATA_DIR"\nexit 3\n'
+
+
+def test_a_tunnel_is_started_where_it_has_a_name_and_code_is_there_or_can_be_had(tmp_path):
+    (tmp_path / "bin").mkdir()
+    env = {"HOME": str(tmp_path), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    assert bash("start_tunnel; wait", env).stderr == ""
+    env["VSCODE_TUNNEL_NAME"] = "runpod-gpu"
+    nowhere = bash("start_tunnel file:///nowhere; wait; echo waits for nothing", env)
+    assert nowhere.stdout == "waits for nothing\n" and "no VS Code tunnel: there is no `code`" in nowhere.stderr
+    code = tmp_path / "code"
+    code.write_text(CODE)
+    code.chmod(0o755)
+    with tarfile.open(tmp_path / "cli.tar.gz", "w:gz") as archive:
+        archive.add(code, "code")
+    said = "tunnel --accept-server-license-terms --name runpod-gpu\n{}\nentrypoint: the VS Code tunnel ended with 3\n"
+    fetched = bash(f"start_tunnel file://{tmp_path}/cli.tar.gz; wait", env)
+    assert fetched.stdout == "" and fetched.stderr == said.format(tmp_path / ".config/vscode-cli")
+    (tmp_path / "cli.tar.gz").unlink()  # the next container on this volume has it
+    assert bash("start_tunnel file:///nowhere; wait", env).stderr == fetched.stderr
+    code.rename(tmp_path / "bin" / "code")
+    there = bash("start_tunnel file:///nowhere; wait", env | {"XDG_CONFIG_HOME": "/c", "XDG_CACHE_HOME": "/none"})
+    assert there.stderr == said.format("/c/vscode-cli")
+
+
+def test_a_release_is_latest_and_the_image_has_git():
+    steps = yaml.safe_load((REPOSITORY / ".github/workflows/image.yml").read_text())["jobs"]["image"]["steps"]
+    (meta,) = (step["with"] for step in steps if step.get("id") == "meta")
+    assert meta["flavor"].split() == ["latest=auto", "suffix=${{", "matrix.suffix", "}},onlatest=true"]
+    assert "type=pep440,pattern={{version}}" in meta["tags"].split()  # of which `auto` makes the latest
+    assert " git " in (REPOSITORY / "Dockerfile").read_text().partition("apt-get install")[2].partition("\n")[0]

@@ -17,7 +17,7 @@ from grpo_gsm8k.engines.process import Engine
 from grpo_gsm8k.errors import ConfigError, DataError, EngineError
 from grpo_gsm8k.evals.evaluator import AsyncEvaluator
 from grpo_gsm8k.trainer.policy import weights_sha256
-from grpo_gsm8k.workbench import open_bench
+from grpo_gsm8k.workbench import open_workbench
 from tests.toys import load_split, stage_config
 
 
@@ -179,7 +179,7 @@ def test_a_resumed_run_evaluates_what_it_owed_and_nothing_twice(tiny, tmp_path, 
 
         monkeypatch.setattr(sft, "fit_step", fit_step)
         cfg = stage_config("sft", **sft_flags(tiny, run, eval_mode="inline", save_every=3, resume=True))
-        with open_bench(cfg, "sft", {"train": tiny.data / "train.jsonl"}) as bench:
+        with open_workbench(cfg, "sft", {"train": tiny.data / "train.jsonl"}) as bench:
             bench.evaluator = evaluator(gate=gate, check=True)
             bench.evaluator.pending = run / "evals/pending"
             rows = [bench.renderer.target(problem) for problem in load_split(tiny.data, "train")]

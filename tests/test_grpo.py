@@ -24,10 +24,11 @@ from grpo_gsm8k.rollout import rollout_metrics
 from grpo_gsm8k.tasks import load_task
 from grpo_gsm8k.tasks.rewards import Grader, make_reward, overlong_penalty
 from grpo_gsm8k.trainer import checkpoint, loop
-from grpo_gsm8k.trainer.batch import ImportanceCorrection, make_batch, mismatch_metrics, with_old_logprobs
+from grpo_gsm8k.trainer.batch import make_batch
+from grpo_gsm8k.trainer.data import ImportanceCorrection, mismatch_metrics, weighted, with_old_logprobs
 from grpo_gsm8k.trainer.losses import GrpoClip, Gspo, Objective, per_token_loss
-from grpo_gsm8k.workbench import open_bench
-from tests.toys import datum, draw, even_tokens, graded, load_split, stage_config, word_problem
+from grpo_gsm8k.workbench import open_workbench
+from tests.toys import datum, draw, even_tokens, graded, load_split, stage_config, with_advantage, word_problem
 
 
 def made(group: int, reward: float, n: int = 3, finish="stop", correct=False, format_ok=True) -> Rollout:
@@ -48,7 +49,7 @@ def bench_of(tiny, tmp_path):
             small |= {"lr": 1e-3, "out_dir": str(tmp_path / f"run{next(numbers)}")}
             where = {"model_id": str(tiny.model), "data": str(tiny.data)}
             cfg = stage_config("grpo", **(small | where | flags))
-            bench = opened.enter_context(open_bench(cfg, "grpo", {"train": tiny.data / "train.jsonl"}))
+            bench = opened.enter_context(open_workbench(cfg, "grpo", {"train": tiny.data / "train.jsonl"}))
             return cfg, bench, bench.prompts(load_split(tiny.data, "train"), tiny.data)
 
         yield make
@@ -155,11 +156,11 @@ def test_minibatches_cover_every_rollout_once_per_epoch(bench_of):
     data = [grpo.datum(cfg, made(0, 1.0, n=n)) for n in range(1, 9)]
     seen = []
     learn = bench.learner.forward_backward
-    bench.learner.forward_backward = lambda batch, objective: (seen.append(batch), learn(batch, objective))[1]
+    bench.learner.forward_backward = lambda part, objective: (seen.append(part), learn(part, objective))[1]
     grpo.update(cfg, bench, data, step=1)
     assert [len(b) for b in seen] == [3, 3, 2, 3, 3, 2]
-    lengths = [sorted(n for b in half for n in b.lengths) for half in (seen[:3], seen[3:])]
-    assert lengths[0] == lengths[1] == [len(r.token_ids) - 1 for r in data]
+    lengths = [sorted(len(row.token_ids) for b in half for row in b) for half in (seen[:3], seen[3:])]
+    assert lengths[0] == lengths[1] == [len(r.token_ids) for r in data]
 
 
 @pytest.mark.parametrize("aggregation", ["sequence", "token", "constant"])
@@ -168,18 +169,19 @@ def test_every_row_weighs_alike_over_a_pass(bench_of, aggregation, rows, asked, 
     """Nine rows in four minibatches made three updates, ten made a last one of a single row."""
     cfg, bench, _prompts = bench_of(minibatches=asked, epochs=3, aggregation=aggregation)
     data = [grpo.datum(cfg, made(0, 1.0, n=n)) for n in range(1, rows + 1)]
-    batch, _ = grpo.whole_batch(cfg, bench, data, step=1)
-    parts = list(grpo.minibatches(cfg, batch, step=1))
+    whole, _ = grpo.whole_pass(cfg, bench.learner, data, step=1)
+    parts = list(grpo.minibatches(cfg, whole, step=1))
     assert [len(part) for part in parts] == sizes * 3
-    whole = make_batch(data, 0, aggregation, cfg.max_new_tokens)
-    expected = dict(zip(whole.lengths, whole.weights.sum(1).tolist(), strict=True))
+    lengths = [sum(row.mask) for row in data]
+    share = {"sequence": lambda n: 1 / rows, "token": lambda n: n / sum(lengths)}
+    share["constant"] = lambda n: n / cfg.max_new_tokens / rows
+    expected = {n: share[aggregation](n) for n in lengths}
     passes = [parts[i : i + len(sizes)] for i in range(0, len(parts), len(sizes))]
     for one in passes:
-        found = {n: w / len(sizes) for part in one for n, w in zip(part.lengths, part.weights.sum(1), strict=True)}
+        found = {sum(row.mask): sum(row.weights) / len(sizes) for part in one for row in part}
         assert found == pytest.approx(expected)
-    assert len({tuple(n for part in one for n in part.lengths) for one in passes}) == 3  # reshuffled each epoch
-    again = list(grpo.minibatches(cfg, batch, step=1))
-    assert [part.lengths for part in again] == [part.lengths for part in parts]
+    assert len({tuple(row.token_ids for part in one for row in part) for one in passes}) == 3  # reshuffled each epoch
+    assert list(grpo.minibatches(cfg, whole, step=1)) == parts
 
 
 def test_more_groups_than_prompts_and_an_epochs_edge_draw_other_completions(bench_of):
@@ -234,7 +236,7 @@ def test_metrics_carry_the_names_that_are_relied_upon(bench_of):
     cfg, bench, prompts = bench_of(steps=2, eval_every=1)
     grpo.train(cfg, bench, prompts, graded(bench))
     names = set(metrics_of(bench)[-1])
-    times = {f"time/{t}" for t in ("sampling", "compute_rewards", "build_data", "training", "sync", "total")}
+    times = {f"time/{t}" for t in ("save_weights", "sampling", "compute_rewards", "build_data", "training", "total")}
     assert names >= times | {"progress/grpo_step", "progress/done_frac", "val/accuracy", "val/format_accuracy"}
     assert names >= {f"reward/{r}" for r in ("mean", "std", "min", "max", "format", "answer")}
     assert names >= {"policy/entropy", "policy/grad_norm", "policy/lr", "policy/approx_kl", "policy/update_to_weight"}
@@ -248,9 +250,9 @@ def test_evaluation_records_carry_the_hash_of_the_weights_of_their_step(bench_of
     seen = {}
     validate = bench.validate
 
-    def watched(step, total):
+    def watched(step, total, metrics):
         seen[step] = weights_sha256(bench.learner.weights())
-        return validate(step, total)
+        validate(step, total, metrics)
 
     bench.validate = watched
     grpo.train(cfg, bench, prompts, graded(bench, even_tokens))
@@ -271,7 +273,7 @@ def test_evaluation_records_carry_the_hash_of_the_weights_of_their_step(bench_of
         ({"rollouts_per_step": 4, "group_size": 1}, "group_size"),
         ({"top_p": 0.9}, "top_p"),
         ({"temperature": 0.0}, "temperature"),
-        ({"baseline": "none"}, "--no-std-norm"),
+        ({"baseline": "none"}, "--no_std_norm"),
         ({"dual_clip": 1.1}, "above the clip"),
         ({"dual_clip": 1.25, "clip_eps_high": 0.28}, "above the clip"),
         ({"dual_clip": 3.0, "loss": "cispo"}, "cispo"),
@@ -357,19 +359,18 @@ def test_with_equal_rewards_the_loss_is_the_kl_to_where_the_run_began(bench_of):
     assert second["loss"] == pytest.approx(2.0 * second["policy/kl_ref"], rel=1e-4)
 
 
-def test_a_loss_that_is_no_number_keeps_the_batch_and_the_last_checkpoint(bench_of):
+def test_a_loss_that_is_no_number_keeps_the_batch_and_the_last_checkpoint(bench_of, monkeypatch):
     from safetensors.torch import load_file
 
     cfg, bench, prompts = bench_of(steps=4)
     calls = itertools.count()
-    forward = bench.learner.forward_backward
+    whole = grpo.whole_pass
 
-    def poisoned(batch, objective):
-        if next(calls) == 2:
-            batch.advantages[0] = float("nan")
-        return forward(batch, objective)
+    def poisoned(*args):
+        (first, *rest), mismatch = whole(*args)
+        return [with_advantage(first, math.nan) if next(calls) == 2 else first, *rest], mismatch
 
-    bench.learner.forward_backward = poisoned
+    monkeypatch.setattr(grpo, "whole_pass", poisoned)
     with pytest.raises(NonFiniteError, match="step 3"):
         grpo.train(cfg, bench, prompts, graded(bench, even_tokens))
     kept = load_file(bench.run.path / "nonfinite_step_000003.safetensors")
@@ -510,7 +511,7 @@ def test_when_the_engine_fails_for_good_the_last_complete_step_is_kept(bench_of,
 
 @contextlib.contextmanager
 def open_again(bench):
-    """What `open_bench` does when an engine fails, for a bench that is closed only later."""
+    """What `open_workbench` does when an engine fails, for a bench that is closed only later."""
     try:
         yield
     except EngineError:
@@ -525,16 +526,15 @@ def test_importance_correction_by_hand():
     """Four tokens whose trainer probability is 0.5, 1, 3 and 10 times the sampler's; the cap is 2."""
     ratios = [0.4, 1.0, 3.0, 10.0]
     rows = [datum((1, 2, 3, 4, 5), (0, 1, 1, 1, 1), (0.0, -1.0, -2.0, -3.0, -4.0), 1.0)]
-    batch = make_batch(rows, 0, "token")
-    trainer = batch.old_logprobs + torch.tensor([ratios]).log()
+    data = weighted(rows, "token")
+    trainer = [(0.0, *(p + math.log(ratio) for p, ratio in zip(rows[0].logprobs[1:], ratios, strict=True)))]
     kinds = ("none", "truncate", "mask")
-    weights = {kind: with_old_logprobs(batch, trainer, ImportanceCorrection(kind)).weights[0] for kind in kinds}
-    assert weights["none"].tolist() == pytest.approx([0.25] * 4)
-    assert weights["truncate"].tolist() == pytest.approx([0.1, 0.25, 0.5, 0.5])
-    assert weights["mask"].tolist() == pytest.approx([0.0, 0.25, 0.0, 0.0])
-    corrected = with_old_logprobs(batch, trainer, ImportanceCorrection("truncate"))
-    assert torch.equal(corrected.old_logprobs, trainer)  # the objective's ratio no longer sees the sampler
-    found = mismatch_metrics([batch], [trainer], ImportanceCorrection("truncate", 2.0))
+    found = {kind: with_old_logprobs(data, trainer, ImportanceCorrection(kind))[0] for kind in kinds}
+    assert found["none"].weights == pytest.approx([0.0] + [0.25] * 4)
+    assert found["truncate"].weights == pytest.approx([0.0, 0.1, 0.25, 0.5, 0.5])
+    assert found["mask"].weights == pytest.approx([0.0, 0.0, 0.25, 0.0, 0.0])
+    assert found["truncate"].logprobs == trainer[0]  # the objective's ratio no longer sees the sampler
+    found = mismatch_metrics(data, trainer, ImportanceCorrection("truncate", 2.0))
     assert found["mismatch/ratio_mean"] == pytest.approx(3.6) and found["mismatch/ratio_max"] == pytest.approx(10.0)
     assert found["mismatch/ess"] == pytest.approx(14.4**2 / (0.16 + 1 + 9 + 100) / 4)
     assert found["mismatch/capped_frac"] == 0.75
@@ -561,13 +561,17 @@ def test_every_correction_by_hand(kind, cap, low, weights):
         datum((1, 2, 3), (0, 1, 1), (0.0, -1.0, -2.0), 1.0),
         datum((1, 4, 5), (0, 1, 1), (0.0, -3.0, -1.0), -1.0),
     ]
-    batch = make_batch([*rows, datum((1, 2, 3, 4), (0, 0, 0, 0))], 0, "constant", 1)
-    ratios = torch.tensor([[0.5, 3.0, 1.0], [0.5, 0.5, 1.0], [1.0, 1.0, 1.0]])
+    data = weighted([*rows, datum((1, 2, 3, 4), (0, 0, 0, 0))], "constant", 1)
+    trainer = [
+        (0.0, -1.0 + math.log(0.5), -2.0 + math.log(3.0)),
+        (0.0, -3.0 + math.log(0.5), -1.0 + math.log(0.5)),
+        (0.0,) * 4,
+    ]
     correction = ImportanceCorrection(kind, cap, low)
-    found = with_old_logprobs(batch, (batch.old_logprobs + ratios.log()) * batch.mask, correction)
-    assert (2 * found.weights)[:2, :2].flatten().tolist() == pytest.approx(weights)
-    assert not found.weights[:, 2].any() and not found.weights[2].any()
-    frac = mismatch_metrics([batch], [found.old_logprobs], correction)["mismatch/capped_frac"]
+    found = with_old_logprobs(data, trainer, correction)
+    assert [2 * weight for row in found[:2] for weight in row.weights[1:]] == pytest.approx(weights)
+    assert not any(row.weights[0] for row in found) and not any(found[2].weights)
+    frac = mismatch_metrics(data, trainer, correction)["mismatch/capped_frac"]
     if kind.endswith("mask"):  # what is beyond the bounds is what was left out
         assert frac == weights.count(0.0) / 4
 
@@ -586,9 +590,9 @@ def test_the_corrected_gradient_is_the_on_policy_one_in_expectation():
     table = logits.clone().requires_grad_()
     total = torch.zeros(())
     for y in range(3):
-        batch = make_batch([datum((9, y), (0, 1), (0.0, float(sampler[y].log())), advantage[y])], 0, "token")
+        data = weighted([datum((9, y), (0, 1), (0.0, float(sampler[y].log())), advantage[y])], "token")
         logp = torch.log_softmax(table, 0)[y].reshape(1, 1)
-        batch = with_old_logprobs(batch, logp.detach(), ImportanceCorrection("truncate", 100.0))
+        batch = make_batch(with_old_logprobs(data, [(0.0, float(logp))], ImportanceCorrection("truncate", 100.0)))
         total = total + sampler[y] * (batch.weights * per_token_loss(logp, batch, Objective(GrpoClip()))).sum()
     (-total).backward()
     assert table.grad is not None and live.grad is not None

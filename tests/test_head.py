@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_gsm8k.trainer import head as head_module
-from grpo_gsm8k.trainer.batch import ImportanceCorrection, make_batch, with_old_logprobs, with_ref_logprobs
+from grpo_gsm8k.trainer.batch import make_batch
+from grpo_gsm8k.trainer.data import ImportanceCorrection, weighted, with_old_logprobs, with_ref_logprobs
 from grpo_gsm8k.trainer.head import LogitMap, target_logprobs
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.logprobs import token_logprobs
@@ -23,7 +24,7 @@ from grpo_gsm8k.trainer.losses import (
     make_loss,
     update_loss,
 )
-from tests.toys import gradient, rows, train_config
+from tests.toys import gradient, rows, tensor_of, train_config, values_of
 
 N, H, V = 11, 6, 40
 
@@ -177,7 +178,7 @@ def test_an_update_has_the_gradient_of_the_plain_way_tied_and_untied():
     for i, (n, prompt) in enumerate([(9, 4), (4, 1), (13, 6), (6, 2), (11, 3)]):
         data += rows((range(3 + i, 3 + i + n), prompt), advantage=(-1) ** i * (0.3 + i), logprob=-3.6 - 0.1 * i)
     data[1] = data[1].__class__(data[1].token_ids, (0,) * 4, data[1].logprobs, (1.0,) * 4)
-    batch = make_batch(data, 0, "sequence")
+    data = weighted(data, "sequence")
     sizes = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     for tied in (True, False):
         torch.manual_seed(1)
@@ -186,13 +187,14 @@ def test_an_update_has_the_gradient_of_the_plain_way_tied_and_untied():
         with torch.no_grad():
             for weight in model.parameters():
                 weight.mul_(8.0)
-        frozen = TorchLearner(model, None, train_config()).logprobs(batch, 0.7)
-        batch = with_old_logprobs(batch, frozen + 0.3 * torch.randn(frozen.shape))
+        frozen = tensor_of(TorchLearner(model, None, train_config()).logprobs(data, 0.7))
+        data = with_old_logprobs(data, values_of(frozen + 0.3 * torch.randn(frozen.shape), data))
+        batch = make_batch(data)
         clips = {"clip_eps": 0.2, "clip_eps_high": 0.2}
         for loss in (make_loss(name, clips) for name in LOSSES):
             objective = Objective(loss, temperature=0.7, kl_coef=0.1)
             learner = TorchLearner(model, None, train_config(max_tokens_per_microbatch=24))
-            metrics = learner.forward_backward(batch, objective)
+            metrics = learner.forward_backward(data, objective)
             assert not hasattr(loss, "clip_eps") or 0 < metrics["policy/clip_frac"] < 1
             mine = gradient(learner)
             learner.optimizer.zero_grad()
@@ -223,13 +225,14 @@ def test_the_fused_head_has_the_loss_gradient_and_figures_of_the_plain_one(name,
     sizes = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(1)
     model = Qwen2ForCausalLM(Qwen2Config(**sizes, intermediate_size=32, num_key_value_heads=2))
-    batch = make_batch(data, 0, "sequence")
-    frozen = TorchLearner(model, None, train_config()).logprobs(batch, 0.7)
-    batch = with_ref_logprobs(with_old_logprobs(batch, frozen + 0.1 * torch.randn(frozen.shape)), frozen + 0.2)
+    data = weighted(data, "sequence")
+    frozen = tensor_of(TorchLearner(model, None, train_config()).logprobs(data, 0.7))
+    data = with_old_logprobs(data, values_of(frozen + 0.1 * torch.randn(frozen.shape), data))
+    data = with_ref_logprobs(data, values_of(frozen + 0.2, data))
     objective, found = Objective(make_loss(name, CLIPS), temperature=0.7, **terms), []
     for head in ("plain", "fused"):
         learner = TorchLearner(model, None, train_config(max_tokens_per_microbatch=24, head=head))
-        metrics = learner.forward_backward(batch, objective)
+        metrics = learner.forward_backward(data, objective)
         found.append((metrics, gradient(learner)))
         learner.optimizer.zero_grad()
     (metrics, plain), (fused_metrics, fused) = found
@@ -286,11 +289,11 @@ def test_an_entropy_bonus_alone_makes_the_policy_flatter_and_skips_no_row():
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(8.0)
-    batch = make_batch(rows((range(3, 12), 4), (range(5, 11), 2)), 0)  # without advantage
+    data = weighted(rows((range(3, 12), 4), (range(5, 11), 2)), "token")  # without advantage
     learner = TorchLearner(model, None, train_config())
     said = []
     for _ in range(4):
-        said.append(learner.forward_backward(batch, Objective(GrpoClip(), entropy_coef=0.5)))
+        said.append(learner.forward_backward(data, Objective(GrpoClip(), entropy_coef=0.5)))
         learner.step(1e-2)
     assert said[0]["perf/skipped_rows_frac"] == 0 and said[0]["policy/entropy"] > 0
     assert said[0]["loss"] == pytest.approx(-0.5 * said[0]["policy/entropy"], rel=1e-5)
@@ -300,7 +303,7 @@ def test_an_entropy_bonus_alone_makes_the_policy_flatter_and_skips_no_row():
 
 def test_the_fused_gradient_of_some_targets_is_their_part_of_the_whole():
     data = [r for i in range(3) for r in rows((range(5, 12 + i), 3), advantage=1.0 - i, logprob=-2.0)]
-    batch, objective = make_batch(data, 0, "token"), Objective(GrpoClip(0.2, 0.2), kl_coef=0.1)
+    batch, objective = make_batch(weighted(data, "token")), Objective(GrpoClip(0.2, 0.2), kl_coef=0.1)
     torch.manual_seed(0)
     logp = (-2 + 0.5 * torch.randn(batch.mask.shape)).requires_grad_()
     (whole,) = torch.autograd.grad(update_loss(logp, batch, objective), logp)
@@ -313,7 +316,7 @@ def test_the_fused_gradient_of_some_targets_is_their_part_of_the_whole():
 def test_a_frozen_pass_makes_no_gradient(tiny):
     model = Qwen2ForCausalLM.from_pretrained(tiny.model)
     with torch.no_grad():
-        logp, _ = token_logprobs(model, make_batch(rows((range(3, 9), 2)), 0))
+        logp, _ = token_logprobs(model, make_batch(rows((range(3, 9), 2))))
     assert not logp.requires_grad
 
 

@@ -21,11 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import asyncssh
 import pytest
 
+from grpo_gsm8k import config
 from grpo_gsm8k.errors import ConfigError, GrpoError
-from grpo_gsm8k.launch import fetch, manage, records, shell, up, watchdog, webhook
-from tests.fake_runpod import FakeRunpod, Pod, serve
+from grpo_gsm8k.launch import fetch, job, manage, records, shell, up, watchdog, webhook
+from grpo_gsm8k.launch.settings import UpConfig
+from tests.fake_runpod import CATALOG, FakeRunpod, Pod, serve
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SECRETS = {
@@ -34,6 +37,7 @@ SECRETS = {
     "WANDB_API_KEY": "wandb0123456789abcdef",
     "GRPO_GSM8K_WEBHOOK_SECRET": "hook0123456789abcdef",
 }
+OWN_KEYS = ("SSH_PUBLIC_KEY", "RUNPOD_SSH_PUBLIC_KEY", "SSH_PRIVATE_KEY_PATH")
 QUICK: dict[str, Any] = {
     "image": "ghcr.io/owner/image@sha256:" + "0" * 64,
     "budget": 1.0,
@@ -189,7 +193,7 @@ SCRIPTS = [
     Script("a file is beyond the limit", "INCOMPLETE: .*beyond --fetch_file_gb", 1, settings={"fetch_file_gb": 1e-9}),
     Script(
         "the job writes to the terminal",
-        r"^red \\x07 \\u202e 2$",
+        r"^\[train\] red \\x07 \\u202e 2$",
         command=[
             "sh",
             "-c",
@@ -226,6 +230,9 @@ SCRIPTS = [
 def _environment(monkeypatch):
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
+    for name in ("GRPO_GSM8K_IMAGE", "DISCORD_WEBHOOK_URL", *OWN_KEYS):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(job.repro, "origin", lambda: "")
     monkeypatch.setattr(up, "LEAST_S", 0.5)
 
 
@@ -323,7 +330,7 @@ def kill_at(stage, number, tmp_path):
                 process.send_signal(number)
 
         fake.watch = watch
-        said = process.communicate(timeout=60)[1]
+        said = process.communicate(timeout=180)[1]
         left = fake.billable()
         os.environ["RUNPOD_API_BASE_URL"] = fake.url
         reaped = manage.reap(tmp_path / "state", everything=True) if number == signal.SIGKILL else {"deleted": []}
@@ -623,7 +630,10 @@ def test_events_are_signed_and_shaped(tmp_path, monkeypatch):
     plain = [event for event in said if "event" in event]
     assert {"event", "message", "timestamp", "stage", "project", "repo_id"} <= plain[0].keys()
     (step,) = (event for event in plain if event["event"] == "step")
-    assert (step["step"], step["reward"], step["accuracy"], step["stage"]) == (4, 0.5, 0.25, "run")
+    assert (step["step"], step["reward"], step["accuracy"], step["stage"]) == (4, 0.5, 0.25, "train")
+    assert {event["event"]: event["stage"] for event in plain} == {
+        **{"create": "setup", "state": "setup", "run": "train", "step": "train", "fetch": "fetch", "end": "end"},
+    }
     assert [e["event"] for e in plain][-1] == "end"
     assert any("step 4" in event.get("content", "") and "accuracy 0.25" in event["content"] for event in said)
     assert "reward 0.5" in webhook.FORMS["slack"](step)["text"]
@@ -717,6 +727,10 @@ def test_what_is_here_is_not_asked_for_again(tmp_path, monkeypatch):
         (JOB, {"think_open": "<r>"}, "tags come in pairs"),
         (JOB, {"think_open": "<r>", "think_close": "</r>", "answer_open": "<a>"}, "tags come in pairs"),
         (JOB, {"think_open": "<r>", "think_close": "<r>"}, "differ from each other"),
+        (JOB, {"answer_open": "<a>"}, "tags come in pairs"),
+        (["--max_steps", "5"], {}, "behind --.*--model_id"),
+        ([], {"repo_id": "unsloth/gemma-2b"}, "or --model_id, which.* --repo_id is where it is pushed to"),
+        (JOB, {"report_to": "mlflow"}, "must be one of"),
     ],
 )
 def test_refused_before_anything_is_rented(tmp_path, capfd, command, settings, says):
@@ -726,6 +740,160 @@ def test_refused_before_anything_is_rented(tmp_path, capfd, command, settings, s
     assert code == 2 and re.search(says, str(fault)), fault
     assert not fake.requests["create"]
     assert_no_secret(fake, tmp_path, str(fault), capfd.readouterr().err)
+
+
+@pytest.mark.parametrize("name", OWN_KEYS)
+def test_a_key_that_is_none_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setenv(name, str(tmp_path / "no key"))
+    fake = FakeRunpod(tmp_path / "pods", SECRETS["RUNPOD_API_KEY"])
+    with serve(fake):
+        code, fault = run(fake, tmp_path)
+    assert code == 2 and name in str(fault) and not fake.met
+
+
+def test_ones_own_key_may_log_in_too(tmp_path, monkeypatch, capfd):
+    locked, mine = tmp_path / "locked", asyncssh.generate_private_key("ssh-ed25519")
+    mine.write_private_key(str(locked), "pkcs8-pem", passphrase="x")
+    monkeypatch.setenv("SSH_PRIVATE_KEY_PATH", str(locked))
+    with pytest.raises(ConfigError, match=r"passphrase needs its \.pub"):
+        shell.own_keys()
+    mine.write_public_key(f"{locked}.pub")
+    other = asyncssh.generate_private_key("ssh-rsa").export_public_key().decode().strip()
+    monkeypatch.setenv("RUNPOD_SSH_PUBLIC_KEY", other)
+    fake = FakeRunpod(tmp_path / "pods", SECRETS["RUNPOD_API_KEY"])
+    with serve(fake):
+        assert run(fake, tmp_path)[0] == 0
+    env = fake.requests["create"][0]["env"]
+    assert env["SSH_PUBLIC_KEY"].splitlines() == [other, Path(f"{locked}.pub").read_text().strip()]
+    assert env["PUBLIC_KEY"] not in env["SSH_PUBLIC_KEY"]
+    assert re.search(r"your own key may log in, too: ssh -p \d+ \w+@127.0.0.1", capfd.readouterr().err)
+
+
+def test_an_error_is_an_event_with_the_end_of_the_log_here_and_on_discord(tmp_path, monkeypatch):
+    fake = FakeRunpod(tmp_path / "pods", SECRETS["RUNPOD_API_KEY"])
+    command = ["sh", "-c", "seq 900; echo the last words of $HF_TOKEN; exit 3"]
+    with serve(fake):
+        monkeypatch.setenv("DISCORD_WEBHOOK_URL", fake.url.replace("/v2", "/hook"))
+        run(fake, tmp_path, command, webhook=fake.url.replace("/v2", "/hook"))
+    said = [json.loads(body) for _, body in fake.webhooks]
+    (error,) = (event for event in said if event.get("event") == "error")
+    assert error["message"] == "the job ended with exit code 3" and error["tail"].endswith(
+        "\n900\nthe last words of [secret]\n"
+    )
+    (discord,) = (event["content"] for event in said if "exit code 3" in event.get("content", ""))
+    assert discord.endswith("the last words of [secret]\n```") and 1900 < len(discord) <= 2000
+
+
+@pytest.mark.parametrize(("report_to", "passed"), [("", True), ("wandb", True), ("none", False)])
+def test_report_to_decides_whether_the_job_has_the_key(tmp_path, report_to, passed):
+    fake = FakeRunpod(tmp_path / "pods", SECRETS["RUNPOD_API_KEY"])
+    with serve(fake):
+        _, done = run(fake, tmp_path, ["sh", "-c", "echo ${WANDB_API_KEY:+has it}"], report_to=report_to)
+    assert (Path(done["log"]).read_text() == "has it\n") is passed
+
+
+def test_report_to_wandb_needs_the_key(monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY")
+    with pytest.raises(ConfigError, match="WANDB_API_KEY holds no key"):
+        up.up({**QUICK, "report_to": "wandb"}, JOB)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [
+        ("L40S", "NVIDIA L40S"),
+        ("A100 SXM", "NVIDIA A100-SXM4-80GB"),
+        ("H100 SXM", "NVIDIA H100 80GB HBM3"),
+        ("h200", "NVIDIA H200"),
+        ("NVIDIA H200", "NVIDIA H200"),
+        ("H", "H"),  # of two
+        ("V100", "V100"),
+    ],
+)
+def test_gpus_have_short_names(name, gpu):
+    assert up.gpu_called(name, CATALOG) == gpu
+
+
+def test_the_image_is_the_latest_release_of_ones_own_repository(monkeypatch):
+    def image(*command, **flags):
+        return job.with_image(config.build(UpConfig, flags), command).image
+
+    with pytest.raises(ConfigError, match="--image is needed"):
+        image("true")
+    monkeypatch.setattr(job.repro, "origin", lambda: "git@github.com:Some-One/grpo-gsm8k.git")
+    assert image("true") == "ghcr.io/some-one/grpo-gsm8k:latest"
+    assert image("grpo-gsm8k", "grpo", "--engine", "vllm") == "ghcr.io/some-one/grpo-gsm8k:latest-vllm"
+    assert image("sh", "-c", "exec grpo-gsm8k ei --vllm_device cuda:1").endswith("-vllm")
+    monkeypatch.setenv("GRPO_GSM8K_IMAGE", "i@sha256:0")
+    assert image("true") == "i@sha256:0" and image("true", image="mine") == "mine"
+
+
+THINK_ONLY = ["--think_open", "<think>", "--think_close", "</think>", "--answer_open", "", "--answer_close", ""]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words", "tags"),
+    [
+        ({}, [], THINK_ONLY),
+        ({}, ["--max_steps", "5"], THINK_ONLY),
+        ({"answer_open": "<a>", "answer_close": "</a>"}, [], [*THINK_ONLY[:5], "<a>", "--answer_close", "</a>"]),
+        (
+            {"think_open": "<r>", "think_close": "</r>"},
+            [],
+            ["--think_open", "<r>", "--think_close", "</r>", *THINK_ONLY[4:]],
+        ),
+    ],
+)
+def test_without_a_job_the_model_is_trained_with_think_only_prompts(flags, words, tags):
+    def steps(**more):
+        shell_, c, script = job.job_of(config.build(UpConfig, {"model_id": "a/b", **flags, **more}), words)
+        assert (shell_, c) == ("sh", "-c")
+        return [shlex.split(step) for step in script.split(" && ")]
+
+    doctor, data, train = steps()
+    assert doctor == ["grpo-gsm8k", "doctor", "--model_id", "a/b"]
+    assert data == ["grpo-gsm8k", "data", "--out_dir", "artifacts/data"]
+    assert train[:3] == ["exec", "grpo-gsm8k", "grpo"] and train[-len(words + tags) :] == [*tags, *words]
+    cfg = parsed_settings(train[2:])
+    assert (cfg.model_id, cfg.engine, cfg.prompt_style, cfg.resume) == ("a/b", "vllm", "r1_zero", True)
+    assert steps(skip_setup=True) == [data, train]
+    sft = parsed_settings(steps(sft=True)[-1][2:])
+    assert isinstance(sft, config.SftConfig) and sft.data == "artifacts/data" and not sft.uses_vllm
+
+
+def parsed_settings(words):
+    """The config that a stage's command line makes."""
+    import typer
+
+    from grpo_gsm8k import cli
+
+    command = typer.main.get_command(cli.app).commands[words[0]]
+    command.context_settings = cli.app.info.context_settings
+    given = {
+        key: value for key, value in command.make_context(words[0], list(words[1:])).params.items() if value is not None
+    }
+    return config.resolve(words[0], flags={key: given[key] for key in given if key not in ("as_json", "sets")})
+
+
+@pytest.mark.parametrize(
+    ("command", "model", "stage"),
+    [
+        ("grpo-gsm8k sft --model_id A/b-1.5", "A/b-1.5", "sft"),
+        ("python -m grpo_gsm8k.cli grpo --model-id=A/b --lora_rank 8", "A/b", "grpo"),
+        ("grpo-gsm8k grpo --model_name A/b", "A/b", "grpo"),
+        ("grpo-gsm8k pipeline --preset full --data d", "Qwen/Qwen2.5-Math-1.5B", "pipeline"),
+        ("grpo-gsm8k pipeline --preset quick --task chat", "Qwen/Qwen2.5-0.5B-Instruct", "pipeline"),
+        ("grpo-gsm8k demo", "", "demo"),
+        ("grpo-gsm8k pipeline --preset tiny", "", "pipeline"),
+        ("grpo-gsm8k grpo --model_id artifacts/model", "", "grpo"),
+        ("sh -c 'nvidia-smi && grpo-gsm8k sft --model_id A/b'", "A/b", "sft"),
+        ("""sh -c "echo it's" """, "", None),
+        ("true", "", None),
+    ],
+)
+def test_the_model_of_a_job_is_read_from_its_command(command, model, stage):
+    asked = job.asked_of(shlex.split(command))
+    assert (job.model_of(asked), asked.get("stage")) == (model, stage)
 
 
 def test_tags_travel_to_the_job_as_pairs(tmp_path):

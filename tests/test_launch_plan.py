@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -12,11 +14,12 @@ import yaml
 from huggingface_hub import HfApi
 
 from grpo_gsm8k import config
-from grpo_gsm8k.errors import CheckpointError, ConfigError, ModelError
+from grpo_gsm8k.errors import CheckpointError, ConfigError, ModelError, UserError
 from grpo_gsm8k.launch import hub, keep, publish
 from grpo_gsm8k.launch.hub import ModelFacts
-from grpo_gsm8k.launch.plan import GIB, need, plan
-from grpo_gsm8k.launch.settings import PlanConfig
+from grpo_gsm8k.launch.job import with_memory
+from grpo_gsm8k.launch.plan import GIB, USABLE, need, plan
+from grpo_gsm8k.launch.settings import PlanConfig, UpConfig
 from grpo_gsm8k.launch.sky import write_task
 from grpo_gsm8k.launch.up import up
 from grpo_gsm8k.runs.files import write_json, write_jsonl
@@ -222,8 +225,86 @@ def test_after_a_dead_host_a_new_pod_goes_on_from_the_last_push(world, tmp_path,
     said = capfd.readouterr().err
     assert provider.billable() == [] and done["pods"] == ["pod1", "pod2"] and provider.most_at_once == 1
     assert "pod1 is EXITED; a new pod will go on from the last pushed checkpoint" in said
-    assert "going on from what was pushed" in said and "\npushed\n" in said
+    assert "going on from what was pushed" in said and "\n[train] pushed\n" in said
     assert (tmp_path / "state" / done["run"] / "results" / "artifacts" / "step").read_text() == "pushed\n"
+
+
+def test_up_knows_the_model_before_a_cent_is_spent(world, tmp_path, capfd):
+    """Gated, missing, too large for the GPUs; then memory is asked for as `plan` would."""
+    the_hub, provider = world
+    small, large = put_model(the_hub, SMALL), put_model(the_hub, LARGE, gated="manual")
+    the_hub.files["a/bin"], the_hub.info["a/bin"] = {"config.json": b"{}"}, {"gated": False}
+    quick = {**QUICK, "state_dir": str(tmp_path / "state")}
+
+    def refused(command, **flags):
+        with pytest.raises(UserError) as caught:
+            up({**quick, **flags}, command)
+        assert not provider.requests["create"] and not list(tmp_path.glob("state/*/id_ed25519"))
+        return str(caught.value)
+
+    train = ["grpo-gsm8k", "grpo", "--model_id"]
+    assert "no such model" in refused([*train, "Qwen/none"])
+    the_hub.who["token"] = "hf_somebody_else"
+    assert "gated, and this HF_TOKEN has no access" in refused([*train, large])
+    the_hub.who["token"] = TOKEN
+    assert re.search(r"the catalog has no .* x1 with 1\d\d", refused([*train, large]))
+    assert f"{large}: this token may load it; 7.62 billion parameters, grpo needs about" in capfd.readouterr().err
+    assert "nothing was rented" in refused([*train, small], repo_id="others/run")
+    cfg = config.build(UpConfig, {"count": 4})
+    for words, method in (
+        ("sft", "sft"),
+        ("sft --lora_rank 8", "lora"),
+        ("grpo --lora_rank 64", "grpo-lora"),
+        ("ei", "grpo"),
+    ):
+        flags = {"method": method, "lora_rank": int(words.split()[-1]) if "rank" in words else 32}
+        gib = need(LARGE, config.build(PlanConfig, flags), 4) / GIB
+        found = with_memory(cfg, ["grpo-gsm8k", *words.split(), "--model_id", large])
+        assert found.min_memory == pytest.approx(gib / USABLE, abs=0.06), words
+    assert with_memory(replace(cfg, min_memory=7.0), [*train, large]).min_memory == 7.0
+    assert with_memory(replace(cfg, preflight=False), [*train, "Qwen/none"]).min_memory == 0
+    assert with_memory(cfg, [*train, "a/bin"]).min_memory == 0
+    assert "a/bin: this token may load it; it has no safetensors weights" in capfd.readouterr().err
+    assert with_memory(replace(cfg, model_id=small), ["my-program"]).min_memory > 0
+
+
+def trained(folder, step):
+    """A run directory below `folder` with a checkpoint and its result."""
+    run = folder / "runs" / "grpo"
+    model = checkpoint.write(run / "checkpoints", step, lambda path: (path / "model.safetensors").write_text("w"), {})
+    write_json(run / "data.json", {})
+    (run / "config.toml").write_text('[grpo]\nmodel_id = "Qwen/Qwen2.5-0.5B"\n')
+    (run / "code.diff").write_text("# commit 43ac3f93\n")
+    write_jsonl(run / "metrics.jsonl", [{"step": step}])
+    write_json(run / "result.json", {"model": str(model), "step": step})
+    return model
+
+
+def test_in_the_end_the_repository_is_the_model_with_its_card(world, tmp_path, capfd):
+    the_hub, _ = world
+    hub.check_push("me/run")
+    folder = tmp_path / "artifacts"
+    trained(folder, 7)
+    write_json(folder / "runs" / "an_eval" / "result.json", {"accuracy": 0.5})  # newer, and no training
+    assert keep.run("me/run", folder, 0.05, ["sh", "-c", "sleep 0.5; exit 3"]) == 3
+    assert all(path.startswith("run/runs/") for path in the_hub.files["me/run"])  # a job that failed leaves its folder
+    assert keep.run("me/run", folder, 0.05, ["sleep", "0.5"]) == 0
+    assert set(the_hub.files["me/run"]) == {"README.md", "model.safetensors"}
+    card = the_hub.files["me/run"]["README.md"].decode()
+    assert (
+        "# grpo on GSM8K, step 7" in card and yaml.safe_load(card.split("---")[1])["base_model"] == "Qwen/Qwen2.5-0.5B"
+    )
+    assert the_hub.commits[-1] == "Step 7" and "step 7 of" in capfd.readouterr().err
+
+
+def test_a_model_that_cannot_be_delivered_fails_the_job_and_leaves_the_run(world, tmp_path, capfd, monkeypatch):
+    the_hub, _ = world
+    hub.check_push("me/run")
+    (trained(tmp_path, 7) / "model.safetensors").write_text("damaged")
+    monkeypatch.setattr(keep.deliver, "__defaults__", (2, 0.0))
+    assert keep.run("me/run", tmp_path, 60, ["true"]) == 1
+    assert "run/runs/grpo/result.json" in the_hub.files["me/run"] and "README.md" not in the_hub.files["me/run"]
+    assert capfd.readouterr().err.count("me/run: the model is NOT there") == 2
 
 
 # ---- the same job elsewhere

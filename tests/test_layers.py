@@ -20,15 +20,26 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom to the top. A module may import from its own layer (without a circle) and from those below.
 # `name*` stands for every module of the package's top level that begins so.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("__init__", "interrupts", "errors", "datatypes", "config", "plugins", "r1_traces"),
+    (
+        "__init__",
+        "interrupts",
+        "errors",
+        "datatypes",
+        "config",
+        "argv",
+        "environment",
+        "originals",
+        "plugins",
+        "r1_traces",
+    ),
     ("tasks", "runs", "repro", "presets", "judge"),
     ("trainer", "engines"),
     ("evals",),
     ("preflight",),
     ("rollout", "workbench"),
     ("data_prep", "hub_datasets", "pretokenize", "sft", "ei", "grpo", "fast_eval_vllm"),
-    ("report*", "pipeline", "serve", "launch", "doctor", "bench*"),
-    ("cli", "__main__"),
+    ("report", "pipeline", "serve", "launch", "doctor", "bench*"),
+    ("flags", "cli", "__main__"),
 )
 NETWORK = {
     "aiohttp",
@@ -42,9 +53,10 @@ NETWORK = {
     "urllib3",
 }
 MAY_USE_THE_NETWORK = {"data_prep", "hub_datasets", "judge", "r1_traces", "launch", "serve"}  # and a function of doctor
-IN_ONE_MODULE_ONLY = ("vllm", "wandb", "datasets")
+IN_ONE_MODULE_ONLY = ("vllm", "wandb", "datasets", "tinker")
+PRIVATE = {f"{PACKAGE}.trainer.batch": ("trainer", "serve")}  # a learner is given data; the tensors are its own affair
 MAY_CATCH_EVERYTHING = {"plugins"}  # a user's own function can raise anything; it becomes one line
-HEAVY = {"torch", "transformers", "vllm", "datasets", "wandb", "matplotlib", "scipy"}
+HEAVY = {"torch", "transformers", "vllm", "datasets", "wandb", "matplotlib", "scipy", "tinker"}
 
 
 @dataclass(frozen=True)
@@ -160,6 +172,8 @@ def complaints(sources: Mapping[str, str]) -> list[str]:
             below = layer_of(room_of(reached)) if reached else None
             if below is not None and below > own_layer:
                 found.append(f"{where}: imports upward, {reached}")
+            if reached in PRIVATE and room not in PRIVATE[reached]:
+                found.append(f"{where}: {reached} is private to {' and '.join(f'{r}/' for r in PRIVATE[reached])}")
             if room == "tasks" and i.is_of("torch"):
                 found.append(f"{where}: torch in {room}/")
             if room == "r1_traces" and i.target.split(".")[0] not in {*sys.stdlib_module_names, "aiohttp"}:
@@ -288,7 +302,7 @@ CLEAN = {
     "trainer/batch.py": "import torch\nfrom grpo_gsm8k import errors, datatypes",
     "engines/vllm_engine.py": "def f():\n    import vllm",
     "r1_traces.py": "import asyncio, urllib.request, aiohttp",
-    "sft.py": "import torch\nfrom .trainer.batch import B\nfrom grpo_gsm8k.datatypes import Batch",
+    "sft.py": "import torch\nfrom .trainer.losses import L\nfrom grpo_gsm8k.datatypes import Datum",
     "ei.py": "from grpo_gsm8k import sft\nif __name__ == '__main__':\n    from grpo_gsm8k.cli import run",
     "doctor.py": "from urllib.parse import urlsplit\ndef reach():\n    import urllib.request, urllib.error",
     "cli.py": "import typer\nfrom grpo_gsm8k import doctor, errors\ndef sft():\n    from grpo_gsm8k import sft",
@@ -326,6 +340,11 @@ def test_a_clean_package_has_no_complaint() -> None:
         ("attic/old.py", "", "attic.old: in no layer"),
         ("tasks/types.py", "", "tasks.types: named like the standard library's types"),
         ("trainer/queue/__init__.py", "", "trainer.queue: named like the standard library's queue"),
+        (
+            "sft.py",
+            "def f():\n    from .trainer.batch import B",
+            "trainer.batch is private to trainer/",
+        ),
         ("tasks/grading.py", "def f():\n    import torch.nn", "tasks.grading:2: torch in tasks/"),
         ("evals/worker.py", "def f():\n    from vllm import LLM", "vllm is imported in more than one module"),
         ("sft.py", "import aiohttp", "sft:1: aiohttp touches the network"),

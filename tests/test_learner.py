@@ -10,13 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_gsm8k.errors import NonFiniteError
-from grpo_gsm8k.trainer.batch import make_batch, with_old_logprobs, with_ref_logprobs
+from grpo_gsm8k.trainer.batch import make_batch
+from grpo_gsm8k.trainer.data import weighted, with_old_logprobs, with_ref_logprobs
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.logprobs import token_logprobs
 from grpo_gsm8k.trainer.losses import Cispo, GrpoClip, Gspo, Objective, Reinforce, update_loss
 from grpo_gsm8k.trainer.optimizer import MasterAdamW, lr_at
 from grpo_gsm8k.trainer.policy import weights_sha256
-from tests.toys import gradient, rows, train_config, with_advantage
+from tests.toys import gradient, rows, tensor_of, train_config, with_advantage
 
 SEQUENCES = [(range(3, 3 + n), p) for n, p in [(9, 4), (4, 1), (13, 6), (6, 2), (11, 3), (5, 4)]]
 POLICY = Objective(GrpoClip(0.2, 0.2), temperature=0.7)
@@ -44,8 +45,8 @@ def policy_rows():
 @pytest.mark.parametrize("how", ["sequence", "token", "constant"])
 def test_gradient_is_the_same_for_any_split_and_order(make_learner, objective, how):
     def update(data):
-        batch = make_batch(data, 0, how, 20)  # the reference at a token is known by its id, in any order
-        return with_ref_logprobs(batch, -5.5 + (batch.targets % 5) / 5)
+        reference = [[-5.5 + i % 5 / 5 for i in row.token_ids] for row in data]  # known by its id, in any order
+        return with_ref_logprobs(weighted(data, how, 20), reference)
 
     whole, data = make_learner(max_tokens_per_microbatch=10_000), policy_rows()
     whole_metrics = whole.forward_backward(update(data), objective)
@@ -61,12 +62,12 @@ def test_gradient_is_the_same_for_any_split_and_order(make_learner, objective, h
 
 def test_on_policy_every_policy_loss_has_the_same_gradient(make_learner):
     """Where the ratio is 1 nothing is clipped, and what is left of each is A times the gradient of log pi."""
-    batch = make_batch(policy_rows(), 0, "sequence")
-    batch = with_old_logprobs(batch, make_learner().logprobs(batch, 0.7))
+    data = weighted(policy_rows(), "sequence")
+    data = with_old_logprobs(data, make_learner().logprobs(data, 0.7))
     gradients = []
     for loss in (Reinforce(), GrpoClip(), Gspo(), Cispo()):
         learner = make_learner(max_tokens_per_microbatch=20)
-        learner.forward_backward(batch, replace(POLICY, loss=loss))
+        learner.forward_backward(data, replace(POLICY, loss=loss))
         gradients.append(gradient(learner))
     for other in gradients[1:]:
         assert all(torch.allclose(x, gradients[0][name], rtol=1e-3, atol=1e-6) for name, x in other.items())
@@ -75,17 +76,17 @@ def test_on_policy_every_policy_loss_has_the_same_gradient(make_learner):
 def test_the_reference_stays_the_model_that_it_began_with(make_learner, tmp_path):
     plain = make_learner()
     assert plain.reference is None  # no KL, no cost
-    learner, batch = make_learner(reference=True), make_batch(policy_rows(), 0)
-    began = plain.logprobs(batch, 0.7)
-    assert torch.equal(learner.reference_logprobs(batch, 0.7), began)
-    learner.forward_backward(batch, POLICY)
+    learner, data = make_learner(reference=True), weighted(policy_rows(), "token")
+    began = plain.logprobs(data, 0.7)
+    assert learner.reference_logprobs(data, 0.7) == began
+    learner.forward_backward(data, POLICY)
     learner.step(0.1)
     learner.save(tmp_path)
     again = make_learner(reference=True)
     again.load(tmp_path)
     for one in (learner, again):
-        assert not torch.allclose(one.logprobs(batch, 0.7), began, atol=1e-3)
-        assert torch.equal(one.reference_logprobs(batch, 0.7), began)
+        assert not torch.allclose(tensor_of(one.logprobs(data, 0.7)), tensor_of(began), atol=1e-3)
+        assert one.reference_logprobs(data, 0.7) == began
 
 
 def test_a_masked_row_changes_neither_numerator_nor_denominator(make_learner):
@@ -93,8 +94,8 @@ def test_a_masked_row_changes_neither_numerator_nor_denominator(make_learner):
     silent = [r.__class__(r.token_ids, (0,) * len(r.mask), r.logprobs, r.advantages) for r in data[:2]]
     for how in ("sequence", "token", "constant"):
         a, b = make_learner(), make_learner()
-        loss_a = a.forward_backward(make_batch(data, 0, how, 20), POLICY)["loss"]
-        loss_b = b.forward_backward(make_batch(data + silent, 0, how, 20), POLICY)["loss"]
+        loss_a = a.forward_backward(weighted(data, how, 20), POLICY)["loss"]
+        loss_b = b.forward_backward(weighted(data + silent, how, 20), POLICY)["loss"]
         assert loss_a == pytest.approx(loss_b, rel=1e-6)
         assert all(torch.allclose(x, gradient(b)[name], atol=1e-7) for name, x in gradient(a).items())
 
@@ -103,18 +104,19 @@ def test_an_all_masked_update_is_a_finite_zero(make_learner):
     learner = make_learner()
     silent = [r.__class__(r.token_ids, (0,) * len(r.mask), r.logprobs, r.advantages) for r in policy_rows()]
     before = weights_sha256(learner.weights())
-    metrics = learner.forward_backward(make_batch(silent, 0), POLICY) | learner.step(0.1)
+    metrics = learner.forward_backward(weighted(silent, "token"), POLICY) | learner.step(0.1)
     assert metrics["loss"] == 0.0 and all(math.isfinite(v) for v in metrics.values())
     assert weights_sha256(learner.weights()) == before
 
 
 def test_rows_without_advantage_are_skipped_and_change_nothing(make_learner):
     data = [with_advantage(row, 0.0) if i in (0, 3, 4) else row for i, row in enumerate(policy_rows())]
-    batch, learner = with_ref_logprobs(make_batch(data, 0), torch.full((6, 12), -5.5)), make_learner()
-    metrics = learner.forward_backward(batch, POLICY)
+    data = with_ref_logprobs(weighted(data, "token"), [[-5.5] * len(row.mask) for row in data])
+    learner, batch = make_learner(), make_batch(data)
+    metrics = learner.forward_backward(data, POLICY)
     assert metrics["perf/skipped_rows_frac"] == 0.5
     for loss in (Objective(), replace(POLICY, kl_coef=0.1)):  # these pull at every row
-        assert make_learner().forward_backward(batch, loss)["perf/skipped_rows_frac"] == 0
+        assert make_learner().forward_backward(data, loss)["perf/skipped_rows_frac"] == 0
     whole = make_learner()
     logp, _ = token_logprobs(whole.model, batch, POLICY.temperature)
     update_loss(logp, batch, POLICY).backward()
@@ -127,9 +129,9 @@ def test_an_update_without_any_advantage_steps_as_with_a_gradient_of_zero(make_l
     """AdamW goes on by its momentum; the figures come from one row that stands in for all."""
     learner, other = make_learner(weight_decay=0.1), make_learner(weight_decay=0.1)
     for one in (learner, other):
-        one.forward_backward(make_batch(policy_rows(), 0), POLICY)
+        one.forward_backward(weighted(policy_rows(), "token"), POLICY)
         one.step(1e-2)
-    flat = make_batch([with_advantage(row, 0.0) for row in policy_rows()], 0)
+    flat = weighted([with_advantage(row, 0.0) for row in policy_rows()], "token")
     metrics = learner.forward_backward(flat, POLICY) | learner.step(1e-2)
     assert metrics["loss"] == 0 and metrics["policy/entropy"] > 1 and metrics["policy/grad_norm"] == 0
     assert metrics["perf/skipped_rows_frac"] == pytest.approx(5 / 6)
@@ -140,11 +142,9 @@ def test_an_update_without_any_advantage_steps_as_with_a_gradient_of_zero(make_l
 
 
 def test_old_logprobs_of_a_frozen_pass_make_the_ratio_one(make_learner):
-    learner = make_learner()
-    batch = make_batch(policy_rows(), 0)
-    frozen = learner.logprobs(batch, POLICY.temperature)
-    assert not frozen.requires_grad
-    metrics = learner.forward_backward(with_old_logprobs(batch, frozen), POLICY)
+    learner, data = make_learner(), weighted(policy_rows(), "token")
+    frozen = learner.logprobs(data, POLICY.temperature)
+    metrics = learner.forward_backward(with_old_logprobs(data, frozen), POLICY)
     assert metrics["mismatch/logp_abs_max"] < 1e-5 and metrics["mismatch/ess"] == pytest.approx(1.0, abs=1e-5)
 
 
@@ -189,13 +189,14 @@ def test_the_sample_of_bfloat16_weights_stands_for_all_of_them():
 
 def test_bfloat16_gradients_are_accumulated_in_float32(make_learner):
     learner = make_learner(torch.bfloat16, max_tokens_per_microbatch=1)
-    learner.forward_backward(make_batch(policy_rows(), 0), Objective())
+    learner.forward_backward(weighted(policy_rows(), "token"), Objective())
     assert all(grad.dtype == torch.float32 for grad in gradient(learner).values())
     assert all(parameter.grad is None for parameter in learner.model.parameters())
 
 
 def test_log_probabilities_are_float32_in_a_bfloat16_model(make_learner):
-    assert make_learner(torch.bfloat16).logprobs(make_batch(policy_rows(), 0)).dtype == torch.float32
+    logp, _ = token_logprobs(make_learner(torch.bfloat16).model, make_batch(policy_rows()))
+    assert logp.dtype == torch.float32
 
 
 def test_adamw_follows_the_formula_by_hand():

@@ -13,7 +13,6 @@ import torch
 from grpo_gsm8k.config import GrpoConfig
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.grpo import group_advantages, maxrl_advantages
-from grpo_gsm8k.trainer.batch import make_batch, with_ref_logprobs
 from grpo_gsm8k.trainer.logprobs import token_logprobs
 from grpo_gsm8k.trainer.losses import (
     LOSSES,
@@ -29,14 +28,14 @@ from grpo_gsm8k.trainer.losses import (
     unread_settings,
 )
 from grpo_gsm8k.trainer.metrics import add_sums, policy_metrics, policy_sums
-from tests.toys import TableModel, rows
+from tests.toys import TableModel, batch_of, rows
 
 CLIP = Objective(GrpoClip(0.2, 0.2))
 
 
 def loss_and_gradient(ratio: float, advantage: float, objective: Objective = CLIP) -> tuple[float, float]:
     """Of one token, with the old probability 1/2 and the given ratio."""
-    batch = make_batch(rows(([1, 2], 1), advantage=advantage, logprob=math.log(0.5)), 0)
+    batch = batch_of(rows(([1, 2], 1), advantage=advantage, logprob=math.log(0.5)))
     logp = torch.tensor([[math.log(0.5 * ratio)]], requires_grad=True)
     loss = per_token_loss(logp, batch, objective).sum()
     loss.backward()
@@ -93,7 +92,7 @@ def test_reinforce_case():
 )
 def test_gspo_case(advantage, loss, gradient):
     """Ratios 2 and 8: the response's is 4, sqrt(2 x 8), and each log-probability moves it by 4 / 2."""
-    batch = make_batch(rows(([1, 2, 3, 4], 2), advantage=advantage, logprob=math.log(0.1)), 0, "sequence")
+    batch = batch_of(rows(([1, 2, 3, 4], 2), advantage=advantage, logprob=math.log(0.1)), "sequence")
     logp = torch.tensor([[0.0, math.log(0.2), math.log(0.8)]], requires_grad=True)
     value = (batch.weights * Gspo()(logp, batch)).sum()
     value.backward()
@@ -116,7 +115,7 @@ def test_sapo_by_hand(ratio, advantage):
 @pytest.mark.parametrize("ratios", [(1.0, 1.0), (0.5, 0.8), (1.25, 1.6)])
 def test_vespo_by_hand(advantage, k, lam, ratios):
     """Each token's loss is -phi(W) A log pi with W the product of the ratios, and phi takes no gradient."""
-    batch = make_batch(rows(([1, 2, 3], 1), advantage=advantage, logprob=math.log(0.1)), 0, "sequence")
+    batch = batch_of(rows(([1, 2, 3], 1), advantage=advantage, logprob=math.log(0.1)), "sequence")
     logp = torch.tensor([[math.log(0.1 * r) for r in ratios]], requires_grad=True)
     w = ratios[0] * ratios[1]
     phi = w**k * math.exp(lam * (1 - w))
@@ -128,7 +127,7 @@ def test_vespo_by_hand(advantage, k, lam, ratios):
 
 def test_luspo_is_gspo_times_the_length_of_the_response():
     data = rows((range(1, 5), 1), (range(1, 9), 1), advantage=0.7, logprob=-1.0)
-    batch = make_batch(data, 0, "sequence")
+    batch = batch_of(data, "sequence")
     logp = -1.0 + 0.1 * torch.randn(batch.mask.shape, generator=torch.Generator().manual_seed(0))
     plain, scaled = Gspo()(logp, batch), Luspo()(logp, batch)
     assert torch.allclose(scaled[0], 3 * plain[0]) and torch.allclose(scaled[1], 7 * plain[1])
@@ -182,8 +181,8 @@ def test_gradient_is_that_of_the_loss_by_finite_differences(objective):
     torch.manual_seed(0)
     good, bad = ([1, 2, 3, 4], 1), ([1, 4, 2], 1)
     data = rows(good, bad, advantage=0.7, logprob=-1.0) + rows(bad, good, advantage=-0.4, logprob=-1.0)
-    batch = make_batch(data, 0)
-    batch = with_ref_logprobs(batch, -1.0 + 0.3 * torch.randn(batch.mask.shape))
+    batch = batch_of(data)
+    batch = replace(batch, ref_logprobs=(-1.0 + 0.3 * torch.randn(batch.mask.shape)) * batch.mask)
     logp = (-1.0 + 0.2 * torch.randn(batch.mask.shape, dtype=torch.float64)).requires_grad_()
     assert torch.autograd.gradcheck(
         lambda x: (batch.weights.double() * per_token_loss(x, batch, objective)).sum(), (logp,), eps=1e-6
@@ -218,8 +217,8 @@ def numeric_gradient(f) -> list[float]:
 def expected_kl_term(sampled: torch.Tensor, estimator: str, correction: bool) -> tuple[float, list[float]]:
     """The term and its gradient in the logits, in expectation over tokens that `sampled` draws: a row for each."""
     data = [r for token, p in enumerate(sampled.tolist()) for r in rows(([0, token], 1), logprob=math.log(p))]
-    batch = with_ref_logprobs(make_batch(data, 0), REFERENCE.log().float().reshape(5, 1))
-    batch = replace(batch, weights=sampled.float().reshape(5, 1))
+    reference, weights = REFERENCE.log().float().reshape(5, 1), sampled.float().reshape(5, 1)
+    batch = replace(batch_of(data), ref_logprobs=reference, weights=weights)
     model = TableModel(POLICY.float().repeat(5, 1))
     logp, _ = token_logprobs(model, batch)
     objective = Objective(GrpoClip(), kl_coef=1.0, kl_estimator=estimator, kl_bias_correction=correction)
@@ -253,8 +252,8 @@ def test_what_an_estimator_alone_pulls_along(estimator, kl):
 
 def test_kl_values_by_hand():
     """Of one token with pi / pi_ref = 2, on-policy."""
-    batch = make_batch(rows(([1, 2], 1), logprob=math.log(0.5)), 0)
-    batch = with_ref_logprobs(batch, torch.tensor([[math.log(0.25)]]))
+    batch = batch_of(rows(([1, 2], 1), logprob=math.log(0.5)))
+    batch = replace(batch, ref_logprobs=torch.tensor([[math.log(0.25)]]))
     logp = torch.tensor([[math.log(0.5)]])
     for estimator, value in [("k1", math.log(2)), ("k2", math.log(2) ** 2 / 2), ("k3", 0.5 - 1 + math.log(2))]:
         objective = replace(CLIP, kl_coef=0.1, kl_estimator=estimator)
@@ -282,7 +281,7 @@ def test_kl_values_by_hand():
 )
 def test_clip_fractions_count_where_each_clip_acts(objective, high, low):
     ratios, ids = torch.tensor([1 / 8, 1 / 2, 1, 2, 8]), (range(1, 7), 1)
-    batch = make_batch(rows(ids, advantage=1.0, logprob=-3.0) + rows(ids, advantage=-1.0, logprob=-3.0), 0)
+    batch = batch_of(rows(ids, advantage=1.0, logprob=-3.0) + rows(ids, advantage=-1.0, logprob=-3.0))
     logp = (-3.0 + ratios.log()).repeat(2, 1)
     figures = policy_metrics(policy_sums(logp, {}, batch, objective))
     assert figures["policy/clip_frac_high"] == pytest.approx(high / 10)
@@ -290,7 +289,7 @@ def test_clip_fractions_count_where_each_clip_acts(objective, high, low):
 
 
 def test_figures_of_an_update_by_hand():
-    batch = make_batch(rows(([1, 2, 3], 1), advantage=1.0, logprob=math.log(0.25)), 0)
+    batch = batch_of(rows(([1, 2, 3], 1), advantage=1.0, logprob=math.log(0.25)))
     logp = torch.tensor([[math.log(0.25), math.log(0.5)]])  # ratios 1 and 2
     sums: dict[str, float] = {}
     said = {"entropy": torch.tensor([0.5, 1.5]), "top_prob": torch.tensor([0.5, 0.3])}
@@ -312,7 +311,7 @@ def test_approximate_kl_is_the_true_one_in_expectation():
     exact = float((old * (old / new).log()).sum())
     estimate = 0.0
     for token, p in enumerate(old.tolist()):  # the expectation over what the old policy would draw
-        batch = make_batch(rows(([1, token], 1), logprob=math.log(p)), 0)
+        batch = batch_of(rows(([1, token], 1), logprob=math.log(p)))
         part = policy_sums(new[token].log().reshape(1, 1), {}, batch, CLIP)
         estimate += p * policy_metrics(part)["policy/approx_kl"]
     assert estimate == pytest.approx(exact, abs=1e-6)

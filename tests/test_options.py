@@ -13,14 +13,14 @@ from grpo_gsm8k import config, repro
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.errors import ConfigError, NonFiniteError
 from grpo_gsm8k.trainer import compiled, packing
-from grpo_gsm8k.trainer.batch import make_batch
+from grpo_gsm8k.trainer.data import weighted
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.losses import GrpoClip, Objective
 from grpo_gsm8k.trainer.optimizer import MasterAdamW, OffloadedAdamW
 from grpo_gsm8k.trainer.policy import weights_sha256
 from grpo_gsm8k.trainer.sharded import ShardedLearner
 from tests.test_costs import make_model
-from tests.toys import gradient, rows, train_config
+from tests.toys import gradient, rows, tensor_of, train_config
 
 POLICY = Objective(GrpoClip(0.2, 0.2), temperature=0.7)
 SEQUENCES = [(range(3, 3 + n), p) for n, p in [(9, 4), (4, 1), (13, 6), (6, 2), (11, 3), (5, 4)]]
@@ -43,7 +43,7 @@ def make(kind=TorchLearner, dtype=torch.float32, lora_rank=0, **flags):
 def update(step):
     """A batch whose shape is another at each step."""
     drawn = [rows(s, advantage=(-1) ** i * (0.3 + i), logprob=-4.0)[0] for i, s in enumerate(SEQUENCES[step % 3 :])]
-    return make_batch(drawn, 0, "sequence")
+    return weighted(drawn, "sequence")
 
 
 def learn(learner, steps):
@@ -114,13 +114,14 @@ def same_as_eager(tmp_path, **flags):
     assert all(layer._compiled_call_impl for layer in compiled.model.base_model.layers)
     assert not any(layer._compiled_call_impl for layer in copy.deepcopy(compiled.model).base_model.layers)
     for step in (1, 2):
-        batch = update(step)
+        data = update(step)
         for learner in (plain, compiled):
-            learner.said = learner.forward_backward(batch, POLICY)
+            learner.said = learner.forward_backward(data, POLICY)
         assert compiled.said["loss"] == pytest.approx(plain.said["loss"], abs=1e-5)
         for name, expected in gradient(plain).items():
             torch.testing.assert_close(gradient(compiled)[name], expected, rtol=1e-3, atol=1e-6)
-        torch.testing.assert_close(compiled.logprobs(batch), plain.logprobs(batch), rtol=0, atol=1e-5)
+        mine, own = (tensor_of(learner.logprobs(data)) for learner in (compiled, plain))
+        torch.testing.assert_close(mine, own, rtol=0, atol=1e-5)
         for learner in (plain, compiled):
             learner.step(1e-3)
     plain.save(tmp_path)
@@ -131,7 +132,17 @@ def same_as_eager(tmp_path, **flags):
     assert learn(resumed, [3])[0] == pytest.approx(learn(again, [3])[0], rel=1e-3, abs=1e-5)
 
 
-@pytest.mark.parametrize("flags", [{}, {"activation_checkpointing": True}, {"lora_rank": 4}], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        *(
+            pytest.param(flags, marks=pytest.mark.slow)
+            for flags in ({"lora_rank": 4}, {"activation_checkpointing": True})
+        ),
+    ],
+    ids=str,
+)
 def test_compiled_layers_compute_the_same(flags, quickly, tmp_path):
     same_as_eager(tmp_path, **flags)
 
@@ -161,7 +172,7 @@ def test_the_sampler_of_a_compiled_model_is_not_compiled(quickly):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch, quickly):
     """Rows end to end by a stand-in whose numbers mean nothing, and no model too small."""
-    monkeypatch.setattr(packing, "reads_varlen", lambda model: True)
+    monkeypatch.setattr(packing, "reads_varlen", lambda *which: True)
     monkeypatch.setattr(
         packing,
         "varlen",

@@ -21,6 +21,7 @@ from transformers import (
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.trainer import packing
 from grpo_gsm8k.trainer.batch import make_batch
+from grpo_gsm8k.trainer.data import weighted
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.losses import Gspo, Objective
 from tests.rehearsal import varlen_by_hand
@@ -77,7 +78,7 @@ def test_packed_rows_give_the_loss_and_gradient_of_each_by_itself(name, checkpoi
             max_tokens_per_microbatch=budget,
             activation_checkpointing=checkpointing,
         )
-        metrics = learner.forward_backward(make_batch(rows(*SEQUENCES), 0, "token"), Objective())
+        metrics = learner.forward_backward(weighted(rows(*SEQUENCES), "token"), Objective())
         assert metrics["loss"] * tokens == pytest.approx(loss, rel=1e-5)
         for weight, found in gradient(learner).items():
             assert torch.allclose(found * tokens, expected[weight], rtol=1e-4, atol=1e-6), (budget, weight)
@@ -88,17 +89,17 @@ def test_packed_rows_give_the_loss_and_gradient_of_each_by_itself(name, checkpoi
 def test_the_old_policy_temperature_and_masked_rows_are_where_they_were():
     data = [with_advantage(row, (-1) ** i * (0.5 + i)) for i, row in enumerate(rows(*SEQUENCES, logprob=-4.2))]
     data[3] = replace(data[3], mask=(0,) * len(data[3].mask))
-    batch, objective = make_batch(data, 0), Objective(Gspo(0.02, 0.02), temperature=0.7)
+    data, objective = weighted(data, "token"), Objective(Gspo(0.02, 0.02), temperature=0.7)
     packed, padded = (learner_of(make_model(CONFIGS["qwen2"]), packing=how) for how in ("on", "off"))
-    for one, other in zip(packed.logprobs(batch, 0.7), padded.logprobs(batch, 0.7), strict=True):
-        assert torch.allclose(one, other, atol=1e-5)
-    found, expected = (learner.forward_backward(batch, objective) for learner in (packed, padded))
+    for one, other in zip(packed.logprobs(data, 0.7), padded.logprobs(data, 0.7), strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+    found, expected = (learner.forward_backward(data, objective) for learner in (packed, padded))
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5) and 0 < found["policy/clip_frac"] < 1
     assert all(torch.allclose(gradient(packed)[k], g, rtol=1e-4, atol=1e-6) for k, g in gradient(padded).items())
 
 
 def test_the_layout_of_three_rows_by_hand():
-    batch = make_batch(rows(([1, 2, 3, 4, 9], 2), ([1, 2, 3, 5, 6, 9], 2), ([7, 8, 9], 1)), 0)
+    batch = make_batch(rows(([1, 2, 3, 4, 9], 2), ([1, 2, 3, 5, 6, 9], 2), ([7, 8, 9], 1)))
     ((order, part),) = packing.microbatches(batch, 100, [0, 1, 2], packs=True)
     assert order == [1, 0, 2] and part.shared == (0, 3, 0)
     packed = packing.Packed.of(part)
@@ -111,7 +112,7 @@ def test_the_layout_of_three_rows_by_hand():
 
 
 def test_padding_that_looks_like_a_token_is_not_shared():
-    batch = make_batch(rows(([1, 2, 0, 0, 0, 9], 1), ([1, 2, 0, 9], 1)), 0)
+    batch = make_batch(rows(([1, 2, 0, 0, 0, 9], 1), ([1, 2, 0, 9], 1)))
     ((_, part),) = packing.microbatches(batch, 100, [0, 1], packs=True)
     assert part.shared == (0, 3)  # not 5, as the padded ids have it
 
@@ -119,7 +120,7 @@ def test_padding_that_looks_like_a_token_is_not_shared():
 @pytest.mark.parametrize("packs", [False, True])
 def test_microbatches_hold_every_row_once_within_the_budget(packs):
     for budget in range(1, 30):
-        batch, seen = make_batch(rows(*SEQUENCES), 0), []
+        batch, seen = make_batch(rows(*SEQUENCES)), []
         for index, part in packing.microbatches(batch, budget, batch.rows_with_targets(), packs):
             if packs:
                 assert part.cells == packing.Packed.of(part).input_ids.numel()
@@ -171,7 +172,7 @@ def test_a_model_that_cannot_read_packed_rows_is_left_as_it_was(why):
 def test_bfloat16_packs_too():
     learner = learner_of(make_model(CONFIGS["qwen2"], torch.bfloat16))
     assert learner.packs
-    loss = learner.forward_backward(make_batch(rows(*SEQUENCES), 0, "token"), Objective())["loss"]
+    loss = learner.forward_backward(weighted(rows(*SEQUENCES), "token"), Objective())["loss"]
     assert loss == pytest.approx(alone(CONFIGS["qwen2"], SEQUENCES)[0] / 16, rel=1e-2)
 
 
@@ -191,7 +192,7 @@ def test_a_packing_model_samples_and_is_saved_like_any_other(tmp_path):
 
 @pytest.fixture
 def end_to_end(monkeypatch):
-    monkeypatch.setattr(packing, "reads_varlen", lambda model: True)
+    monkeypatch.setattr(packing, "reads_varlen", lambda *which: True)
     monkeypatch.setattr(packing, "varlen", varlen_by_hand)
 
 
@@ -201,7 +202,7 @@ def test_rows_end_to_end_give_the_loss_and_gradient_of_each_by_itself(name, end_
     tokens = sum(len(ids) - prompt for ids, prompt in SEQUENCES)
     for budget in (6, 13, 1000):
         learner = learner_of(make_model(CONFIGS[name]), packing="on", max_tokens_per_microbatch=budget)
-        metrics = learner.forward_backward(make_batch(rows(*SEQUENCES), 0, "token"), Objective())
+        metrics = learner.forward_backward(weighted(rows(*SEQUENCES), "token"), Objective())
         assert metrics["loss"] * tokens == pytest.approx(loss, rel=1e-5)
         for weight, found in gradient(learner).items():
             assert torch.allclose(found * tokens, expected[weight], atol=2e-5), weight

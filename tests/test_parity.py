@@ -2,7 +2,7 @@
 
 Theirs are called as they are installed: `GRPOTrainer._compute_loss` and `RLOOTrainer._compute_loss` on a real
 (tiny) model, `LigerFusedLinearGRPOLoss` on a hidden state and a head, transformers' own loss of a model. Ours goes
-the way of training: `make_batch`, `TorchLearner.forward_backward` in small microbatches. This prints the
+the way of training: `weighted`, `TorchLearner.forward_backward` in small microbatches. This prints the
 table of docs/algorithms.md:
 
     uv run python -m tests.test_parity
@@ -23,12 +23,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_gsm8k.datatypes import Datum
-from grpo_gsm8k.trainer.batch import Batch, ImportanceCorrection, make_batch, with_old_logprobs, with_ref_logprobs
+from grpo_gsm8k.trainer.batch import Batch, make_batch
+from grpo_gsm8k.trainer.data import ImportanceCorrection, Values, weighted, with_old_logprobs, with_ref_logprobs
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.logprobs import token_logprobs
 from grpo_gsm8k.trainer.losses import KL_ESTIMATORS, GrpoClip, Objective, Reinforce, make_loss, per_token_loss
 from tests.test_losses import POLICY, REFERENCE, STALE, exact_kl, expected_kl_term, numeric_gradient
-from tests.toys import datum, gradient, make_data, make_model, train_config
+from tests.toys import datum, gradient, make_data, make_model, tensor_of, train_config, values_of
 
 LIMIT = 1e-5
 TEMPERATURE = 0.7
@@ -124,16 +125,16 @@ def learner_of(at: Setting) -> TorchLearner:
     return TorchLearner(model, AutoTokenizer.from_pretrained(at.model), train_config(max_tokens_per_microbatch=35))
 
 
-def batch_of(at: Setting, aggregation: str, on_policy: bool, longest: int = LONGEST) -> Batch:
+def update_of(at: Setting, aggregation: Any, on_policy: bool, longest: int = LONGEST) -> list[Datum]:
     """One update. Old and reference policy lie a random step away from the model, far enough for every clip."""
-    batch = make_batch(at.rows, 0, aggregation, longest)
-    return with_other_policies(batch, learner_of(at).logprobs(batch, TEMPERATURE), on_policy)
+    data = weighted(at.rows, aggregation, longest)
+    return with_other_policies(data, learner_of(at).logprobs(data, TEMPERATURE), on_policy)
 
 
-def with_other_policies(batch: Batch, logp: torch.Tensor, on_policy: bool) -> Batch:
-    noise = torch.Generator().manual_seed(2)
-    old, ref = (logp + 0.6 * torch.randn(logp.shape, generator=noise) for _ in range(2))
-    return with_ref_logprobs(with_old_logprobs(batch, logp if on_policy else old), ref)
+def with_other_policies(data: list[Datum], logp: Values, on_policy: bool) -> list[Datum]:
+    noise, near = torch.Generator().manual_seed(2), tensor_of(logp)
+    old, ref = (values_of(near + 0.6 * torch.randn(near.shape, generator=noise), data) for _ in range(2))
+    return with_ref_logprobs(with_old_logprobs(data, logp if on_policy else old), ref)
 
 
 def relative(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
@@ -205,12 +206,12 @@ def loss_and_gradient(trainer: Any, inputs: dict[str, torch.Tensor]) -> tuple[fl
 def against_trl(one: Case, folder: Path) -> tuple[float, float]:
     """Relative errors of the loss and of the gradient in every weight."""
     at = setting(folder)
-    batch, learner = batch_of(at, one.aggregation, one.on_policy), learner_of(at)
+    data, learner = update_of(at, one.aggregation, one.on_policy), learner_of(at)
     settings = {"use_bias_correction_kl": False, "beta": one.kl} | one.theirs
     theirs, their_gradient = loss_and_gradient(
-        trl_trainer(at, folder / "trl", "GRPO", **settings), trl_inputs(at, batch)
+        trl_trainer(at, folder / "trl", "GRPO", **settings), trl_inputs(at, make_batch(data))
     )
-    metrics = learner.forward_backward(batch, one.ours)
+    metrics = learner.forward_backward(data, one.ours)
     soft = one.on_policy or not hasattr(one.ours.loss, "clip_eps")
     assert soft or 0 < metrics["policy/clip_frac"] < 1  # the clip is in play
     return abs(metrics["loss"] - theirs) / abs(theirs), relative(gradient(learner), their_gradient)
@@ -224,14 +225,15 @@ CORRECTIONS = {"truncate": "token_truncate", "mask": "token_mask"} | {
 def against_trl_corrected(kind: str, folder: Path) -> tuple[float, float]:
     """GRPO with an importance correction of the sampler: the ratio by TRL's formula, the rest by TRL."""
     at = setting(folder)
-    sampled = batch_of(at, "token", on_policy=False)  # its old policy stands in for the sampler
-    noise = 0.3 * torch.randn(sampled.mask.shape, generator=torch.Generator().manual_seed(5))
-    frozen = (sampled.old_logprobs + noise) * sampled.mask
+    sampled = update_of(at, "token", on_policy=False)  # its old policy stands in for the sampler
+    batch = make_batch(sampled)
+    noise = 0.3 * torch.randn(batch.mask.shape, generator=torch.Generator().manual_seed(5))
+    frozen = values_of((batch.old_logprobs + noise) * batch.mask, sampled)
     correction = ImportanceCorrection(cast(Any, kind), 1.5, 0.6)
     ours, learner = with_old_logprobs(sampled, frozen, correction), learner_of(at)
     trainer = trl_trainer(at, folder / "trl", "GRPO", beta=0.0, loss_type="dapo", use_bias_correction_kl=False)
     trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
-    inputs, sampler = trl_inputs(at, ours), trl_inputs(at, sampled)["old_per_token_logps"]
+    inputs, sampler = trl_inputs(at, make_batch(ours)), trl_inputs(at, batch)["old_per_token_logps"]
     log_ratio = (inputs["old_per_token_logps"] - sampler) * inputs["completion_mask"]
     ratio = (log_ratio.sum(-1, keepdim=True) if kind.startswith("sequence") else log_ratio).exp()
     kept = ratio.masked_fill((ratio < 0.6) | (ratio > 1.5), 0.0)
@@ -244,27 +246,28 @@ def against_trl_corrected(kind: str, folder: Path) -> tuple[float, float]:
 def against_trl_rloo(folder: Path) -> float:
     """Relative error of the gradient. TRL's loss is one ratio a response, whose gradient on-policy is REINFORCE's."""
     at = setting(folder)
-    batch, learner = batch_of(at, "constant", on_policy=True, longest=1), learner_of(at)
-    inputs, trainer = trl_inputs(at, batch), trl_trainer(at, folder / "trl", "RLOO", beta=0.0)
+    data, learner = update_of(at, "constant", on_policy=True, longest=1), learner_of(at)
+    inputs, trainer = trl_inputs(at, make_batch(data)), trl_trainer(at, folder / "trl", "RLOO", beta=0.0)
     ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
     width = inputs["completion_ids"].shape[1]
     own = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width)[0].detach()
     inputs["old_logps"] = (own * inputs["completion_mask"]).sum(1)
     _, theirs = loss_and_gradient(trainer, inputs)
-    learner.forward_backward(batch, Objective(Reinforce(), temperature=TEMPERATURE))
+    learner.forward_backward(data, Objective(Reinforce(), temperature=TEMPERATURE))
     return relative(gradient(learner), theirs)
 
 
 def against_transformers(folder: Path) -> tuple[float, float]:
     """Cross-entropy against the loss of transformers' model."""
     at = setting(folder)
-    batch, learner = make_batch(at.rows, 0, "token"), learner_of(at)
+    data, learner = weighted(at.rows, "token"), learner_of(at)
+    batch = make_batch(data)
     model = AutoModelForCausalLM.from_pretrained(at.model, dtype=torch.float32)
     ids = torch.cat([batch.input_ids[:, :1], batch.targets], 1)
     labels = torch.cat([torch.full((len(batch), 1), -100), batch.targets.where(batch.mask.bool(), -100)], 1)
     theirs = model(input_ids=ids, labels=labels).loss
     theirs.backward()
-    metrics = learner.forward_backward(batch, Objective())
+    metrics = learner.forward_backward(data, Objective())
     error = abs(metrics["loss"] - float(theirs.detach())) / float(theirs.detach())
     return error, relative(gradient(learner), {name: p.grad for name, p in model.named_parameters()})
 
@@ -291,11 +294,11 @@ def against_liger(one: Case, folder: Path) -> tuple[float, float]:
     """Relative errors of the loss and of the gradient in hidden states and head."""
     chunked = pytest.importorskip("liger_kernel.chunked_loss", reason=NO_GROUP)
     at = setting(folder)
-    batch = make_batch(at.rows, 0, one.aggregation, LONGEST)
+    data: list[Datum] = weighted(at.rows, cast(Any, one.aggregation), LONGEST)
     torch.manual_seed(3)
-    model = HeadModel(batch, vocabulary=320)
-    logp, _ = token_logprobs(model, batch, TEMPERATURE)
-    batch = with_other_policies(batch, logp.detach(), one.on_policy)
+    model = HeadModel(make_batch(data), vocabulary=320)
+    logp, _ = token_logprobs(model, make_batch(data), TEMPERATURE)
+    batch = make_batch(with_other_policies(data, values_of(logp.detach(), data), one.on_policy))
     ours = (batch.weights * per_token_loss(logp, batch, one.ours)).sum()
     names = dict(model.named_parameters())
     our_gradient = dict(zip(names, torch.autograd.grad(ours, list(names.values())), strict=True))

@@ -139,7 +139,7 @@ def test_errors_of_the_package_and_those_that_the_caller_handles_pass():
 
 
 def toy():
-    batch = make_batch(rows(([1, 2, 3], 1), advantage=2.0, logprob=-1.0), 0)
+    batch = make_batch(rows(([1, 2, 3], 1), advantage=2.0, logprob=-1.0))
     return torch.full(batch.mask.shape, -2.0, requires_grad=True), batch
 
 

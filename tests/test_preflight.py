@@ -21,7 +21,7 @@ from tests.toys import load_split, renderer_for, stage_config, train_config
 
 @pytest.fixture(autouse=True)
 def _nothing_proven_yet(monkeypatch):
-    monkeypatch.setattr(preflight, "_proven", set())
+    monkeypatch.setattr(preflight, "_passed", set())
 
 
 def copied(tiny, folder, *changes):
@@ -172,7 +172,7 @@ def test_it_moves_neither_weights_nor_generators_and_leaves_nothing_behind(subje
     (subject.folder).mkdir()
     torch.manual_seed(3)
     before = torch.get_rng_state(), weights_sha256(subject.learner.weights()), subject.sampler.busy_s
-    preflight.fly(subject)
+    preflight.run_checks(subject)
     after = torch.get_rng_state(), weights_sha256(subject.learner.weights()), subject.sampler.busy_s
     assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
     assert list(subject.folder.iterdir()) == []
@@ -185,13 +185,13 @@ def test_it_moves_neither_weights_nor_generators_and_leaves_nothing_behind(subje
 
 
 def test_what_was_shown_once_is_not_shown_again(subject, monkeypatch):
-    preflight.fly(subject)
+    preflight.run_checks(subject)
     monkeypatch.setattr(preflight, "_trainer", None)
     monkeypatch.setattr(preflight, "_checkpoint", None)
-    preflight.fly(subject)
+    preflight.run_checks(subject)
     with pytest.raises(TypeError):  # another model is another matter
         subject.model.config.rope_parameters["rope_theta"] = 5.0
-        preflight.fly(subject)
+        preflight.run_checks(subject)
 
 
 def scaled_logits(model):
@@ -208,13 +208,13 @@ def scaled_logits(model):
 def test_a_model_that_does_something_behind_its_head_is_refused_by_name(subject):
     scaled_logits(subject.model)
     with pytest.raises(ModelError, match=r"Qwen2ForCausalLM: the trainer's \(.*\) log-probabilities differ"):
-        preflight.fly(subject)
+        preflight.run_checks(subject)
 
 
 def test_a_sampler_that_draws_from_another_distribution_is_refused(subject):
     subject.sampler.model.lm_head.weight.data.mul_(0.5)
     with pytest.raises(ModelError, match="the sampler's log-probabilities differ"):
-        preflight.fly(subject)
+        preflight.run_checks(subject)
 
 
 def test_packed_rows_that_are_read_otherwise_are_refused(subject, monkeypatch):
@@ -226,7 +226,7 @@ def test_packed_rows_that_are_read_otherwise_are_refused(subject, monkeypatch):
 
     monkeypatch.setattr(packing.Packed, "of", wrong)
     with pytest.raises(ModelError, match=r"the trainer's \(packed rows\)"):
-        preflight.fly(subject)
+        preflight.run_checks(subject)
 
 
 def test_a_model_that_cannot_be_written_is_refused_before_it_is_trained(subject, monkeypatch):
@@ -235,14 +235,14 @@ def test_a_model_that_cannot_be_written_is_refused_before_it_is_trained(subject,
 
     monkeypatch.setattr(subject.model, "save_pretrained", refuse)
     with pytest.raises(UserError, match="no checkpoint of this model can be written: no such thing"):
-        preflight.fly(subject)
+        preflight.run_checks(subject)
     assert not (subject.folder / ".preflight").exists()
 
 
 def test_of_a_large_model_only_the_descriptions_are_written(subject, monkeypatch):
     monkeypatch.setattr(preflight, "SMALL", 0)
     monkeypatch.setattr(subject.learner, "save", None)
-    preflight.fly(subject)
+    preflight.run_checks(subject)
 
 
 def test_the_doctor_tries_a_model_and_prints_each_line(tiny, unresized, tmp_path, capsys):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config, Qwen2Moe
 from grpo_gsm8k import config, workbench
 from grpo_gsm8k.errors import ConfigError, ModelError
 from grpo_gsm8k.trainer import adapter, pretrained
-from grpo_gsm8k.trainer.batch import make_batch
+from grpo_gsm8k.trainer.data import weighted
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.losses import CrossEntropy, Objective
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer, pick_device, weights_sha256
@@ -133,10 +133,10 @@ BROKEN_MODELS = {
     "no model type": (settings(model_type=...), "model_type"),
     "no sizes": (settings(intermediate_size=...), "mlp.down_proj.weight is 32x128, the model's is 32x22016"),
     "a size of the wrong type": (settings(hidden_size="x"), "hidden_size"),
-    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer knows no text"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer encodes no text"),
     "cut tokenizer": (cut("tokenizer.json"), "tokenizer.json cannot be read"),
     "another file as tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("[1]"), "cannot load model"),
-    "its own code": (own_code, "needs code of its own"),
+    "its own code": (own_code, "needs its own code"),
     "a pickle of more than weights": (lambda folder: pickled(folder, Touch("ran")), "pytorch_model.bin is damaged, or"),
 }
 
@@ -320,7 +320,7 @@ def test_every_kind_of_adapter_is_trained_resumed_and_merged_exactly(kind, tiny,
         return TorchLearner(model, renderer_for(load_tokenizer(cfg)), cfg)
 
     def train(one):
-        one.forward_backward(make_batch(rows(*SEQUENCES), 0), Objective(CrossEntropy()))
+        one.forward_backward(weighted(rows(*SEQUENCES), "token"), Objective(CrossEntropy()))
         one.step(1e-2)
 
     first, second = learner(), learner()

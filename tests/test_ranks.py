@@ -28,8 +28,10 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from grpo_gsm8k.engines import channel, process
 from grpo_gsm8k.engines.process import placements, trained_on
 from grpo_gsm8k.errors import ConfigError, DiskError, NonFiniteError
-from grpo_gsm8k.trainer.batch import make_batch, with_old_logprobs, with_ref_logprobs
+from grpo_gsm8k.trainer import packing
+from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.costs import LEAST_CELLS, Setup
+from grpo_gsm8k.trainer.data import weighted, with_old_logprobs, with_ref_logprobs
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.losses import GrpoClip, Objective
 from grpo_gsm8k.trainer.memory import Gauge, shape_of
@@ -37,6 +39,7 @@ from grpo_gsm8k.trainer.policy import pick_device
 from grpo_gsm8k.trainer.ranks import Lead, World, follow, world
 from grpo_gsm8k.trainer.sharded import ShardedLearner, share
 from tests.meter import LiveMemory
+from tests.rehearsal import varlen_by_hand
 from tests.toys import REPOSITORY, cli, rows, train_config
 
 RANKS = 3
@@ -46,9 +49,9 @@ POLICY = Objective(GrpoClip(0.2, 0.2), temperature=0.7, kl_coef=0.3)
 SEQUENCES = [(range(3, 3 + n), p) for n, p in [(9, 4), (4, 1), (13, 6), (6, 2), (11, 3)]]
 
 
-def small_batch(advantage=0.5):
+def small_update(advantage=0.5):
     drawn = [rows(s, advantage=(-1) ** i * (advantage + i), logprob=-3.0)[0] for i, s in enumerate(SEQUENCES)]
-    return make_batch(drawn, 0, "sequence")
+    return weighted(drawn, "sequence")
 
 
 def make_learner(kind, dtype=torch.float32, **flags):
@@ -62,12 +65,13 @@ def make_learner(kind, dtype=torch.float32, **flags):
 
 def learn(learner, steps):
     """Updates with everything that is asked of a learner; what it said."""
-    batch, said = small_batch(), []
+    data, said = small_update(), []
     for step in steps:
-        frozen, reference = (f(batch, 0.7) for f in (learner.logprobs, learner.reference_logprobs))
-        update = with_ref_logprobs(with_old_logprobs(batch, frozen), reference)
+        frozen, reference = (f(data, 0.7) for f in (learner.logprobs, learner.reference_logprobs))
+        update = with_ref_logprobs(with_old_logprobs(data, frozen), reference)
         metrics = learner.forward_backward(update, POLICY) | learner.step(1e-2 / step)
-        said.append({k: v for k, v in metrics.items() if not k.startswith("perf/")} | {"logp": float(frozen.sum())})
+        logp = sum(map(sum, frozen))
+        said.append({k: v for k, v in metrics.items() if not k.startswith("perf/")} | {"logp": logp})
     return said
 
 
@@ -78,24 +82,41 @@ def story(learner, folder, other):
     learner.save(folder)
     said += learn(learner, [3])
     with pytest.raises(NonFiniteError):
-        learner.forward_backward(small_batch(float("inf")), POLICY)
+        learner.forward_backward(small_update(float("inf")), POLICY)
     weights = {f"whole.{name}": tensor.clone() for name, tensor in learner.weights()}
-    learner.logprobs(small_batch())  # must leave nothing gathered behind, or the next step would start from it
+    learner.logprobs(small_update())  # must leave nothing gathered behind, or the next step would start from it
     learner.load(other)
     said += learn(learner, [3])
     weights |= {f"resumed.{name}": tensor.clone() for name, tensor in learner.weights()}
     return said, weights
 
 
-def one_rank(rank, port, folder, dtype, compiles):
+def rows_end_to_end():
+    """Let packed rows in bfloat16 be read as on a GPU, by a reference of its kernel; returns what counts the calls."""
+    calls = []
+
+    def varlen(*given):
+        calls.append(given[0].dtype)
+        return varlen_by_hand(*given)
+
+    packing.varlen = varlen
+    packing.reads_varlen = lambda model, dtype=None: (dtype or next(model.parameters()).dtype) == torch.bfloat16
+    return calls
+
+
+def one_rank(rank, port, folder, dtype, how):
     """One of three ranks; the first tells what it saw."""
+    calls = rows_end_to_end() if how == "end to end" else None
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     make_machine_code = torch.nn.Module.compile  # tracing is what could go wrong among ranks, and machine code is slow
     torch.nn.Module.compile = lambda self, **how: make_machine_code(self, backend="aot_eager", **how)
-    learner = make_learner(ShardedLearner, dtype, activation_checkpointing=True, compile="on" if compiles else "off")
+    compiled = "on" if how == "compiled" else "off"
+    learner = make_learner(ShardedLearner, dtype, activation_checkpointing=True, compile=compiled)
+    assert learner.packs
     agree_on_a_budget(learner)
     if rank:
         follow(learner)
+        assert calls is None or set(calls) == {torch.bfloat16}
         return
     lead = Lead(learner)
     (folder / "full").mkdir()
@@ -104,6 +125,7 @@ def one_rank(rank, port, folder, dtype, compiles):
         lead.save(folder / "full")
     said, weights = story(lead, folder / "three", folder / "one")
     lead.close()
+    assert calls is None or set(calls) == {torch.bfloat16}
     (folder / "said.json").write_text(json.dumps(said))
     save_file(weights, folder / "weights.safetensors")
 
@@ -124,13 +146,13 @@ def agree_on_a_budget(learner):
     assert all(torch.equal(before[name], p.detach().full_tensor()) for name, p in learner.model.named_parameters())
 
 
-def fork_ranks(folder, dtype, compiles):
+def fork_ranks(folder, dtype, how):
     """Before this process has run anything in threads, forking it is safe, and spares three starts of torch."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     children = [
-        multiprocessing.get_context("fork").Process(target=one_rank, args=(r, port, folder, dtype, compiles))
+        multiprocessing.get_context("fork").Process(target=one_rank, args=(r, port, folder, dtype, how))
         for r in range(RANKS)
     ]
     for child in children:
@@ -141,14 +163,15 @@ def fork_ranks(folder, dtype, compiles):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "compiles"),
+    ("dtype", "how"),
     [
         ("float32", ""),
         pytest.param("bfloat16", "", marks=pytest.mark.slow),
-        pytest.param("float32", "compiles", marks=pytest.mark.slow),
+        pytest.param("bfloat16", "end to end", marks=pytest.mark.slow),
+        pytest.param("float32", "compiled", marks=pytest.mark.slow),
     ],
 )
-def test_three_ranks_learn_what_one_process_learns(dtype, compiles, tmp_path):
+def test_three_ranks_learn_what_one_process_learns(dtype, how, tmp_path):
     near = {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
     one = make_learner(TorchLearner, getattr(torch, dtype))
     said = learn(one, [1, 2])
@@ -156,7 +179,7 @@ def test_three_ranks_learn_what_one_process_learns(dtype, compiles, tmp_path):
     one.save(tmp_path / "one")
     said += 2 * learn(one, [3])
     done = subprocess.run(
-        [sys.executable, "-m", "tests.test_ranks", tmp_path, dtype, compiles],
+        [sys.executable, "-m", "tests.test_ranks", tmp_path, dtype, how],
         capture_output=True, text=True, cwd=REPOSITORY, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -174,7 +197,7 @@ def test_three_ranks_learn_what_one_process_learns(dtype, compiles, tmp_path):
 
 
 def test_every_row_is_trained_by_one_rank_and_all_pass_through_the_model_as_often():
-    batch = small_batch()
+    batch = make_batch(small_update())
     shares = [share(batch, 13, range(5), rank, 4) for rank in range(4)]
     assert sorted(row for parts in shares for taken, _ in parts for row in taken) == [0, 1, 2, 3, 4]
     assert [len(parts) for parts in shares] == [1, 1, 1, 1]
@@ -338,4 +361,4 @@ def test_a_rank_that_is_killed_ends_the_job_and_the_job_resumes(number, victim, 
 
 
 if __name__ == "__main__":
-    fork_ranks(Path(sys.argv[1]), getattr(torch, sys.argv[2]), bool(sys.argv[3]))
+    fork_ranks(Path(sys.argv[1]), getattr(torch, sys.argv[2]), sys.argv[3])

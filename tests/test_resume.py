@@ -19,7 +19,7 @@ from grpo_gsm8k.errors import CheckpointError, DataError, DiskError, Interrupted
 from grpo_gsm8k.runs.directory import open_run
 from grpo_gsm8k.tasks.rewards import make_reward
 from grpo_gsm8k.trainer import checkpoint, loop
-from grpo_gsm8k.workbench import open_bench
+from grpo_gsm8k.workbench import open_workbench
 from tests.toys import REPOSITORY, cli, graded, load_split, stage_config
 
 REWARD = "tests.toys:even_tokens"  # varies within the groups of a random model, so that every step moves the weights
@@ -138,7 +138,7 @@ def test_when_every_checkpoint_is_damaged_the_run_says_so(tiny, tmp_path):
     grpo.run(config_of("grpo", tiny, tmp_path / "run", max_steps=2))
     for folder in (tmp_path / "run/checkpoints").iterdir():
         (folder / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="no checkpoint is whole"):
+    with pytest.raises(CheckpointError, match="all checkpoints are damaged"):
         grpo.run(config_of("grpo", tiny, tmp_path / "run"))
 
 
@@ -241,7 +241,7 @@ def test_pressed_twice_the_last_complete_step_is_kept_and_goes_on_bitwise(tiny, 
 
 def interrupted_at(step, cfg, times=1):
     """Run GRPO, with Ctrl-C pressed in the middle of a step."""
-    with open_bench(cfg, "grpo", {"train": Path(cfg.data) / "train.jsonl"}) as bench:
+    with open_workbench(cfg, "grpo", {"train": Path(cfg.data) / "train.jsonl"}) as bench:
         sample = bench.sampler.sample
 
         def pressing(prompts, params):
@@ -298,6 +298,6 @@ def size_of(run: Path) -> int:
 
 def test_step_zero_is_a_checkpoint_when_there_is_nothing_to_do(tiny, tmp_path):
     cfg = config_of("grpo", tiny, tmp_path / "run")
-    with open_bench(cfg, "grpo", {}) as bench:
-        assert list(loop.steps(bench.run, bench.learner, 0, loop.Progress())) == []
+    with open_workbench(cfg, "grpo", {}) as bench:
+        assert list(loop.steps(bench.run, bench.learner, 0, loop.StageState())) == []
         assert checkpoint.steps_present(bench.run.checkpoints) == [0]

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 
 import pytest
 
 from grpo_gsm8k import ei, fast_eval_vllm, grpo, plugins, rollout, sft
-from grpo_gsm8k.datatypes import Completion, Example, Grade, Prompt, SamplingParams, Trajectory
+from grpo_gsm8k.datatypes import Completion, Example, Grade, Prompt, Request, SamplingParams, Trajectory
 from grpo_gsm8k.engines.trajectories import sample_trajectories
-from grpo_gsm8k.errors import ConfigError, DataError, UserError
+from grpo_gsm8k.engines.users import UserSampler
+from grpo_gsm8k.errors import ConfigError, DataError, PluginError, UserError
 from grpo_gsm8k.tasks import load_task
-from grpo_gsm8k.tasks.base import load_examples
+from grpo_gsm8k.tasks.base import TaskOptions, load_examples
+from grpo_gsm8k.tasks.grader_pool import grader_pool
 from grpo_gsm8k.tasks.gsm8k.task import Gsm8k
 from grpo_gsm8k.tasks.render import Renderer, task_of
 from grpo_gsm8k.tasks.rewards import Grader, make_reward
 from grpo_gsm8k.trainer.policy import load_tokenizer
-from grpo_gsm8k.workbench import open_bench
+from grpo_gsm8k.workbench import open_workbench
 from tests.toys import cli, make_model, stage_config, word_problem
 
 MINE = '''
@@ -227,7 +230,7 @@ def test_without_right_answers_the_mean_reward_chooses(words, tmp_path):
     [
         ({"task": "mine_seams:Raises"}, r"task 'mine_seams:Raises': .*mine_seams\.py:\d+: ZeroDivisionError"),
         ({"task": "mine_seams:Nonsense"}, "'good', not a Grade"),
-        ({"task": "mine_seams:brevity"}, "no subclass"),
+        ({"task": "mine_seams:brevity"}, "not a subclass"),
         ({"task": "mine_seams:Nobody"}, "has no 'Nobody'"),
         ({"task": "gsm9k"}, "did you mean 'gsm8k'"),
         ({"reward": "mine_seams:raises"}, r"reward mine_seams:raises: .*mine_seams\.py:\d+: AttributeError"),
@@ -290,7 +293,7 @@ def test_weights_are_handed_over_once_after_a_validation(tiny, tmp_path, monkeyp
     flags = {"rollouts_per_step": 8, "group_size": 4, "steps": 3, "eval_every": 1, "lr": 1e-3}
     where = {"model_id": str(tiny.model), "data": str(tiny.data), "out_dir": str(tmp_path)}
     cfg = stage_config("grpo", **where, **flags)
-    with open_bench(cfg, "grpo", {}) as bench:
+    with open_workbench(cfg, "grpo", {}) as bench:
         given, load = [], bench.sampler.load
         bench.sampler.load = lambda ref, tensors: (given.append(ref.version), load(ref, tensors))
         examples = load_examples(bench.renderer.task, tiny.data / "train.jsonl")
@@ -360,14 +363,12 @@ def test_a_conversation_ends_by_its_answer_its_turns_its_tokens_or_the_context(r
 
 
 def _request(prompt, trajectory):
-    from grpo_gsm8k.datatypes import Request
-
     return Request(prompt.token_ids, (trajectory.seed,))
 
 
 def test_several_turns_are_trained_with_the_environment_masked(words, tmp_path):
     cfg = config_of("grpo", words, tmp_path, task="mine_seams:Guess", eval_every=1, steps=1, max_new_tokens=24)
-    with open_bench(cfg, "grpo", {}) as bench:
+    with open_workbench(cfg, "grpo", {}) as bench:
         sample = bench.sampler.sample
 
         def ends(requests, params):  # a random model seldom ends its turn
@@ -385,13 +386,13 @@ def test_several_turns_are_trained_with_the_environment_masked(words, tmp_path):
 
         bench.sampler.sample = ends
         seen, learn = [], bench.learner.forward_backward
-        bench.learner.forward_backward = lambda batch, *more: (seen.append(batch), learn(batch, *more))[1]
+        bench.learner.forward_backward = lambda data, *more: (seen.append(data), learn(data, *more))[1]
         examples = load_examples(bench.renderer.task, words[1] / "train.jsonl")
         grpo.train(cfg, bench, bench.prompts(examples, "train"), Grader(bench.renderer.task))
     (row,) = metrics_of(tmp_path)
     assert row["turns/mean"] == 2.0 and row["length/mean"] == 6.0
-    assert seen[0].mask.sum(1).tolist() == [6.0] * 16  # three sampled tokens a turn
-    assert max(seen[0].lengths) > 6 + 12
+    assert [sum(row.mask) for row in seen[0]] == [6] * 16  # three sampled tokens a turn
+    assert max(len(row.token_ids) for row in seen[0]) > 7 + 12
 
 
 # -------------------------------------------------------------------------------------------------- resuming
@@ -423,3 +424,241 @@ def test_graders_that_wait_are_asked_side_by_side():
     group = [Trajectory.of(prompt, Completion((5,), (0.0,), "#### 1", "stop"))]
     found = Grader(load_task("gsm8k"), waits).grade([group, group])
     assert [grade.reward for (grade,) in found] == [1.0, 1.0] and make_reward("default") is None
+
+
+# ---------------------------------------------------------------------------------- what fails in the middle of a run
+
+FLAKY = """
+from collections import Counter
+
+from grpo_gsm8k.engines.hf import HFSampler
+from grpo_gsm8k.tasks.base import Grade
+from grpo_gsm8k.trainer.losses import GrpoClip
+from mine_seams import Copy
+
+LIMIT, SEEN = {}, Counter()
+
+
+def tick(name):
+    SEEN[name] += 1
+    if SEEN[name] == LIMIT.get(name):
+        raise KeyError(name)
+
+
+class Task(Copy):
+    def grade(self, example, response):
+        tick("task")
+        return super().grade(example, response)
+
+
+class Sampler(HFSampler):
+    def __init__(self, model, renderer, config):
+        super().__init__(model, renderer, config.sample_rows)
+
+    def sample(self, requests, params):
+        tick("engine")
+        return super().sample(requests, params)
+
+
+class Loss(GrpoClip):
+    def __call__(self, logp, batch):
+        tick("loss")
+        return super().__call__(logp, batch)
+
+
+def reward(completion, example):
+    tick("reward")
+    return sum(i % 2 == 0 for i in completion.token_ids) / len(completion.token_ids)
+
+
+def advantage(grades):
+    tick("advantage")
+    mean = sum(grade.reward for grade in grades) / len(grades)
+    return [grade.reward - mean for grade in grades]
+"""
+GRADERS = """
+import os, signal, time
+from collections import Counter
+
+from grpo_gsm8k.tasks.base import Grade, Task
+
+SEEN = Counter()
+
+
+class Copy(Task):
+    def grade(self, example, response):
+        return Grade(float(response == example.answer), answer=response)
+
+
+def odd(completion, example):
+    print("a grader may print")
+    return sum(i % 2 for i in completion.token_ids) / len(completion.token_ids)
+
+
+async def later(completions, example):
+    return [os.getpid() for _ in completions]
+
+
+def hangs(completion, example):
+    time.sleep(60)
+
+
+def dies(completion, example):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies_later(completion, example):
+    SEEN["dies"] += 1
+    return odd(completion, example) if SEEN["dies"] <= 32 else dies(completion, example)
+
+
+class Unsent:
+    def __init__(self):
+        self.lock = open(os.devnull)
+
+    def __call__(self, completion, example):
+        return 0.0
+
+
+unsent = Unsent()
+"""
+OWN = {"task": "Task", "engine": "Sampler", "loss": "Loss", "reward": "reward", "advantage": "advantage"}
+
+
+@pytest.fixture(scope="module")
+def flaky(words):
+    (words[0] / "mine_flaky.py").write_text(FLAKY)
+    (words[0] / "mine_graders.py").write_text(GRADERS)
+    return {name: f"mine_flaky:{thing}" for name, thing in OWN.items()}
+
+
+def flaky_run(words, out, **flags):
+    return grpo.run(config_of("grpo", words, out, steps=4, **{"eval_every": 0, "loss": "grpo_clip", **flags}))
+
+
+@pytest.fixture(scope="module")
+def unbroken(words, flaky, tmp_path_factory):
+    """What the run gives that nothing breaks, and how often it calls each seam in its first two steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(words[0])
+        patch.syspath_prepend(str(words[0]))
+        seen = plugins.load_object("mine_flaky:tick", "tick").__globals__["SEEN"]
+        seen.clear()
+        flaky_run(words, tmp_path_factory.mktemp("two"), max_steps=2, **flaky)
+        calls = dict(seen)
+        return calls, flaky_run(words, tmp_path_factory.mktemp("four"), **flaky)["weights_sha256"]
+
+
+AHEAD = [("one_step_off", name) for name in ("engine", "reward")]
+
+
+@pytest.mark.parametrize(("mode", "name"), [*(("on_policy", name) for name in OWN), *AHEAD])
+def test_a_users_function_that_raises_in_step_3_costs_nothing(words, flaky, unbroken, tmp_path, capsys, mode, name):
+    """One line that names the place, the two complete steps in a checkpoint, and the same end after --resume."""
+    module = plugins.load_object("mine_flaky:tick", "tick").__globals__
+    calls, expected = unbroken
+    flags = {**flaky, "mode": mode}
+    module["SEEN"].clear()
+    module["LIMIT"] |= {key: calls[key] + 1 if key == name else 0 for key in OWN}
+    with pytest.raises(PluginError, match=rf"mine_flaky\.py:\d+: KeyError: '{name}'") as caught:
+        flaky_run(words, tmp_path / "run", **flags)
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+    assert f"step 2 is saved in {tmp_path / 'run'}; continue with --resume" in capsys.readouterr().err
+    module["LIMIT"].clear()
+    found = flaky_run(words, tmp_path / "run", resume=True, **flags)
+    assert found["step"] == 4 and [row["step"] for row in metrics_of(tmp_path / "run")] == [1, 2, 3, 4]
+    if mode == "on_policy":
+        assert found["weights_sha256"] == expected
+
+
+def test_a_step_whose_validation_fails_is_not_lost(words, flaky, tmp_path, capsys):
+    module = plugins.load_object("mine_flaky:tick", "tick").__globals__
+    module["SEEN"].clear()
+    module["LIMIT"] |= {**dict.fromkeys(OWN, 0), "task": 2 * 16 + 1}  # the first answer of the validation
+    with pytest.raises(PluginError, match="KeyError: 'task'"):
+        flaky_run(words, tmp_path / "run", eval_every=2, **flaky)
+    assert f"step 2 is saved in {tmp_path / 'run'}" in capsys.readouterr().err
+    module["LIMIT"].clear()
+    assert flaky_run(words, tmp_path / "run", eval_every=2, resume=True, **flaky)["step"] == 4
+    assert ["val/n" in row for row in metrics_of(tmp_path / "run")] == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("drawn", "said"),
+    [
+        ([[]], r"groups of \[0\] completions for \[2\] seeds"),
+        ([["ba", "ba"]], "'ba', not a Completion"),
+        ([[Completion((5,), (), "ba", "stop")] * 2], "1 ids and 0 log-probabilities"),
+        ([[Completion((5,), (math.nan,), "ba", "stop")] * 2], "not finite"),
+        (7, "TypeError"),
+    ],
+)
+def test_a_sampler_that_returns_nonsense_is_one_line(drawn, said):
+    class Mine:
+        def sample(self, requests, params):
+            return drawn
+
+    with pytest.raises(PluginError, match=said) as caught:
+        UserSampler("mine:Mine", Mine()).sample([Request((1, 2), (0, 1))], SamplingParams(4))
+    assert str(caught.value).startswith("engine 'mine:Mine': ") and "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------- grader processes
+
+
+def in_processes(reward, groups=2, timeout_s=60.0, processes=2):
+    """Grades of a few groups whose ids are all different."""
+    task = load_task("mine_graders:Copy", TaskOptions(grader_processes=processes, grader_timeout_s=timeout_s))
+    prompts = [Prompt(Example(f"{g}", "ba", "ba"), (1, 2)) for g in range(groups)]
+
+    def drawn(g, i):
+        return Completion((g, *range(i)), (0.0,) * (i + 1), "ba", "stop")
+
+    made = [[Trajectory.of(prompt, drawn(g, i)) for i in range(4)] for g, prompt in enumerate(prompts)]
+    return Grader(task, plugins.load_object(reward, "reward")).grade(made)
+
+
+@pytest.fixture
+def pool(flaky):
+    """The processes of a test, ended with it."""
+    grader_pool.cache_clear()
+    yield
+    grader_pool(2).close()
+    grader_pool.cache_clear()
+
+
+def test_grader_processes_give_the_same_grades_in_the_same_order(pool, capfd):
+    found = in_processes("mine_graders:odd", groups=5)
+    assert found == in_processes("mine_graders:odd", groups=5, processes=0)
+    assert len({grade.reward for group in found for grade in group}) > 3 and found[0][0].answer == "ba"
+    out, err = capfd.readouterr()
+    assert "a grader may print" in err and out.count("may print") == 20  # in a process of ours stdout is data
+    pids = {grade.reward for group in in_processes("mine_graders:later", groups=8) for grade in group}
+    assert os.getpid() not in pids and len(pids) <= 2
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        ("hangs", r"reward mine_graders:hangs: a grader process took more than 1 s .* --grader_timeout_s"),
+        ("dies", r"reward mine_graders:dies: a grader process died \(signal 9\)"),
+        ("unsent", r"reward .*: cannot be sent to another process .* leave --grader_processes out"),
+    ],
+)
+def test_a_grader_process_that_is_lost_is_one_line_and_the_next_call_has_another(pool, reward, said):
+    with pytest.raises(PluginError, match=said) as caught:
+        in_processes(f"mine_graders:{reward}", timeout_s=1.0)
+    assert "\n" not in str(caught.value)
+    assert len(in_processes("mine_graders:odd")) == 2
+
+
+def test_a_run_with_grader_processes_is_the_same_and_a_crash_keeps_its_steps(words, pool, tmp_path, capsys):
+    flags = {"task": "mine_graders:Copy", "reward": "mine_graders:dies_later", "steps": 3, "eval_every": 0}
+    same = [
+        grpo.run(config_of("grpo", words, tmp_path / f"{n}", max_steps=2, grader_processes=n, **flags)) for n in (0, 2)
+    ]
+    assert same[0]["weights_sha256"] == same[1]["weights_sha256"]
+    with pytest.raises(PluginError, match="signal 9"):
+        grpo.run(config_of("grpo", words, tmp_path / "1", **flags, grader_processes=1))
+    assert f"step 2 is saved in {tmp_path / '1'}" in capsys.readouterr().err
+    assert len(metrics_of(tmp_path / "1")) == 2

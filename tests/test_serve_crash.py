@@ -262,3 +262,15 @@ def test_a_result_that_finds_no_room_waits_for_it(tiny, tmp_path) -> None:
         work.run = fills_the_disk
         found = client.learn(model, [datum(IDS)])
         assert found["metrics"]["tokens:sum"] == 9
+
+
+def test_forward_passes_between_updates_are_not_done_again(tiny, tmp_path):
+    """They change nothing, so their bytes are not kept."""
+    with in_process(tiny.model, tmp_path / "data") as client:
+        model = client.model()
+        client.forward(model, [datum(IDS)])
+        client.learn(model, [datum(IDS)])
+        client.step(model)
+        found = client.forward(model, [datum(IDS)])
+        client.service.work.lose(model)  # type: ignore[attr-defined]  # as after a crash
+        assert client.forward(model, [datum(IDS)]) == found

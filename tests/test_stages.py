@@ -19,7 +19,7 @@ from grpo_gsm8k.tasks import load_task
 from grpo_gsm8k.tasks.base import TaskOptions
 from grpo_gsm8k.tasks.render import Renderer
 from grpo_gsm8k.trainer.policy import load_tokenizer
-from grpo_gsm8k.workbench import open_bench
+from grpo_gsm8k.workbench import open_workbench
 from tests.toys import load_problems, stage_config, word_problem
 
 
@@ -52,12 +52,12 @@ def test_sft_memorises_a_few_solutions(tiny, tmp_path):
 
 def test_an_epoch_holds_every_row_once(tiny, tmp_path):
     cfg = stage_config("sft", model_id=str(tiny.model), data=str(tiny.data), out_dir=str(tmp_path / "r"), batch_size=5)
-    with open_bench(cfg, "sft", {}) as bench:
+    with open_workbench(cfg, "sft", {}) as bench:
         rows = [bench.renderer.target(problem) for problem in load_problems(tiny.data / "test.jsonl")]
         seen = Counter()
 
-        def forward(batch, objective):
-            seen.update(tuple(batch.targets[b, :n].tolist()) for b, n in enumerate(batch.lengths))
+        def forward(data, objective):
+            seen.update(row.token_ids for row in data)
             return {"loss": 0.0}
 
         bench.learner.forward_backward = forward
@@ -65,7 +65,7 @@ def test_an_epoch_holds_every_row_once(tiny, tmp_path):
         for step in range(1, 2 * per_epoch + 1):
             sft.fit_step(cfg, bench, rows, step, 0.0, seed=0)
             if step == per_epoch:
-                assert seen == Counter(row.token_ids[1:] for row in rows)
+                assert seen == Counter(row.token_ids for row in rows)
         assert set(seen.values()) == {2}
 
 
@@ -107,7 +107,7 @@ def test_expert_iteration_keeps_what_is_right_finished_and_distinct(tiny, tmp_pa
     flags = {"rounds": 1, "steps_per_round": 2, "prompts_per_round": 10, "samples_per_prompt": 6, "batch_size": 4}
     where = {"model_id": str(tiny.model), "data": str(tiny.data), "out_dir": str(tmp_path / "run"), "eval_every": 0}
     cfg = stage_config("ei", **flags, **where)
-    with open_bench(cfg, "ei", {}) as bench:
+    with open_workbench(cfg, "ei", {}) as bench:
         right = "work\n#### {0}", "more work\n#### {0}", "#### {0}"
         problems = load_problems(tiny.data / "train.jsonl")
         prompts = bench.prompts(problems, "train")
@@ -137,7 +137,7 @@ def test_expert_iteration_keeps_what_is_right_finished_and_distinct(tiny, tmp_pa
 def test_expert_iteration_in_which_nothing_is_right_trains_nothing_and_says_so(tiny, tmp_path, capsys):
     flags = {"rounds": 2, "steps_per_round": 2, "prompts_per_round": 4, "samples_per_prompt": 2, "eval_every": 0}
     cfg = stage_config("ei", **flags, model_id=str(tiny.model), data=str(tiny.data), out_dir=str(tmp_path / "run"))
-    with open_bench(cfg, "ei", {}) as bench:
+    with open_workbench(cfg, "ei", {}) as bench:
         before = {name: w.clone() for name, w in bench.learner.weights()}
         prompts = bench.prompts(load_problems(tiny.data / "train.jsonl"), "train")
         bench.sampler = Scripted(bench.renderer.tokenizer, prompts, lambda p: ["no idea"] * 2)

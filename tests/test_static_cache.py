@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -16,13 +17,14 @@ from transformers import (
     Qwen3Config,
 )
 
+from grpo_gsm8k import repro
 from grpo_gsm8k.datatypes import SamplingParams
 from grpo_gsm8k.engines import static_cache
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.errors import NonFiniteError
 from grpo_gsm8k.trainer import packing
 from tests.rehearsal import CUDNN, MATH, Pretend
-from tests.toys import draw, load, load_split, renderer_for
+from tests.toys import attentive, draw, load, load_split, renderer_for
 
 PARAMS = SamplingParams(max_new_tokens=21, temperature=0.9)
 SMALL = {"vocab_size": 211, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -32,12 +34,16 @@ GROUPED = {**SMALL, "num_key_value_heads": 2}
 
 @pytest.fixture(scope="module")
 def parts(tiny):
-    model = AutoModelForCausalLM.from_pretrained(tiny.model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(2.0)
+    model = attentive(AutoModelForCausalLM.from_pretrained(tiny.model))
     renderer = renderer_for(AutoTokenizer.from_pretrained(tiny.model))
     return model, renderer, [renderer.prompt(problem) for problem in load_split(tiny.data, "train")[:7]]
+
+
+@pytest.fixture
+def deterministic():
+    repro.set_deterministic(True)
+    yield
+    repro.set_deterministic(False)
 
 
 def both_ways(model, renderer, prompts, params, ends=(), rows=256, context=0, n=3):
@@ -73,6 +79,15 @@ def assert_alike(plain, static):
 )
 def test_static_buffers_decode_what_a_growing_cache_does(parts, params, n, ends, rows):
     assert_alike(*both_ways(*parts, params, ends, rows, n=n))
+
+
+def test_deterministic_kernels_decode_the_same(parts, deterministic):
+    """In buffers and without; and to the bit what the other kernels write into the same buffers."""
+    params = replace(PARAMS, max_new_tokens=40)
+    plain, static = both_ways(*parts, params, range(40, 60), n=8)
+    assert_alike(plain, static)
+    repro.set_deterministic(False)
+    assert both_ways(*parts, params, range(40, 60), n=8)[1] == static
 
 
 def test_rows_that_differ_in_room_and_grow_beyond_a_bucket(parts, monkeypatch):
@@ -151,17 +166,24 @@ def test_a_token_step_reads_keys_unrepeated(masked):
 # ------------------------------------------------------------------------------------------- on a pretended GPU
 
 
+def sampler_there(model, renderer, static=None):
+    there = AutoModelForCausalLM.from_config(model.config).to(model.dtype)
+    there.load_state_dict(model.state_dict())
+    there.generation_config = model.generation_config
+    return HFSampler(there.to("cuda"), renderer, static=static)
+
+
+@pytest.mark.parametrize("repeatable", [False, True], ids=["", "deterministic"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_waits_for_nothing_there(parts, dtype):
+def test_a_step_waits_for_nothing_there(parts, dtype, repeatable):
     """As a graph must: the host reads every few tokens, and no kernel is one that forms T x T scores."""
     model, renderer, prompts = parts
+    model = copy.deepcopy(model).to(dtype)  # its rotary angles are rounded, too, and stay so
     params = replace(PARAMS, max_new_tokens=33)
-    plain = draw(HFSampler(model.to(dtype), renderer, static=False), prompts, params, 3, 5)
+    plain = draw(HFSampler(model, renderer, static=False), prompts, params, 3, 5)
+    repro.set_deterministic(repeatable)
     with Pretend() as gpu:
-        there = AutoModelForCausalLM.from_config(model.config).to(dtype)
-        there.load_state_dict(model.state_dict())
-        there.generation_config = model.generation_config
-        sampler = HFSampler(there.to("cuda"), renderer)
+        sampler = sampler_there(model, renderer)
         assert sampler.static and sampler.static.uses_graphs
         gpu.syncs.clear()
         gpu.where.clear()
@@ -170,7 +192,36 @@ def test_a_step_waits_for_nothing_there(parts, dtype):
     assert not {kernel for kernel, _ in gpu.attention} & {MATH, CUDNN}
     same = [a.token_ids == b.token_ids for x, y in zip(plain, found, strict=True) for a, b in zip(x, y, strict=True)]
     assert sum(same) >= (len(same) if dtype == torch.float32 else 1)
-    model.float()
+    repro.set_deterministic(False)
+
+
+def test_deterministic_kernels_draw_the_same_there(parts, deterministic):
+    """A nucleus, too: its running sums are of floats, for which CUDA has no deterministic kernel."""
+    model, renderer, prompts = parts
+    with Pretend():
+        samplers = [sampler_there(model, renderer, static) for static in (True, False)]
+        for params in (PARAMS, replace(PARAMS, top_p=0.8)):
+            params = replace(params, max_new_tokens=10)
+            found = [draw(sampler, prompts[:3], params, 2, 5) for sampler in samplers]
+            assert_alike(found[0], found[1])
+            assert_alike(draw(HFSampler(model, renderer, static=False), prompts[:3], params, 2, 5), found[0])
+
+
+def test_the_shapes_of_a_call_do_not_depend_on_the_calls_before_it(parts, monkeypatch):
+    """Attention over more columns sums in another order, and a resumed run has not sampled what came before."""
+    monkeypatch.setattr(static_cache, "LEAST_COLUMNS", 16)
+    monkeypatch.setattr(static_cache, "LEAST_ROWS", 2)
+    model, renderer, prompts = parts
+    seen = []
+    for before in (0, 90):
+        with Pretend() as gpu:
+            sampler = sampler_there(model, renderer)
+            if before:
+                draw(sampler, prompts[:3], replace(PARAMS, max_new_tokens=before), 1, 5)
+            gpu.attention.clear()
+            draw(sampler, prompts[:2], PARAMS, 2, 5)
+            seen.append(dict(gpu.attention))
+    assert seen[0] == seen[1] and len({shape for _, shape in seen[0]}) > 2
 
 
 def test_a_capture_that_fails_leaves_the_steps_as_they_are(parts, monkeypatch, capsys):

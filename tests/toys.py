@@ -23,7 +23,8 @@ from grpo_gsm8k.tasks.base import Tags, TaskOptions, load_examples
 from grpo_gsm8k.tasks.gsm8k import toy
 from grpo_gsm8k.tasks.render import Renderer
 from grpo_gsm8k.tasks.rewards import Grader
-from grpo_gsm8k.trainer.batch import Batch
+from grpo_gsm8k.trainer.batch import Batch, make_batch, shifted, unshifted
+from grpo_gsm8k.trainer.data import weighted
 from grpo_gsm8k.trainer.policy import weights_sha256
 from grpo_gsm8k.trainer.tiny_model import make_tiny_model
 
@@ -82,6 +83,16 @@ def make_model(folder: Path, data: Path, **sizes: int) -> Path:
     """A tiny random model whose tokenizer knows the data."""
     texts = [json.loads(line)["question"] for line in (data / "train.jsonl").read_text().splitlines()]
     return make_tiny_model(folder, texts, 0, **{**SMALL, **sizes})
+
+
+def attentive(model: Any) -> Any:
+    """A new model whose tokens depend on what it attends to: it is made with residual branches of zeros."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+    return model
 
 
 def cli(*args: str | Path, cwd: Path | None = None, **kwargs: Any) -> subprocess.CompletedProcess[str]:
@@ -152,9 +163,19 @@ def gradient(learner: Any) -> dict[str, torch.Tensor]:
     return {name: m.grad.clone() for name, m in learner.optimizer.masters.items() if m.grad is not None}
 
 
-def same_batch(a: Batch, b: Batch) -> bool:
-    """Whether two batches hold the same numbers."""
-    return all(torch.equal(x, y) for x, y in zip(list(vars(a).values())[:-1], list(vars(b).values())[:-1], strict=True))
+def batch_of(data: Sequence[Datum], aggregation: Any = "token", max_tokens: int = 0) -> Batch:
+    """The tensors of one update."""
+    return make_batch(weighted(data, aggregation, max_tokens))
+
+
+def tensor_of(values: Sequence[Sequence[float]]) -> torch.Tensor:
+    """What a learner says per token of each row, `(B, T)` as in a batch."""
+    return shifted(values, [len(row) - 1 for row in values])
+
+
+def values_of(x: torch.Tensor, data: Sequence[Datum]) -> list[tuple[float, ...]]:
+    """The other way round."""
+    return unshifted(x, [len(row.token_ids) - 1 for row in data])
 
 
 def train_config(**flags: Any) -> TrainConfig:

@@ -26,15 +26,17 @@ from contextlib import contextmanager
 from typing import Any
 
 from grpo_gsm8k import config
+from grpo_gsm8k.argv import Parser
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.trainer import costs
 
+METAVARS = {int: "INTEGER", float: "FLOAT", str: "TEXT"}
 COMMANDS = ("update", "sample", "step", "gpu")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, measure, print."""
-    args = parser().parse_args(argv)
+    args = parser().parse_args([spelled(word) for word in (sys.argv[1:] if argv is None else argv)])
     check(args)
     module = importlib.import_module(f"grpo_gsm8k.bench.{args.command}")
     if args.alone and args.threads:
@@ -50,19 +52,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The door; `-` and `_` are the same in flags."""
-    top = argparse.ArgumentParser(prog="grpo-gsm8k bench", description=(__doc__ or "").split("\n")[0])
+    top = Parser(prog="grpo-gsm8k bench", description=(__doc__ or "").split("\n")[0])
     commands = top.add_subparsers(dest="command", required=True)
     for name in COMMANDS:
         imported = importlib.import_module(f"grpo_gsm8k.bench.{name}")
         one = commands.add_parser(name, help=(imported.__doc__ or "").split("\n")[0])
         flags: dict[str, tuple[Any, str]] = {**SHARED, **imported.FLAGS}
         for flag, (default, text) in flags.items():
-            spelled = dict.fromkeys((f"--{flag}", f"--{flag.replace('_', '-')}"))
             if default is False:
-                one.add_argument(*spelled, action="store_true", help=text)
+                one.add_argument(f"--{flag}", action="store_true", help=text)
             else:
-                one.add_argument(*spelled, default=default, type=type(default), help=f"{text} ({default})")
+                kind, told = type(default), f"{text} [default: {default}]" if default != "" else text
+                one.add_argument(f"--{flag}", default=default, type=kind, metavar=METAVARS[kind], help=told)
     return top
+
+
+def spelled(word: str) -> str:
+    """A flag with `_` for `-`; what is no flag stays."""
+    flag, equals, value = word.partition("=")
+    return f"--{flag[2:].replace('-', '_')}{equals}{value}" if flag.startswith("--") else word
 
 
 def check(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ weights once, keys and values of the rows that have not ended) over the whole ti
 from __future__ import annotations
 
 import argparse
+import math
 import random
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -61,12 +62,9 @@ def make_requests(args: argparse.Namespace) -> list[Request]:
 
 
 def _ours(model: Any, prompts: list[Request], args: argparse.Namespace) -> dict[str, float]:
-    import torch
-
     from grpo_gsm8k.config import TrainConfig
     from grpo_gsm8k.engines.hf import HFSampler
-    from grpo_gsm8k.engines.probe import completed
-    from grpo_gsm8k.trainer.batch import make_batch
+    from grpo_gsm8k.engines.probe import completed, logprob_differences
     from grpo_gsm8k.trainer.learner import TorchLearner
 
     silent: Any = SimpleNamespace(stop_ids=frozenset(), pad_id=0, decode=lambda ids: "")
@@ -77,11 +75,10 @@ def _ours(model: Any, prompts: list[Request], args: argparse.Namespace) -> dict[
         drawn = sampler.sample(prompts, params)
     rows = [completed(p, c) for p, group in zip(prompts, drawn, strict=True) for c in group]
     sizes = [(len(p.token_ids), len(c.token_ids)) for p, group in zip(prompts, drawn, strict=True) for c in group]
-    batch = make_batch(rows, 0)
-    full = TorchLearner(model.requires_grad_(True), None, TrainConfig(max_tokens_per_microbatch=4096)).logprobs(batch)
-    error = float((full - batch.old_logprobs).abs().max())
-    assert torch.isfinite(full).all()
-    return {**measured, **_speed(model, args, sizes, measured["seconds"]), "logprob_error": error}
+    learner = TorchLearner(model.requires_grad_(True), None, TrainConfig(max_tokens_per_microbatch=4096))
+    off = logprob_differences(rows, learner.logprobs(rows))
+    assert all(map(math.isfinite, off))
+    return {**measured, **_speed(model, args, sizes, measured["seconds"]), "logprob_error": max(off)}
 
 
 def _speed(model: Any, args: argparse.Namespace, sizes: Sequence[tuple[int, int]], seconds: float) -> dict[str, float]:

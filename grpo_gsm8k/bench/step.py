@@ -72,6 +72,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
             "data": str(folder / "data"),
             "out_dir": str(folder / "run"),
             "device": args.device,
+            "engine": "hf",
             "steps": steps,
             "rollouts_per_step": size,
             "group_size": args.group,

@@ -1,7 +1,7 @@
 """One optimizer step of GRPO: ours, with each option left out, and TRL's.
 
 The update: `--prompts` groups of `--group` completions of lognormal length around `--mean_tokens`, at most
-`--max_tokens`; the policy has moved, so that the clip takes the gradient from some tokens. Ours is `make_batch`,
+`--max_tokens`; the policy has moved, so that the clip takes the gradient from some tokens. Ours is `weighted`,
 `TorchLearner.forward_backward`, `step`. TRL's is `GRPOTrainer._compute_loss`, backward, clip and fused AdamW, 16
 completions at a time; `trl` is as installed, where a CPU scores every position, and `trl_compact` has the selection of
 rows that TRL keeps for GPUs switched on. Loss: DAPO's, which both average over all tokens of the update.
@@ -167,7 +167,7 @@ def _config(kind: str, args: argparse.Namespace) -> TrainConfig:
 
 
 def _ours(model: Any, args: argparse.Namespace, kind: str) -> Update:
-    from grpo_gsm8k.trainer.batch import make_batch
+    from grpo_gsm8k.trainer.data import weighted
     from grpo_gsm8k.trainer.learner import TorchLearner
     from grpo_gsm8k.trainer.losses import GrpoClip, Objective
 
@@ -175,7 +175,7 @@ def _ours(model: Any, args: argparse.Namespace, kind: str) -> Update:
 
     def update(rows: Sequence[Datum], temperature: float, then: str) -> None:
         objective = Objective(GrpoClip(CLIP, CLIP), temperature)
-        learner.forward_backward(make_batch(rows, 0, "token"), objective)
+        learner.forward_backward(weighted(rows, "token"), objective)
         if then == "step":
             learner.step(1e-6)
         elif then == "drop":

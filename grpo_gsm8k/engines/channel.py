@@ -1,13 +1,13 @@
-"""A child process that is spoken to in lines of JSON, and never waited for in silence.
+"""Talks to a child process in lines of JSON, with a heartbeat, so that a hang never goes unnoticed.
 
     parent                                    child
     call("sample", …)   ──  {id, op, …}  ──▶
-                        ◀──  {beat: n}   ──   twice a second; n grows while the work gets on
-                        ◀── {id, result} ──   or {id, fault} when the user can mend it
+                        ◀──  {beat: n}   ──   twice a second; n grows while the child makes progress
+                        ◀── {id, result} ──   or {id, fault} for an error that the user can fix
 
-The two share a socket pair and nothing else: no port, no name, nothing unpickled. A child that dies is noticed
-at once, one whose beat stands still after the patience that the call allows; both raise `ChildGone`. A child
-whose parent dies ends with everything that it has started.
+They share a socket pair only: no port, no file name, no pickle. `call` raises `ChildGone` at once when the child dies,
+and after `patience_s` when its beat stands still. When the parent dies, the child ends with all processes that it
+started.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from grpo_gsm8k.errors import EngineError, GrpoError, UserError
+from grpo_gsm8k.errors import EngineError, GrpoError, PluginError, UserError
 
 BEAT_S = 0.5
-LAST_WORDS = 2000  # characters of the child's output that go into a message about its death
+OUTPUT_TAIL = 2000  # characters of the child's output that go into a message about its death
 
 TORCHRUN = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
 
@@ -39,11 +39,11 @@ Handler = Callable[..., Mapping[str, Any]]
 
 
 class ChildGone(EngineError):
-    """The child died, hung, or broke the protocol; another may be started. `words` are the last that it wrote."""
+    """The child died, hung, or broke the protocol; another may be started. `output_tail` is the end of its output."""
 
-    def __init__(self, what: str, words: str = "") -> None:
+    def __init__(self, what: str, output_tail: str = "") -> None:
         super().__init__(what)
-        self.words = words
+        self.output_tail = output_tail
 
 
 class Child:
@@ -61,10 +61,10 @@ class Child:
         """Start `python -m module`, which calls `serve`, and wait until it is ready.
 
         Args:
-            start: what the child's `build` receives.
-            patience_s: how long the start may take without a sign of progress.
-            environment: laid over this process' own.
-            log: where its stdout and stderr are appended; by default a file that goes with it.
+            start: arguments of the child's `build`.
+            patience_s: seconds that the start may take without progress.
+            environment: added to this process' own.
+            log: file to append its stdout and stderr to; by default a temporary one.
         """
         if log:
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ class Child:
                 stdout=self._output,
                 stderr=subprocess.STDOUT,
                 env={**_own_environment(), **(environment or {})},
-                start_new_session=True,  # Ctrl-C is for the parent, which may want to finish its step
+                start_new_session=True,  # so that Ctrl-C reaches the parent only, which finishes its step
             )
         self._socket, self._lock, self._sent = mine, threading.Lock(), 0
         self._inbox: queue.Queue[dict[str, Any] | str] = queue.Queue()
@@ -87,11 +87,11 @@ class Child:
         self.call("start", patience_s, **start)
 
     def call(self, op: str, patience_s: float, **fields: Any) -> dict[str, Any]:
-        """The child's answer.
+        """Send a request and return the child's answer.
 
         Raises:
             ChildGone: it died, or made no progress for `patience_s`.
-            UserError: what it was asked cannot be done; the child lives.
+            UserError: the request cannot be done; the child goes on.
         """
         with self._lock:
             self._sent += 1
@@ -103,9 +103,9 @@ class Child:
             return self._answer(self._sent, patience_s)
 
     def close(self) -> None:
-        """End the child and everything that it started."""
+        """Kill the child and all processes that it started."""
         if self.process.poll() is None:
-            # The whole group: an engine may have workers of its own.
+            # The whole process group: an engine may have workers.
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self._socket.close()
@@ -122,29 +122,29 @@ class Child:
             if isinstance(message, str):
                 raise self._gone(message)
             if message.get("id") != number:
-                raise self._gone("answered a question that was not asked")
+                raise self._gone("answered another request")
             if "fault" in message:
-                raise UserError(message["fault"])
+                raise (PluginError if message["plugin"] else UserError)(message["fault"])
             result: dict[str, Any] = message["result"]
             return result
 
     def _gone(self, what: str) -> ChildGone:
-        """Kill what is left, and say what happened with the last words that it wrote."""
-        if self.process.poll() is None and what == "died":  # its socket closes before the process is gone
+        """Kill the child and return the error to raise, with the end of its output."""
+        if self.process.poll() is None and what == "died":  # the socket closes before the process ends
             try:
                 self.process.wait(5)
             except subprocess.TimeoutExpired:
                 what = "closed its end"
-        code, words = self.process.poll(), ""
-        if not self._output.closed:  # by another thread, which has given this child up
-            self._output.seek(max(0, self._output.seek(0, os.SEEK_END) - LAST_WORDS))
-            words = self._output.read().decode("utf-8", "replace").strip()
+        code, tail = self.process.poll(), ""
+        if not self._output.closed:  # closed by another thread
+            self._output.seek(max(0, self._output.seek(0, os.SEEK_END) - OUTPUT_TAIL))
+            tail = self._output.read().decode("utf-8", "replace").strip()
         self.close()
         how = "" if code is None else f" (signal {-code})" if code < 0 else f" (exit {code})"
-        return ChildGone(f"{what}{how}", words)
+        return ChildGone(f"{what}{how}", tail)
 
     def _listen(self) -> None:
-        """Sort what the child says: beats are noted here, answers wait for `call`."""
+        """Read the child's messages: record beats, and queue answers for `call`."""
         try:
             with self._socket.makefile("rb") as lines:
                 for line in lines:
@@ -161,7 +161,7 @@ class Child:
 
 
 class Pulse:
-    """What a child counts while it works, so that its parent sees it getting on."""
+    """Counts the child's progress; the heartbeat sends the count to the parent."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -171,10 +171,10 @@ class Pulse:
 
 
 def serve(build: Callable[[Mapping[str, Any], Pulse], Mapping[str, Handler]]) -> None:
-    """The child's whole life: build the handlers from the first message, then answer until the parent is gone.
+    """Run the child: build the handlers from the first message, then answer requests until the parent ends.
 
-    A `GrpoError` is sent as an answer. Anything else is a bug, or an engine that is beyond help: its
-    traceback goes to the log and the process ends, which the parent notices.
+    A `GrpoError` is sent back. Any other exception is a bug or a broken engine: its traceback goes to the log, and the
+    process ends, which the parent notices.
     """
     connection = socket.socket(fileno=int(sys.argv[1]))
     requests: queue.Queue[dict[str, Any]] = queue.Queue()
@@ -189,11 +189,11 @@ def serve(build: Callable[[Mapping[str, Any], Pulse], Mapping[str, Handler]]) ->
             with connection.makefile("rb") as lines:
                 for line in lines:
                     requests.put(json.loads(line))
-        finally:  # the parent is gone (had it left words unread, by a reset): so is all that this process started
+        finally:  # the parent is gone, perhaps by a connection reset: end all that this process started
             os.killpg(0, signal.SIGKILL)
 
     def beat() -> None:
-        with contextlib.suppress(OSError):  # the parent is gone, which `listen` sees to
+        with contextlib.suppress(OSError):  # the parent is gone; `listen` handles that
             while True:
                 send({"beat": pulse.count})
                 time.sleep(BEAT_S)
@@ -211,13 +211,13 @@ def serve(build: Callable[[Mapping[str, Any], Pulse], Mapping[str, Handler]]) ->
             else:
                 result = dict(handlers[op](**request))
         except GrpoError as fault:
-            send({"id": number, "fault": str(fault)})
+            send({"id": number, "fault": str(fault), "plugin": isinstance(fault, PluginError)})
         else:
             send({"id": number, "result": result})
 
 
 def _own_environment() -> dict[str, str]:
-    """This process' environment without what torchrun put there: a child is no rank, and must not look for others."""
+    """This process' environment without torchrun's variables: a child is not a rank."""
     return {name: value for name, value in os.environ.items() if not TORCHRUN.fullmatch(name)}
 
 
@@ -229,5 +229,5 @@ def environment_of(devices: Sequence[str]) -> dict[str, str]:
     """
     numbers = [int(device.partition(":")[2] or 0) for device in devices if device.startswith("cuda")]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = visible.split(",") if visible else []  # this process may itself see but some
+    names = visible.split(",") if visible else []  # this process may see only some of the machine's GPUs
     return {"CUDA_VISIBLE_DEVICES": ",".join(names[n] if n < len(names) else str(n) for n in numbers)}

@@ -1,7 +1,7 @@
-"""Weights on their way from the learner to an engine: a safetensors file in shared memory, with its hash.
+"""Hands weights from the learner to an engine: a safetensors file in shared memory, with its hash.
 
-The reader checks the hash of what it read before it touches its model: a truncated file or a flipped byte
-leaves the engine with the weights it had.
+The reader checks the hash before it changes its model, so after a truncated file or a flipped byte the engine keeps its
+weights.
 """
 
 from __future__ import annotations
@@ -28,37 +28,37 @@ from grpo_gsm8k.trainer.policy import weights_sha256
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "grpo_gsm8k-"
-NAMES = 10  # attempts at a name in shared memory that nobody has taken
+NAMES = 10  # attempts to find a free name in shared memory
 
 
 class HandoverError(EngineError):
-    """The file is not what was handed over: truncated, damaged, or gone."""
+    """The file is truncated, damaged, or gone."""
 
 
 def as_json(ref: WeightsRef) -> dict[str, Any]:
-    """A hand-over for the channel."""
+    """A `WeightsRef` as JSON, for the channel."""
     return {"version": ref.version, "sha256": ref.sha256, "where": str(ref.where)}
 
 
 def of_json(version: int, sha256: str, where: str) -> WeightsRef:
-    """What `as_json` was given."""
+    """Undo `as_json`."""
     return WeightsRef(version, sha256, Path(where))
 
 
 def write(path: Path, version: int, tensors: Iterable[tuple[str, torch.Tensor]], sha256: str = "") -> WeightsRef:
-    """Write weights, hashed unless their hash is known. Raises `DiskError` for want of room, and leaves nothing."""
+    """Write weights, and hash them unless the hash is given. Raises `DiskError` if there is no room; leaves no file."""
     held = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors}
     try:
         with disk_errors(path):
             save_file(held, path)
-    except SafetensorError as fault:  # its writer is not Python's, and wraps the operating system's error
+    except SafetensorError as fault:  # safetensors wraps the operating system's error
         path.unlink(missing_ok=True)
         raise DiskError(f"{path}: cannot be written: {fault}") from None
     return WeightsRef(version, sha256 or weights_sha256(held.items()), path)
 
 
 def read(ref: WeightsRef) -> dict[str, torch.Tensor]:
-    """The tensors of a hand-over. Raises `HandoverError` unless their hash is the one that was promised."""
+    """Read the tensors of a hand-over. Raises `HandoverError` unless their hash matches."""
     assert ref.where is not None, "these weights are in no file"
     try:
         tensors = load_file(ref.where)
@@ -71,9 +71,9 @@ def read(ref: WeightsRef) -> dict[str, torch.Tensor]:
 
 
 class Outbox:
-    """Where hand-overs are written: shared memory when they fit there, else a folder on disk.
+    """Writes hand-overs: to shared memory if they fit, else to a folder on disk.
 
-    Only the newest is kept, so that an engine that is started anew can be given it again.
+    It keeps the newest one, for an engine that restarts.
     """
 
     def __init__(self, fallback: Path) -> None:
@@ -89,17 +89,17 @@ class Outbox:
         self.newest: WeightsRef | None = None
 
     def put(self, ref: WeightsRef, tensors: Iterable[tuple[str, torch.Tensor]]) -> WeightsRef:
-        """Write a new version and forget the one before. Raises `DiskError` when it fits nowhere."""
+        """Write a new version and delete the previous one. Raises `DiskError` if it fits nowhere."""
         held = list(tensors)
         size = sum(tensor.numel() * tensor.element_size() for _, tensor in held)
         name = f"weights_{ref.version:06d}.safetensors"
         before = self.newest
-        if before and _file(before).name == name:  # written again, after it was refused
+        if before and _file(before).name == name:  # written again after a refusal
             _file(before).unlink(missing_ok=True)
         if self._shared and shutil.disk_usage(SHARED_MEMORY).free > 1.05 * size:
             try:
                 self.newest = write(self._shared / name, ref.version, held, ref.sha256)
-            except DiskError as fault:  # something else filled it in between
+            except DiskError as fault:  # another process filled it in the meantime
                 talk(f"{fault}; handing over by way of {self.fallback}")
                 self.newest = write(self._on_disk(name), ref.version, held, ref.sha256)
         else:
@@ -111,7 +111,7 @@ class Outbox:
         return self.newest
 
     def close(self) -> None:
-        """Remove what was written."""
+        """Delete the files."""
         if self.newest:
             _file(self.newest).unlink(missing_ok=True)
         if self._shared and self._lock:
@@ -124,27 +124,27 @@ class Outbox:
 
 
 def _file(ref: WeightsRef) -> Path:
-    assert ref.where is not None
+    assert isinstance(ref.where, Path)
     return ref.where
 
 
 def sweep() -> None:
-    """Remove what killed processes left in shared memory. A folder whose owner lives is locked by it.
+    """Delete what killed processes left in shared memory. A live owner holds a lock on its folder.
 
-    Everybody may make names there: only a folder of this user's is touched, no link is followed, nothing is created,
-    and no FIFO is waited for.
+    Anybody can create names there, so `sweep` touches only folders of this user, follows no link, creates nothing, and
+    waits for no FIFO.
     """
     for folder in SHARED_MEMORY.glob(f"{PREFIX}*"):
         try:
             with _own_lock(folder) as handle:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
-        except OSError:  # alive, another user's, a link, or just gone
+        except OSError:  # alive, another user's, a link, or gone by now
             continue
 
 
 def _own_lock(folder: Path) -> IO[bytes]:
-    """The lock file of a folder that this user alone can write. Raises `OSError` for every other."""
+    """Open the lock file of a folder that only this user can write. Raises `OSError` for any other folder."""
     inside = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         found = os.fstat(inside)
@@ -155,15 +155,15 @@ def _own_lock(folder: Path) -> IO[bytes]:
         os.close(inside)
     if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
         handle.close()
-        raise PermissionError(f"{folder}: its lock is no file")
+        raise PermissionError(f"{folder}: its lock is not a file")
     return handle
 
 
 def _locked_folder() -> tuple[Path, IO[bytes]]:
-    """A fresh folder that only this user can enter; the open lock file in it says that its owner lives.
+    """Create a folder that only this user can enter, and lock it while this process lives.
 
     Raises:
-        OSError: none can be made there, or its name was taken by somebody else again and again.
+        OSError: no folder can be made there, or every attempted name was taken.
     """
     unnamed = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=SHARED_MEMORY))
     handle = (unnamed / "lock").open("xb", buffering=0)

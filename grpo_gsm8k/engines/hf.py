@@ -1,10 +1,10 @@
 """The embedded sampler: transformers, on a CPU or a GPU, in this process.
 
-Each prompt is read once and its cache repeated for its n completions; rows that have ended leave the batch. Whatever
-the cache is made of (keys and values, windows, states of convolutions and recurrences), `check_cache` proves at the
-start that a row's logits are those of the row alone. On a GPU a token step is one CUDA graph (`static_cache.py`).
-Every completion draws from its own stream of uniform numbers, seeded by its request, by
-inversion of the cumulative distribution: what it draws does not depend on what is sampled beside it.
+The sampler prefills each prompt once and repeats its cache for the n completions; finished rows leave the batch. For
+any kind of cache (keys and values, sliding windows, states of convolutions and recurrences) `check_cache` verifies at
+the start that a row's logits do not depend on its neighbours. On a GPU a token step is one CUDA graph
+(`static_cache.py`). Each completion has its own stream of uniform numbers, seeded by its request, and draws by
+inverting the cumulative distribution, so its tokens do not depend on the rest of the batch.
 
 Convention of the log-probabilities: log-softmax(logits / temperature) in float32, before any top-p
 truncation; with temperature 0 (greedy) those of temperature 1.
@@ -40,17 +40,17 @@ Weights = Iterable[tuple[str, torch.Tensor]]
 
 @dataclass
 class _Row:
-    """One completion in the making."""
+    """A completion that is being decoded."""
 
     seed: int
-    uniforms: torch.Tensor  # float64, one for each token there is room for
+    uniforms: torch.Tensor  # float64, one for each token up to the limit
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
 
 class HFSampler:
-    """Implements `datatypes.Sampler` with a transformers model of its own."""
+    """Implements `datatypes.Sampler` with a transformers model in this process."""
 
     def __init__(
         self,
@@ -62,12 +62,12 @@ class HFSampler:
         pulse: Callable[[], None] = lambda: None,
         static: bool | None = None,
     ) -> None:
-        """`model` is copied, so that training never changes what is being sampled from.
+        """Copies `model`, so that training does not change the sampler's weights.
 
         Args:
-            rows: completions decoded side by side.
-            copy_model: False takes the model itself, which must not be trained.
-            pulse: called after every few tokens, so that a hang is noticed.
+            rows: completions decoded in one batch.
+            copy_model: False uses the model itself, which must not be trained.
+            pulse: called every few tokens, to report progress.
             static: decode in buffers of fixed sizes; None: on a GPU, where the model can. Measured on an H200: a step
                 of 256 rows of a 1.5B model takes 46 ms without (artifacts/RESULTS.md).
         """
@@ -82,15 +82,15 @@ class HFSampler:
         self.context = architecture.context_length(model.config)
         self.static = self._static_decoder() if (self.device.type == "cuda" if static is None else static) else None
         ends = model.generation_config.eos_token_id if model.generation_config else None
-        # A model may have several ends of sequence, of which the tokenizer names one.
+        # A model may have several end-of-sequence ids; the tokenizer names one of them.
         self.stop_ids = renderer.stop_ids | set([ends] if isinstance(ends, int) else ends or [])
 
     def load(self, ref: WeightsRef, tensors: Callable[[], Weights] | None = None) -> None:
-        """Copy new weights in; free for those that it holds.
+        """Load new weights; does nothing if the sampler already holds them.
 
         Raises:
-            HandoverError: the file that `ref` names is damaged or gone; nothing is changed.
-            ModelError: a weight is missing, strange, or of another shape.
+            HandoverError: the file is damaged or gone; the model is unchanged.
+            ModelError: a weight is missing, unknown, or of another shape.
         """
         if ref.same_as(self.held):
             return
@@ -107,13 +107,13 @@ class HFSampler:
         self.version, self.held = ref.version, ref
 
     def weights(self) -> Weights:
-        """The weights that are being sampled from."""
+        """The sampler's current weights."""
         return adapter.own_weights(self.model)
 
     def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
-        """A completion for each seed of each request. Raises `NonFiniteError` when the model yields no numbers."""
+        """See `datatypes.Sampler`. Raises `NonFiniteError` if the logits are not finite."""
         began = time.monotonic()
-        # Neighbours of similar length waste the fewest cells on padding; the order is undone at the end.
+        # Batches of similar lengths need the least padding; the original order is restored at the end.
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].seeds), len(requests[i].token_ids)))
         done: dict[int, list[Completion]] = {}
         for n, alike in itertools.groupby(order, key=lambda i: len(requests[i].seeds)):
@@ -146,7 +146,7 @@ class HFSampler:
     @torch.inference_mode()
     def _decode(self, prompts: Sequence[Sequence[int]], n: int, rows: list[_Row], params: SamplingParams) -> None:
         """Fill `rows`, which belong to `prompts` in order, n each."""
-        if self.static and not torch.are_deterministic_algorithms_enabled():
+        if self.static:
             self.static.decode(prompts, rows, params, functools.partial(self._append, stop=params.stop), self.pulse)
             return
         decoder = Decoder(self.model, self.renderer.pad_id)
@@ -173,7 +173,7 @@ class HFSampler:
         return _Row(seed, torch.rand(room, generator=generator, dtype=torch.float64))
 
     def _append(self, row: _Row, token: int, logprob: float, stop: tuple[str, ...]) -> bool:
-        """Give a row its next token; whether the row has ended with it."""
+        """Append a token to a row; returns whether the row is finished."""
         row.token_ids.append(token)
         row.logprobs.append(logprob)
         if token in self.stop_ids or self._hit_stop(row, stop):
@@ -205,7 +205,7 @@ class Decoder:
     """A model, and the cache of the rows that it is decoding."""
 
     def __init__(self, model: Any, pad_id: int) -> None:
-        """Raises `ValueError` for a model that names no cache of those known here."""
+        """Raises `ValueError` for a model with an unknown kind of cache."""
         self.model, self.pad_id = model, pad_id
         self.takes = inspect.signature(type(model).forward).parameters
         known = [field for field in ("past_key_values", "cache_params") if field in self.takes]
@@ -215,7 +215,7 @@ class Decoder:
         self.cache: Any = None
 
     def prefill(self, prompts: Sequence[Sequence[int]], n: int) -> torch.Tensor:
-        """Read each prompt once, for n rows each; the logits `(rows, V)` behind it."""
+        """Prefill each prompt once, for n rows each; returns the next-token logits `(rows, V)`."""
         device, longest = next(self.model.parameters()).device, max(map(len, prompts))
         pads = [longest - len(ids) for ids in prompts]
         padded = [[self.pad_id] * pad + list(ids) for pad, ids in zip(pads, prompts, strict=True)]
@@ -232,12 +232,12 @@ class Decoder:
         return out.logits[:, -1].repeat_interleave(n, 0)  # type: ignore[no-any-return]
 
     def select(self, index: torch.Tensor) -> None:
-        """Keep these rows alone."""
+        """Keep only these rows."""
         self._take_rows(index)
         self.attention, self.positions = self.attention[index], self.positions[index]
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Append a token to each row; the logits `(rows, V)` behind it."""
+        """Append a token to each row; returns the next-token logits `(rows, V)`."""
         self.attention = torch.cat([self.attention, self.attention.new_ones(len(tokens), 1)], 1)
         self.positions = self.positions + 1
         # Models of the cache_params kind have no attention; their mask is of the tokens that go in.
@@ -250,12 +250,12 @@ class Decoder:
             self.cache_field: self.cache,
             "use_cache": True,
             "position_ids": positions,  # ALiBi takes them from the mask, a recurrence needs none
-            "output_router_logits": False,  # nobody reads them here, and they do not go with a cache
+            "output_router_logits": False,  # unused here, and incompatible with a cache
         }
         return {field: value for field, value in wanted.items() if field in self.takes}
 
     def _take_rows(self, index: torch.Tensor, repeats: int = 0) -> None:
-        """These rows of the cache, in this order; with `repeats`, each of them so often."""
+        """Select rows of the cache, in this order, each repeated `repeats` times."""
         if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.cache.layers):
             if repeats:
                 self.cache.batch_repeat_interleave(repeats)
@@ -266,7 +266,7 @@ class Decoder:
 
 
 def check_cache(model: Any) -> None:
-    """Hold the sampler's decoding against the model's own logits, on a few short rows.
+    """Compare the sampler's decoding with the model's own logits, on a few short rows.
 
     Raises:
         ModelError: names the architecture and what differs.
@@ -282,10 +282,10 @@ def check_cache(model: Any) -> None:
 
 @torch.inference_mode()
 def _fault_of_decoding(model: Any, decoder: Any = None) -> str:
-    """What differs when a few rows are read once, repeated, given two tokens each, and some leave in between.
+    """Decode a few rows of different lengths: prefill, repeat, append two tokens, drop rows in between.
 
-    They are of different lengths, so padded on the left. The log-probability of each next likeliest token must be that
-    of `model(ids).logits` of the row alone.
+    Returns what differs: the log-probability of each likeliest next token must equal that of `model(ids).logits` of the
+    row alone.
     """
     prompts, device = [ids[:-2] for ids in PROOF], next(model.parameters()).device
     found, own = list[torch.Tensor](), list[torch.Tensor]()
@@ -307,19 +307,19 @@ def _fault_of_decoding(model: Any, decoder: Any = None) -> str:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as refusal:
-        return " ".join(f"{type(refusal).__name__}: {refusal}".split())[:200]  # the model's own code, at a loss
+        return " ".join(f"{type(refusal).__name__}: {refusal}".split())[:200]  # raised by the model's own code
     return difference(torch.stack(found), torch.stack(own), model.dtype)
 
 
 def draw(
     logits: torch.Tensor, uniforms: torch.Tensor, params: SamplingParams, scratch: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token a row and its log-probability.
+    """Draw one token per row; returns tokens and log-probabilities.
 
     Args:
         logits: `(rows, V)`.
         uniforms: `(rows,)` float64 in [0, 1).
-        scratch: `(rows, V)` float32, or larger: fresh memory at each token costs as much as the softmax itself.
+        scratch: `(rows, V)` float32 or larger: allocating it for each token costs as much as the softmax.
     """
     return _choose(logits, uniforms, params, scratch, checks=True)
 
@@ -358,7 +358,7 @@ def _truncated(probs: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 
 
 def _nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
-    """The probabilities with those beyond the smallest set that reaches the mass `top_p` at 0, float64."""
+    """Probabilities with everything outside of the smallest set of mass `top_p` set to 0, float64."""
     ranked, order = probs.double().sort(dim=-1, descending=True, stable=True)
     ranked.masked_fill_(_cumsum(ranked) - ranked >= top_p, 0.0)  # the first to reach the mass stays
     return torch.zeros_like(ranked).scatter(-1, order, ranked)

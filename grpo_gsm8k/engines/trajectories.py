@@ -1,7 +1,7 @@
-"""Prompts become trajectories: one turn, or several with an environment that answers.
+"""Samples trajectories: one turn, or several with an environment that answers.
 
-Every trajectory begins with a completion of its prompt, and goes on as long as its environment answers; a single turn
-is the case without one. Turn k+1 continues the very ids of turn k: only what the environment says is tokenised, and
+A trajectory starts with a completion of its prompt and continues while its environment answers; without an environment
+it has a single turn. Turn k+1 continues the ids of turn k: only the environment's answer is tokenised, and it is
 masked.
 """
 
@@ -25,11 +25,11 @@ def sample_trajectories(
     seed: int = 0,
     context: int = 0,
 ) -> list[list[Trajectory]]:
-    """`n` trajectories of each prompt.
+    """Sample `n` trajectories of each prompt.
 
     Args:
         params: `max_new_tokens` bounds the sampled tokens of a whole trajectory.
-        seed: with the example and the sample's index, decides every draw.
+        seed: derives, with the example and the sample's index, every sample's seed.
         context: the model's, in tokens; 0 where no trajectory has several turns.
     """
     drawn_P_G = sampler.sample(requests(prompts, n, seed), params)
@@ -46,7 +46,7 @@ def sample_trajectories(
 
 
 class _Conversation:
-    """A trajectory in the making."""
+    """A trajectory that is being sampled."""
 
     def __init__(self, renderer: Renderer, prompt: Prompt, first: Completion, budget: int, context: int) -> None:
         self.renderer, self.task, self.prompt = renderer, renderer.task, prompt
@@ -61,9 +61,9 @@ class _Conversation:
         self.hear(first)
 
     def hear(self, turn: Completion) -> None:
-        """Append a turn of the model, cut where the trajectory's budget ends."""
+        """Append a turn of the model, cut at the trajectory's token budget."""
         n = len(turn.token_ids)
-        if self.turns:  # the sampler was asked for as many as a whole trajectory may have
+        if self.turns:  # the sampler was asked for the budget of a whole trajectory
             n = min(n, self.budget - sum(self.mask))
         self.turns.append(turn)
         self.ids += turn.token_ids[:n]
@@ -72,7 +72,7 @@ class _Conversation:
         self.finish_reason = turn.finish_reason if n == len(turn.token_ids) else "length"
 
     def goes_on(self) -> bool:
-        """Whether the environment answers the last turn, and the model may have another one; its answer is appended."""
+        """Append the environment's answer to the last turn; returns whether the model has another turn."""
         if self.env is None or self.finish_reason != "stop":
             return False
         with self.task.guarded():
@@ -95,7 +95,7 @@ class _Conversation:
         return True
 
     def request(self) -> Request:
-        """The next turn: it continues the ids so far, with a seed of its own."""
+        """The request of the next turn: it continues the ids so far, with its own seed."""
         return Request(self.prompt.token_ids + self.ids, (derive_seed(self.turns[0].seed, "turn", len(self.turns)),))
 
     def trajectory(self) -> Trajectory:

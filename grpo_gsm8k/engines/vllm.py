@@ -43,12 +43,12 @@ ENVIRONMENT = {
 class VLLMSampler:
     """Samples as `datatypes.Sampler` does, with weights from files."""
 
-    def __init__(self, cfg: PolicyConfig, renderer: Renderer, pulse: Pulse, naps: bool = False) -> None:
+    def __init__(self, cfg: PolicyConfig, renderer: Renderer, pulse: Pulse, sleep_when_idle: bool = False) -> None:
         """Start the engine on the devices that this process sees.
 
         Args:
             pulse: called after every step of the engine, so that a hang is noticed.
-            naps: sleep between calls, because the learner is on the same GPU.
+            sleep_when_idle: sleep between calls, because the learner is on the same GPU.
         """
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
@@ -59,7 +59,7 @@ class VLLMSampler:
             os.environ["VLLM_BATCH_INVARIANT"] = "1"
         from vllm import LLM
 
-        self.renderer, self.pulse, self.naps, self.version = renderer, pulse, naps, -1
+        self.renderer, self.pulse, self.sleep_when_idle, self.version = renderer, pulse, sleep_when_idle, -1
         self.held: WeightsRef | None = None
         self.busy_s = 0.0
         on_cpu = cfg.device == "cpu"
@@ -84,7 +84,7 @@ class VLLMSampler:
                 # A prompt cut into chunks rewinds its request's generator, which a CPU generator cannot (vLLM 0.32).
                 enable_chunked_prefill=not on_cpu,
                 enable_prefix_caching=True,
-                enable_sleep_mode=naps,
+                enable_sleep_mode=sleep_when_idle,
                 logprobs_mode="processed_logprobs",
                 generation_config="vllm",  # no sampling defaults from the model's folder
                 worker_extension_cls=f"{__name__}.Weights",
@@ -92,7 +92,9 @@ class VLLMSampler:
                 **lora,
             )
         except ValueError as fault:  # vLLM's own word for a model or a setting that it does not take
-            raise ModelError(f"vLLM cannot run {cfg.model_id}: {' '.join(str(fault).split())[:500]}") from None
+            raise ModelError(
+                f"vLLM cannot run {cfg.model_id}: {' '.join(str(fault).split())[:500]}; --engine hf may"
+            ) from None
         self.context: int = self.llm.llm_engine.model_config.max_model_len
         ends = (self.llm.llm_engine.model_config.try_get_generation_config() or {}).get("eos_token_id")
         self.stop_ids = renderer.stop_ids | set([ends] if isinstance(ends, int) else ends or [])
@@ -124,7 +126,7 @@ class VLLMSampler:
         if any(refusals):  # some workers have changed their model: no answer of theirs may be used
             raise EngineError(f"the workers of vLLM read different weights: {next(filter(None, refusals))}")
 
-    def _replace_adapter(self, path: Path | None) -> None:
+    def _replace_adapter(self, path: Path | str | None) -> None:
         """Another adapter in the place of the one before, under a number that was never used."""
         from vllm.lora.request import LoRARequest
 
@@ -203,7 +205,7 @@ class VLLMSampler:
             self._asleep = False
 
     def _rest(self) -> None:
-        if self.naps:
+        if self.sleep_when_idle:
             self.llm.sleep(level=1)
             self._asleep = True
 

@@ -16,16 +16,16 @@ from grpo_gsm8k.trainer.adapter import attach
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer
 
 
-def make_sampler(cfg: PolicyConfig, renderer: Renderer, pulse: Pulse, naps: bool = False) -> Sampler:
+def make_sampler(cfg: PolicyConfig, renderer: Renderer, pulse: Pulse, sleep_when_idle: bool = False) -> Sampler:
     """The engine that the config names, on the devices that this process sees.
 
     Args:
-        naps: give the device back between calls, because the learner is on it too (vLLM only).
+        sleep_when_idle: give the device back between calls, because the learner is on it too (vLLM only).
     """
     if cfg.uses_vllm:
         from grpo_gsm8k.engines.vllm import VLLMSampler
 
-        return VLLMSampler(cfg, renderer, pulse, naps)
+        return VLLMSampler(cfg, renderer, pulse, sleep_when_idle)
     from grpo_gsm8k.engines.hf import HFSampler
 
     model = load_model(cfg)
@@ -44,9 +44,9 @@ def take_weights(sampler: Sampler, version: int, sha256: str, where: str) -> dic
 
 
 def build(start: Mapping[str, Any], pulse: Pulse) -> dict[str, Handler]:
-    """The handlers of a sampling engine. `start`: `cfg`, what `Renderer.as_json` says, `naps`."""
+    """The handlers of a sampling engine. `start`: `cfg`, what `Renderer.as_json` says, `sleep_when_idle`."""
     cfg = config.build(PolicyConfig, start["cfg"])
-    sampler = make_sampler(cfg, renderer_of(cfg, start), pulse, start["naps"])
+    sampler = make_sampler(cfg, renderer_of(cfg, start), pulse, start["sleep_when_idle"])
 
     def sample(requests: list[dict[str, Any]], params: dict[str, Any]) -> dict[str, Any]:
         asked = [Request(tuple(r["token_ids"]), tuple(r["seeds"])) for r in requests]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from os.path import commonpath
@@ -15,6 +17,7 @@ from rich.table import Table
 
 from grpo_gsm8k.runs.files import real_path
 
+STAGES = {"base": "base", "sft": "SFT", "ei": "EI", "grpo": "GRPO"}
 WIDTH = 130  # where stdout is no terminal
 Result = Mapping[str, Any]
 
@@ -55,6 +58,29 @@ def print_eval(result: Result) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def print_pipeline(result: Result) -> None:
+    """The stages as in the README, what GRPO gained over SFT, and the line that opens the report."""
+    out, stages = _console(), result["stages"]
+    right = all(stage["accuracy"] is not None for stage in stages)
+    table = _table("stage", "accuracy" if right else "reward", "95 % interval", "seconds")
+    for stage in stages:
+        value, ends = (stage["accuracy"], stage["ci95"]) if right else (stage["reward"], stage["ci95"])
+        cells = (_percent(value), _interval(ends)) if right else (f"{value:.3f}", " to ".join(f"{e:.3f}" for e in ends))
+        table.add_row(STAGES.get(stage["name"], stage["name"]), *cells, f"{stage['seconds']:.0f}")
+    out.print(table)
+    for pair in result["comparisons"]:
+        if (pair["a"], pair["b"]) == ("sft", "grpo"):
+            won = f"{pair['won']:,} won, {pair['lost']:,} lost of {pair['n']:,}"
+            out.print(f"GRPO against SFT: {_points(pair['difference'])} points, {won}", highlight=False, soft_wrap=True)
+    print(f"open the report: {open_command(result['report'])}")
+
+
+def open_command(path: str) -> str:
+    """What a person types here to see a page."""
+    tool = "open" if sys.platform == "darwin" else next(filter(shutil.which, ("xdg-open", "wslview")), "")
+    return f"{tool or 'python3 -m webbrowser'} {shlex.quote(path if tool else Path(path).resolve().as_uri())}"
 
 
 def print_comparison(result: Result) -> None:
@@ -169,4 +195,5 @@ def _p(value: float) -> str:
 
 
 def _path(result: Result) -> str:
-    return f"rows in {escape(str(Path(result['results_path'])))}"
+    record = f"; machine, code and inputs in {escape(result['run_dir'])}" if "run_dir" in result else ""
+    return f"rows in {escape(str(Path(result['results_path'])))}{record}"

@@ -26,6 +26,7 @@ nothing but the key, since a pod's name carries its deadline; and the budget, ch
     up.py        the life of a run                                     shell.py    ssh: start, follow, list, send
     fetch.py     what is promised, what is here                        archive.py  a tar reader for hostile input
     manage.py    status, logs, attach, down, reap                      watchdog.py inside the pod, standard library only
+    dry_run.py   what `up` would do
     plan.py      which GPU, how long, how much                         webhook.py  progress events
     keep.py      checkpoints pushed and restored, in the pod           publish.py  a model card and `push`
     sky.py       the same job as a SkyPilot task                       settings.py every setting

@@ -19,6 +19,15 @@ from grpo_gsm8k.trainer.costs import Shape
 UNREACHABLE: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError, ValueError)
 
 
+# Never pushed, wherever they lie (`*` also stands for slashes): what usually holds keys.
+SECRET = [
+    *(f"{start}{name}" for start in ("", "*/") for name in (".env", ".env.*", ".netrc", ".npmrc", ".pypirc", ".git/*")),
+    *(f"{start}{name}" for start in ("", "*/") for name in (".ssh/*", ".aws/*", "id_rsa*", "id_ed25519*", "id_ecdsa*")),
+    *(f"{start}{name}" for start in ("", "*/") for name in ("credentials*", "secrets*", "token", ".git-credentials")),
+    *("*.pem", "*.key", "*.p12", "*.pfx", "*.kdbx"),
+]
+
+
 @dataclass(frozen=True)
 class ModelFacts:
     """A model on the hub; `gated` is "" for an open one."""
@@ -69,7 +78,8 @@ def check_push(repo_id: str, public: bool = False) -> None:
             is_public = False  # as it has just been made
     except UNREACHABLE as fault:
         raise ConfigError(
-            f"--repo_id {repo_id}: cannot be pushed to with this HF_TOKEN ({_short(fault)}); nothing was rented"
+            f"--repo_id {repo_id}: cannot be pushed to with this HF_TOKEN ({_short(fault)}); nothing was rented. The "
+            "model that is trained is --model_id"
         ) from None
     if is_public:
         raise ConfigError(
@@ -79,34 +89,46 @@ def check_push(repo_id: str, public: bool = False) -> None:
 
 
 def model_facts(model_id: str) -> ModelFacts:
-    """Size and shape of a model, and whether this token may load it.
+    """Size and shape of a model that this token may load.
 
     Raises:
         ModelError: there is no such model, it is gated against this token, or it does not say its size.
     """
+    facts, why = facts_of(check_access(model_id))
+    if facts is None:
+        raise ModelError(f"{model_id}: {why}")
+    return facts
+
+
+def check_access(model_id: str) -> Any:
+    """What the hub says of a model, that this token may load. Raises `ModelError` as `model_facts` does."""
     hub = api()
     try:
         info = hub.model_info(model_id, expand=["safetensors", "gated", "config", "sha"])
         if info.gated:
             hub.auth_check(model_id)
-        path = hub.hf_hub_download(model_id, "config.json", revision=info.sha)
     except GatedRepoError:
         raise ModelError(f"{model_id}: gated, and this HF_TOKEN has no access; ask for it on its page") from None
     except RepositoryNotFoundError:
         raise ModelError(f"{model_id}: no such model, or it is private and HF_TOKEN does not open it") from None
     except UNREACHABLE as fault:
         raise ModelError(f"{model_id}: the hub does not answer: {_short(fault)}") from None
+    return info
+
+
+def facts_of(info: Any) -> tuple[ModelFacts | None, str]:
+    """A model's size and shape; or None, and why they are not known. Raises `ModelError` if the hub does not answer."""
     if not info.safetensors:
-        raise ModelError(f"{model_id}: has no safetensors weights, so the hub does not know its size")
-    return _facts(model_id, info, path)
-
-
-def _facts(model_id: str, info: Any, path: str) -> ModelFacts:
+        return None, "it has no safetensors weights, so the hub does not know its size"
+    try:
+        path = api().hf_hub_download(info.id, "config.json", revision=info.sha)
+    except UNREACHABLE as fault:
+        raise ModelError(f"{info.id}: the hub does not answer: {_short(fault)}") from None
     try:
         shape = Shape.of(read_json(Path(path)), int(info.safetensors.total))
     except (KeyError, TypeError, ValueError) as fault:
-        raise ModelError(f"{model_id}: its config.json does not describe a dense transformer: {fault}") from None
-    return ModelFacts(model_id, str(info.sha), str(info.gated or ""), shape)
+        return None, f"its config.json does not describe a dense transformer: {fault}"
+    return ModelFacts(info.id, str(info.sha), str(info.gated or ""), shape), ""
 
 
 def _short(fault: Exception) -> str:

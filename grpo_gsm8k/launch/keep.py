@@ -1,10 +1,13 @@
-"""In the pod: a job whose run folder is pushed to the hub while it runs, and restored before it begins.
+"""In the pod: a job whose run folder is pushed to the hub while it runs, and restored before it begins; then its model.
 
     python -m grpo_gsm8k.launch.keep --repo_id owner/name --folder artifacts --every_s 600 -- COMMAND
 
 The folder lies in the repository under `run/`. Checkpoints are renamed into place whole, and a push is one commit, so
 what a new pod restores is a state from which `--resume` goes on; what is half written is left out. A push that fails is
 tried again at the next turn, and does not disturb the job.
+
+When the job has ended well, the model that it trained takes the place of `run/`: the repository is then a model with
+its card, which loads by its name. A job that trained none leaves its folder there.
 """
 
 from __future__ import annotations
@@ -15,20 +18,16 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from grpo_gsm8k.errors import GrpoError
 from grpo_gsm8k.launch import hub
+from grpo_gsm8k.runs.files import read_json
 from grpo_gsm8k.runs.progress import talk
 
 WHERE = "run"
-# Never pushed, wherever they lie (`*` also stands for slashes): what usually holds keys.
-SECRET = [
-    *(f"{start}{name}" for start in ("", "*/") for name in (".env", ".env.*", ".netrc", ".npmrc", ".pypirc", ".git/*")),
-    *(f"{start}{name}" for start in ("", "*/") for name in (".ssh/*", ".aws/*", "id_rsa*", "id_ed25519*", "id_ecdsa*")),
-    *(f"{start}{name}" for start in ("", "*/") for name in ("credentials*", "secrets*", "token", ".git-credentials")),
-    *("*.pem", "*.key", "*.p12", "*.pfx", "*.kdbx"),
-]
 # Not pushed to a public repository: what tells of the machine and of whoever started the job.
 PERSONAL = [*(f"{start}{name}" for start in ("", "*/") for name in ("wandb/*", "sys/*", "command.txt", "log")), "*.log"]
 UNFINISHED = [".tmp-*", "**/.tmp-*", ".writing*", "**/.writing*/**", "**/.lock", ".lock"]
@@ -55,7 +54,7 @@ def push(repo_id: str, folder: Path, public: bool = False) -> None:
     if not folder.is_dir():
         return
     links = [glob.escape(str(path.relative_to(folder))) for path in folder.rglob("*") if path.is_symlink()]
-    left_out = [*UNFINISHED, ".restoring/**", *SECRET, *links, *(PERSONAL if public else [])]
+    left_out = [*UNFINISHED, ".restoring/**", *hub.SECRET, *links, *(PERSONAL if public else [])]
     try:
         hub.api().upload_folder(
             repo_id=repo_id,
@@ -79,15 +78,47 @@ def run(repo_id: str, folder: Path, every_s: float, command: Sequence[str], publ
         while not ended.wait(every_s):
             push(repo_id, folder, public)
 
-    thread = threading.Thread(target=keep_pushing)
+    thread, code = threading.Thread(target=keep_pushing), 1
     thread.start()
     try:
         code = subprocess.run(command, check=False).returncode
     finally:
         ended.set()
         thread.join()
-        push(repo_id, folder, public)
+        model = None if code else trained(folder)
+        if model is None or not deliver(repo_id, model, public):
+            push(repo_id, folder, public)
+            code = code or (1 if model else 0)
     return code if code >= 0 else 128 - code
+
+
+def trained(folder: Path) -> Path | None:
+    """The checkpoint of the training in `folder` that ended last; None where there is none."""
+    from grpo_gsm8k.trainer.checkpoint import MANIFEST
+
+    results = [path for name in ("pipeline.json", "result.json") for path in folder.rglob(name)]
+    for path in sorted(results, key=lambda path: path.stat().st_mtime, reverse=True):
+        found = read_json(path)
+        model = found.get("model") or next((stage["model"] for stage in reversed(found.get("stages", []))), "")
+        if model and (Path(model) / MANIFEST).is_file():
+            return Path(model)
+    return None
+
+
+def deliver(repo_id: str, model: Path, public: bool, tries: int = 3, wait_s: float = 10.0) -> bool:
+    """Put the model in the place of the run; whether that was done. What keeps it away is printed."""
+    from grpo_gsm8k.launch import publish
+
+    for attempt in range(tries):
+        try:
+            done = publish.push(model, repo_id, public, instead_of=f"{WHERE}/")
+        except GrpoError as fault:
+            talk(f"{repo_id}: the model is NOT there: {fault}")
+            time.sleep(wait_s if attempt + 1 < tries else 0)
+        else:
+            talk(f"{repo_id}: step {done['step']} of {model} is the model there, with its card")
+            return True
+    return False
 
 
 def main() -> int:

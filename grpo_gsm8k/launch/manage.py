@@ -96,16 +96,16 @@ def attach(state_dir: Path, run: str) -> dict[str, Any]:
     return launch(record, _settings(record))
 
 
-def down(state_dir: Path, run: str) -> dict[str, Any]:
-    """Delete a run's pods, whatever they are doing."""
+def down(state_dir: Path, run: str, *, dry_run: bool = False) -> dict[str, Any]:
+    """Delete a run's pods, whatever they are doing; with `dry_run` list them."""
     known = [record for record in records.load_all(state_dir) if record.run.startswith(run)]
     if len(known) > 1:
         raise ConfigError(f"{len(known)} runs on record begin with {run!r}: write more of the name")
     wanted = known[0].run if known else run
     if records.RUN.fullmatch(wanted) and records.is_held(state_dir / wanted):
         raise ConfigError(f"{wanted}: its launcher is at work on this machine; end it there with Ctrl-C")
-    done = _delete(lambda doomed: "asked for" if doomed.run == wanted else "", known)
-    if not known and not done["deleted"]:
+    done = _delete(lambda doomed: "asked for" if doomed.run == wanted else "", known, dry_run=dry_run)
+    if not known and not done["deleted"] and not done.get("would_delete"):
         raise ConfigError(f"no run on record and no pod is called {run}; `grpo-gsm8k launch status` lists them")
     return done
 

@@ -14,18 +14,17 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, ModelCardData
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, ModelCardData
 
 from grpo_gsm8k.errors import ConfigError, DataError, LaunchError
 from grpo_gsm8k.launch import hub
 from grpo_gsm8k.launch.archive import path_fault
-from grpo_gsm8k.launch.keep import SECRET
 from grpo_gsm8k.launch.records import Blot, secrets_of
 from grpo_gsm8k.runs.clean import one_line, publishable, without_whole_paths
 from grpo_gsm8k.runs.files import read_json, read_jsonl, real_path, sha256_file
 from grpo_gsm8k.trainer.checkpoint import MANIFEST, verify
 
-NOT_UPLOADED = ["optimizer*", "state.json", "manifest.json", ".*", "*/.*", "README.md", *SECRET]
+NOT_UPLOADED = ["optimizer*", "state.json", "manifest.json", ".*", "*/.*", "README.md", *hub.SECRET]
 # Settings that name the folder a model came from. Other JSON (a tokenizer's vocabulary) has no paths in it.
 CONFIGS = frozenset(
     {"config.json", "adapter_config.json", "generation_config.json", "tokenizer_config.json", "prompt.json"}
@@ -81,11 +80,12 @@ def _small(path: Path) -> bool:
     return path.stat().st_size <= MOST_TEXT
 
 
-def push(checkpoint: Path, repo_id: str, public: bool = False) -> dict[str, Any]:
+def push(checkpoint: Path, repo_id: str, public: bool = False, instead_of: str = "") -> dict[str, Any]:
     """Upload a checkpoint with its card; the repository is made, private by default.
 
     Args:
         public: make the repository public, or push to one that is.
+        instead_of: files below this path are deleted in the same commit.
 
     Raises:
         CheckpointError: a file of it is damaged.
@@ -97,11 +97,14 @@ def push(checkpoint: Path, repo_id: str, public: bool = False) -> dict[str, Any]
     files = published(checkpoint, model_card(checkpoint, step))
     hub.check_push(repo_id, public)
     client = hub.api()
-    adds = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=what) for name, what in files.items()]
+    changes: list[Any] = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=what) for name, what in files.items()]
     try:
         if public:
             client.update_repo_settings(repo_id, private=False)
-        done = client.create_commit(repo_id, adds, commit_message=f"Step {step}")
+        if instead_of:
+            there = [name for name in client.list_repo_files(repo_id) if name.startswith(instead_of)]
+            changes += [CommitOperationDelete(path_in_repo=name) for name in there]
+        done = client.create_commit(repo_id, changes, commit_message=f"Step {step}")
     except hub.UNREACHABLE as fault:
         raise LaunchError(f"{repo_id}: not uploaded: {one_line(str(fault), 200)}") from None
     return {

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shlex
 import shutil
 import tempfile
@@ -143,6 +144,34 @@ def make_key(path: Path, run: str) -> str:
 def public_half(path: Path) -> str:
     """The line for authorized_keys."""
     return asyncssh.read_private_key(path).export_public_key().decode().strip()
+
+
+def own_keys() -> str:
+    """Public keys of the user's own, a line each, that may log in to the pod beside the key of the run.
+
+    `SSH_PUBLIC_KEY` (or `RUNPOD_SSH_PUBLIC_KEY`) and the public half of the key in the file `SSH_PRIVATE_KEY_PATH`.
+
+    Raises:
+        ConfigError: one of them is no key.
+    """
+    found = []
+    for name in ("SSH_PUBLIC_KEY", "RUNPOD_SSH_PUBLIC_KEY"):
+        if line := os.environ.get(name, "").strip():
+            try:
+                asyncssh.import_public_key(line)
+            except asyncssh.KeyImportError:
+                raise ConfigError(f"{name}: is no public key, as in ssh-ed25519 AAAA… you@host") from None
+            found.append(line)
+    if path := os.environ.get("SSH_PRIVATE_KEY_PATH", "").strip():
+        private = Path(path).expanduser()
+        public = private.with_name(private.name + ".pub")
+        try:
+            found.append(public.read_text(encoding="utf-8").strip() if public.is_file() else public_half(private))
+        except (OSError, ValueError):  # asyncssh's own are ValueErrors
+            raise ConfigError(
+                "SSH_PRIVATE_KEY_PATH: names no key that can be read; one with a passphrase needs its .pub beside it"
+            ) from None
+    return "\n".join(dict.fromkeys(found))
 
 
 def check_fetch(fetch: str) -> str:

@@ -17,7 +17,7 @@ from grpo_gsm8k import config
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.launch import records
 from grpo_gsm8k.launch.settings import PREFERENCE, UpConfig
-from grpo_gsm8k.launch.up import check, wrapped
+from grpo_gsm8k.launch.up import prepared, wrapped
 from grpo_gsm8k.runs.files import write_atomic
 
 ACCELERATORS = {
@@ -39,8 +39,8 @@ def write_task(values: Mapping[str, Any], command: Sequence[str], nodes: int, ou
 
 def task(values: Mapping[str, Any], command: Sequence[str], nodes: int = 1) -> str:
     """The task as YAML. Secrets are named, to be given with `--secret NAME`; none is written. Raises `ConfigError`."""
-    cfg = config.build(UpConfig, values)
-    command = wrapped(cfg, check(cfg, command))
+    cfg, command = prepared(config.build(UpConfig, values), command)
+    command = wrapped(cfg, command)
     wanted = records.names_in(cfg.gpu) or list(PREFERENCE)
     if unknown := [name for name in wanted if name not in ACCELERATORS]:
         raise ConfigError(f"--gpu {unknown[0]}: must be one of {', '.join(ACCELERATORS)}")

@@ -10,25 +10,35 @@ import asyncio
 import contextlib
 import itertools
 import os
+import re
 import signal
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from grpo_gsm8k import config
 from grpo_gsm8k.errors import ConfigError, DiskError, Interrupted, LaunchError
-from grpo_gsm8k.launch import records
+from grpo_gsm8k.launch import job, records
 from grpo_gsm8k.launch.api import DEAD, GONE, ApiError, Offer, Pod, Refused, Runpod, Unsure, connect
 from grpo_gsm8k.launch.archive import Limits
 from grpo_gsm8k.launch.fetch import Fetch, named
 from grpo_gsm8k.launch.records import Blot, Lease, Record
 from grpo_gsm8k.launch.settings import PREFERENCE, UpConfig
-from grpo_gsm8k.launch.shell import PIECE, Shell, ShellError, check_fetch, dial, make_key, public_half, start_script
+from grpo_gsm8k.launch.shell import (
+    PIECE,
+    Shell,
+    ShellError,
+    check_fetch,
+    dial,
+    make_key,
+    own_keys,
+    public_half,
+    start_script,
+)
 from grpo_gsm8k.launch.webhook import Webhook
 from grpo_gsm8k.runs.clean import printable, without_paths
 from grpo_gsm8k.runs.progress import talk
-from grpo_gsm8k.tasks.base import make_tags
 
 LEAST_S = 60.0  # a pod that the budget pays for less than this is not worth making
 MOST_HOURS = 24.0
@@ -37,6 +47,9 @@ CREATES = 3  # attempts at one GPU when replies are lost
 FETCHES = 3  # rounds in a row that bring nothing, from a pod that answers
 FETCH_WAIT_S = 60.0  # longest wait between two of them
 KEY_LOOKS = 3  # with --insecure_host_key: questions for the host key before the one that is shown is believed
+ALSO = {"NVIDIA H100 80GB HBM3": "sxm"}  # words that the provider's name of a GPU leaves out
+SHOWN = {"create": "setup", "boot": "setup", "run": "train"}  # stages as events name them
+TAIL = 2000  # characters of the log that tell of a failure
 METRICS = {"reward": "reward/mean", "accuracy": "val/accuracy"}
 WATCHDOG = "python -m grpo_gsm8k.launch.watchdog"
 
@@ -65,13 +78,16 @@ def up(values: Mapping[str, Any], command: Sequence[str]) -> dict[str, Any]:
         LaunchError: the job failed, or there was no machine for it. No pod is left.
         Interrupted: a signal came. No pod is left.
     """
-    cfg = config.build(UpConfig, values)
-    command = check(cfg, command)
+    cfg, command = prepared(config.build(UpConfig, values), command)
+    cfg = job.with_memory(cfg, command)
     if cfg.repo_id:
         from grpo_gsm8k.launch import hub  # its client takes half a second to load
 
         hub.check_push(cfg.repo_id, cfg.public)
-        talk(f"--repo_id {cfg.repo_id}: all of {cfg.fetch or 'artifacts'}/ is pushed there, but for what looks secret")
+        talk(
+            f"--repo_id {cfg.repo_id}: all of {cfg.fetch or 'artifacts'}/ is pushed there, but for what looks secret; "
+            "a job that ends well leaves its model there instead"
+        )
     deadline = time.time() + (cfg.hours or MOST_HOURS) * 3600
     settings = {name: value for name, value in vars(cfg).items() if name != "webhook"}  # its URL is a secret
     record = Record(records.new_run(cfg.name), command, cfg.budget, deadline, settings)
@@ -91,29 +107,28 @@ def launch(record: Record, cfg: UpConfig) -> dict[str, Any]:
         return asyncio.run(go())
 
 
-def check(cfg: UpConfig, command: Sequence[str]) -> list[str]:
-    """The command with the tags appended. Raises `ConfigError` for what cannot work or would leak."""
-    if not command:
-        raise ConfigError("give the job behind --, as in: launch up --budget 5 --image … -- grpo-gsm8k demo")
-    if not cfg.image:
-        raise ConfigError("--image is needed, best by digest: ghcr.io/owner/name@sha256:…")
+def prepared(cfg: UpConfig, command: Sequence[str]) -> tuple[UpConfig, list[str]]:
+    """The settings with what was left to this program, and the whole command.
+
+    Raises:
+        ConfigError: something cannot work or would leak. Neither the hub nor the provider was asked for anything.
+    """
+    command = job.job_of(cfg, command)
+    cfg = job.with_secrets(job.with_image(cfg, command))
     if not cfg.budget > 0:
         raise ConfigError("--budget is needed: the dollars that this run may cost at most")
     check_fetch(cfg.fetch)
+    own_keys()
     for name, value in records.secrets_of(cfg.pass_env).items():
         if len(value) >= records.SECRET_LENGTH and any(value in word for word in command):
             raise ConfigError(f"the command holds the value of {name}: give it to the job with --pass_env {name}")
-    tags = {name: getattr(cfg, name) for name in ("think_open", "think_close", "answer_open", "answer_close")}
-    if not any(tags.values()):
-        return list(command)
-    make_tags(**tags)
-    return [*command, *(word for name, tag in tags.items() for word in (f"--{name}", tag))]
+    return cfg, command
 
 
 def ranked(offers: Sequence[Offer], cfg: UpConfig) -> list[Offer]:
     """The GPUs to try, in order of preference. Raises `ConfigError` if none is in the catalog."""
-    wanted = records.names_in(cfg.gpu) or list(PREFERENCE)
     known = {offer.gpu: offer for offer in offers}
+    wanted = [gpu_called(name, known) for name in records.names_in(cfg.gpu)] or list(PREFERENCE)
     fitting = [
         known[name]
         for name in wanted
@@ -127,6 +142,17 @@ def ranked(offers: Sequence[Offer], cfg: UpConfig) -> list[Offer]:
     return fitting
 
 
+def gpu_called(name: str, known: Iterable[str]) -> str:
+    """The provider's id of a GPU, also by a short name: L40S, A100 SXM, H100 SXM. Any other as it is."""
+
+    def fits(gpu: str) -> bool:
+        parts = re.split(r"[ -]", f"{ALSO.get(gpu, '')} {gpu}".lower())
+        return all(any(part.startswith(word) for part in parts) for word in name.lower().split())
+
+    found = [gpu for gpu in known if fits(gpu)]
+    return name if name in known or len(found) != 1 else found[0]
+
+
 class Launcher:
     """One run and its pods."""
 
@@ -134,7 +160,8 @@ class Launcher:
         self.record, self.cfg, self.api, self.blot = record, cfg, api, blot
         url = cfg.webhook or os.environ.get("GRPO_GSM8K_WEBHOOK", "")
         secret = os.environ.get("GRPO_GSM8K_WEBHOOK_SECRET", "")
-        self.hook = Webhook(url, cfg.webhook_form, secret, cfg.repo_id, cfg.backoff_s)
+        places = [(cfg.webhook_form, url), ("discord", os.environ.get("DISCORD_WEBHOOK_URL", ""))]
+        self.hooks = [Webhook(url, form, secret, cfg.repo_id, cfg.backoff_s) for form, url in places if url]
         self.cap = record.began + (cfg.hours or MOST_HOURS) * 3600
         self.fetch: Fetch | None = None
         self._log_fault = False
@@ -154,13 +181,18 @@ class Launcher:
         finally:
             left = await self._clear()
             bill = self._close(left)
+        fault = None if work.cancelled() else work.exception()
+        if fault or self.record.exit_code:
+            what = str(fault) if fault else f"the job ended with exit code {self.record.exit_code}"
+            self._tell("error", what, quiet=True, tail=self._tail())
         self._tell("end", bill, cost=self.record.cost())
-        await self.hook.close()
-        if self.hook.dropped:
-            self.say(f"{self.hook.dropped} webhook events could not be delivered ({self.hook.fault})")
+        await asyncio.gather(*(hook.close() for hook in self.hooks))
+        for hook in self.hooks:
+            if hook.dropped:
+                self.say(f"{hook.dropped} webhook events could not be delivered ({hook.fault})")
         if caught:
             raise Interrupted(f"{caught[0].name}: the run was ended", 128 + caught[0])
-        if fault := work.exception():
+        if fault:
             raise fault
         if left:
             raise LaunchError(f"{', '.join(left)} could not be deleted")
@@ -329,6 +361,9 @@ class Launcher:
         if self.record.host_key != shell.host_key:
             self.record.host_key = shell.host_key
             self._keep_record()
+            if own_keys():
+                host, port, user = pod.ssh
+                self.say(f"your own key may log in, too: ssh -p {port} {user}@{host}")
         return shell
 
     async def _again(self) -> Shell:
@@ -498,7 +533,14 @@ class Launcher:
         if log:
             text = printable(self.blot(log.decode("utf-8", "replace")))
             self._keep_log(text)
-            self.say(text.rstrip("\n"))
+            self.say("\n".join(f"[train] {line}" for line in text.rstrip("\n").split("\n")))
+
+    def _tail(self) -> str:
+        """The end of the log, as far as it was kept."""
+        try:
+            return without_paths(self._log.read_text(encoding="utf-8")[-TAIL:])
+        except OSError:
+            return ""
 
     def _keep_log(self, text: str, mode: Literal["a", "w"] = "a") -> None:
         """A full disk costs lines of the log, never the run."""
@@ -600,9 +642,10 @@ class Launcher:
         with contextlib.suppress(OSError):
             talk(self.blot(message))
 
-    def _tell(self, event: str, message: str, quiet: bool = False, **known: float) -> None:
-        message = self.blot(message)
-        self.hook.tell(event, without_paths(printable(message)), self.record.stage, **known)
+    def _tell(self, event: str, message: str, quiet: bool = False, **known: float | str) -> None:
+        message, stage = self.blot(message), SHOWN.get(self.record.stage, self.record.stage)
+        for hook in self.hooks:
+            hook.tell(event, without_paths(printable(message)), stage, **known)
         if not quiet:
             self.say(message)
 
@@ -652,6 +695,7 @@ def body(cfg: UpConfig, offer: Offer, name: str, public_key: str, deadline: floa
     """The create request. Its environment is shown in the provider's console: no secret is in it."""
     env = {
         "PUBLIC_KEY": public_key,
+        **({"SSH_PUBLIC_KEY": own} if (own := own_keys()) else {}),
         "GRPO_GSM8K_DEADLINE": str(int(deadline)),
         "GRPO_GSM8K_GRACE_S": f"{cfg.grace_s:g}",
         "GRPO_GSM8K_STALE_S": f"{cfg.stale_s:g}",

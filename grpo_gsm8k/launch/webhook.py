@@ -1,7 +1,8 @@
 """Progress events to a URL: queued, retried, signed, and never in the way of the run.
 
 An event is `{event, message, timestamp, stage, project, repo_id}` and, where they are known, `step, reward, accuracy,
-cost`. With a secret, `X-Grpo-Gsm8k-Signature: sha256=<hex>` is the HMAC-SHA256 of the body.
+cost`, and the end of the log as `tail`. `stage` is setup, train, fetch or end. With a secret,
+`X-Grpo-Gsm8k-Signature: sha256=<hex>` is the HMAC-SHA256 of the body.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ CLOSE_S = 15.0
 
 FORMS: dict[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {
     "plain": lambda event: event,
-    "discord": lambda event: {"content": _line(event)[:2000], "allowed_mentions": {"parse": []}},
-    "slack": lambda event: {"text": _line(event)},
+    "discord": lambda event: {"content": _text(event, 2000), "allowed_mentions": {"parse": []}},
+    "slack": lambda event: {"text": _text(event, 3000)},
 }
 
 
@@ -40,7 +41,7 @@ class Webhook:
         self._task: asyncio.Task[None] | None = None
         self.dropped, self.fault = 0, "they were too many, or too slow"
 
-    def tell(self, event: str, message: str, stage: str, **known: float) -> None:
+    def tell(self, event: str, message: str, stage: str, **known: float | str) -> None:
         """Queue an event; returns at once."""
         if not self._url:
             return
@@ -91,6 +92,13 @@ class Webhook:
                 self.fault = type(fault).__name__  # its text may hold the URL, which is a secret
             await asyncio.sleep(self._backoff_s * 2**attempt)
         return False
+
+
+def _text(event: Mapping[str, Any], most: int) -> str:
+    """The event's line, and as much of the log's end below it as there is room for."""
+    line, tail = _line(event)[:most], str(event.get("tail", "")).strip().replace("```", "'''")
+    room = most - len(line) - len("\n```\n\n```")
+    return f"{line}\n```\n{tail[-room:]}\n```" if tail and room > 0 else line
 
 
 def _line(event: Mapping[str, Any]) -> str:

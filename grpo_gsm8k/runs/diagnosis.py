@@ -140,19 +140,28 @@ def outcome(row: Row) -> str:
     return "wrong" if row.get("format_ok") else "format_error"
 
 
+def noise(values: Sequence[float]) -> float:
+    """Standard deviation between steps, from the differences of neighbours, so that a trend is none of it."""
+    return math.sqrt(sum((b - a) ** 2 for a, b in pairwise(values)) / (2 * max(len(values) - 1, 1)))
+
+
 def trend(values: Sequence[float]) -> float:
-    """Slope over its standard error. The noise is taken from neighbours, so that the trend is none of it."""
+    """Slope over its standard error."""
     n = len(values)
-    noise = math.sqrt(sum((b - a) ** 2 for a, b in pairwise(values)) / (2 * max(n - 1, 1)))
     middle = (n - 1) / 2
     rise = sum((i - middle) * value for i, value in enumerate(values))
-    return rise / (noise * math.sqrt((n**3 - n) / 12)) if noise else 0.0
+    return rise / (sd * math.sqrt((n**3 - n) / 12)) if (sd := noise(values)) else 0.0
 
 
 def ends(values: Sequence[float]) -> tuple[float, float]:
     """The means of the first and of the last tenth."""
     k = max(1, len(values) // 10)
     return _mean(values[:k]), _mean(values[-k:])
+
+
+def end_error(values: Sequence[float]) -> float:
+    """Standard error of either of the `ends`, if the steps' noise is independent."""
+    return noise(values) / math.sqrt(max(1, len(values) // 10))
 
 
 def _mean(values: Sequence[float]) -> float:

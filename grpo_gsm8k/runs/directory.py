@@ -10,7 +10,6 @@ data.json      sha256 of every input        result.json                 written 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import shutil
 import sys
@@ -25,7 +24,7 @@ from typing import Any
 from grpo_gsm8k import config, repro
 from grpo_gsm8k.config import TrainConfig
 from grpo_gsm8k.errors import DataError, RunDirError
-from grpo_gsm8k.runs import wandb_sink
+from grpo_gsm8k.runs import lock, wandb_sink
 from grpo_gsm8k.runs.files import (
     SOURCE_SUFFIX,
     append_jsonl,
@@ -55,7 +54,7 @@ class Run:
         self.started = time.monotonic()
         self.checkpoints = path / "checkpoints"
         self.complete = self.updated = 0  # the last step that ended, and the last that moved the weights
-        self.progress: Callable[[], dict[str, Any]] = dict  # what a checkpoint stores of the stage, see trainer/loop.py
+        self.state: Callable[[], dict[str, Any]] = dict  # what a checkpoint stores of the stage, see trainer/loop.py
         self._wandb: wandb_sink.WandbSink | None = None
         self._rows: list[dict[str, Any]] | None = None  # of metrics.jsonl, once they were read
 
@@ -139,15 +138,16 @@ def open_run(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path]) -> Iterat
         DataError: an input is missing, or differs from what the run began with.
     """
     path = Path(cfg.out_dir) if cfg.out_dir else _default_path(cfg, stage)
-    hashes = {name: _input(file) for name, file in inputs.items()}
+    hashes = {name: input_record(file) for name, file in inputs.items()}
     with disk_errors(path):  # a name that is too long, a circle of links
         made = not path.exists()
         if not made and not path.is_dir():
             raise RunDirError(f"{path}: is a file, not a run directory")
+        lock.refuse_if_held(path)
         if not made and any(path.iterdir()) and not cfg.resume:
             raise RunDirError(f"{path}: exists already; pass --resume to continue it, or another --out_dir")
     make_folder(path)
-    with _lock(path):
+    with lock.hold(path, stage):
         if (path / "config.toml").is_file():
             _same_run(path, stage, cfg, hashes)
         else:
@@ -160,6 +160,39 @@ def open_run(cfg: TrainConfig, stage: str, inputs: Mapping[str, Path]) -> Iterat
             raise
         finally:
             run.close()
+
+
+def continued(cfg: TrainConfig, stage: str) -> Mapping[str, Any]:
+    """The stored config of the run that `cfg` continues; empty where it begins one."""
+    path = Path(cfg.out_dir) if cfg.out_dir else _unfinished(cfg, stage)
+    return _stored(path, stage) if cfg.resume and path else {}
+
+
+def _stored(path: Path, stage: str) -> Mapping[str, Any]:
+    """What a run directory says of this stage; nothing where it is of another stage, or of no run."""
+    file = path / "config.toml"
+    table: Mapping[str, Any] = tomllib.loads(file.read_text(encoding="utf-8")).get(stage, {}) if file.is_file() else {}
+    return table
+
+
+@contextmanager
+def recorded(cfg: Any, stage: str, inputs: Mapping[str, Path]) -> Iterator[Path]:
+    """A new folder of `artifacts/runs` for a command that trains nothing: config, command, code, machine, inputs.
+
+    It is removed again if the command fails. Raises as `open_run` does.
+    """
+    hashes = {name: input_record(file) for name, file in inputs.items()}
+    while True:
+        path = new_path()
+        with disk_errors(path), contextlib.suppress(FileExistsError):  # another process has just taken the name
+            path.mkdir(parents=True)
+            break
+    try:
+        _begin(path, stage, cfg, hashes)
+        yield path
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def _leave_no_trace(path: Path, made: bool) -> None:
@@ -180,7 +213,7 @@ def _leave_no_trace(path: Path, made: bool) -> None:
             path.rmdir()
 
 
-def _begin(path: Path, stage: str, cfg: TrainConfig, hashes: Mapping[str, Any]) -> None:
+def _begin(path: Path, stage: str, cfg: Any, hashes: Mapping[str, Any]) -> None:
     """What every run starts with. The config comes last: a folder without one is a run that never began."""
     strange = sorted(p.name for p in path.iterdir() if p.name not in OWN and not p.name.startswith(".tmp-"))
     if strange:
@@ -202,11 +235,28 @@ def _same_run(path: Path, stage: str, cfg: TrainConfig, hashes: Mapping[str, Map
             raise DataError(entry["path"], f"has changed since the run in {path} began; pick another --out_dir")
 
 
-def _input(file: Path) -> dict[str, Any]:
+def input_record(file: Path) -> dict[str, Any]:
     """Path and hash of an input, and what it was made from where a file beside it says so."""
+    found: dict[str, Any] = {"path": str(file), "sha256": _hash(file)}
     source = file.with_suffix(SOURCE_SUFFIX)
-    made = {"from": read_json(source)} if source.is_file() else {}
-    return {"path": str(file), "sha256": _hash(file), **made}
+    if source.is_file():
+        found["from"] = read_json(source)
+    if manifest := _manifest(file, found["sha256"]):
+        found["manifest"] = manifest
+    return found
+
+
+def _manifest(file: Path, sha256: str) -> dict[str, Any]:
+    """What the manifest of the file's folder says of its rows; {} where there is none, or one of other rows."""
+    path = file.with_name("manifest.json")
+    try:
+        manifest = read_json(path) if path.is_file() else {}
+    except DataError:  # anyone may call a file so
+        return {}
+    files = manifest.get("files")
+    if not isinstance(files, dict) or files.get(file.name) != sha256:
+        return {}
+    return {key: value for key, value in manifest.items() if key not in ("format", "files", "content")}
 
 
 def _hash(file: Path) -> str:
@@ -215,27 +265,22 @@ def _hash(file: Path) -> str:
     return sha256_file(file)
 
 
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with disk_errors(path), (path / ".lock").open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunDirError(f"{path}: another process is writing this run") from None
-        yield
-
-
 def _default_path(cfg: TrainConfig, stage: str) -> Path:
     """A new stamped folder; with `--resume`, the newest unfinished one of the same stage and config."""
-    if cfg.resume:
-        for path in sorted(RUNS.glob("*"), reverse=True):
-            stored = path / "config.toml"
-            if stored.is_file() and not (path / "result.json").is_file():
-                table = tomllib.loads(stored.read_text(encoding="utf-8")).get(stage)
-                if table is not None and not config.differences(table, cfg):
-                    talk(f"resuming {path}")
-                    return path
-    return new_path()
+    path = _unfinished(cfg, stage)
+    if path is None:
+        return new_path()
+    talk(f"resuming {path}")
+    return path
+
+
+def _unfinished(cfg: TrainConfig, stage: str) -> Path | None:
+    """With `--resume`, the newest unfinished run of the same stage and config."""
+    for path in sorted(RUNS.glob("*"), reverse=True) if cfg.resume else ():
+        table = {} if (path / "result.json").is_file() else _stored(path, stage)
+        if table and not config.differences(table, cfg):
+            return path
+    return None
 
 
 def new_path() -> Path:

@@ -33,9 +33,12 @@ from grpo_gsm8k.serve.books import Books, Checkpoint, Entry, Kind, Model, Sample
 from grpo_gsm8k.serve.jobs import Refusal
 from grpo_gsm8k.serve.learn import Trained
 from grpo_gsm8k.serve.settings import ServeConfig
+from grpo_gsm8k.trainer.policy import weights_sha256
 
 CHANGES_STATE = ("forward_backward", "optim_step", "load_weights")
 MOST_REPLAYED = 32  # requests for each of `--snapshot_every`
+HASH = "weights_sha256"
+"""A key of a checkpoint's user_metadata that, sent with an empty text, comes back with the hash of what was saved."""
 
 
 @dataclass
@@ -136,6 +139,8 @@ class Workshop:
             raise Refusal(f"{taken.path} exists already; pass overwrite, or another name")
         folder = self._write(entry, trained, optimizer=kind == "weights")
         ttl, metadata = sent.get("ttl_seconds"), sent.get("user_metadata")
+        if isinstance(metadata, dict) and metadata.get(HASH) == "":
+            metadata = {**metadata, HASH: weights_sha256(trained.parameters.items())}
         made = Checkpoint(
             entry.owner,
             kind,
@@ -220,7 +225,7 @@ class Workshop:
             *(model.id, model.snapshot_seq, model.applied),
         )
         for row in rows:
-            if row["kind"] not in CHANGES_STATE:
+            if row["kind"] not in CHANGES_STATE or row["body"] is None:  # forward passes keep none: they change nothing
                 continue
             kind, body = unpack(row["body"])
             try:

@@ -91,7 +91,7 @@ _BOX = re.compile(r"(?:\\{0,2}(?<![A-Za-z])(?:f?boxed|fbox|framebox)|\x08oxed|\x
 _BARE = re.compile(r"\s?(\\d?frac\d\d|\\[A-Za-z]+|[^\s{}$\\]{1,40})")
 _TAG = re.compile(r"<\s?answer\s?>", re.IGNORECASE)
 _TAG_END = re.compile(r"<\s?/\s?answer\s?>", re.IGNORECASE)
-_REJECTED = re.compile(r"\b(?:not|instead of|rather than|isn't)[\s$*(\[\\]{0,8}$", re.IGNORECASE)
+REJECTED = re.compile(r"\b(?:not|instead of|rather than|isn't)[\s$*(\[\\]{0,8}$", re.IGNORECASE)
 _HEADING = re.compile(
     r"\W*(?:(?:the\s+)?(?:final\s+)?answer\W*$|(?:step|part|case|method|option|problem|question|example|stage|solution)"
     r"\b)",
@@ -152,7 +152,7 @@ def _box_at(text: str, start: int) -> tuple[Marked | None, str | None]:
     before = text[max(0, name_start - 40) : name_start]
     if not says_anything(content) and not re.search(r"\\(?:emptyset|varnothing|infty|\{)", content):
         return None, None
-    if _REJECTED.search(before):
+    if REJECTED.search(before):
         return None, None
     return Marked(content, name_start, end, "box"), None
 
@@ -188,12 +188,12 @@ def _hashes(text: str) -> list[Marked]:
             end_of_search = len(text[:start].rstrip("#"))
             continue
         inside = start + 4
-        end = _line_end(text, inside)
+        end = line_end(text, inside)
         if not says_anything(text[inside:end]) or re.fullmatch(
             r"\W*(?:the\s+)?(?:final\s+)?answer\W*", text[inside:end], re.IGNORECASE
         ):
             inside = end
-            end = _line_end(text, end + 1 + len(text[end : end + 9]) - len(text[end : end + 9].lstrip()))
+            end = line_end(text, end + 1 + len(text[end : end + 9]) - len(text[end : end + 9].lstrip()))
         content = text[inside:end].strip(" #\n\r\t")
         boxed = "boxed" in content
         if says_anything(content) and not boxed and not _HEADING.match(content) and not content.endswith(":"):
@@ -202,10 +202,10 @@ def _hashes(text: str) -> list[Marked]:
     return []
 
 
-def _line_end(text: str, start: int) -> int:
+def line_end(text: str, start: int, limit: int = MAX_ANSWER) -> int:
     """Where the line ends, or where as much of it as is read."""
-    end = text.find("\n", start, start + MAX_ANSWER)
-    return end if end >= 0 else min(len(text), start + MAX_ANSWER)
+    end = text.find("\n", start, start + limit)
+    return end if end >= 0 else min(len(text), start + limit)
 
 
 class Spoken(NamedTuple):
@@ -222,7 +222,7 @@ _SPOKEN = re.compile(
     r"|(?:答案|antwort|respuesta|réponse|risposta|resposta)\W{0,4}(?:是|为|為|ist|es|est|è|é|[:：])\s?[:：]?",
     re.IGNORECASE | re.MULTILINE,
 )
-_DOUBT = re.compile(
+DOUBT = re.compile(
     r"\b(?:maybe|perhaps|possibly|might|could be|may be|guess|unsure|not (?:\w+ )?(?:sure|certain))\b", re.I
 )
 _LEAD_IN = re.compile(
@@ -253,7 +253,7 @@ def spoken(text: str) -> list[Spoken]:
         clause = clause[lead.end() :] if lead else clause
         if not clause.strip() or clause.rstrip("*_ ").endswith("?"):
             continue
-        doubtful = _DOUBT.search(match.group()) or re.match(
+        doubtful = DOUBT.search(match.group()) or re.match(
             r"(?:either|between|roughly|not|maybe|perhaps)\b", clause, re.I
         )
         found.append(Spoken("" if doubtful else clause, offset + match.end() + len(clause)))
@@ -284,7 +284,7 @@ _TAKEN_BACK = re.compile(
     r"\b[\s,.:!…—–-]{0,6}",
     re.IGNORECASE,
 )
-_DISOWNED = re.compile(
+DISOWNED = re.compile(
     r"(?:^|[.!?\n)}]|\b(?:wait|actually|no|oops|sorry|hmm+),?)\s{0,3}(?:but\s+)?(?:"
     r"(?:that|this|it|the above|my (?:previous )?answer|the (?:answer|result) above|the previous answer)"
     r"(?: answer| result)?\s?(?:is|was|'s|’s)\s(?:actually )?(?:wrong|incorrect|not right|not correct|a mistake)"
@@ -306,5 +306,5 @@ def taken_back(tail: str) -> tuple[bool, list[str]]:
         sentence = first_sentence(tail[match.end() : match.end() + 1_000].partition("\n")[0])
         restated = _RESTATED.match(sentence)
         instead.append(sentence[restated.end() :] if restated else sentence)
-    disowned = _DISOWNED.search(tail)
+    disowned = DISOWNED.search(tail)
     return bool(disowned), instead

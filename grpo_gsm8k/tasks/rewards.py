@@ -1,17 +1,18 @@
-"""The one verdict on each trajectory: the task's `Grade`, with a user's reward in the place of its own.
+"""Grades each trajectory once: the task's `Grade`, or the same with the reward of a user's function.
 
     def reward(completion, example): ...            # one completion: a number, named components, or a Grade
     def reward(completions, example): ...           # all completions of a prompt: a list of these
     async def reward(completion, example): ...      # awaited together with those of the other prompts
 
-A completion is a `Trajectory`: `text`, `token_ids`, `logprobs`, `finish_reason`, `prompt`. Components are summed up,
-and each is logged by itself. Under a prompt that opens a thought, `text` starts inside it: `completion.prompt.opened`
-is what came before.
+A completion is a `Trajectory`: `text`, `token_ids`, `logprobs`, `finish_reason`, `prompt`. The reward is the sum of the
+components, and each is logged. If the prompt opens a thought, `text` starts inside it, and `completion.prompt.opened`
+holds the opening.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import math
 import numbers
@@ -23,14 +24,15 @@ from typing import Any
 
 from grpo_gsm8k import plugins
 from grpo_gsm8k.datatypes import Example, Grade, RewardFn, Trajectory
-from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.errors import PluginError
 from grpo_gsm8k.tasks.base import Task, summed
+from grpo_gsm8k.tasks.grader_pool import grader_pool
 
 PENDING = 64  # async rewards awaited at once
 
 
 def random_reward(completion: Trajectory, example: Example) -> dict[str, float]:
-    """The control: a fair coin, decided by the sample's seed and blind to its text (arXiv 2506.10947)."""
+    """The control: a fair coin from the sample's seed, independent of its text (arXiv 2506.10947)."""
     return {"random": float(Random(completion.seed).random() < 0.5)}
 
 
@@ -64,38 +66,44 @@ class Grader:
         """A grade for each trajectory of each group, made once.
 
         Raises:
-            ConfigError: a user's task or reward raises, or returns what is no grade.
+            PluginError: a user's task or reward raises, returns no grade, or its grader process dies or hangs.
         """
         return asyncio.run(self._grade_all(groups)) if groups else []
 
     async def _grade_all(self, groups: Sequence[Sequence[Trajectory]]) -> list[list[Grade]]:
-        threads = max(self.task.threads, getattr(self.reward, "threads", 1))
-        with ThreadPoolExecutor(threads) as pool:
+        processes, seconds = self.task.options.grader_processes, self.task.options.grader_timeout_s
+        threads = processes or max(self.task.threads, getattr(self.reward, "threads", 1))
+        pool, slots = ThreadPoolExecutor(threads), asyncio.Semaphore(PENDING)
 
-            async def call(function: Callable[..., Any], *args: Any) -> Any:
-                if threads > 1:
-                    found = await asyncio.get_running_loop().run_in_executor(pool, function, *args)
-                else:
-                    found = function(*args)
-                if not inspect.isawaitable(found):
-                    return found
-                async with slots:
-                    return await found
+        async def call(what: str, users: bool, function: Callable[..., Any], *args: Any) -> Any:
+            if processes:
+                function = functools.partial(grader_pool(processes).call, what, users, seconds, function)
+            elsewhere = processes or threads > 1
+            loop = asyncio.get_running_loop()
+            found = await loop.run_in_executor(pool, function, *args) if elsewhere else function(*args)
+            if not inspect.isawaitable(found):
+                return found
+            async with slots:
+                return await found
 
-            slots = asyncio.Semaphore(PENDING)
+        try:
             return await asyncio.gather(*(self._grade_group(call, group) for group in groups))
+        finally:  # after an error, drop the calls that have not started
+            pool.shutdown(cancel_futures=True)
 
     async def _grade_group(self, call: Callable[..., Awaitable[Any]], group: Sequence[Trajectory]) -> list[Grade]:
         example = group[0].prompt.example
-        with self.task.guarded():
-            grades = await call(self.task.grade_group, example, group)
-        grades = [_checked(grade, self.task.spec, example) for grade in _one_each(grades, group, "task", example)]
-        if self.reward is not None:
-            with plugins.calling(f"reward {_name(self.reward)}"):
-                if _wants_group(self.reward):
-                    values = await call(self.reward, group, example)
+        task, reward = self.task, self.reward
+        with task.guarded():
+            grades = await call(f"task {task.spec!r}", plugins.is_users(task.spec), task.grade_group, example, group)
+        grades = [_checked(grade, task.spec, example) for grade in _one_each(grades, group, "task", example)]
+        if reward is not None:
+            what = f"reward {_name(reward)}"
+            with plugins.calling(what):
+                if _wants_group(reward):
+                    values = await call(what, True, reward, group, example)
                 else:
-                    values = await asyncio.gather(*(call(self.reward, one, example) for one in group))
+                    values = await asyncio.gather(*(call(what, True, reward, one, example) for one in group))
             values = _one_each(values, group, "reward", example)
             grades = [_rewarded(grade, value, example) for grade, value in zip(grades, values, strict=True)]
         if self.overlong:
@@ -117,26 +125,26 @@ def overlong_penalty(grade: Grade, length: int, longest: int, buffer: int) -> Gr
 
 
 def _rewarded(grade: Grade, value: Any, example: Example) -> Grade:
-    """A grade with the reward that a user's function returned."""
+    """The grade with the reward of a user's function."""
     if isinstance(value, Grade):
         return _checked(value, "reward", example)
     parts: Mapping[str, Any] = value if isinstance(value, Mapping) else {"reward": value}
     for name, number in parts.items():
         if not _finite(number):
-            raise ConfigError(f"the reward's component {name!r} is {number!r} for example {example.id}")
+            raise PluginError(f"the reward's component {name!r} is {number!r} for example {example.id}")
     fresh = summed(parts)
     return replace(grade, reward=fresh.reward, components=fresh.components)
 
 
 def _checked(grade: Any, who: str, example: Example) -> Grade:
     if not isinstance(grade, Grade):
-        raise ConfigError(f"{who}: the grade of example {example.id} is {grade!r}, not a Grade")
+        raise PluginError(f"{who}: the grade of example {example.id} is {grade!r}, not a Grade")
     for name, number in {"reward": grade.reward, **grade.components}.items():
         if not _finite(number):
-            raise ConfigError(f"{who}: the {name} of example {example.id} is {number!r}, not a finite number")
+            raise PluginError(f"{who}: the {name} of example {example.id} is {number!r}, not a finite number")
     for name in ("correct", "format_ok"):
         if not isinstance(getattr(grade, name), bool | None):
-            raise ConfigError(
+            raise PluginError(
                 f"{who}: {name} of example {example.id} is {getattr(grade, name)!r}, not true, false or None"
             )
     return grade
@@ -148,7 +156,7 @@ def _finite(number: Any) -> bool:
 
 def _one_each(values: Any, group: Sequence[Trajectory], who: str, example: Example) -> Sequence[Any]:
     if not isinstance(values, list | tuple) or len(values) != len(group):
-        raise ConfigError(
+        raise PluginError(
             f"the {who} returned {str(values)[:80]!r} for the {len(group)} completions of example {example.id}: "
             "a list with one for each is needed"
         )

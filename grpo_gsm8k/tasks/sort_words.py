@@ -1,10 +1,10 @@
 """Sort words: write a list of words back in alphabetical order, exactly and with nothing else.
 
-The rows are `{"words": ["tun", "bel"]}`; a `"solution"` replaces the sorted list as what a teacher answers. A small
+The rows are `{"words": ["tun", "bel"]}`; a `"solution"` replaces the sorted list as the reference answer. A small
 task that a tiny model learns in minutes. The reward is 0 for a wrong list; for the right one it falls with the length
 beyond what is needed: half of it is left when a response is twice as long as the list.
 
-Words are made of syllables, so there is no list of words to ship; an example's split is a property of its words.
+Words are built from syllables, so no word list is needed. An example's words determine its split.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class SortWords(Task):
             raise ValueError(f"'words' must be an array of words, not {json_type(words)}")
         for word in words:
             if not isinstance(word, str) or _words(word) != [word]:
-                raise ValueError(f"'words' holds {word!r}, which is no word: letters only, with - or ' between them")
+                raise ValueError(f"'words' holds {word!r}, which is not a word: letters only, with - or ' between them")
         if "solution" in row:
             text_of(row, "solution")
         meta = {key: value for key, value in row.items() if key not in ("id", "words")}
@@ -100,14 +100,12 @@ class SortWords(Task):
         )
 
     def generate(self, folder: Path, seed: int, sizes: Mapping[str, int]) -> Path:
-        """Lists by seed; with `tiny`, small ones, from a teacher of mixed quality: see `careless`."""
-        tiny = bool(sizes.get("tiny"))
+        """Lists by seed; with `tiny`, small ones with solutions of mixed quality, see `careless`."""
 
-        def draw(split: Split, count: int) -> list[dict[str, Any]]:
-            rows = generate(split, count, seed, TINY if tiny else STANDARD)
-            return [careless(row, seed) for row in rows] if tiny and split == "train" else rows
+        def draw(split: Split, count: int, tiny: bool) -> list[dict[str, Any]]:
+            return generate(split, count, seed, TINY if tiny else STANDARD)
 
-        return splits.write(folder, seed, sizes, draw)
+        return splits.write(folder, seed, sizes, draw, careless)
 
 
 def asked(example: Example) -> list[str]:
@@ -164,15 +162,6 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", text)
 
 
-def split_of(words: Sequence[str]) -> Split:
-    """The split that an example belongs to, whatever the order of its words."""
-    return splits.split_of(_digest(words))
-
-
-def _digest(words: Sequence[str]) -> str:
-    return splits.digest(" ".join(sorted(words)))
-
-
 def generate(split: Split, count: int, seed: int, level: Level = STANDARD) -> list[dict[str, Any]]:
     """`count` different examples of a split, as rows `{"id", "words"}`; the words of an example differ.
 
@@ -186,10 +175,9 @@ def generate(split: Split, count: int, seed: int, level: Level = STANDARD) -> li
         words = list(dict.fromkeys(_word(level, rng) for _ in range(size)))
         if len(words) < level.smallest_count or words == sorted(words):
             return None
-        digest = _digest(words)
-        return digest, {"id": f"sort-{digest[:12]}", "words": words}
+        return " ".join(sorted(words)), {"words": words}
 
-    return splits.collect(split, count, draw)
+    return splits.collect("sort", split, count, draw)
 
 
 def _word(level: Level, rng: random.Random) -> str:

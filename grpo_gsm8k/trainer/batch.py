@@ -1,4 +1,4 @@
-"""Rows of token ids become tensors. The only place in the repository that shifts.
+"""Converts data to tensors and back. Only this module shifts ids to targets; it is private to the trainer.
 
 A model that reads `input_ids[:, t]` predicts `targets[:, t]`, the token that follows. Mask,
 log-probabilities, advantages and weights are all `(B, T)` and aligned **to targets**: `mask[b, t]` says
@@ -14,16 +14,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 
 from grpo_gsm8k.datatypes import Datum
-
-MAX_LOG_RATIO = 20.0  # e^20 = 5e8: beyond it a ratio is an accident, and must not become inf
-
-Aggregation = Literal["sequence", "token", "constant"]
-Correction = Literal["none", "truncate", "mask", "sequence_truncate", "sequence_mask", "geometric_mask"]
 
 
 @dataclass(frozen=True)
@@ -33,11 +29,7 @@ class Batch:
     Attributes:
         input_ids, targets: `(B, T)` int64.
         mask: `(B, T)` float32, 1 where the target is trained.
-        old_logprobs: `(B, T)` float32, of the policy that drew the target; 0 where masked out.
-        ref_logprobs: `(B, T)` float32, of the reference model of the KL term; 0 where masked out or without one.
-        advantages: `(B, T)` float32.
-        weights: `(B, T)` float32; the loss is the sum of weight x per-token loss. They are set from the
-            whole update before it is split, so any split, order or packing gives the same gradient.
+        old_logprobs, ref_logprobs, advantages, weights: `(B, T)` float32, see `Datum`; 0 where masked out.
         lengths: true length of each row of `input_ids`.
         shared: how many first tokens each row has in common with the row before it, where rows are packed
             (`trainer/packing.py`); empty where they are padded.
@@ -57,34 +49,34 @@ class Batch:
         return len(self.lengths)
 
     def select(self, rows: Sequence[int], shared: tuple[int, ...] = ()) -> Batch:
-        """Some rows, cut to the longest of them; `shared` where they are to be packed."""
+        """Select rows, cut to the longest of them; `shared` packs them."""
         index, longest = list(rows), max(self.lengths[r] for r in rows)
         few = self._each(lambda x: x[index, :longest])
         return replace(few, lengths=tuple(self.lengths[r] for r in rows), shared=shared)
 
     def prompt_lengths(self, rows: Sequence[int]) -> list[int]:
-        """Tokens of each of these rows before its first trained one; all of them where none is trained."""
+        """Number of tokens before the first trained one, for each of these rows; all tokens if none is trained."""
         trained, first = self.mask[rows].max(1)
         return [int(at) + 1 if any_ else self.lengths[row] for row, any_, at in zip(rows, trained, first, strict=True)]
 
     @functools.cached_property
     def trained(self) -> torch.Tensor:
-        """`(N,)` int64, where the trained targets stand among the B x T, row by row.
+        """`(N,)` int64, the flat indices of the trained targets, row by row.
 
-        `to` takes it along: counting them on a GPU makes the host wait for it.
+        `to` copies them: computing them on a GPU would force a sync.
         """
         return self.mask.flatten().nonzero().squeeze(-1)
 
     def at_trained(self, x: torch.Tensor) -> torch.Tensor:
-        """`(N,)`, what a `(B, T)` tensor holds at the trained targets."""
+        """Gather a `(B, T)` tensor at the trained targets, `(N,)`."""
         return x.flatten().index_select(0, self.trained)
 
     def everywhere(self, x: torch.Tensor) -> torch.Tensor:
-        """`(B, T)`, what an `(N,)` tensor holds of the trained targets, at their places; 0 elsewhere."""
+        """Scatter an `(N,)` tensor of the trained targets to `(B, T)`; 0 elsewhere."""
         return torch.zeros_like(self.mask, dtype=x.dtype).flatten().index_copy(0, self.trained, x).view_as(self.mask)
 
     def trained_targets(self) -> Batch:
-        """The N trained targets alone, `(1, N)`, in their order, row by row. Rows and lengths are no more."""
+        """The N trained targets as a batch of one row, `(1, N)`."""
         few = self._each(lambda x: self.at_trained(x).unsqueeze(0))
         return replace(few, lengths=(len(self.trained),), shared=())
 
@@ -114,143 +106,40 @@ class Batch:
         return replace(self, **changed)
 
 
-def make_batch(rows: Sequence[Datum], pad_id: int, aggregation: Aggregation = "token", max_tokens: int = 0) -> Batch:
-    """Pad, shift and weigh the rows of one update.
-
-    Args:
-        rows: at least one.
-        aggregation: see `loss_weights`.
-        max_tokens: the constant of the "constant" aggregation.
-    """
-    lengths = tuple(len(row.token_ids) - 1 for row in rows)
-    shape = (len(rows), max(lengths))
-    input_ids = torch.full(shape, pad_id)
-    targets = torch.full(shape, pad_id)
-    mask, old_logprobs, advantages = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape)
-    for b, row in enumerate(rows):
-        assert len(row.mask) == len(row.token_ids)
-        assert {len(row.logprobs), len(row.advantages)} <= {0, len(row.token_ids)}
-        ids = torch.tensor(row.token_ids)
-        input_ids[b, : lengths[b]] = ids[:-1]
-        targets[b, : lengths[b]] = ids[1:]
-        mask[b, : lengths[b]] = torch.tensor(row.mask[1:], dtype=torch.float32)
-        if row.logprobs:
-            old_logprobs[b, : lengths[b]] = torch.tensor(row.logprobs[1:], dtype=torch.float32)
-        if row.advantages:
-            advantages[b, : lengths[b]] = torch.tensor(row.advantages[1:], dtype=torch.float32)
-    advantages *= mask
+def make_batch(data: Sequence[Datum], pad_id: int = 0) -> Batch:
+    """Pad and shift the rows, at least one, of an update."""
+    lengths = tuple(len(row.token_ids) - 1 for row in data)
+    ids = np.full((len(data), max(lengths) + 1), pad_id)
+    for b, row in enumerate(data):
+        n = len(row.token_ids)
+        assert len(row.mask) == n
+        assert {len(row.logprobs), len(row.advantages), len(row.ref_logprobs), len(row.weights)} <= {0, n}
+        ids[b, :n] = row.token_ids
+    input_ids, targets = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
+    for b, n in enumerate(lengths):
+        input_ids[b, n:] = pad_id  # the last token is a target alone
+    mask = shifted([row.mask for row in data], lengths)
     return Batch(
         input_ids,
         targets,
         mask,
-        old_logprobs,
-        torch.zeros(shape),
-        advantages,
-        loss_weights(mask, aggregation, max_tokens),
-        lengths,
+        old_logprobs=shifted([row.logprobs for row in data], lengths) * mask,
+        ref_logprobs=shifted([row.ref_logprobs for row in data], lengths) * mask,
+        advantages=shifted([row.advantages for row in data], lengths) * mask,
+        weights=shifted([row.weights or row.mask for row in data], lengths) * mask,
+        lengths=lengths,
     )
 
 
-def loss_weights(mask: torch.Tensor, aggregation: Aggregation, max_tokens: int = 0) -> torch.Tensor:
-    """What each token's loss counts in the whole update, `(B, T)`; all zero for an all-masked update.
-
-    "sequence": mean over a response's tokens, then over the responses that have any (GRPO, arXiv
-    2402.03300 eq. 3). "token": mean over all tokens of the update (DAPO, arXiv 2503.14476 eq. 8).
-    "constant": sum over tokens / `max_tokens`, mean over responses (Dr.GRPO, arXiv 2503.20783).
-    A row that is masked out counts in no denominator.
-    """
-    tokens = mask.sum(1, keepdim=True)  # (B, 1)
-    responses = tokens.gt(0).sum().clamp(min=1)
-    if aggregation == "sequence":
-        return mask / tokens.clamp(min=1) / responses
-    if aggregation == "constant":
-        return mask / max_tokens / responses
-    return mask / tokens.sum().clamp(min=1)
+def shifted(values: Sequence[Sequence[float]], lengths: Sequence[int]) -> torch.Tensor:
+    """`(B, T)` float32, what rows hold per token, aligned to targets; 0 behind a row's end, and where it is empty."""
+    out = np.zeros((len(lengths), max(lengths)), np.float32)  # numpy reads a tuple in a tenth of torch's time
+    for b, (row, n) in enumerate(zip(values, lengths, strict=True)):
+        if row:
+            out[b, :n] = row[1:]
+    return torch.from_numpy(out)
 
 
-@dataclass(frozen=True)
-class ImportanceCorrection:
-    """Weighs each token's loss by p = pi_old / pi_sampler, held fixed.
-
-    The sampler drew the tokens, and its kernels (and, one step off, its weights) are others than the trainer's. The
-    ratio of the loss is then pi / pi_old alone (the decoupled objective of arXiv 2110.00641 and arXiv 2505.24298).
-
-        kind                 ratio                            weight
-        truncate             p of the token                   p clipped to [cap_low, cap] (TIS)
-        mask                 p of the token                   p, 0 outside of the bounds (MIS)
-        sequence_truncate    product of p over the response   the product, clipped
-        sequence_mask        product of p over the response   the product, 0 outside
-        geometric_mask       geometric mean of p              1, 0 outside (verl's geometric rejection sampling)
-
-    Attributes:
-        cap, cap_low: the bounds. Without a `cap_low` a mask's lower bound is 1 / cap, and truncation has none.
-    """
-
-    kind: Correction = "none"
-    cap: float = 2.0
-    cap_low: float = 0.0
-
-    @property
-    def separable(self) -> bool:
-        """Whether a token's weight depends on its own ratio alone."""
-        return self.kind in ("none", "truncate", "mask")
-
-    def ratio(self, batch: Batch, logprobs: torch.Tensor) -> torch.Tensor:
-        """What is held to the bounds, `(B, T)`; 1 where masked out."""
-        log_p = (logprobs - batch.old_logprobs) * batch.mask
-        if not self.separable:
-            log_p = log_p.sum(1, keepdim=True) * batch.mask
-        if self.kind == "geometric_mask":
-            log_p = log_p / batch.mask.sum(1, keepdim=True).clamp(min=1)
-        return log_p.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-
-    def outside(self, ratio: torch.Tensor) -> torch.Tensor:
-        """Where the ratio is beyond the bounds."""
-        return (ratio > self.cap) | (ratio < (self.cap_low or 1 / self.cap))
-
-    def weights(self, ratio: torch.Tensor) -> torch.Tensor:
-        """What the ratio makes of a token's weight."""
-        if self.kind.endswith("truncate"):
-            return ratio.clamp(self.cap_low, self.cap)
-        kept = torch.ones_like(ratio) if self.kind == "geometric_mask" else ratio
-        return kept * ~self.outside(ratio)
-
-
-NO_CORRECTION = ImportanceCorrection()
-
-
-def with_old_logprobs(batch: Batch, logprobs: torch.Tensor, correction: ImportanceCorrection = NO_CORRECTION) -> Batch:
-    """The same batch with other log-probabilities, `(B, T)` and without a gradient, as its old ones."""
-    weights = batch.weights
-    if correction.kind != "none":
-        weights = weights * correction.weights(correction.ratio(batch, logprobs))
-    return replace(batch, old_logprobs=logprobs * batch.mask, weights=weights)
-
-
-def mismatch_metrics(
-    batches: Sequence[Batch], logprobs: Sequence[torch.Tensor], correction: ImportanceCorrection = NO_CORRECTION
-) -> dict[str, float]:
-    """How far the sampler's log-probabilities are from a frozen pass of the trainer, over one pass of updates.
-
-    Args:
-        batches: with the sampler's log-probabilities as their old ones.
-        logprobs: the trainer's, `(B, T)` each.
-    """
-    chosen = [batch.mask.bool() for batch in batches]
-    pairs = list(zip(batches, logprobs, chosen, strict=True))
-    delta = torch.cat([(logp - batch.old_logprobs)[mask].abs() for batch, logp, mask in pairs])
-    p = torch.cat([NO_CORRECTION.ratio(batch, logp)[mask] for batch, logp, mask in pairs])
-    outside = [correction.outside(correction.ratio(batch, logp))[mask] for batch, logp, mask in pairs]
-    return {
-        "mismatch/logp_abs_mean": float(delta.mean()),
-        "mismatch/logp_abs_max": float(delta.max()),
-        "mismatch/ratio_mean": float(p.mean()),
-        "mismatch/ratio_max": float(p.max()),
-        "mismatch/ess": float(p.sum() ** 2 / p.square().sum() / len(p)),
-        "mismatch/capped_frac": float(torch.cat(outside).float().mean()),
-    }
-
-
-def with_ref_logprobs(batch: Batch, logprobs: torch.Tensor) -> Batch:
-    """The same batch with the log-probabilities of the reference model, `(B, T)`."""
-    return replace(batch, ref_logprobs=logprobs * batch.mask)
+def unshifted(x: torch.Tensor, lengths: Sequence[int]) -> list[tuple[float, ...]]:
+    """Undo `shifted`: values per token of each row, 0 for the first token, which is never predicted."""
+    return [(0.0, *row[:n]) for row, n in zip(x.tolist(), lengths, strict=True)]

@@ -1,6 +1,6 @@
-"""What a dense transformer costs, from its shape alone: bytes of memory and floating-point operations.
+"""Computes the cost of a dense transformer from its shape: bytes of memory and floating-point operations.
 
-The one owner of both: for `grpo --estimate`, `launch plan`, a run's own prediction, every MFU. It imports no torch.
+`grpo --estimate`, `launch plan`, a run's own prediction and every MFU use it. It does not import torch.
 
 N parameters of b bytes (N' trained: all, or LoRA's rank x (in + out) of every linear layer), L layers of width H, MLP
 width I, heads and kv key-value heads of width d, vocabulary V. While a forward pass reads T cells (tokens, padding
@@ -34,12 +34,12 @@ CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 """Size of one chunk of the head's logits (`trainer/head.py`), on a CPU in float32. Measured on both: an H200
 gains 9 % from 512 MiB to 1 GiB, and 2 % to 2 GiB."""
 
-CONTEXT = 2 * GIB  # CUDA, its libraries and NCCL; the allocator's figures do not show it
-FRAGMENTS = 1.08  # of an allocator's pages, lost between tensors: a guess
+CONTEXT = 2 * GIB  # CUDA, its libraries and NCCL, outside of the allocator's figures
+FRAGMENTS = 1.08  # lost to fragmentation in the allocator: a guess
 PROMPT = 100  # tokens, about GSM8K's
 ENGINE_LEAST = 4 * GIB  # vLLM's context, graphs and activations, and a cache worth the name: a guess
-ENGINE_MOST = 0.9  # of a GPU that vLLM has for itself: its own default
-SPARE = 0.85  # the share of what is free that a plan takes
+ENGINE_MOST = 0.9  # of a GPU that vLLM does not share: its own default
+SPARE = 0.85  # the share of the free memory that a plan uses
 LEAST_CELLS = 256  # a short row
 MOST_CELLS = 16_384  # measured on an H200: passes of 33k to 65k cells were slower, at 1.6 to 3 times the memory
 
@@ -73,7 +73,7 @@ GPUS: dict[str, Gpu] = {
 
 
 def gpu_called(name: str) -> Gpu | None:
-    """The GPU with this driver's name; None for one whose peaks are not on the list."""
+    """The GPU with this driver name; None if it is not on the list."""
     return next((gpu for gpu in GPUS.values() if name in gpu.names), None)
 
 
@@ -93,7 +93,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], parameters: int) -> Shape:
-        """From a transformers config. Raises `KeyError`, `TypeError` or `ValueError` where it describes none."""
+        """From a transformers config. Raises `KeyError`, `TypeError` or `ValueError` for other architectures."""
         heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
         return cls(
             parameters=parameters,
@@ -114,12 +114,12 @@ class Shape:
 
     @property
     def attention(self) -> int:
-        """Width of all queries, and of all keys and values: what SDPA reads of a token."""
+        """Total width of the queries, and of keys and values, per token."""
         return (self.heads + 2 * self.kv_heads) * self.head_dim
 
     @property
     def matrices(self) -> int:
-        """Weights of the layers' linear maps, each of which works on every token."""
+        """Weights of the layers' linear maps, which apply to every token."""
         return self.layers * self.hidden * (self.attention + self.heads * self.head_dim + 3 * self.mlp)
 
     def adapters(self, rank: int) -> int:
@@ -138,7 +138,7 @@ def forward_flops(shape: Shape, tokens: int, targets: int, pairs: int = 0) -> fl
 
 
 def _attention_flops(shape: Shape, pairs: int) -> float:
-    """Of queries with keys, and of what comes out with values."""
+    """Operations of attention: queries with keys, and scores with values."""
     return 4.0 * shape.layers * shape.heads * shape.head_dim * pairs
 
 
@@ -161,12 +161,12 @@ def training_flops(shape: Shape, tokens: int, targets: int, pairs: int = 0, lora
 
 
 def causal_pairs(lengths: Iterable[int]) -> int:
-    """Pairs of a query and a key at or before it, in rows of these lengths."""
+    """Number of (query, key) pairs of causal attention, in rows of these lengths."""
     return sum(n * (n + 1) // 2 for n in lengths)
 
 
 def decoding_bytes(shape: Shape, width: int, lengths: Iterable[int]) -> float:
-    """What one decoding step must read for rows of these lengths: weights once, and each row's keys and values."""
+    """Bytes that a decoding step reads for rows of these lengths: the weights, and each row's keys and values."""
     return width * (shape.matrices + shape.head) + cache_bytes(shape, width, sum(lengths))
 
 
@@ -175,7 +175,7 @@ def decoding_bytes(shape: Shape, width: int, lengths: Iterable[int]) -> float:
 
 @dataclass(frozen=True)
 class Setup:
-    """How a model is trained, as far as memory goes.
+    """The settings of training that memory depends on.
 
     Attributes:
         width: bytes of a weight while it computes, 2 or 4.

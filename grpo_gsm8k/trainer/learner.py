@@ -1,4 +1,4 @@
-"""The local learner: one torch model on one device. `trainer/sharded.py` has that of several ranks."""
+"""The local learner: one torch model on one device. `trainer/sharded.py` extends it to several ranks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from grpo_gsm8k.config import PromptConfig, TrainConfig
-from grpo_gsm8k.datatypes import WeightsRef
+from grpo_gsm8k.datatypes import Datum, WeightsRef
 from grpo_gsm8k.errors import CheckpointError, ConfigError, NonFiniteError
 from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.trainer import adapter, architecture, costs, dcp, memory, packing, pretrained
-from grpo_gsm8k.trainer.batch import Batch
+from grpo_gsm8k.trainer.batch import Batch, make_batch, unshifted
 from grpo_gsm8k.trainer.compiled import compiles
-from grpo_gsm8k.trainer.head import FusedGrad
 from grpo_gsm8k.trainer.kernels import choose_attention
 from grpo_gsm8k.trainer.logprobs import check_head, plain_logprobs, token_logprobs
 from grpo_gsm8k.trainer.losses import Objective, fused_grad, rows_to_train, update_loss
@@ -30,7 +29,8 @@ from grpo_gsm8k.trainer.optimizer import MasterAdamW, OffloadedAdamW, State
 from grpo_gsm8k.trainer.policy import context_length, weights_sha256
 from grpo_gsm8k.trainer.ranks import world
 
-OPTIMIZER = f"{dcp.FOLDER}/state.safetensors"  # apart: vLLM takes every *.safetensors beside a model for its own
+Scored = tuple[torch.Tensor, dict[str, torch.Tensor]]  # what `token_logprobs` returns
+OPTIMIZER = f"{dcp.FOLDER}/state.safetensors"  # in a subfolder: vLLM reads every *.safetensors beside a model
 
 
 class TorchLearner:
@@ -39,14 +39,13 @@ class TorchLearner:
     digest = staticmethod(weights_sha256)
 
     def __init__(self, model: Any, tokenizer: Any, cfg: TrainConfig, reference: bool = False) -> None:
-        """`model` is trained in place; `tokenizer` (or a renderer) is saved beside its weights.
+        """Trains `model` in place; saves `tokenizer` (or a renderer) beside its weights.
 
-        Its dropout is off in every pass (`architecture.silence`): an update must find the probabilities that a frozen
-        pass and the sampler find. A mixture of experts is trained on the objective alone, without a router loss.
+        Dropout is off in every pass (`architecture.silence`), so that an update sees the probabilities of a frozen pass
+        and of the sampler. A mixture of experts is trained without its router loss.
 
         Args:
-            reference: keep a frozen copy of `model` as it is now, for the KL term; of an adapter alone, where
-                there is one.
+            reference: keep a frozen copy of `model`, or of its adapter, for the KL term.
         """
         self.tokenizer, self.cfg = tokenizer, cfg
         self.device: torch.device = next(model.parameters()).device
@@ -64,9 +63,7 @@ class TorchLearner:
         self.model = self._place(model)
         architecture.silence(self.model, cfg.activation_checkpointing)
         if coefficient := architecture.router_loss(model):
-            talk(
-                f"{architecture.name(model)}: its router loss (router_aux_loss_coef {coefficient:g}) is no part of ours"
-            )
+            talk(f"{architecture.name(model)}: its router loss (router_aux_loss_coef {coefficient:g}) is left out")
         compiled = compiles(self.model, cfg, self.packs, world().size)
         self.optimizer = self._make_optimizer()
         self.gauge = memory.gauge_of(self.model, cfg, self.optimizer.dtype, world().size, compiled)
@@ -75,24 +72,25 @@ class TorchLearner:
 
     @functools.cached_property
     def budget(self) -> int:
-        """Most cells of a microbatch (`Batch.cells`): as configured, or what fits at its first use."""
+        """Maximum cells of a microbatch (`Batch.cells`): as configured, or what fits, measured on first use."""
         return self.cfg.max_tokens_per_microbatch or self._cells_that_fit()
 
-    def forward_backward(self, batch: Batch, objective: Objective) -> dict[str, float]:
+    def forward_backward(self, data: Sequence[Datum], objective: Objective) -> dict[str, float]:
         """Accumulate the gradient of one whole update, microbatch by microbatch.
 
-        It skips rows that cannot have a gradient (`losses.rows_to_train`); the weights of the others are set from the
-        whole update, so the gradient is the same.
+        It skips rows without a gradient (`losses.rows_to_train`); the weights are set over the whole pass, so the
+        gradient stays the same.
 
         Returns:
-            the loss, `metrics.policy_metrics`, and `perf/` figures, all of the whole update, over the rows that
-            were not skipped. `perf/skipped_rows_frac` is the share of the others, `perf/padding_frac` that of cells
-            without a token, `perf/shared_frac` that of tokens which were computed for another row already.
+            the loss, `metrics.policy_metrics` and `perf/` metrics of the whole update, over the rows that were not
+            skipped. `perf/skipped_rows_frac` is the share of skipped rows, `perf/padding_frac` of padded cells, and
+            `perf/shared_frac` of tokens whose prefix another row had computed.
 
         Raises:
-            NonFiniteError: when the loss is NaN or infinite. No gradient is kept.
-            ConfigError: when a microbatch does not fit into the GPU's memory; says what to lower.
+            NonFiniteError: the loss is NaN or infinite. The gradient is cleared.
+            ConfigError: a microbatch does not fit into GPU memory; says what to lower.
         """
+        batch = make_batch(data)
         rows = rows_to_train(batch, objective)
         self.budget  # noqa: B018  (its probe leaves no gradient, so it comes before the first pass)
         if self.gauge:
@@ -120,15 +118,15 @@ class TorchLearner:
     def _passes(
         self, batch: Batch, rows: Sequence[int], objective: Objective, retried: bool = False
     ) -> dict[str, float]:
-        """Run all microbatches of an update; if one does not fit into memory, run all again in smaller ones."""
+        """Run all microbatches of an update; if one runs out of memory, start again with smaller ones."""
         sums, cells, pairs, stuck = [], 0, 0, None
         for _, part in self._microbatches(batch, rows):
             if self.gauge:
-                self.gauge.saw(part)
+                self.gauge.record(part)
             try:
                 sums.append(self._pass(part, objective))
             except torch.OutOfMemoryError:
-                stuck = part  # leave the handler first: its traceback holds the tensors of the pass
+                stuck = part  # handled below: the traceback keeps the tensors of the pass alive
                 break
             cells += part.cells
             pairs += costs.causal_pairs(part.lengths) - costs.causal_pairs(part.shared)
@@ -136,17 +134,17 @@ class TorchLearner:
             work = {"cells": float(cells), "pairs": float(pairs)}
             return {**work, **({"loss": 0.0} if not sums else {}), **read_sums(sums)}
         self._halve_budget(stuck, retried)
-        self.optimizer.zero_grad()  # the pass may have got as far as some weights
+        self.optimizer.zero_grad()  # the pass may have accumulated some gradients
         return self._passes(batch, rows, objective, retried=True)
 
     def _halve_budget(self, part: Batch, retried: bool) -> None:
         """Out of memory at `part`: use half as many cells per pass from here on.
 
         Raises:
-            ConfigError: this update has tried that, or it cannot help; names the setting to lower.
+            ConfigError: this update was halved before, or halving cannot help; names the setting to lower.
         """
         each, longest = self.probed.each if self.probed else 0.0, max(part.lengths)
-        if retried or len(part) == 1 or world().size > 1:  # ranks that cut an update differently wait for each other
+        if retried or len(part) == 1 or world().size > 1:  # ranks that split differently would deadlock
             raise memory.out_of_memory(len(part), longest, self.budget, each) from None
         vars(self)["budget"] = half = max(min(self.budget, len(part) * longest) // 2, 1)
         talk(f"out of memory at {len(part)} rows x {longest} tokens: trying again with {half} tokens a forward pass")
@@ -154,10 +152,10 @@ class TorchLearner:
             torch.cuda.empty_cache()
 
     def _pass(self, part: Batch, objective: Objective) -> dict[str, torch.Tensor]:
-        """Forward and backward pass of one microbatch; what it adds to the update's sums.
+        """Forward and backward pass of one microbatch; returns its terms of the update's sums.
 
-        `--head plain` is the way to read, and to hold the other to: logits, log-softmax, loss, `backward()`. The fused
-        head computes the same numbers and gradient without the logits of all targets at once (`trainer/head.py`).
+        `--head plain` is the readable path and the reference: logits, log-softmax, loss, `backward()`. The fused head
+        computes the same numbers and gradient without holding the logits of all targets (`trainer/head.py`).
         """
         part, bonus = part.to(self.device), bool(objective.entropy_coef)
         if self.cfg.head == "plain":
@@ -170,24 +168,32 @@ class TorchLearner:
         return {**policy_sums(logp, found, part, objective), "loss": loss.detach()}
 
     def step(self, lr: float) -> dict[str, float]:
-        """One optimizer step; see `MasterAdamW.step`. On a GPU also the update's peak of memory, see `memory.Gauge`."""
+        """One optimizer step, see `MasterAdamW.step`; on a GPU also the update's peak memory, see `memory.Gauge`."""
         self._published = None
         metrics = self.optimizer.step(lr)
         return metrics | (self.gauge.finish() if self.gauge else {})
 
     @torch.no_grad()
-    def logprobs(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
-        """Log-probabilities of the targets from a frozen pass, `(B, T)` on the CPU."""
-        return self._frozen_pass(self.model, batch, temperature)
+    def logprobs(self, data: Sequence[Datum], temperature: float = 1.0) -> list[tuple[float, ...]]:
+        """Log-probabilities of the rows' trained tokens from a frozen pass; see `datatypes.Learner`."""
+        return self._frozen_logprobs(self.model, data, temperature)
 
     @torch.no_grad()
-    def reference_logprobs(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+    def reference_logprobs(self, data: Sequence[Datum], temperature: float = 1.0) -> list[tuple[float, ...]]:
         """The same under the reference model, the one that the run started from."""
         if self.first_adapter is not None:
             with adapter.swapped(self.model, self.first_adapter):
-                return self._frozen_pass(self.model, batch, temperature)
+                return self._frozen_logprobs(self.model, data, temperature)
         assert self.reference is not None, "this learner was made without a reference model"
-        return self._frozen_pass(self.reference, batch, temperature)
+        return self._frozen_logprobs(self.reference, data, temperature)
+
+    def passes(self, data: Sequence[Datum]) -> int:
+        """Number of forward passes of an update on all of these rows."""
+        return sum(1 for _ in self._microbatches(make_batch(data), range(len(data))))
+
+    def _frozen_logprobs(self, model: Any, data: Sequence[Datum], temperature: float) -> list[tuple[float, ...]]:
+        batch = make_batch(data)
+        return unshifted(self._frozen_pass(model, batch, temperature), batch.lengths)
 
     def _frozen_pass(self, model: Any, batch: Batch, temperature: float, retried: bool = False) -> torch.Tensor:
         out, stuck = torch.zeros_like(batch.mask), None
@@ -204,23 +210,26 @@ class TorchLearner:
         return TorchLearner._frozen_pass(self, model, batch, temperature, retried=True)
 
     def publish(self, version: int) -> WeightsRef:
-        """Name the weights as they are now: hashed once for all who ask before they change."""
+        """Name the current weights. The hash is cached until they change."""
         if self._published is None or self._published.version != version:
             self._published = WeightsRef(version, self.digest(self.weights()))
         return self._published
 
     def weights(self) -> Iterable[tuple[str, torch.Tensor]]:
-        """Names and tensors of the weights, tied ones once; those of the adapter alone, where there is one."""
+        """Names and tensors of the weights, tied ones once; with an adapter, only the adapter's."""
         for name, parameter in adapter.own_weights(self.model):
             yield name, parameter.detach()
 
     def save(self, folder: Path) -> None:
-        """A folder that transformers loads: a model or an adapter; beside it the optimizer's and generators' state."""
+        """Save a model or adapter that transformers loads, and the state of optimizer and random generators."""
         if adapter.has_adapter(self.model):
             adapter.save(self.model, folder)
         else:
             self.model.save_pretrained(folder)
         self._save_beside(folder, self.optimizer.state())
+
+    def forget(self, folder: Path) -> None:
+        """Nothing: a checkpoint's folder is all there is of it."""
 
     def _save_beside(self, folder: Path, state: State) -> None:
         self.tokenizer.save_pretrained(folder)
@@ -232,10 +241,10 @@ class TorchLearner:
         save_file(state | rng, folder / OPTIMIZER, {"origin": self.origin_sha256})
 
     def load(self, folder: Path) -> None:
-        """Continue from what `save` wrote.
+        """Load what `save` wrote.
 
         Raises:
-            CheckpointError: when it is of another model, or its adapter or KL term began from other weights.
+            CheckpointError: it belongs to another model, or its run started from other weights.
         """
         self._published = None
         with safe_open(folder / OPTIMIZER, "pt") as stored:
@@ -269,14 +278,14 @@ class TorchLearner:
     def _packs(self, model: Any) -> bool:
         wanted = self.cfg.packing
         blocks = self.device.type != "cpu" and not packing.reads_varlen(model)  # not measured there without a compiler
-        if wanted == "off" or (wanted == "auto" and (blocks or (self.cfg.deterministic and self.device.type != "cpu"))):
-            return False  # the kernel for rows end to end promises no order of its sums
+        if wanted == "off" or (wanted == "auto" and blocks):
+            return False
         able = packing.enable(model)
         if wanted == "on" and not able:
             raise ConfigError("--packing on: this model does not read packed rows as it reads others; leave it at auto")
         return able
 
-    # Where one process differs from the ranks of trainer/sharded.py, which see to their share alone.
+    # Hooks that `ShardedLearner` overrides.
 
     def _place(self, model: Any) -> Any:
         return model
@@ -291,8 +300,8 @@ class TorchLearner:
     def _cells_that_fit(self) -> int:
         """The token budget of `--max_tokens_per_microbatch 0`.
 
-        How an update is cut decides the order of its sums, so a deterministic run takes a fixed number of cells on a
-        GPU: what is free there may be another amount when it is resumed.
+        The split of an update decides the order of its sums, so a deterministic run on a GPU uses a fixed number of
+        cells: the free memory may differ after a resume.
         """
         if self.device.type == "cpu" and not self.gauge:
             return memory.CPU_CELLS
@@ -302,11 +311,11 @@ class TorchLearner:
 
     def _probed_cells(self, gauge: memory.Gauge) -> int:
         meter, context = gauge.meter, context_length(self.model)
-        if gauge.beside:  # a sampler that works at the same time: the probe would take its memory for our own
+        if gauge.beside:  # a sampler works at the same time, and the probe would count its memory
             room = costs.SPARE * (meter.free() + meter.held()) - gauge.beside
             return costs.cells_that_fit(gauge.shape, gauge.setup, room)
 
-        def run(dummy: Batch) -> None:  # as an update's microbatch is read
+        def run(dummy: Batch) -> None:  # like a microbatch of an update
             ((_, part),) = packing.microbatches(dummy, dummy.cells, range(len(dummy)), self.packs)
             self._pass(part, Objective())
 
@@ -316,22 +325,14 @@ class TorchLearner:
             raise memory.out_of_memory(1, memory.PROBE_TOKENS, 0) from None
         room = costs.SPARE * (meter.free() - self.optimizer.pending_state_bytes())
         self.optimizer.zero_grad()
-        torch.cuda.empty_cache() if self.device.type == "cuda" else None  # an engine on this GPU wants it next
+        torch.cuda.empty_cache() if self.device.type == "cuda" else None  # free it for an engine on this GPU
         cells = costs.most_cells(self.probed.taken, room)
-        if not gauge.said:
+        if not gauge.printed:
             talk(f"memory: {self.probed.each / 1e6:.3g} MB a token by a probe, so {cells} tokens a forward pass")
         return cells
 
-    def _token_logprobs(
-        self,
-        model: Any,
-        part: Batch,
-        temperature: float,
-        statistics: bool = True,
-        fused_grad: FusedGrad | None = None,
-        entropy_grad: bool = False,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return token_logprobs(model, part, temperature, statistics, fused_grad, entropy_grad)
+    def _token_logprobs(self, model: Any, part: Batch, *how: Any, **more: Any) -> Scored:
+        return token_logprobs(model, part, *how, **more)
 
     def _of_the_update(self, sums: dict[str, float]) -> dict[str, float]:
         return sums

@@ -1,18 +1,18 @@
 """The step loop that every training stage runs in: resume, checkpoints, interrupts, progress.
 
-    for step in steps(run, learner, total, progress):
+    for step in steps(run, learner, total, state):
         ...                         # the stage's own work for this step
         run.log(step, metrics)
 
-When control comes back from the body, the step is complete: only there is a checkpoint written, so a run
-that is killed anywhere continues from a step's end and says and draws the same as if nothing had happened.
+A step is complete when the loop body returns. Checkpoints are written only there, so a run that is killed anywhere
+resumes at the end of a step, and logs and draws the same as an uninterrupted run.
 """
 
 from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,44 +20,43 @@ import torch
 from safetensors.torch import save_file
 
 from grpo_gsm8k import interrupts
-from grpo_gsm8k.datatypes import Learner
+from grpo_gsm8k.datatypes import Datum, Learner
 from grpo_gsm8k.errors import Interrupted, NonFiniteError
 from grpo_gsm8k.runs.directory import Run
 from grpo_gsm8k.runs.files import disk_errors
 from grpo_gsm8k.runs.progress import progress, talk
 from grpo_gsm8k.trainer import checkpoint
-from grpo_gsm8k.trainer.batch import Batch
+from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.losses import Objective
-from grpo_gsm8k.trainer.policy import weights_sha256
 from grpo_gsm8k.trainer.ranks import world
 
-TORCHRUN_S = 2.0  # torchrun passes on the Ctrl-C that the terminal has sent to its ranks already
+TORCHRUN_S = 2.0  # torchrun forwards the Ctrl-C that its ranks got from the terminal already
 
 
-class Progress:
-    """What a stage carries from step to step; a stage with more to remember extends all three."""
+class StageState:
+    """What a stage carries from step to step; a stage with more state overrides all three."""
 
-    note = ""  # beside the progress bar
+    note = ""  # shown beside the progress bar
 
     def as_json(self) -> dict[str, Any]:
-        """What a checkpoint stores of it."""
+        """The state as JSON, for a checkpoint."""
         return {"note": self.note}
 
     def restore(self, stored: Mapping[str, Any]) -> None:
-        """Go on from what `as_json` returned."""
+        """Undo `as_json`."""
         self.note = stored["note"]
 
 
-def steps(run: Run, learner: Learner, total: int, state: Progress) -> Iterator[int]:
-    """Yield the steps that are left, 1-based, of a run of `total`.
+def steps(run: Run, learner: Learner, total: int, state: StageState) -> Iterator[int]:
+    """Yield the remaining steps, 1-based, of a run of `total`.
 
     Args:
-        state: restored from the checkpoint on resume, stored with each one.
+        state: stored with each checkpoint, and restored on resume.
 
     Raises:
         Interrupted: after Ctrl-C or SIGTERM, once the step is complete and its checkpoint is written.
     """
-    cfg, run.progress = run.cfg, state.as_json
+    cfg, run.state = run.cfg, state.as_json
     last = min(total, cfg.max_steps or total)
     first = resume(run, learner, state)
     if first == 0 and last == 0:
@@ -66,7 +65,7 @@ def steps(run: Run, learner: Learner, total: int, state: Progress) -> Iterator[i
         for step in range(first + 1, last + 1):
             yield step
             run.complete = step
-            bar.update(step, state.note)
+            bar.update(step, ", ".join(filter(None, [state.note, _validated(run)])))
             if step % cfg.save_every == 0 or step == last or received:
                 save(run, learner, step, state.as_json())
             if received:
@@ -74,8 +73,18 @@ def steps(run: Run, learner: Learner, total: int, state: Progress) -> Iterator[i
                 raise Interrupted(_saved(name, step, run), 128 + received[0])
 
 
-def resume(run: Run, learner: Learner, state: Progress) -> int:
-    """Load the newest whole checkpoint, rewind the logs to it, and return its step; 0 when there is none."""
+def _validated(run: Run) -> str:
+    """The newest validation, beside the bar."""
+    for row in reversed(run.history()):
+        if row.get("val/accuracy") is not None:
+            return f"accuracy {100 * row['val/accuracy']:.1f} %"
+        if row.get("val/reward") is not None:
+            return f"validation reward {row['val/reward']:.3f}"
+    return ""
+
+
+def resume(run: Run, learner: Learner, state: StageState) -> int:
+    """Load the newest valid checkpoint, rewind the logs to it, and return its step; 0 if there is none."""
     found = checkpoint.newest(run.checkpoints, talk)
     step = 0
     if found:
@@ -89,30 +98,33 @@ def resume(run: Run, learner: Learner, state: Progress) -> int:
 
 
 def save(run: Run, learner: Learner, step: int, state: Mapping[str, Any]) -> Path:
-    """Write the checkpoint of a complete step and retire old ones.
+    """Write the checkpoint of a complete step, and delete old ones.
 
-    The best one on validation is kept: by accuracy, or by reward where the task has no right answers.
+    Keeps the best one on validation: by accuracy, or by reward if the task has no right answers.
     """
     folder = checkpoint.write(run.checkpoints, step, learner.save, dict(state))
     scores = run.metric_history("val/accuracy") or run.metric_history("val/reward")
     kept = [s for s in checkpoint.steps_present(run.checkpoints) if s in scores]
     best = max(kept, key=lambda s: (scores[s], s), default=None)
-    checkpoint.retain(run.checkpoints, run.cfg.keep_last, best)
+    checkpoint.retain(run.checkpoints, run.cfg.keep_last, best, learner.forget)
     return folder
 
 
-def rescue(run: Run, learner: Learner) -> bool:
-    """Keep the last complete step when a step ends halfway, unless the weights have moved beyond it."""
-    if not _within_reach(run):
-        return False
-    save(run, learner, run.complete, run.progress())
-    return True
+def rescue(run: Run, learner: Learner) -> int:
+    """Save the last complete step after a failure in the next one, unless the weights have changed since.
+
+    Returns:
+        the newest step that a checkpoint holds; 0 if there is none.
+    """
+    if _within_reach(run) and getattr(learner, "in_step", True):
+        save(run, learner, run.complete, run.state())
+    return max(checkpoint.steps_present(run.checkpoints), default=0)
 
 
 def rescue_interrupted(run: Run, learner: Learner) -> None:
-    """The same after a Ctrl-C in the middle of a step. Raises `Interrupted` if there is a step to go on from."""
+    """The same after a Ctrl-C in the middle of a step. Raises `Interrupted` if there is a checkpoint."""
     name = signal.Signals(interrupts.received() or signal.SIGINT).name
-    if world().size == 1:  # other ranks may stand in the middle of a step, and would not hear of a save
+    if world().size == 1:  # other ranks may be in the middle of a step, and would not join a save
         with interrupts.unhurried():
             rescue(run, learner)
     if present := checkpoint.steps_present(run.checkpoints):
@@ -120,7 +132,7 @@ def rescue_interrupted(run: Run, learner: Learner) -> None:
 
 
 def _within_reach(run: Run) -> bool:
-    """Whether the weights are those of the last complete step, which no checkpoint holds yet."""
+    """Whether the weights still are those of the last complete step, and no checkpoint holds it yet."""
     if not run.complete or run.updated > run.complete:
         return False
     return run.complete not in checkpoint.steps_present(run.checkpoints)
@@ -131,8 +143,9 @@ def _saved(name: str, step: int, run: Run) -> str:
 
 
 class _Presses:
-    """What Ctrl-C does while steps are made: the first lets the step end, the second ends it here if nothing is lost,
-    and the third in any case."""
+    """Ctrl-C during a step: the first finishes the step, the second stops at once if nothing gets lost, the third
+    always
+    stops."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.first = run, 0.0
@@ -156,22 +169,24 @@ class _Presses:
 def finish(run: Run, learner: Learner) -> dict[str, Any]:
     """The run's result: its last checkpoint and the hash of the weights in it."""
     step = checkpoint.steps_present(run.checkpoints)[-1]
-    return run.finish(step, run.checkpoints / f"step_{step:06d}", weights_sha256(learner.weights()))
+    return run.finish(step, run.checkpoints / f"step_{step:06d}", learner.publish(step).sha256)
 
 
-def update(run: Run, learner: Learner, batch: Batch, objective: Objective, lr: float, step: int) -> dict[str, float]:
-    """One optimizer step on one whole update.
+def update(
+    run: Run, learner: Learner, data: Sequence[Datum], objective: Objective, lr: float, step: int
+) -> dict[str, float]:
+    """Run one update: forward, backward and optimizer step.
 
     Raises:
         NonFiniteError: before the weights change. The batch is kept in the run directory.
     """
     try:
-        metrics = learner.forward_backward(batch, objective)
+        metrics = learner.forward_backward(data, objective)
         run.updated = step
         return metrics | learner.step(lr)
     except NonFiniteError as fault:
         kept = run.path / f"nonfinite_step_{step:06d}.safetensors"
-        tensors = {name: t.contiguous() for name, t in vars(batch).items() if torch.is_tensor(t)}
+        tensors = {name: t.contiguous() for name, t in vars(make_batch(data)).items() if torch.is_tensor(t)}
         with disk_errors(kept):
             save_file(tensors, kept)
         raise NonFiniteError(

@@ -1,7 +1,7 @@
 """The losses. Each is a small dataclass that maps (log-probabilities, batch) to a per-token loss `(B, T)`.
 
 The loss of an update is `sum(batch.weights * per_token_loss)`; how tokens and responses are averaged lies in the
-weights (`trainer/batch.py`), what a response is credited with in the advantages (`grpo.py`), and both are the same for
+weights (`trainer/data.py`), what a response is credited with in the advantages (`grpo.py`), and both are the same for
 all losses. So most published algorithms are settings: `config.ALGORITHMS` lists them. To add a loss, write a dataclass
 here and enter it in `LOSSES`, or keep it in a file of your own and pass `--loss mine:MyLoss`.
 
@@ -18,14 +18,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
 from grpo_gsm8k import plugins
-from grpo_gsm8k.errors import ConfigError
-from grpo_gsm8k.trainer.batch import MAX_LOG_RATIO, NO_CORRECTION, Batch, ImportanceCorrection, with_old_logprobs
+from grpo_gsm8k.errors import ConfigError, PluginError
+from grpo_gsm8k.trainer.batch import Batch
+from grpo_gsm8k.trainer.data import MAX_LOG_RATIO, NO_CORRECTION, ImportanceCorrection
 from grpo_gsm8k.trainer.head import FusedGrad
 
 
@@ -283,7 +284,7 @@ class UserLoss(Loss):
         with plugins.calling(f"loss {self.spec!r}", torch.OutOfMemoryError):
             pair = self.inner.clipped(logp, batch)
         if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise ConfigError(f"loss {self.spec!r}: clipped() must return two tensors (above, below)")
+            raise PluginError(f"loss {self.spec!r}: clipped() must return two tensors (above, below)")
         above, below = (self._checked(part, logp, "clipped()") for part in pair)
         return above, below
 
@@ -293,7 +294,7 @@ class UserLoss(Loss):
     def _checked(self, found: Any, logp: torch.Tensor, what: str) -> torch.Tensor:
         if not isinstance(found, torch.Tensor) or found.shape != logp.shape:
             shape = tuple(found.shape) if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
-            raise ConfigError(f"loss {self.spec!r}: {what} is {shape}, must be a tensor like logp, {tuple(logp.shape)}")
+            raise PluginError(f"loss {self.spec!r}: {what} is {shape}, must be a tensor like logp, {tuple(logp.shape)}")
         return found
 
 
@@ -375,7 +376,8 @@ def with_old_policy(batch: Batch, logp: torch.Tensor, objective: Objective) -> B
     """The batch with the old log-probabilities, and the weights, that the objective means."""
     if not objective.on_policy:
         return batch
-    return with_old_logprobs(batch, logp.detach(), objective.correction)
+    old = logp.detach()
+    return replace(batch, old_logprobs=old * batch.mask, weights=objective.correction.apply(batch, old))
 
 
 def rows_to_train(batch: Batch, objective: Objective) -> list[int]:

@@ -1,4 +1,4 @@
-"""The figures of an update: entropy, clip fractions, KL, and how far sampler and trainer are apart."""
+"""The metrics of an update: entropy, clip fractions, KL, and the mismatch of sampler and trainer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grpo_gsm8k.trainer.losses import Objective, importance_ratio, kl_to_referen
 def policy_sums(
     logp: torch.Tensor, statistics: Mapping[str, torch.Tensor], batch: Batch, objective: Objective
 ) -> dict[str, torch.Tensor]:
-    """Sums (and maxima) over the trained tokens of a microbatch; `policy_metrics` turns an update's into its metrics.
+    """Sums (and maxima) over the trained tokens of a microbatch, from which `policy_metrics` computes the metrics.
 
     They stay on the device until `read_sums` fetches those of all microbatches. `statistics` are those of
     `token_logprobs`. A supervised loss has no old policy, so it logs no ratios.
@@ -46,7 +46,7 @@ def policy_sums(
 
 
 def read_sums(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
-    """The sums of an update from those of its microbatches, with one wait for the GPU."""
+    """Add up the sums of all microbatches, with one device sync."""
     total: dict[str, float] = {}
     if parts:
         values = torch.stack([torch.stack([value.double() for value in part.values()]) for part in parts]).tolist()
@@ -63,7 +63,7 @@ def add_sums(total: dict[str, float], part: dict[str, float]) -> None:
 
 
 def policy_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """The figures of a whole update, means over its trained tokens: those of `rows_to_train`.
+    """The metrics of a whole update: means over the trained tokens of `rows_to_train`.
 
     `policy/entropy` and `policy/top_prob` are of the distributions that the tokens were drawn from (`head.STATISTICS`).
     `policy/kl_ref` is the KL term to the reference as the loss has it, without its coefficient;

@@ -1,9 +1,8 @@
 """AdamW over float32 master weights, and the learning-rate schedule.
 
-Where the model is bfloat16, an update of 1e-6 vanishes in the weight itself (8 bits of mantissa). So the
-optimizer owns a float32 master of every such weight, gradients are accumulated there in float32 as each
-microbatch's backward delivers them, and the model gets a rounded copy after the step. Where the model is
-float32, the master *is* the weight.
+In bfloat16 an update of 1e-6 vanishes in the weight (8 bits of mantissa). So the optimizer keeps a float32 master of
+every bfloat16 weight, accumulates gradients there in float32 during each backward pass, and rounds the masters into the
+model after the step. For a float32 model the master *is* the weight.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ State = dict[str, torch.Tensor]
 
 KINDS = ("step", "exp_avg", "exp_avg_sq", "master")  # of named state: `exp_avg.model.norm.weight`
 
-SAMPLED_EVERY = 61  # prime, so that it meets every column of a matrix in turn
+SAMPLED_EVERY = 61  # prime, so that the sample covers all columns of a matrix
 
 
 class MasterAdamW:
-    """`torch.optim.AdamW` on float32 masters of a model's trainable weights, state as named tensors."""
+    """`torch.optim.AdamW` on float32 masters of the trainable weights, with its state as named tensors."""
 
     def __init__(self, model: nn.Module, cfg: TrainConfig) -> None:
-        """`cfg` gives the betas, the weight decay (on matrices only) and the gradient clip."""
+        """`cfg` sets the betas, the weight decay (matrices only) and the gradient clip."""
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters = {name: self._master(p) for name, p in self.params.items()}
         self.dtype = next(iter(self.params.values())).dtype
@@ -42,7 +41,7 @@ class MasterAdamW:
         self.grad_clip = cfg.grad_clip
 
     def step(self, lr: float) -> dict[str, float]:
-        """Clip, check, update, and clear the gradients.
+        """Clip and check the gradient, step, and clear it.
 
         Returns:
             `policy/grad_norm` before clipping, `policy/lr`, and `policy/update_to_weight`: the norm of the
@@ -50,7 +49,7 @@ class MasterAdamW:
             share of its weights in which the step shows, from a sample.
 
         Raises:
-            NonFiniteError: when the gradient is NaN or infinite. The weights are untouched.
+            NonFiniteError: the gradient is NaN or infinite. The weights stay unchanged.
         """
         grads = [m.grad for m in self.masters.values() if m.grad is not None]
         norm = self._norm(grads)
@@ -81,52 +80,52 @@ class MasterAdamW:
         return torch.nn.utils.get_total_norm(tensors)
 
     def _sample(self) -> list[torch.Tensor]:
-        """A copy of one weight in 61: a copy of all would be a quarter more memory, at the peak."""
+        """A copy of one weight in 61; a copy of all would take a quarter more memory at the peak."""
         return [m.detach().flatten()[::SAMPLED_EVERY].clone() for m in self.masters.values()]
 
     def _round(self) -> None:
-        """Give the model its copy of the masters, rounded if it is bfloat16, where they are not its own weights."""
+        """Round the masters into a bfloat16 model."""
         for name, param in self.params.items():
             if param is not self.masters[name]:
                 param.copy_(self.masters[name], non_blocking=True)
 
     def _bf16_changed_frac(self, before: list[torch.Tensor], after: list[torch.Tensor]) -> dict[str, float]:
-        """The share of the sampled weights that a step still changes after rounding; nothing for a float32 model."""
+        """The share of sampled weights that a step changes after rounding; empty for a float32 model."""
         if self.dtype == torch.float32:
             return {}
         changed = torch.cat([b.to(self.dtype) != a.to(self.dtype) for b, a in zip(before, after, strict=True)])
         return {"policy/bf16_changed_frac": self._share(changed)}
 
     def _share(self, flags: torch.Tensor) -> float:
-        """The share of true flags."""
+        """The share of flags that are true."""
         return float(flags.float().mean())
 
     def zero_grad(self) -> None:
-        """Forget what has been accumulated."""
+        """Clear the accumulated gradients."""
         self.inner.zero_grad(set_to_none=True)
 
     def pending_state_bytes(self) -> int:
-        """Bytes of AdamW's moments that the first step has yet to allocate beside the model."""
+        """Bytes of AdamW's moments that the first step will allocate beside the model."""
         return sum(8 * master.numel() for master in self.masters.values() if master not in self.inner.state)
 
     def state(self) -> State:
-        """Moments, step counts and bfloat16 models' masters as flat named tensors."""
+        """Moments, step counts and, for bfloat16, masters as flat named tensors."""
         flat: State = {}
         for name, master in self.masters.items():
             for key, value in self.inner.state.get(master, {}).items():
                 flat[f"{key}.{name}"] = value
-            if self.dtype != torch.float32:  # else the model's own file holds the masters
+            if self.dtype != torch.float32:  # else the model file holds the masters
                 flat[f"master.{name}"] = master.detach()
         return flat
 
     def load_state(self, flat: State) -> None:
-        """Undo `state`. Raises `CheckpointError` when the tensors are of another model."""
+        """Undo `state`. Raises `CheckpointError` for tensors of another model."""
         with torch.no_grad():
             for name, master in self.masters.items():
                 state = {key: flat[f"{key}.{name}"] for key in KINDS[:3] if f"{key}.{name}" in flat}
                 if state and state["exp_avg"].shape != master.shape:
                     raise CheckpointError(f"optimizer state of {name} has another shape than the model's")
-                # The fused step reads its counter where the weight is.
+                # The fused step needs its counter on the weight's device.
                 self.inner.state[master] = {key: value.to(master.device, copy=True) for key, value in state.items()}
                 if not state:
                     del self.inner.state[master]
@@ -149,10 +148,10 @@ class MasterAdamW:
 
 
 class OffloadedAdamW(MasterAdamW):
-    """`MasterAdamW` whose masters, moments and step are in main memory, of a model on a GPU (arXiv 2101.06840).
+    """`MasterAdamW` with masters, moments and step in main memory, for a model on a GPU (arXiv 2101.06840).
 
-    Gradients are summed in float32 beside the model, as ever, and go over at the step: 12 bytes a trained weight less
-    on the GPU, for 16 in main memory, of which 8 are pinned, and 8 over the bus. Its state is `MasterAdamW`'s.
+    Gradients are summed in float32 on the GPU and copied at the step. This saves 12 bytes per trained weight on the
+    GPU, for 16 in main memory (8 of them pinned) and 8 over the bus. Its state is that of `MasterAdamW`.
     """
 
     def __init__(self, model: nn.Module, cfg: TrainConfig) -> None:
@@ -172,7 +171,7 @@ class OffloadedAdamW(MasterAdamW):
         return super().step(lr)
 
     def zero_grad(self) -> None:
-        """Forget what has been accumulated, here and there."""
+        """Clear the gradients in both places."""
         super().zero_grad()
         self.sums.clear()
         for param in self.params.values():
@@ -208,7 +207,7 @@ class OffloadedAdamW(MasterAdamW):
 
 
 def _to_main_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy there, pinned where it comes from a GPU; it is complete when that has been waited for."""
+    """A copy on that device, pinned if it comes from a GPU; complete after a synchronisation."""
     there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return there.copy_(tensor, non_blocking=True)
 

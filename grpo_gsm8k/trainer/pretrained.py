@@ -1,7 +1,7 @@
-"""Reading a model or a tokenizer from a folder or from the hub: exactly as it is stored, or refused in one line.
+"""Loads a model or a tokenizer from a folder or the hub: exactly as stored, or not at all, with a one-line error.
 
-transformers initialises what a checkpoint lacks at random and leaves out what it does not know, with a warning. Here
-both are errors. Code that a model brings along is never run, and pickled weights are read as weights only.
+transformers initialises missing weights at random and drops unknown ones, with a warning; here both are errors. A
+model's own code is never run, and pickled weights are read with `weights_only`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -23,22 +23,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from grpo_gsm8k.config import PromptConfig
+from grpo_gsm8k.config import PromptConfig, at_service
+from grpo_gsm8k.engines.service import tokenizer_of
 from grpo_gsm8k.errors import ModelError
 
 ADAPTER_CONFIG = "adapter_config.json"  # peft's own name
 DESCRIPTIONS = ("config.json", ADAPTER_CONFIG)  # of a model, of a LoRA adapter that names its model
+TOKENIZERS = (*DESCRIPTIONS, "tokenizer.json", "tokenizer_config.json")  # a tokenizer's folder may have no model
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 HUB_PATIENCE_S = 2.0  # for a connection; the hub's own client tries for 23 seconds, once for each file
 BROKEN = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, ArithmeticError),
     *(RuntimeError, AssertionError, SafetensorError, UnpicklingError),
 )
-"""What transformers raises on files that are missing, cut, or say what no model can be."""
+"""What transformers raises on missing, truncated or invalid files."""
 
 
 def read_model(cfg: PromptConfig, dtype: torch.dtype) -> Any:
-    """The causal language model of `cfg.model_id` on the CPU, its adapter on it if the folder holds one.
+    """Load the causal language model of `cfg.model_id` on the CPU, with its adapter if the folder has one.
 
     Raises:
         ModelError: there is none, it cannot be read, or its files and its description do not match tensor by tensor.
@@ -46,6 +48,7 @@ def read_model(cfg: PromptConfig, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.modeling_utils import LoadStateDictConfig
 
+    hold_here(cfg.model_id)
     config = adapter_config(cfg)
     base, revision = cfg.model_id, cfg.revision
     if config:
@@ -70,13 +73,32 @@ def read_model(cfg: PromptConfig, dtype: torch.dtype) -> Any:
     return model
 
 
-def read(factory: Any, where: str, revision: str = "", cache_dir: str = "", **kwargs: Any) -> Any:
+def hold_here(model_id: str) -> None:
+    """Raise `ModelError` for a model whose weights a training service holds."""
+    if at_service(model_id):
+        raise ModelError(
+            f"{model_id}: its weights are at a training service: train them there with --learner tinker, or take them "
+            "home with `grpo-gsm8k export --model tinker://… --out DIR`"
+        )
+
+
+def read(
+    factory: Any,
+    where: str,
+    revision: str = "",
+    cache_dir: str = "",
+    holds: Sequence[str] = DESCRIPTIONS,
+    **kwargs: Any,
+) -> Any:
     """`factory.from_pretrained`, with what a user can mend printed in one line, and no code but transformers' own.
+
+    Args:
+        holds: files of which a folder must have one.
 
     Raises:
         ModelError: for everything in `BROKEN`.
     """
-    known = _known_place(where)
+    known = _known_place(where, holds)
     if revision and not known:
         kwargs["revision"] = revision
     with one_line(where), _quiet(), _without_retries(known):
@@ -91,21 +113,32 @@ def read_tokenizer(cfg: PromptConfig) -> Any:
     """
     from transformers import AutoTokenizer
 
-    where, revision = cfg.model_id, cfg.revision
-    config = adapter_config(cfg) if Path(where).is_dir() else None
+    where, revision = tokenizer_of(cfg), cfg.revision
+    config = adapter_config(cfg) if where == cfg.model_id and Path(where).is_dir() else None
     if config and not any(config.parent.glob("*token*")):
         where, revision = _base_of(config)
-    tokenizer = read(AutoTokenizer, where, revision, cfg.cache_dir)
-    with one_line(cfg.model_id):
+    tokenizer = read(AutoTokenizer, where, revision, cfg.cache_dir, TOKENIZERS)
+    with one_line(where):
         ids = tokenizer("3 + 4 = 7", add_special_tokens=False)["input_ids"]
     if not set(ids) - {tokenizer.unk_token_id}:  # without its files it has special tokens alone
         files = ", ".join(sorted({*tokenizer.vocab_files_names.values(), "tokenizer.json"}))
-        raise ModelError(f"{cfg.model_id}: its tokenizer knows no text; its files are missing or empty ({files})")
+        raise ModelError(f"{where}: its tokenizer encodes no text; its files are missing or empty ({files})")
     return tokenizer
 
 
+def generation_ends(cfg: PromptConfig) -> list[int]:
+    """The ids that end a sequence, as the generation config beside the tokenizer has them; [] without one."""
+    from transformers import GenerationConfig
+
+    try:
+        found = read(GenerationConfig, tokenizer_of(cfg), cfg.revision, cfg.cache_dir, TOKENIZERS).eos_token_id
+    except ModelError:
+        return []
+    return [found] if isinstance(found, int) else list(found or [])
+
+
 def adapter_config(cfg: PromptConfig) -> Path | None:
-    """The file that describes the adapter of `cfg.model_id`; None for a model without one.
+    """The adapter config of `cfg.model_id`; None for a model without an adapter.
 
     Raises:
         ModelError: the folder is a model as well.
@@ -124,7 +157,7 @@ def adapter_config(cfg: PromptConfig) -> Path | None:
 
 
 def adapter_weights(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """What an adapter adds or replaces under peft's names: DoRA's magnitudes, biases and whole layers, too."""
+    """All weights of an adapter under peft's names, including DoRA's magnitudes, biases and whole layers."""
     from peft import get_peft_model_state_dict
 
     every = dict(model.named_parameters(remove_duplicate=False))
@@ -132,7 +165,7 @@ def adapter_weights(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
 
 
 def _pickled_adapter(folder: Path) -> dict[str, Any]:
-    """What transformers takes instead of a folder with a pickled adapter, which it does not look for; {} for none."""
+    """Arguments that make transformers read a pickled adapter, which it does not look for; {} without one."""
     from peft import PeftConfig
 
     if (folder / "adapter_model.safetensors").is_file() or not (folder / "adapter_model.bin").is_file():
@@ -143,7 +176,7 @@ def _pickled_adapter(folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def _take_adapter(model: Any, folder: Path) -> bool:
-    """Copy an adapter's file in where it holds exactly the adapter's weights; transformers misses some of DoRA's.
+    """Copy the adapter's weights from its file if they match exactly; transformers misses some of DoRA's.
 
     Returns:
         whether it does. The weights of the embedding itself, which peft adds to its file, are the model's.
@@ -168,7 +201,7 @@ def _take_adapter(model: Any, folder: Path) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of weights in a folder: safetensors where there are any, else pickles."""
+    """The weight files of a folder: safetensors if there are any, else pickles."""
     found = sorted(folder.glob("*.safetensors"))
     return found or sorted(folder.glob("*model*.bin"))
 
@@ -185,23 +218,27 @@ def _base_of(config: Path) -> tuple[str, str]:
     return base, revision or ""
 
 
-def _known_place(where: str) -> Path | None:
-    """The folder that a model is in; None for a name on the hub. Raises `ModelError` for what is neither."""
+def _known_place(where: str, holds: Sequence[str] = DESCRIPTIONS) -> Path | None:
+    """The folder that a model is in; None for a name on the hub. Raises `ModelError` for what is neither.
+
+    Args:
+        holds: files of which such a folder has one.
+    """
     folder = Path(where)
     if where and folder.is_dir():
-        if not any((folder / name).is_file() for name in DESCRIPTIONS):
+        if not any((folder / name).is_file() for name in holds):
             raise ModelError(f"{where}: this folder holds no model (no {' and no '.join(DESCRIPTIONS)})")
         return folder
     if folder.is_file():
         raise ModelError(f"{where}: is a file; --model_id takes a model's folder, or a name on the hub")
     if not HUB_NAME.fullmatch(where) or where.startswith((".", "-")) or ".." in where or len(where) > 96:
-        raise ModelError(f"cannot load model {where!r}: there is no such folder, and it is no name on the hub")
+        raise ModelError(f"cannot load model {where!r}: there is no such folder, and it is not a name on the hub")
     return None
 
 
 @contextmanager
 def one_line(where: str) -> Iterator[None]:
-    """What goes wrong with a model's files, as a `ModelError` that a user can act on."""
+    """Turn errors about a model's files into a `ModelError` with advice."""
     try:
         yield
     except BaseException as fault:
@@ -217,7 +254,7 @@ def _reason(where: str, fault: BaseException) -> str:
     reason = " ".join(str(fault).split())[:300] or "no reason given"
     if "trust_remote_code" in reason or "custom code" in reason:
         return (
-            f"{where}: needs code of its own (auto_map in its config), which is never run here; take a model that "
+            f"{where}: needs its own code (auto_map in its config), which is never run here; choose a model that "
             "transformers knows"
         )
     if broken := _first_unreadable(Path(where)):
@@ -232,7 +269,7 @@ def _reason(where: str, fault: BaseException) -> str:
 
 
 def _first_unreadable(folder: Path) -> str:
-    """Which of a folder's files is damaged, and how; "" for none."""
+    """Name the damaged file of a folder, and the damage; "" if there is none."""
     for path in sorted(folder.glob("*.json")):
         try:
             json.loads(path.read_text(encoding="utf-8"))
@@ -254,7 +291,7 @@ def _first_unreadable(folder: Path) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' own bars, warnings and tables: what matters is raised."""
+    """Silence transformers' progress bars, warnings and tables."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # ours are on stderr, and theirs would stand between them
@@ -270,7 +307,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _hold_to(report: Mapping[str, Any], where: str, adapter: bool = False) -> None:
-    """Raise `ModelError` unless every tensor of the model came from its files, and every one in them was taken."""
+    """Raise `ModelError` unless the files hold exactly the model's tensors."""
     found = []
     missing, strange = sorted(report["missing_keys"]), sorted(filter(_matters, report["unexpected_keys"]))
     if missing:
@@ -292,7 +329,7 @@ def _hold_to(report: Mapping[str, Any], where: str, adapter: bool = False) -> No
 
 
 def _matters(name: str) -> bool:
-    """Whether a tensor that the model does not have would change it: tables that are computed anew would not."""
+    """Whether an unknown tensor matters: recomputed buffers do not."""
     return not re.search(r"(rotary_emb\.inv_freq|position_ids|attn\.masked_bias|attention\.masked_bias)$", name)
 
 
@@ -306,7 +343,7 @@ def _shape(size: Iterable[int]) -> str:
 
 
 def _file_of(folder: Path, names: Iterable[str]) -> Path:
-    """The file that holds the first of these tensors, or where it would be looked for."""
+    """The file that holds the first of these tensors, or should hold it."""
     files = weight_files(folder) if folder.is_dir() else []
     for path in files:
         if path.suffix == ".safetensors":
@@ -318,7 +355,7 @@ def _file_of(folder: Path, names: Iterable[str]) -> Path:
 
 
 def _hold_to_finite(model: Any, where: str) -> None:
-    """Raise `ModelError` for a weight that is NaN or infinite: nothing that comes out would be a number."""
+    """Raise `ModelError` for a weight that is NaN or infinite."""
     for name, weight in model.named_parameters():
         if weight.numel() and weight.is_floating_point():
             low, high = torch.aminmax(weight.detach())
@@ -331,7 +368,7 @@ def _hold_to_finite(model: Any, where: str) -> None:
 
 @contextmanager
 def _without_retries(known: Path | None) -> Iterator[None]:
-    """Where a name must come from the hub and the hub cannot be reached, look into its cache alone."""
+    """If the hub cannot be reached, use its cache only."""
     from transformers.utils import hub as transformers_hub
 
     hub: Any = transformers_hub
@@ -347,7 +384,7 @@ def _without_retries(known: Path | None) -> Iterator[None]:
 
 @functools.lru_cache(maxsize=1)
 def _reachable(endpoint: str) -> bool:
-    """Whether something listens there, or at the proxy that would be asked. In a thread: name resolution may hang."""
+    """Whether the hub, or the proxy to it, accepts connections. In a thread, since name resolution may hang."""
     scheme = urlsplit(endpoint).scheme
     names = (f"{scheme}_proxy", f"{scheme.upper()}_PROXY", "all_proxy", "ALL_PROXY")
     proxy = next((os.environ[name] for name in names if os.environ.get(name)), "")

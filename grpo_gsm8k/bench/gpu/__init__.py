@@ -91,6 +91,7 @@ def _one(name: str, args: argparse.Namespace, found: dict[str, Any], out: Path, 
         part |= {"status": "skipped", "reason": f"{fault.name or fault} is not installed"}
     except FAULTS as fault:  # the other parts still count
         part |= {"status": "failed", "reason": last_line(fault)}
+    repro.set_deterministic(False)
     part["seconds"] = time.perf_counter() - started
     _say(f"{name}: {part['status']} in {part['seconds']:.1f} s {part.get('reason', '')}".rstrip())
     _write(found, out)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -73,8 +74,7 @@ def _held_against_logits(args: argparse.Namespace, config: Any, dtype: Any) -> d
 
     from grpo_gsm8k.config import TrainConfig
     from grpo_gsm8k.datatypes import SamplingParams
-    from grpo_gsm8k.engines.probe import completed
-    from grpo_gsm8k.trainer.batch import make_batch
+    from grpo_gsm8k.engines.probe import completed, logprob_differences
     from grpo_gsm8k.trainer.learner import TorchLearner
 
     torch.manual_seed(0)
@@ -91,23 +91,27 @@ def _held_against_logits(args: argparse.Namespace, config: Any, dtype: Any) -> d
     sampler = sampler_of(copy.deepcopy(there), rows=16)
     drawn = sampler.sample(prompts, SamplingParams(12, temperature=0.7))
     rows = [completed(p, c) for p, group in zip(prompts, drawn, strict=True) for c in group]
-    batch = make_batch(rows, 0)
-    expected = torch.zeros_like(batch.mask)
-    with torch.no_grad():
-        for row, ids in enumerate(batch.input_ids):
-            n = batch.lengths[row]
-            logp = (plain(ids[None, :n]).logits[0].float() / 0.7).log_softmax(-1)
-            expected[row, :n] = logp.gather(-1, batch.targets[row, :n, None])[:, 0]
-    expected *= batch.mask
-    found: dict[str, Any] = {"sampler": float((batch.old_logprobs - expected).abs().max())}
+    expected = [_plain_logprobs(plain, row.token_ids, 0.7) for row in rows]
+    found: dict[str, Any] = {"sampler": max(logprob_differences(rows, expected))}
+    data = [replace(row, logprobs=own) for row, own in zip(rows, expected, strict=True)]
     for packing in ("off", "on"):
         try:
             cfg = TrainConfig(engine="vllm", packing=packing, max_tokens_per_microbatch=64)
             learner = TorchLearner(copy.deepcopy(there), None, cfg)
-            found[f"packing {packing}"] = float((learner.logprobs(batch, 0.7) - expected).abs().max())
+            found[f"packing {packing}"] = max(logprob_differences(data, learner.logprobs(data, 0.7)))
         except ConfigError as fault:
             found[f"packing {packing}"] = str(fault)[:60]
     return found
+
+
+def _plain_logprobs(model: Any, ids: Sequence[int], temperature: float) -> tuple[float, ...]:
+    """Log-probability of each id under the model's logits, 0 for the first."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(torch.tensor([ids[:-1]])).logits[0].float()
+    logp = (logits / temperature).log_softmax(-1)
+    return (0.0, *logp.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].tolist())
 
 
 def parity(args: argparse.Namespace) -> Iterator[Row]:
@@ -148,7 +152,7 @@ def parity(args: argparse.Namespace) -> Iterator[Row]:
 def _gradient(args: argparse.Namespace, device: str, dtype: Any, **flags: Any) -> tuple[list[Any], float]:
     """The gradient of a small update, and its loss."""
     from grpo_gsm8k.config import TrainConfig
-    from grpo_gsm8k.trainer.batch import make_batch
+    from grpo_gsm8k.trainer.data import weighted
     from grpo_gsm8k.trainer.learner import TorchLearner
     from grpo_gsm8k.trainer.losses import GrpoClip, Objective
 
@@ -157,7 +161,7 @@ def _gradient(args: argparse.Namespace, device: str, dtype: Any, **flags: Any) -
     repro.set_deterministic(bool(flags.get("deterministic")))
     cfg = TrainConfig(engine="vllm", **{"max_tokens_per_microbatch": 256, **flags})
     learner = TorchLearner(model, None, cfg)
-    found = learner.forward_backward(make_batch(update_rows(args, "toy", 0), 0, "token"), Objective(GrpoClip()))
+    found = learner.forward_backward(weighted(update_rows(args, "toy", 0), "token"), Objective(GrpoClip()))
     names = sorted(learner.optimizer.masters)
     sums = getattr(learner.optimizer, "sums", {})
     params, masters = learner.optimizer.params, learner.optimizer.masters

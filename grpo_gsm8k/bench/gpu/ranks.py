@@ -21,6 +21,7 @@ def main(folder: Path, device: str, name: str) -> None:
         "data": str(folder / "data"),
         "out_dir": str(folder / f"run{name}"),
         "device": device,
+        "engine": "hf",
         "dtype": "float32",
         "batch_size": 16,
         "max_steps": 4,

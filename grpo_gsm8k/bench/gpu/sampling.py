@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
+import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,9 @@ from grpo_gsm8k.bench.gpu.tools import (
 )
 from grpo_gsm8k.trainer.costs import PROMPT, Shape, causal_pairs, decoding_bytes, training_flops
 
+HALF = {"hidden_size": 896, "layers": 24, "heads": 14, "intermediate_size": 4864}
+"""The layers of Qwen2.5-0.5B; its vocabulary is that of made-up problems."""
+
 
 def sampler(args: argparse.Namespace) -> Iterator[Row]:
     """The embedded sampler, with graphs and without: tokens a second, and its log-probs against the trainer's."""
@@ -42,9 +47,11 @@ def sampler(args: argparse.Namespace) -> Iterator[Row]:
         model.generation_config.eos_token_id = list(range(2, vocabulary, 16 if toy else 200))
         lengths = [5, 7, 9, 8] if toy else [60 + 7 * i % 80 for i in range(32)]
         ways = {"256 rows": (8, None, 200), "64 rows": (2, None, 200), "256 rows, no graphs": (8, False, 40)}
+        ways["256 rows, deterministic"] = (8, None, 200)
         for name, (group, static, length) in ways.items():
-            if size == "0.5b" and static is False:
+            if size == "0.5b" and name not in ("256 rows", "64 rows"):
                 continue
+            repro.set_deterministic("deterministic" in name)
             prompts = dummy_requests(lengths, vocabulary, group)
             drawer = sampler_of(model, group * len(prompts), static)
             began = time.perf_counter()
@@ -75,23 +82,26 @@ def _against_the_trainer(
 ) -> dict[str, float]:
     """How far the sampler's log-probabilities are from a frozen pass of the trainer."""
     from grpo_gsm8k.config import TrainConfig
-    from grpo_gsm8k.engines.probe import completed
-    from grpo_gsm8k.trainer.batch import make_batch
+    from grpo_gsm8k.engines.probe import completed, logprob_differences
     from grpo_gsm8k.trainer.learner import TorchLearner
 
-    batch = make_batch([completed(p, c) for p, g in zip(prompts, drawn, strict=True) for c in g], 0)
+    rows = [completed(p, c) for p, g in zip(prompts, drawn, strict=True) for c in g]
     cfg = TrainConfig(engine="vllm", max_tokens_per_microbatch=64 if is_toy(args) else 8192, compile="off")
     learner = TorchLearner(model.requires_grad_(True), None, cfg)
-    off = (learner.logprobs(batch) - batch.old_logprobs).abs() * batch.mask
-    assert bool(off.isfinite().all())
+    off = logprob_differences(rows, learner.logprobs(rows))
+    assert all(map(math.isfinite, off))
     model.requires_grad_(False)
-    return {"logp_error_mean": float(off.sum() / batch.mask.sum()), "logp_error_max": float(off.max())}
+    return {"logp_error_mean": statistics.fmean(off), "logp_error_max": max(off)}
 
 
 def grpo_run(
-    args: argparse.Namespace, sizes: dict[str, int], **flags: Any
+    args: argparse.Namespace, sizes: dict[str, int], stops: Sequence[int] = (), **flags: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """`grpo.run` on made-up problems with a model made on the spot; its result and its metrics."""
+    """`grpo.run` on made-up problems with a model made on the spot; its result and its metrics.
+
+    Args:
+        stops: steps behind which the run is ended and then resumed.
+    """
     import tempfile
 
     from grpo_gsm8k import config, grpo
@@ -105,12 +115,14 @@ def grpo_run(
             "out_dir": str(folder / "run"),
             "device": args.device,
             "dtype": args.dtype,
+            "engine": "hf",
             "reward": "random",
             "eval_every": 0,
             "max_tokens_per_microbatch": 0,
             **flags,
         }
-        result = grpo.run(config.resolve("grpo", preset="tiny", flags=given))
+        for stop in (*stops, 0):
+            result = grpo.run(config.resolve("grpo", preset="tiny", flags={**given, "max_steps": stop, "resume": True}))
         lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return result, [json.loads(line) for line in lines]
 
@@ -121,8 +133,7 @@ def step(args: argparse.Namespace) -> Iterator[Row]:
     tiny = {"hidden_size": 64, "heads": 4} if toy else {}
     runs: dict[str, tuple[dict[str, int], dict[str, Any]]] = {}
     if not toy:
-        half = {"hidden_size": 896, "layers": 24, "heads": 14, "intermediate_size": 4864}
-        runs["24 layers of 896"] = (half, {"rollouts_per_step": 256, "max_new_tokens": 200})
+        runs["24 layers of 896"] = (HALF, {"rollouts_per_step": 256, "max_new_tokens": 200})
     runs["demo's model"] = (tiny, {"rollouts_per_step": 8 if toy else 256, "max_new_tokens": 8 if toy else 96})
     for name, (sizes, flags) in runs.items():
         more = {"steps": 3, "group_size": 4 if toy else 8, "sample_rows": 256, "save_every": 100, **flags}
@@ -146,15 +157,20 @@ def _floor(args: argparse.Namespace, name: str, flags: dict[str, Any], length: f
 
 
 def determinism(args: argparse.Namespace) -> Iterator[Row]:
-    """A deterministic run, twice: the same weights to the last bit."""
-    tiny = {"hidden_size": 64, "heads": 4}
-    more = {"steps": 2, "rollouts_per_step": 16, "group_size": 4, "max_new_tokens": 16, "deterministic": True}
-    try:
-        for dtype in ("float32", "bfloat16"):
-            pair = [grpo_run(args, tiny, **more, dtype=dtype)[0]["weights_sha256"] for _ in range(2)]
-            yield dtype, {"equal": pair[0] == pair[1], "sha256": pair[0][:12]}
-    finally:
-        repro.set_deterministic(False)
+    """A deterministic run once more, and once with a stop in between: the same weights to the last bit."""
+    small: dict[str, Any] = {"rollouts_per_step": 16, "max_new_tokens": 16}
+    runs: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
+        dtype: ({"hidden_size": 64, "heads": 4}, {"dtype": dtype, **small}) for dtype in ("float32", "bfloat16")
+    }
+    if not is_toy(args):
+        large = {"dtype": "bfloat16", "rollouts_per_step": 64, "max_new_tokens": 200}
+        runs["bfloat16, 24 layers of 896"] = (HALF, large)
+    for name, (sizes, flags) in runs.items():
+        more = {"steps": 3, "group_size": 4, "deterministic": True, **flags}
+        first = grpo_run(args, sizes, **more)[0]["weights_sha256"]
+        for how, stops in (("once more", ()), ("resumed", (1,))):
+            again = grpo_run(args, sizes, stops, **more)[0]["weights_sha256"]
+            yield f"{name}, {how}", {"equal": first == again, "sha256": first[:12]}
 
 
 def devices(args: argparse.Namespace) -> Iterator[Row]:
@@ -188,8 +204,7 @@ def devices(args: argparse.Namespace) -> Iterator[Row]:
             yield "two ranks against one", {"loss_error": apart}
     if installed("vllm") == "none":
         return
-    flags = {"engine": "vllm", "vllm_device": "cuda:1", "steps": 3, "rollouts_per_step": 64, "group_size": 8}
-    flags["max_new_tokens"] = 64
+    flags: dict[str, Any] = {"vllm_device": "cuda:1", "steps": 3, "rollouts_per_step": 64, "group_size": 8}
     for transfer in ("file", "nccl"):
         for mode in ("on_policy", "one_step_off"):
             try:
@@ -210,7 +225,8 @@ def vllm(args: argparse.Namespace) -> Iterator[Row]:
     if args.device.startswith("cpu"):
         raise Skip("measured on a GPU alone; tests/test_vllm.py has the CPU")
     for transfer in ("file", "ipc"):
-        flags = {"engine": "vllm", "weight_transfer": transfer, "steps": 3, "rollouts_per_step": 256, "group_size": 8}
+        flags: dict[str, Any] = {"engine": "vllm", "weight_transfer": transfer, "steps": 3}
+        flags |= {"rollouts_per_step": 256, "group_size": 8}
         try:
             _, metrics = grpo_run(args, {"heads": 4}, **flags, max_new_tokens=200)
         except FAULTS as fault:  # one way; the other still counts

@@ -43,7 +43,7 @@ def measure_update(args: argparse.Namespace, size: str, tokens: int = 0, **flags
 
     from grpo_gsm8k.bench import update as bench_update
     from grpo_gsm8k.config import TrainConfig
-    from grpo_gsm8k.trainer.batch import make_batch
+    from grpo_gsm8k.trainer.data import weighted
     from grpo_gsm8k.trainer.learner import TorchLearner
     from grpo_gsm8k.trainer.losses import GrpoClip, Objective
     from grpo_gsm8k.trainer.memory import shape_of
@@ -51,7 +51,7 @@ def measure_update(args: argparse.Namespace, size: str, tokens: int = 0, **flags
     gpu, tokens = args.device.startswith("cuda"), tokens or args.tokens
     rows, objective = update_rows(args, size, tokens), Objective(GrpoClip())
     learner = TorchLearner(bench.make_model(shape_args(args, size)), None, TrainConfig(engine="vllm", **flags))
-    batch, few = make_batch(rows, 0, "token"), make_batch(rows[: max(8, min(len(rows) // 4, 64))], 0, "token")
+    data, few = weighted(rows, "token"), weighted(rows[: max(8, min(len(rows) // 4, 64))], "token")
     started = time.perf_counter()
     budget = learner.budget
     learner.forward_backward(few, objective)
@@ -61,7 +61,7 @@ def measure_update(args: argparse.Namespace, size: str, tokens: int = 0, **flags
     if gpu:
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    said = learner.forward_backward(batch, objective)
+    said = learner.forward_backward(data, objective)
     wait(args)
     passed = time.perf_counter() - started
     stepped = learner.step(1e-6)
@@ -79,7 +79,7 @@ def measure_update(args: argparse.Namespace, size: str, tokens: int = 0, **flags
         "mfu": said.get("perf/mfu", 0.0) * passed / whole,
         "nominal_mfu": work / whole / peak if peak else 0.0,
         "microbatch": budget,
-        "passes": len(list(learner._microbatches(batch, range(len(rows))))),
+        "passes": learner.passes(data),
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if gpu else 0.0,
         "predicted_gb": stepped.get("perf/predicted_peak_gb", 0.0),
         "reserved_gb": torch.cuda.memory_reserved() / 1e9 if gpu else 0.0,
@@ -95,22 +95,22 @@ def profile(args: argparse.Namespace) -> Iterator[Row]:
     from torch.profiler import profile as profiler
 
     from grpo_gsm8k.config import TrainConfig
-    from grpo_gsm8k.trainer.batch import make_batch
+    from grpo_gsm8k.trainer.data import weighted
     from grpo_gsm8k.trainer.learner import TorchLearner
     from grpo_gsm8k.trainer.losses import GrpoClip, Objective
 
     size = sizes_of(args)[-1]
     rows = update_rows(args, size, min(args.tokens, 24_000))
-    batch = make_batch(rows, 0, "token")
+    data = weighted(rows, "token")
     cfg = TrainConfig(engine="vllm", max_tokens_per_microbatch=64 if is_toy(args) else 12288)
     learner = TorchLearner(bench.make_model(shape_args(args, size)), None, cfg)
-    learner.forward_backward(batch, Objective(GrpoClip()))
+    learner.forward_backward(data, Objective(GrpoClip()))
     learner.step(1e-6)
     wait(args)
     gpu = args.device.startswith("cuda") and ProfilerActivity.CUDA in supported_activities()
     started = time.perf_counter()
     with profiler(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as seen:
-        learner.forward_backward(batch, Objective(GrpoClip()))
+        learner.forward_backward(data, Objective(GrpoClip()))
         wait(args)
         passed = time.perf_counter() - started
         learner.step(1e-6)
@@ -186,7 +186,7 @@ def _without(name: str) -> Iterator[None]:
         if name == "head in torch":
             stack.enter_context(mock.patch.object(head_triton, "serves", lambda hidden: False))
         if name.startswith("packed in blocks"):
-            stack.enter_context(mock.patch.object(packing, "reads_varlen", lambda model: False))
+            stack.enter_context(mock.patch.object(packing, "reads_varlen", lambda *which: False))
         if name.startswith("chunk"):
             stack.enter_context(mock.patch.dict(costs.CHUNK_BYTES, cuda=512 << 20))
         yield

@@ -12,7 +12,7 @@ Four layers, each small enough to check by eye:
 `strict` stops after layer 2: it demands a marker outside the thoughts, and "the answer is 18" is prose.
 Nothing is evaluated but a plain fraction and a power of ten; there is no `eval`, no float, no symbolic algebra.
 
-House rulings on what people may debate:
+Rules for debatable cases:
 - Units and currency are ignored, and percent is a unit: `50%` is 50, not 1/2. "2 dozen" is 2; "2 thousand" is 2000.
 - `20 - 2 = 18` is 18 (the last side of an equation); a bare `20 - 2` is work left to do, and no answer.
 - "18 apples and 3 pears", "17, 18", "15-18", "about 18", "at least 18", "maybe 18", "18?" commit to no number.
@@ -35,6 +35,7 @@ from itertools import islice
 from typing import Literal, NamedTuple
 
 from grpo_gsm8k.tasks.base import Tags, after_opened_thought, tag_pattern
+from grpo_gsm8k.tasks.responses import DISOWNED, DOUBT, REJECTED, closing_brace, line_end
 
 Mode = Literal["flexible", "strict"]
 
@@ -278,7 +279,7 @@ def _without_fragment(text: str, tags: Tags) -> tuple[str, str | None]:
         closed, inside = text.find(tags.answer_close or "\n", start) >= 0, start + len(tags.answer_open)
     else:
         inside = text.index("{", start) + 1
-        closed = _closing_brace(text, inside) >= 0
+        closed = closing_brace(text, inside, MAX_STATEMENT) >= 0
     fragment = text[inside : inside + MAX_STATEMENT].strip()
     # With further lines after it, the marker was merely malformed: it marks nothing, but the text goes on.
     if closed or "\n" in fragment:
@@ -307,34 +308,23 @@ def _marked_at(text: str, start: int, mark: str, tags: Tags) -> _Found | None:
     return _tagged(text, inside, tags) if mark == tags.answer_open else _boxed(text, start, inside)
 
 
-def _closing_brace(text: str, inside: int) -> int:
-    """The position of the brace that closes the group starting at `inside`; -1 if there is none in reach."""
-    depth = 1
-    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, inside, inside + MAX_STATEMENT):
-        depth += {"{": 1, "}": -1}.get(match.group(), 0)
-        if depth == 0:
-            return match.start()
-    return -1
-
-
 _ALTERNATIVE_AFTER = re.compile(r"[\s$.)\]\\*}]{0,8}(?:\bor\b|\bto\b|±|\\pm)[^.\n]{0,20}?(?:\d|boxed)")
 _ALTERNATIVE_BEFORE = re.compile(
     r"(?:[\d}][\s$*)\]\\]{0,8}(?:\w{1,9} )?,?\s{0,2}\bor|\}[\s$*)\]\\]{0,8}(?:,|,?\s?\band\b))[\s$*([\\]{0,8}$"
 )
-_REJECTED = re.compile(r"\b(?:not|instead of|rather than|isn't)[\s$*(\[\\]{0,8}$", re.IGNORECASE)
 
 
 def _boxed(text: str, start: int, inside: int) -> _Found | None:
     r"""Reads `\boxed{18}`, `\boxed 18`, and `boxed{18}` whose backslash was lost on the way."""
     if text.startswith("{", inside) or text.startswith(" {", inside):
         inside = text.index("{", inside) + 1
-        end = _closing_brace(text, inside)
+        end = closing_brace(text, inside, MAX_STATEMENT)
         content = text[inside:end] if end >= 0 else ""
     else:
         bare = re.compile(r"\s?([^\s{}$\\]{1,40})").match(text, inside)
         end = bare.end() if bare else inside
         content = bare.group(1) if bare and text[start - 1 : start] in ("\\", "f") else ""
-    if not _says_anything(content) or _REJECTED.search(text[max(0, start - 40) : start]):
+    if not _says_anything(content) or REJECTED.search(text[max(0, start - 40) : start]):
         return None
     hedged = _ALTERNATIVE_AFTER.match(text, end) or _ALTERNATIVE_BEFORE.search(text[max(0, start - 40) : start])
     return _Found(None if hedged else _read(content, leading=True), end)
@@ -365,10 +355,11 @@ def _hashed(text: str, inside: int, tags: Tags) -> _Found | None:
     """Reads the line after `####`, or the next one if it is empty. None for a markdown heading."""
     if text[inside : inside + 1] == "#" or text[inside - 5 : inside - 4] == "#":
         return None
-    end = _line_end(text, inside)
+    end = line_end(text, inside, MAX_STATEMENT)
     if not _says_anything(text[inside:end]) or _ANSWER_HEADING.fullmatch(text[inside:end]):
         inside = end
-        end = _line_end(text, end + 1 + len(text[end : end + 9]) - len(text[end : end + 9].lstrip()))
+        ahead = text[end : end + 9]
+        end = line_end(text, end + 1 + len(ahead) - len(ahead.lstrip()), MAX_STATEMENT)
     content = text[inside:end].strip(" #\n\r\t")
     if tags.answer_close and tags.answer_close in content:
         content = content[: content.index(tags.answer_close)]
@@ -385,12 +376,6 @@ def _hashed(text: str, inside: int, tags: Tags) -> _Found | None:
     return _Found(None, end)
 
 
-def _line_end(text: str, start: int) -> int:
-    """Where the line ends, or where as much of it as is read."""
-    end = text.find("\n", start, start + MAX_STATEMENT)
-    return end if end >= 0 else min(len(text), start + MAX_STATEMENT)
-
-
 def _says_anything(content: str) -> bool:
     return any(character.isalnum() for character in content)
 
@@ -399,13 +384,6 @@ _TAKEN_BACK = re.compile(
     r"(?:^|[.!?\n)}])[\s*>($]{0,6}(?:but\s+)?"
     r"(?:wait|actually|no|oops|hmm+|hold on|sorry|correction|scratch that|on second thought|my mistake|edit)"
     r"\b[\s,.:!…—–-]{0,6}",
-    re.IGNORECASE,
-)
-_DISOWNED = re.compile(
-    r"(?:^|[.!?\n)}]|\b(?:wait|actually|no|oops|sorry|hmm+),?)\s{0,3}(?:but\s+)?(?:"
-    r"(?:that|this|it|the above|my (?:previous )?answer|the (?:answer|result) above|the previous answer)"
-    r"(?: answer| result)?\s?(?:is|was|'s|’s)\s(?:actually )?(?:wrong|incorrect|not right|not correct|a mistake)"
-    r"|i (?:made|have made) an? (?:\w+ )?(?:mistake|error)|scratch that|i meant)",
     re.IGNORECASE,
 )
 _RESTATED = re.compile(r"(?:(?:it|this|that|the \w+)\s?(?:is|'s|’s|should be|must be|equals|=)\s)?", re.IGNORECASE)
@@ -422,7 +400,7 @@ def _correction(tail: str) -> tuple[bool, Quantity | None]:
         restated = _whole(_without_remarks(_tokens(sentence[_RESTATED.match(sentence).end() :])))  # type: ignore[union-attr]
         if restated:
             return True, restated
-    if disowned := _DISOWNED.search(tail):
+    if disowned := DISOWNED.search(tail):
         return True, _final_statement(tail[disowned.end() :])
     return False, None
 
@@ -437,9 +415,6 @@ _SPOKEN = re.compile(
 )
 _LEAD_IN = re.compile(
     r"[\s*:]*(?:(?:therefore|thus|simply|just|exactly|equal to|a total of|then|indeed|now)\b[\s,:]*)*", re.I
-)
-_DOUBT = re.compile(
-    r"\b(?:maybe|perhaps|possibly|might|could be|may be|guess|unsure|not (?:\w+ )?(?:sure|certain))\b", re.I
 )
 _DENIED = re.compile(
     r"\b(?:cannot|can['’]t) be\b|\bis(?:n['’]t| not) (?:the|correct|right)\b|\bis (?:wrong|incorrect)\b", re.I
@@ -502,7 +477,7 @@ def _last_spoken(text: str) -> _Found | None:
         tokens = _tokens(clause)
         opens = bool(_quantities(tokens[:4]) and _quantities(tokens)[0].start == 0)
         end = start + len(clause)
-        if _DOUBT.search(match.group()) or re.match(r"(?:either|between|about|approx|around|roughly)", clause, re.I):
+        if DOUBT.search(match.group()) or re.match(r"(?:either|between|about|approx|around|roughly)", clause, re.I):
             return _Found(None, end)
         if match["link"].strip()[-1:].isalpha():
             if opens or any(token.text == "=" for token in tokens):
@@ -908,7 +883,7 @@ def _read(text: str, leading: bool = False) -> Quantity | None:
     tokens = _tokens(text)
     while _at(tokens, len(tokens) - 1) in (".", "!", ",", ";"):
         tokens.pop()
-    if _DOUBT.search(text) or _at(tokens, len(tokens) - 1) == "?":
+    if DOUBT.search(text) or _at(tokens, len(tokens) - 1) == "?":
         return None
     if not leading and _DENIED.search(text):
         return None

@@ -1,6 +1,6 @@
 r"""Do two answers say the same? Compared as what they are: choices, texts, sets, lists, tuples, equations, numbers.
 
-House rulings, where people may debate:
+Rules for debatable cases:
 - A label (`x =`, `f(x) =`, `\angle ABC =`) or a unit may be missing or added; two that contradict each other are wrong.
   So are another unit (`1 m` for `100 cm`) and another letter (`y = 5` for `x = 5`).
 - A percentage may be written as a percentage, as its number, or as the fraction it is.

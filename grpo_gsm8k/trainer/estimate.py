@@ -1,4 +1,4 @@
-"""What a GRPO run would need on a named GPU: memory, token budget, seconds of a step. `grpo --estimate`.
+"""`grpo --estimate`: predicts memory, token budget and seconds per step of a GRPO run on a named GPU.
 
 The formulas are `costs.py`'s. Predictions: none has been held against a GPU yet (artifacts/RESULTS.md).
 """
@@ -22,8 +22,9 @@ def estimate(cfg: GrpoConfig, name: str) -> dict[str, Any]:
     """Predicted peak of memory, token budget and seconds of a GRPO step on one GPU of `GPUS`.
 
     Lengths are those that the config allows at most; prompts are taken to have 100 tokens. The embedded sampler's copy,
-    cache and logits count; vLLM has a GPU of its own. `peak_gb` is what torch will say was allocated; that it `fits`
-    leaves room for CUDA's context and between tensors. Raises `ConfigError`.
+    cache and logits count, with `--engine auto` too, since what is installed there is not known; vLLM has a GPU of its
+    own. `peak_gb` is what torch will say was allocated; that it `fits` leaves room for CUDA's context and between
+    tensors. Raises `ConfigError`.
     """
     if name not in GPUS:
         raise ConfigError(f"--estimate {name}: known are {', '.join(GPUS)}")

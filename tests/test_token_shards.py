@@ -19,7 +19,7 @@ from grpo_gsm8k import config, pretokenize, sft
 from grpo_gsm8k.datatypes import Datum
 from grpo_gsm8k.errors import ConfigError, DataError
 from grpo_gsm8k.runs.files import read_json, sha256_file, write_json
-from grpo_gsm8k.trainer import shards
+from grpo_gsm8k.trainer import token_shards
 from tests.toys import REPOSITORY, cli, make_model, stage_config
 
 
@@ -48,22 +48,22 @@ def contents(folder):
 
 def test_a_shard_by_hand(tmp_path):
     rows = [Datum((5, 6, 7, 0), (0, 0, 1, 1)), Datum((8, 0), (0, 1)), Datum((0, 0, 9), (0, 1, 1))]
-    tensors = shards.pack(rows, 5, pad_id=0)  # the id that pads ends rows, too, and begins one
+    tensors = token_shards.pack(rows, 5, pad_id=0)  # the id that pads ends rows, too, and begins one
     assert tensors["input_ids"].tolist() == [[0, 5, 6, 7, 0], [0, 0, 0, 8, 0], [0, 0, 0, 0, 9]]
     assert tensors["labels"].tolist() == [[-100, -100, -100, 7, 0], [-100] * 4 + [0], [-100] * 3 + [0, 9]]
     assert tensors["response_mask"].tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1], [0, 0, 0, 1, 1]]
     for format in ("safetensors", "pt"):
         path = tmp_path / f"a.{format}"
-        shards.write_shard(path, tensors, {"lines": 3}, format)
-        shard = shards.read_shard(path, format)
-        assert shards.unpack(shard) == rows
+        token_shards.write_shard(path, tensors, {"lines": 3}, format)
+        shard = token_shards.read_shard(path, format)
+        assert token_shards.unpack(shard) == rows
         assert shard["meta"] == {"lines": 3} and int(shard["pad_token_id"]) == 0
         assert {name: t.dtype for name, t in shard.items() if name in ("input_ids", "labels", "response_mask")} == {
             "input_ids": torch.int64,
             "labels": torch.int64,
             "response_mask": torch.uint8,
         }
-    assert shards.unpack(shards.pack([], 5, 0)) == []
+    assert token_shards.unpack(token_shards.pack([], 5, 0)) == []
 
 
 def test_shards_against_the_tokenizer(tiny, pairs, tmp_path):
@@ -114,7 +114,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_bytes(tiny, pairs, tmp_path):
         for path in sorted(folder.glob("shard_*"))[kept:]:
             path.rename(path.with_name(f".tmp-1-2-{path.name}"))
         with pytest.raises(DataError, match="not complete"):
-            shards.read_manifest(folder)
+            token_shards.read_manifest(folder)
         untouched = {path: path.stat().st_mtime_ns for path in folder.glob("shard_*")}
         tokenize(tiny, pairs, folder)
         assert contents(folder) == whole
@@ -140,7 +140,7 @@ def test_other_settings_other_inputs_and_other_files_are_refused(tiny, pairs, tm
         with pytest.raises(ConfigError, match=words):
             tokenize(tiny, pairs, folder, **flags)
     assert contents(folder) == before
-    with pytest.raises(ConfigError, match="holds other files"):
+    with pytest.raises(ConfigError, match="a manifest of something else"):
         tokenize(tiny, pairs, tiny.data)
     with pytest.raises(DataError, match="no example fits into 5 tokens"):
         tokenize(tiny, pairs, tmp_path / "narrow", max_total_tokens=5)
@@ -197,8 +197,8 @@ def test_damaged_shards_are_refused_and_no_code_is_run(tiny, pairs, tmp_path):
     made_with = manifest["made_with"]
     shard = folder / "shard_00001.pt"
     torch.save({"input_ids": Bomb(tmp_path / "boom")}, shard)
-    with pytest.raises(DataError, match=r"shard_00001\.pt: is missing, or not the file"):
-        shards.load_rows(folder, made_with, "last")
+    with pytest.raises(DataError, match=r"shard_00001\.pt: is missing, or differs from"):
+        token_shards.load_rows(folder, made_with, "last")
     manifest["shards"][1]["sha256"] = sha256_file(shard)  # and the manifest vouches for it
     write_json(folder / "manifest.json", manifest)
     for bad in (None, b"", b"PK\x03\x04", pickle.dumps({"a": 1}, protocol=2)):
@@ -206,11 +206,11 @@ def test_damaged_shards_are_refused_and_no_code_is_run(tiny, pairs, tmp_path):
             shard.write_bytes(bad)
             manifest["shards"][1]["sha256"] = sha256_file(shard)
             write_json(folder / "manifest.json", manifest)
-        with pytest.raises(DataError, match=r"shard_00001\.pt: is no shard"):
-            shards.load_rows(folder, made_with, "last")
+        with pytest.raises(DataError, match=r"shard_00001\.pt: is not a shard"):
+            token_shards.load_rows(folder, made_with, "last")
     assert not (tmp_path / "boom").exists()
     with pytest.raises(DataError, match="tokenize --out_dir"):
-        shards.read_manifest(tiny.data)  # has a manifest, of problems
+        token_shards.read_manifest(tiny.data)  # has a manifest, of problems
 
 
 @pytest.mark.slow
@@ -219,6 +219,7 @@ def test_the_command_in_two_processes_killed_and_continued(tiny, pairs, tmp_path
     many = tmp_path / "many.jsonl"
     many.write_text(pairs.read_text() * 100)
     flags = ["--model_id", tiny.model, "--prompt_style", "gsm8k", "--max_total_tokens", "64", "--shard_rows", "200"]
+    flags += ["--format", "pt"]  # the script's own
     done = cli("tokenize", *flags, "--data_path", many, "--out_dir", tmp_path / "one", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["written"] == 1900, done.stderr
     script = [sys.executable, REPOSITORY / "scripts/shell/pretokenize_r1_pairs.py", *flags, "--infile", many]

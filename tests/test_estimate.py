@@ -11,15 +11,16 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from grpo_gsm8k.errors import ConfigError
-from grpo_gsm8k.trainer import costs, memory, plan
+from grpo_gsm8k.trainer import costs, memory
 from grpo_gsm8k.trainer import learner as learner_module
-from grpo_gsm8k.trainer.batch import make_batch
+from grpo_gsm8k.trainer.data import weighted
+from grpo_gsm8k.trainer.estimate import estimate
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.losses import Objective
 from grpo_gsm8k.trainer.memory import Gauge, shape_of
 from tests.meter import LiveMemory, ProfiledMemory
 from tests.test_costs import make_model
-from tests.toys import gradient, rows, stage_config, train_config
+from tests.toys import batch_of, gradient, rows, stage_config, train_config
 
 MATH_1B5 = {  # Qwen2.5-Math-1.5B
     "vocab_size": 151_936,
@@ -36,9 +37,9 @@ def test_an_estimate_of_the_full_recipe(tmp_path):
     Qwen2Config(**MATH_1B5, architectures=["Qwen2ForCausalLM"]).save_pretrained(tmp_path)
     sizes = {"max_new_tokens": 250, "rollouts_per_step": 2048, "max_tokens_per_microbatch": 0}
     cfg = stage_config("grpo", model_id=str(tmp_path), **sizes)
-    found = plan.estimate(cfg, "H200")
+    found = estimate(cfg, "H200")
     assert found["weights"] == 1_543_714_304  # as its card has it: 1.54B
-    assert found["fits"] and not plan.estimate(cfg, "4090")["fits"]
+    assert found["fits"] and not estimate(cfg, "4090")["fits"]
     # 6 x (1.31e9 x 716,800 + 0.233e9 x 512,000) operations at 989e12 a second; attention: 12 x 28 x 1536 for each of
     # 2,048 x 350 x 351 / 2 pairs
     assert found["update_seconds_at_peak"] == pytest.approx(6.42 + 0.066, abs=0.02)
@@ -50,27 +51,27 @@ def test_an_estimate_of_the_full_recipe(tmp_path):
     # tokens take the rest, well within 0.85 of what CUDA leaves of 141 GB
     assert 30.9 + 2.6 < found["peak_gb"] < 0.6 * (141 - 2.147)
     again = 2 * 1.31e9 * 716_800 / 989e12 + 0.022  # the layers' forward pass a second time
-    slower = plan.estimate(replace(cfg, activation_checkpointing=True), "H200")["update_seconds_at_peak"]
+    slower = estimate(replace(cfg, activation_checkpointing=True), "H200")["update_seconds_at_peak"]
     assert slower - found["update_seconds_at_peak"] == pytest.approx(again, abs=0.02)
     passes = replace(cfg, kl_coef=0.1, old_logprobs="recompute")  # with one update a step, the reference's alone
     for minibatches, share in [(1, 4 / 3), (2, 5 / 3)]:
-        frozen = plan.estimate(replace(passes, minibatches=minibatches), "H200")["update_seconds_at_peak"]
+        frozen = estimate(replace(passes, minibatches=minibatches), "H200")["update_seconds_at_peak"]
         assert frozen == pytest.approx(share * found["update_seconds_at_peak"], abs=0.02)
     small = replace(cfg, max_tokens_per_microbatch=4096)
-    peak = plan.estimate(small, "H200")["peak_gb"]
+    peak = estimate(small, "H200")["peak_gb"]
     saved = {"optimizer_device": 12 * 1.5437, "engine": 2 * 1.5437 + 256 * 350 * 28672 / 1e9}
     for name, value in {"optimizer_device": "cpu", "engine": "vllm"}.items():
-        assert plan.estimate(replace(small, **{name: value}), "H200")["peak_gb"] == pytest.approx(
+        assert estimate(replace(small, **{name: value}), "H200")["peak_gb"] == pytest.approx(
             peak - saved[name], abs=0.02
         )
-    eager = plan.estimate(replace(small, compile="off"), "H200")["peak_gb"]
-    checkpointing = plan.estimate(replace(small, activation_checkpointing=True), "H200")["peak_gb"]
+    eager = estimate(replace(small, compile="off"), "H200")["peak_gb"]
+    checkpointing = estimate(replace(small, activation_checkpointing=True), "H200")["peak_gb"]
     assert peak < eager - 2 and checkpointing < peak - 2
     assert (
-        plan.estimate(replace(small, mode="one_step_off"), "H200")["peak_gb"] > peak + 0.35
+        estimate(replace(small, mode="one_step_off"), "H200")["peak_gb"] > peak + 0.35
     )  # logits of 256 rows; their cache stays in either mode
     with pytest.raises(ConfigError, match="H200"):
-        plan.estimate(cfg, "B9000")
+        estimate(cfg, "B9000")
 
 
 def test_running_out_of_memory_says_what_to_lower(tiny, monkeypatch):
@@ -79,11 +80,11 @@ def test_running_out_of_memory_says_what_to_lower(tiny, monkeypatch):
 
     learner = TorchLearner(Qwen2ForCausalLM.from_pretrained(tiny.model), None, train_config())
     monkeypatch.setattr(learner_module, "token_logprobs", too_large)
-    four = make_batch(rows(*[(range(3, 24), 1)] * 4), 0)  # 4 rows of 20 tokens, then 2 of them
+    four = weighted(rows(*[(range(3, 24), 1)] * 4), "token")  # 4 rows of 20 tokens, then 2 of them
     with pytest.raises(ConfigError, match="--max_tokens_per_microbatch 20"):
         learner.forward_backward(four, Objective())
     with pytest.raises(ConfigError, match="single row of 20 tokens"):
-        learner.logprobs(make_batch(rows((range(3, 24), 1)), 0))
+        learner.logprobs(rows((range(3, 24), 1)))
 
 
 def test_running_out_of_memory_after_a_probe_says_how_much_it_was():
@@ -145,7 +146,7 @@ def probing():
 def peak_of_a_pass(learner, cells):
     """What a pass of about so many cells, all of them targets, really takes beside gradients and moments."""
     length = 64
-    batch = make_batch(rows(*[(range(3, 4 + length), 1)] * (cells // length)), 0)
+    batch = batch_of(rows(*[(range(3, 4 + length), 1)] * (cells // length)))
     learner._pass(batch, Objective())
     with ProfiledMemory() as meter:
         learner._pass(batch, Objective())
@@ -174,11 +175,11 @@ def test_the_probe_finds_what_fits_and_fills_it(probing, hoards, flags, dtype, v
 
 
 def test_a_budget_that_was_probed_changes_no_number(probing):
-    batch = make_batch(rows(*[(range(3, 24), 1)] * 4), 0)
+    data = weighted(rows(*[(range(3, 24), 1)] * 4), "token")
     plain = TorchLearner(make_model(vocabulary=300), None, train_config())
     probed = probing()
     assert probed.budget > 512 == plain.budget
-    said = [one.forward_backward(batch, Objective()) | one.step(1e-3) for one in (plain, probed)]
+    said = [one.forward_backward(data, Objective()) | one.step(1e-3) for one in (plain, probed)]
     assert said[0]["loss"] == said[1]["loss"] and said[0]["policy/grad_norm"] == said[1]["policy/grad_norm"]
     assert probing().budget == probed.budget
 
@@ -209,8 +210,8 @@ def test_a_probe_that_does_not_fit_says_so(probing, monkeypatch):
 def test_a_run_says_what_was_predicted_and_what_it_was(probing, capsys):
     learner = probing()
     learner.gauge.flops = 1e12
-    batch = make_batch(rows((range(3, 24), 6), (range(30, 41), 6)), 0)
-    first = learner.forward_backward(batch, Objective())
+    data = weighted(rows((range(3, 24), 6), (range(30, 41), 6)), "token")
+    first = learner.forward_backward(data, Objective())
     meter = learner.gauge.meter
     there = 4 * 4 * learner.gauge.shape.parameters
     found = learner.step(1e-3)
@@ -222,7 +223,7 @@ def test_a_run_says_what_was_predicted_and_what_it_was(probing, capsys):
     work = 6 * (learner.gauge.shape.matrices * 30 + 300 * 96 * 20) + 12 * 3 * 96 * 265
     seconds = 30 / first["perf/tokens_per_s"]
     assert first["perf/mfu"] == pytest.approx(work / seconds / 1e12)
-    learner.forward_backward(batch, Objective())
+    learner.forward_backward(data, Objective())
     learner.step(1e-3)
     assert "predicted" not in capsys.readouterr().err  # said once
 
@@ -230,8 +231,8 @@ def test_a_run_says_what_was_predicted_and_what_it_was(probing, capsys):
 def test_what_rows_share_is_computed_once_and_counts_once(probing):
     learner = probing()
     learner.gauge.flops = 1e12
-    batch = make_batch(rows((range(3, 24), 6), ((*range(3, 9), *range(50, 56)), 6)), 0)
-    found = learner.forward_backward(batch, Objective())
+    data = weighted(rows((range(3, 24), 6), ((*range(3, 9), *range(50, 56)), 6)), "token")
+    found = learner.forward_backward(data, Objective())
     assert found["perf/shared_frac"] == pytest.approx(6 / 31)
     # By hand: 20 tokens and 11, of which 6 are there already; 15 targets and 6; pairs 210 and 66 less 21.
     work = 6 * (learner.gauge.shape.matrices * 25 + 300 * 96 * 21) + 12 * 3 * 96 * 255
@@ -240,8 +241,8 @@ def test_what_rows_share_is_computed_once_and_counts_once(probing):
 
 def test_a_cpu_says_nothing_of_a_gpu(tiny):
     learner = TorchLearner(Qwen2ForCausalLM.from_pretrained(tiny.model), None, train_config())
-    batch = make_batch(rows((range(3, 24), 6)), 0)
-    found = learner.forward_backward(batch, Objective()) | learner.step(1e-3)
+    data = weighted(rows((range(3, 24), 6)), "token")
+    found = learner.forward_backward(data, Objective()) | learner.step(1e-3)
     assert not found.keys() & {"perf/mfu", "perf/peak_memory_gb", "perf/predicted_peak_gb"}
     assert all(math.isfinite(value) for value in found.values())
 
