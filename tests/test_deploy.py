@@ -305,6 +305,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 @needs_modal
 @needs_vllm
 def test_the_servers_command_runs_here_and_answers_the_client(tiny, tmp_path):
@@ -325,12 +326,12 @@ def test_the_servers_command_runs_here_and_answers_the_client(tiny, tmp_path):
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
         try:
-            deadline = time.monotonic() + 500
+            deadline = time.monotonic() + 1800
             while client(out, url, "--health").returncode:
                 assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
                 time.sleep(3)
             asked = client(out, url, "What is 2 + 2?", "--max_tokens", "8")
-            assert asked.returncode == 0 and asked.stdout.strip(), asked.stderr
+            assert asked.returncode == 0 and asked.stdout.strip(), asked.stderr + (tmp_path / "log").read_text()[-9000:]
             assert client(out, url, "Two and two", "--raw", "--max_tokens", "8").stdout.strip()
             assert "401" in client(out, url, "hello", key="another").stderr
             listing = urllib.request.Request(f"{url}/v1/models", headers={"Authorization": f"Bearer {KEY}"})

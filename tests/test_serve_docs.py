@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
+import statistics
 import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -48,3 +51,37 @@ def test_the_lines_of_the_page_run_as_they_stand(tiny, tmp_path):
         assert zipfile.ZipFile(tmp_path / "shell" / "weights.zip").testzip() is None
     finally:
         process.end()
+
+
+@pytest.mark.slow
+def test_the_example_learns_with_the_standard_library_alone(tiny, tmp_path):
+    """`examples/alphabetical.py`: the rewards of a hundred updates rise."""
+    source = REPOSITORY / "examples" / "alphabetical.py"
+    assert len(source.read_text().splitlines()) <= 60
+    imported = {name for node in ast.walk(ast.parse(source.read_text())) for name in imports(node)}
+    assert imported <= sys.stdlib_module_names
+    process = Process(tiny.model, tmp_path / "server", free_port())
+    process.start()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", source, process.url, "100"],
+            env={**os.environ, "GRPO_GSM8K_KEY": KEY},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=850,
+        )
+    finally:
+        process.end()
+    assert done.returncode == 0, done.stderr
+    rewards = [float(line.split("reward ")[1].split()[0]) for line in done.stdout.splitlines() if "reward " in line]
+    assert len(rewards) == 100
+    print(f"reward {statistics.fmean(rewards[:10]):.3f} -> {statistics.fmean(rewards[-10:]):.3f}")
+    assert statistics.fmean(rewards[-10:]) > statistics.fmean(rewards[:10]) + 0.05
+
+
+def imports(node):
+    """The top-level names that a statement imports."""
+    if isinstance(node, ast.Import):
+        return [alias.name.partition(".")[0] for alias in node.names]
+    return [str(node.module).partition(".")[0]] if isinstance(node, ast.ImportFrom) else []

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, cast
 
 from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 
 from grpo_gsm8k.errors import DataError, ModelError
@@ -20,7 +18,7 @@ from grpo_gsm8k.serve.app import ERROR_BODIES, Json
 from grpo_gsm8k.serve.auth import required
 from grpo_gsm8k.serve.core import Service
 from grpo_gsm8k.serve.forms import as_json, check_ids, check_length, conversation, encode, end_ids, first_fault
-from grpo_gsm8k.serve.jobs import Refusal, SampledSequence, SampleJob, SampleResult
+from grpo_gsm8k.serve.jobs import Refusal, SampleJob
 from grpo_gsm8k.serve.openai.answers import (
     ChatStream,
     CompletionStream,
@@ -38,10 +36,8 @@ from grpo_gsm8k.serve.openai.schema import (
     Sampling,
     TokenizeRequest,
 )
+from grpo_gsm8k.serve.openai.stream import error_body, finished, stream
 from grpo_gsm8k.serve.text import TokenNames
-
-LOOK_S = 0.05  # between two looks at what was sampled since
-PING_S = 10.0  # an event stream says something at least so often, so that no proxy cuts it off
 
 
 class OpenAIRoute(APIRoute):
@@ -73,14 +69,6 @@ def refused(request: Request, status: int, message: str, param: str | None = Non
         request.app.state.service.refuse(message, request.url.path)
     headers = {"Retry-After": "1"} if status in (429, 503) else {}
     return Json(error_body(message, status, param, code), status, headers)
-
-
-def error_body(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """{error: {message, type, param, code}}."""
-    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-    code = "invalid_api_key" if status == 401 else code
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 ERROR_BODIES["/v1/"] = ERROR_BODIES["/oai/"] = error_body
@@ -145,13 +133,17 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
             [CompletionStream(reader, k * n + i, ids, echo) for i in range(n)]
             for k, (ids, echo) in enumerate(zip(prompts, echoes, strict=True))
         ]
-        return _stream(service, body, head, prompts, accepted, streams)
-    results = await asyncio.gather(*(_finished(service, one, n) for one in accepted))
-    made = [
-        completion_choice(reader, k * n + i, ids, echo, result, sequence)
-        for k, (ids, echo, result) in enumerate(zip(prompts, echoes, results, strict=True))
-        for i, sequence in enumerate(result.sequences)
-    ]
+        return stream(service, body, head, prompts, accepted, streams)
+    results = await asyncio.gather(*(finished(service, one, n) for one in accepted))
+
+    def choices() -> list[dict[str, Any]]:
+        return [
+            completion_choice(reader, k * n + i, ids, echo, result, sequence)
+            for k, (ids, echo, result) in enumerate(zip(prompts, echoes, results, strict=True))
+            for i, sequence in enumerate(result.sequences)
+        ]
+
+    made = await asyncio.to_thread(choices)  # a million tokens take seconds, and others are waiting
     return Json({**head, "choices": made, "usage": usage(prompts, results)})
 
 
@@ -176,12 +168,16 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
         head["prompt_token_ids"] = prompt
     if body.stream:
         streams = [[ChatStream(reader, i, prompt) for i in range(n)]]
-        return _stream(service, body, head | {"object": "chat.completion.chunk"}, [prompt], accepted, streams)
-    result = await _finished(service, accepted[0], n)
-    choices = [chat_choice(reader, i, prompt, sequence) for i, sequence in enumerate(result.sequences)]
+        return stream(service, body, head | {"object": "chat.completion.chunk"}, [prompt], accepted, streams)
+    result = await finished(service, accepted[0], n)
+
+    def choices() -> list[dict[str, Any]]:
+        return [chat_choice(reader, i, prompt, sequence) for i, sequence in enumerate(result.sequences)]
+
+    made = await asyncio.to_thread(choices)
     if wanted.prompt_top is not None:
         head["prompt_logprobs"] = reader.prompt_logprobs(reader.prompt(prompt, result))
-    return Json({**head, "choices": choices, "usage": usage([prompt], [result])})
+    return Json({**head, "choices": made, "usage": usage([prompt], [result])})
 
 
 async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
@@ -286,63 +282,8 @@ async def _submit(service: Service, weights: str, jobs: Sequence[SampleJob]) -> 
     return list(await asyncio.gather(*(service.sample(weights, job) for job in jobs)))
 
 
-async def _finished(service: Service, request_id: str, n: int) -> SampleResult:
-    """A job's result; one that only read its prompt has empty samples."""
-    result = cast(SampleResult, await service.wait(request_id))
-    if result.sequences:
-        return result
-    empty = (SampledSequence((), (), "length"),) * n
-    return SampleResult(empty, result.prompt_logprobs, result.topk_prompt)
-
-
 # ------------------------------------------------------------------------------------------------- the answers
 
 
 def _head(prefix: str, kind: str, name: str) -> dict[str, Any]:
     return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": name}
-
-
-def _stream(
-    service: Service,
-    body: Sampling,
-    head: Mapping[str, Any],
-    prompts: Sequence[Sequence[int]],
-    accepted: Sequence[str],
-    streams: Sequence[Sequence[CompletionStream | ChatStream]],
-) -> Response:
-    """Server-sent events: the tokens of each prompt's samples while they are drawn, one prompt after the other."""
-    with_usage = bool(body.stream_options and body.stream_options.include_usage)
-    # What stands at the beginning is known when the prompt has been read, which the whole result says.
-    live = not getattr(body, "echo", False) and body.prompt_logprobs is None
-
-    def lines_of(told: Sequence[CompletionStream | ChatStream], result: SampleResult | None, sequences: Any) -> str:
-        events = [
-            event for one, sequence in zip(told, sequences, strict=False) for event in one.events(sequence, result)
-        ]
-        more = {"usage": None} if with_usage else {}
-        return "".join(_event({**head, "choices": [event], **more}) for event in events)
-
-    async def lines() -> AsyncIterator[str]:
-        results: list[SampleResult] = []
-        for request_id, told in zip(accepted, streams, strict=True):
-            waiting, said_at = asyncio.ensure_future(_finished(service, request_id, body.n or 1)), time.monotonic()
-            while not (await asyncio.wait([waiting], timeout=LOOK_S))[0]:
-                new = lines_of(told, None, service.partial(request_id)) if live else ""
-                if new or time.monotonic() > said_at + PING_S:
-                    said_at = time.monotonic()
-                    yield new or ": waiting\n\n"
-            try:
-                results.append(waiting.result())
-            except Refusal as refusal:
-                yield _event(error_body(str(refusal), refusal.status))
-                return
-            yield lines_of(told, results[-1], results[-1].sequences)
-        if with_usage:
-            yield _event({**head, "choices": [], "usage": usage(prompts, results)})
-        yield "data: [DONE]\n\n"
-
-    return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-
-
-def _event(said: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(said, ensure_ascii=False, allow_nan=False)}\n\n"

@@ -1,7 +1,8 @@
 """Rewards over HTTP: prompts in, completions out, rewards in whenever they come; the server takes the steps.
 
     run.py          a run as the journal holds it: settings, groups of rollouts, what a batch trains
-    facade.py       sampling, what is refused, and the update when a batch is full
+    draw.py         completions from the core
+    facade.py       the run: what is refused, and the update when a batch is full
     router.py       /v1/start /v1/stop /v1/status /v1/rollouts /v1/rewards /v1/model
     grpo_server.py  the six routes of grpo_server's own client, over the same run
 

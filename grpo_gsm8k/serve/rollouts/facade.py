@@ -18,10 +18,10 @@ from grpo_gsm8k.repro import derive_seed
 from grpo_gsm8k.runs.clean import one_line
 from grpo_gsm8k.serve.core import Service
 from grpo_gsm8k.serve.forms import end_ids
-from grpo_gsm8k.serve.jobs import Refusal, SampledSequence, SampleJob, SampleResult
-from grpo_gsm8k.serve.rollouts.run import Ended, Group, Rejected, Run, Sample, Settings, data_of, group_id
+from grpo_gsm8k.serve.jobs import Refusal, SampleJob
+from grpo_gsm8k.serve.rollouts.draw import draw
+from grpo_gsm8k.serve.rollouts.run import Ended, Group, Rejected, Run, Settings, data_of, group_id
 from grpo_gsm8k.serve.store import put
-from grpo_gsm8k.serve.text import pieces, stop_at
 
 SPACE, HISTORY = "rollouts", "rollouts/updates"  # in the journal
 CURRENT, NEXT = "run", "next"  # keys of the run and of the number of its next group; those of groups are their ids
@@ -143,12 +143,8 @@ class Rollouts:
                     stop_strings=tuple(stop),
                 )
             )
-        results = await self._sampled(weights, jobs)
-        logprobs = await self._logprobs(weights, jobs, results, heat)
-        groups = [
-            Group(first + k, version, prompts[k], list(ids), self._samples(ids, results[k], logprobs[k], stop))
-            for k, ids in enumerate(prompt_ids)
-        ]
+        drawn = await draw(self.service, weights, jobs, stop)
+        groups = [Group(first + k, version, prompt, list(prompt_ids[k]), drawn[k]) for k, prompt in enumerate(prompts)]
         if self.run is None or self.run.id != run.id or self.run.state != "running":
             raise Rejected(409, "not_running", f"the run {run.id} ended while its rollouts were sampled")
         after = self.next_group
@@ -161,40 +157,6 @@ class Rollouts:
         await asyncio.wrap_future(self.service.store.write(change))
         self.groups |= {group.number: group for group in groups}
         return [run.id, version], groups
-
-    async def _sampled(self, weights: str, jobs: Sequence[SampleJob]) -> list[SampleResult]:
-        requests = await asyncio.gather(*(self.service.sample(weights, job) for job in jobs))
-        return list(await asyncio.gather(*(self.service.wait(request) for request in requests)))
-
-    async def _logprobs(
-        self, weights: str, jobs: Sequence[SampleJob], results: Sequence[SampleResult], temperature: float
-    ) -> list[list[Sequence[float]]]:
-        """Of each completion's tokens at temperature 1, as the losses compare them: sampled so, or read again."""
-        if temperature == 1:
-            return [[sequence.logprobs for sequence in result.sequences] for result in results]
-        rows = [
-            (*job.token_ids, *sequence.token_ids)
-            for job, result in zip(jobs, results, strict=True)
-            for sequence in result.sequences
-        ]
-        reads = await self._sampled(weights, [SampleJob(row, max_tokens=0, prompt_logprobs=True) for row in rows])
-        found, pending = list[list[Sequence[float]]](), iter(reads)
-        for job, result in zip(jobs, results, strict=True):
-            known = [cast(Sequence[float], next(pending).prompt_logprobs) for _ in result.sequences]
-            found.append([values[len(job.token_ids) :] for values in known])
-        return found
-
-    def _samples(
-        self, prompt: Sequence[int], result: SampleResult, logprobs: Sequence[Sequence[float]], stop: Sequence[str]
-    ) -> list[Sample]:
-        def text(sequence: SampledSequence) -> str:
-            whole = "".join(pieces(self.service.base.renderer.decode, sequence.token_ids, prompt))
-            return whole[:end] if (end := stop_at(whole, stop)) >= 0 else whole
-
-        return [
-            Sample(list(sequence.token_ids), list(values), text(sequence), sequence.stop_reason)
-            for sequence, values in zip(result.sequences, logprobs, strict=True)
-        ]
 
     # ------------------------------------------------------------------------------------------------- rewards
 
