@@ -185,7 +185,12 @@ SMALL = {
 TINY = ["toy.train=40", "toy.val=6", "toy.test=10", "tiny_model.hidden_size=32", "tiny_model.layers=1"]
 TINY += ["common.max_new_tokens=4", "common.eval_examples=2", "ei.prompts_per_round=4", "grpo.rollouts_per_step=8"]
 TINY += ["grpo.group_size=4", "sft.batch_size=8", "ei.batch_size=8"]
-BENCH = ["--repeats=1", "--hidden=64", "--intermediate=64", "--layers=1", "--vocabulary=512", "--max_new_tokens=4"]
+BENCH = ["--repeats=1", "--hidden=64", "--intermediate=64", "--layers=1", "--vocabulary=512"]
+BENCHES = {
+    "update": [],
+    "sample": ["--max_new_tokens=4", "--prompts=2", "--group=2"],
+    "step": ["--max_new_tokens=4", "--completions=8,16", "--counted=16"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -257,8 +262,7 @@ def test_commands_run_one_after_the_other(page, furnished, tmp_path, monkeypatch
     for _, words in (found for found in those("run") if found[0] == page):
         program, *rest = bare(words)
         if program == "python":
-            more = [flag for flag in BENCH if "bench" in rest[1] and (rest[2] != "update" or "max_new" not in flag)]
-            command = [sys.executable, *rest, *more]
+            command = [sys.executable, *rest, *([*BENCH, *BENCHES[rest[2]]] if rest[1].endswith("bench") else [])]
             done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
             code, err = done.returncode, done.stderr
         else:
