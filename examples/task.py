@@ -40,16 +40,15 @@ class Backwards(Task):
     def generate(self, folder, seed, sizes):
         """Different words for each split: which one a word belongs to is a property of the word."""
 
-        def draw(split, count):
+        def draw(split, count, tiny):
             rng = random.Random(f"backwards/{split}/{seed}")
-            return splits.collect(split, count, lambda: word(rng))
+            return splits.collect("backwards", split, count, lambda: word(rng))
 
         return splits.write(folder, seed, sizes, draw)
 
 
 def word(rng):
-    """A row, and what decides its split."""
+    """What decides a row's split and its id, and the row."""
     letters = [rng.choice(LETTERS) for _ in range(rng.randint(4, 6))]
     question = " ".join(letters)
-    digest = splits.digest(question)
-    return digest, {"id": f"backwards-{digest[:12]}", "question": question, "answer": " ".join(reversed(letters))}
+    return question, {"question": question, "answer": " ".join(reversed(letters))}

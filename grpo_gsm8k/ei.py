@@ -68,7 +68,7 @@ def round_rows(
         sampled_P_G = sample_trajectories(bench.sampler, bench.renderer, chosen, params, **how)
     grades_P_G = Grader(bench.renderer.task).grade(sampled_P_G)
     if any(grade.correct is None for grades in grades_P_G for grade in grades):
-        raise ConfigError(f"task {cfg.task!r} knows no right answers, which expert iteration keeps: use grpo instead")
+        raise ConfigError(f"task {cfg.task!r} has no right answers, which expert iteration keeps: use grpo instead")
     kept = [
         rollout
         for group, grades in zip(sampled_P_G, grades_P_G, strict=True)
@@ -109,7 +109,7 @@ def run(cfg: EiConfig) -> dict[str, Any]:
     """The stage as a command: load, train, and return the result."""
     task = task_of(cfg)
     if not task.has_right_answers:
-        raise ConfigError(f"task {task.spec!r} knows no right answers, which expert iteration keeps: use grpo instead")
+        raise ConfigError(f"task {task.spec!r} has no right answers, which expert iteration keeps: use grpo instead")
     examples, source = load_split(task, cfg.data, "train"), Path(cfg.data) / "train.jsonl"
     with open_workbench(cfg, "ei", {"train": source}) as bench:
         train(cfg, bench, bench.prompts(examples, source))

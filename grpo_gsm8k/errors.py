@@ -78,7 +78,7 @@ class RefusedError(UserError):
 
 
 class DiskError(UserError):
-    """The disk is full or cannot be written; whatever was complete before is untouched."""
+    """The disk is full or cannot be written; complete files are untouched."""
 
 
 class NonFiniteError(UserError):

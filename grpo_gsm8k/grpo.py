@@ -118,7 +118,9 @@ def check(cfg: GrpoConfig) -> None:
     if cfg.importance_correction != "none" and cfg.old_logprobs != "recompute":
         raise ConfigError("importance_correction needs the trainer's own log-probabilities: old_logprobs = recompute")
     if objective_of(cfg).loss.supervised:
-        raise ConfigError(f"loss {cfg.loss!r} knows no advantages: it is for fine-tuning, and GRPO would learn nothing")
+        raise ConfigError(
+            f"loss {cfg.loss!r} does not use advantages: it is for fine-tuning, and GRPO would learn nothing"
+        )
     if unread := unread_settings(cfg.loss, vars(cfg), vars(GrpoConfig())):
         raise ConfigError(f"{unread[0]} = {getattr(cfg, unread[0])}: --loss {cfg.loss} does not read it; leave it out")
     if cfg.kl_coef and cfg.kl_estimator == "k1" and not cfg.kl_bias_correction:

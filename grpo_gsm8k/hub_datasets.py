@@ -1,14 +1,14 @@
-"""Data sets of the Hugging Face hub for supervised fine-tuning, by name: `--data_path hf:OWNER/NAME[:split]`.
+"""Loads data sets of the Hugging Face hub for supervised fine-tuning: `--data_path hf:OWNER/NAME[:split]`.
 
     grpo-gsm8k sft --model_id MODEL --data_path hf:trl-lib/Capybara:train --eval_set_path DIR/val.jsonl
     hf:OWNER/NAME             the split "train" of the default configuration, as the main branch has it now
     hf:OWNER/NAME/CONFIG:test@REVISION                            a configuration, a split, a commit, branch or tag
 
-The columns `messages`, `prompt` and `response`, or `prompt` and `completion` are written as chat JSONL below
-`artifacts/hub/`, in a folder named by the commit: from there on it is a file like any other, hashed, checked row by row
-and read again without a network. Beside it lies what it was made from, which `data.json` of each run repeats.
+It writes the columns `messages`, `prompt` and `response`, or `prompt` and `completion` as chat JSONL below
+`artifacts/hub/`, in a folder named by the commit. From there on it is an ordinary file: hashed, checked row by row, and
+read again without a network. A file beside it records its source, which each run's `data.json` repeats.
 
-This is the one module that imports the `datasets` library. No code of a data set is run.
+Only this module imports the `datasets` library. No code of a data set is run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from grpo_gsm8k.runs.files import SOURCE_SUFFIX, read_json, write_json, write_js
 FOLDER = Path("artifacts/hub")
 PREFIX = "hf:"
 COLUMNS = (("messages",), ("prompt", "response"), ("prompt", "completion"))
-TIMEOUT = 10.0  # seconds until the hub must have said which commit a revision is
+TIMEOUT = 10.0  # seconds to resolve a revision to a commit
 _NAME = re.compile(
     r"(?P<owner>[\w.-]+)/(?P<name>[\w.-]+)(?:/(?P<config>[\w.-]+))?"
     r"(?:(?::(?P<split>[^:@]+))?(?:@(?P<revision>[^:@]+))?|@(?P<revision2>[^:@]+):(?P<split2>[^:@]+))"
@@ -53,10 +53,10 @@ def parse(spec: str) -> HubName:
 
 
 def local_path(data_path: str, run: str = "") -> Path:
-    """The file of a `--data_path`: itself, or what `fetch` makes of a name on the hub.
+    """The local file of a `--data_path`: itself, or the file that `fetch` makes of a hub name.
 
     Args:
-        run: a run directory; one that has read this data set before goes on with the same commit.
+        run: a run directory; a resumed run uses the same commit.
     """
     if not data_path.startswith(PREFIX):
         return Path(data_path)
@@ -67,14 +67,14 @@ def local_path(data_path: str, run: str = "") -> Path:
 
 
 def fetch(name: HubName, commit: str = "", folder: Path = FOLDER) -> Path:
-    """The split as a file of chat rows, made if it is not there.
+    """Download a split as a file of chat rows, unless it exists.
 
     Args:
-        commit: of the data set, where it is known.
+        commit: of the data set, if known.
 
     Raises:
         ConfigError: there is no such data set, revision, configuration or split, or the hub cannot be reached.
-        DataError: it has no columns to learn from, or no rows.
+        DataError: it lacks the columns, or has no rows.
     """
     commit = commit or (name.revision if re.fullmatch(r"[0-9a-f]{40}", name.revision) else resolve(name))
     stem = "--".join(re.sub(r"[^\w.-]", "_", part) for part in (name.config, name.split) if part)
@@ -106,7 +106,7 @@ def fetch(name: HubName, commit: str = "", folder: Path = FOLDER) -> Path:
 
 
 def chat_row(row: Mapping[str, Any], columns: tuple[str, ...]) -> dict[str, Any]:
-    """A row as chat JSONL has it. Prompts and completions may be texts or lists of messages."""
+    """A row as chat JSONL. Prompts and completions may be texts or lists of messages."""
     if columns == ("messages",):
         return {"messages": _messages(row["messages"])}
     prompt, response = (row[column] for column in columns)
@@ -118,7 +118,7 @@ def chat_row(row: Mapping[str, Any], columns: tuple[str, ...]) -> dict[str, Any]
 
 
 def _messages(value: Any) -> Any:
-    """Roles and contents alone; what is no list of messages is left for the reader, who refuses it with its line."""
+    """Keep roles and contents only. Anything else is left to the reader, which names the line."""
     if not isinstance(value, list):
         return _text(value)
     return [
@@ -128,14 +128,14 @@ def _messages(value: Any) -> Any:
 
 
 def _text(value: Any) -> Any:
-    """A text as it is; of anything else only its kind, which need not be writable as JSON."""
+    """A text unchanged; of anything else only its type, since it may not be JSON."""
     return (
         value if isinstance(value, str) else [] if isinstance(value, list) else {} if isinstance(value, dict) else None
     )
 
 
 def resolve(name: HubName) -> str:
-    """The commit that a revision stands for now; fails at once without a network."""
+    """Resolve a revision to a commit; fails at once without a network."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -169,7 +169,7 @@ def load(name: HubName, commit: str) -> tuple[list[str], Iterator[dict[str, Any]
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
-    """What a call to the hub raises: its own errors, those of its HTTP client, `OSError`, a reply that is no JSON."""
+    """The errors of a call to the hub: its own, its HTTP client's, `OSError`, invalid JSON."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return HfHubHTTPError, *(b for b in HfHubHTTPError.__bases__ if issubclass(b, Exception)), OSError, ValueError

@@ -1,15 +1,15 @@
 """Ctrl-C and SIGTERM, from the first import to the last line. Standard library only: it is imported before all else.
 
-A `KeyboardInterrupt` can be lost. Raised in a callback, a `__del__` or an import that catches everything, it is
-printed or dropped, and the program goes on. So the handler writes down that it came, raises, and leaves a thread
-behind that raises it again when it was swallowed, and ends the process when nothing else does:
+A `KeyboardInterrupt` can get lost: raised in a callback, a `__del__` or an import that catches everything, it is
+printed or dropped, and the program goes on. So the handler records the signal, raises, and starts a thread that raises
+again if the exception was swallowed, and that ends the process if nothing else does:
 
     first signal                 KeyboardInterrupt, or inside `deferred()` nothing but a note
     swallowed                    raised again, until a handler of the main thread holds it
     `GRACE_S` after the raise    one line on stderr and exit code 130 (143 for SIGTERM)
 
-Whether the main thread is unwinding is read from the exception that it handles at the moment, so that clean-up is not
-interrupted a second time.
+The thread sees from the main thread's current exception whether it is unwinding, and does not interrupt its clean-up
+again.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from typing import Any
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 GRACE_S = 8.0
-EXIT_S = 2.0  # for threads that the interpreter would wait for
+EXIT_S = 2.0  # seconds for threads that the interpreter waits for
 POLL_S = 0.1
 LINE = "interrupted; what was complete is kept: sft, ei, grpo, pipeline and demo continue with --resume"
 COMMANDS = frozenset(
     {"bench", "cli", "data_prep", "ei", "fast_eval_vllm", "gsm8k.pairs", "grpo", "pretokenize", "sft", "__main__"}
 )
-"""Modules that people start with `python -m`; engines and the watchdog have their own ways to end."""
+"""Modules that users start with `python -m`; engines and the watchdog end in their own ways."""
 
 
 class _State:
-    """What came, and what is being done about it. One per process, as signals are."""
+    """The received signals and the state of the response; one per process."""
 
     def __init__(self) -> None:
         self.owner = os.getpid()
         self.received: list[int] = []
         self.raised = False  # KeyboardInterrupt is on its way
-        self.again = False  # the next signal is ours, and raises once more
-        self.deadline = 0.0  # when the process ends whatever it is doing
-        self.over = False  # the command is done, or its exception has arrived at the top
+        self.again = False  # the thread sends the next signal, which raises again
+        self.deadline = 0.0  # when the process ends in any case
+        self.over = False  # the command has returned, or its exception has reached the top
         self.deferral: Callable[[int], bool] | None = None
         self.guarded = False
 
@@ -54,7 +54,7 @@ _state = _State()
 
 
 def received() -> int:
-    """The first signal that came, 0 for none."""
+    """The first received signal, or 0."""
     return _state.received[0] if _state.received else 0
 
 
@@ -64,7 +64,7 @@ def exit_code() -> int:
 
 
 def is_command() -> bool:
-    """Whether this process is one of our commands, and not a program that imports the package."""
+    """Whether this process runs one of our commands, rather than importing the package."""
     if sys.argv[:1] == ["-m"]:  # so runpy has it while it imports the package
         words = sys.orig_argv[1:]
         module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
@@ -73,12 +73,12 @@ def is_command() -> bool:
 
 
 def guard() -> None:
-    """Take both signals for the whole life of this process, and print no traceback for them."""
+    """Handle both signals for the life of this process, without a traceback."""
     if _state.guarded or threading.current_thread() is not threading.main_thread():
         return
     _state.guarded = True
     for number in NUMBERS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup and a shell's background jobs ask for this
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup and background jobs of a shell ignore SIGINT
             signal.signal(number, _handle)
     sys.excepthook = _at_the_top
     sys.unraisablehook = _swallowed
@@ -86,9 +86,9 @@ def guard() -> None:
 
 
 def over() -> None:
-    """The command has ended, well or not: what still comes finds the process on its way out.
+    """The command has ended: ignore further signals on the way out.
 
-    A program that called a command (a notebook, a test) goes on, and with it whatever it does about signals.
+    In a program that called a command (a notebook, a test) the signals stay its own.
     """
     if not _state.guarded:
         return
@@ -97,10 +97,10 @@ def over() -> None:
 
 
 def leave(code: int) -> None:
-    """End an interrupted command once its clean-up is done, without the interpreter's own teardown.
+    """End an interrupted command after its clean-up, without the interpreter's teardown.
 
-    That teardown waits for threads, and a thread in native code can hold it up for good, when nothing of ours is left
-    to notice. Outside a command of ours this does nothing.
+    The teardown waits for threads, and a thread in native code may block it forever. Outside of our commands this does
+    nothing.
     """
     if not _state.guarded:
         return
@@ -113,7 +113,7 @@ def leave(code: int) -> None:
 
 @contextlib.contextmanager
 def unhurried() -> Iterator[None]:
-    """Suspend the deadline, while what would be lost is being written. A fourth signal ends the process even here."""
+    """Suspend the deadline while a checkpoint is written. A fourth signal ends the process even here."""
     _state.deadline = float("inf")
     try:
         yield
@@ -173,21 +173,25 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def _insist() -> None:
-    """See to it that the process ends: raise again what was swallowed, and leave when the grace is over."""
+    """Make the process end: raise a swallowed interrupt again, and exit after the grace period."""
     main, unheld = threading.main_thread().ident or 0, 0
     while time.monotonic() < _state.deadline:
         time.sleep(POLL_S)
         unheld = 0 if _state.over or _unwinding(main) else unheld + 1
-        if unheld >= 2:  # between two frames it is nobody's for an instant
+        if unheld >= 2:  # between two frames no frame handles it for an instant
             unheld, _state.again = 0, True
-            signal.pthread_kill(main, received())  # a real one: it wakes what sleeps in C
+            signal.pthread_kill(main, received())  # a real signal, which interrupts system calls
     _exit()
 
 
 def _unwinding(main: int) -> bool:
-    """Whether the main thread is handling our exception, or one that was raised while it did."""
+    """Whether the main thread is handling our exception, or one raised during its handling."""
     found: Any = sys._current_exceptions().get(main)
-    fault: BaseException | None = found[1] if isinstance(found, tuple) else found
+    return _of_an_interrupt(found[1] if isinstance(found, tuple) else found)
+
+
+def _of_an_interrupt(fault: BaseException | None) -> bool:
+    """Whether an exception is ours, or was raised while ours was handled: an import may turn it into an error."""
     seen = 0
     while fault is not None and seen < 100:
         if isinstance(fault, KeyboardInterrupt | SystemExit) or type(fault).__name__ == "Interrupted":
@@ -204,26 +208,26 @@ def _exit() -> None:
 
 
 def say(line: str) -> None:
-    """One line on stderr, past whatever state `sys.stderr` is in."""
+    """Print a line on stderr in any state of `sys.stderr`."""
     with contextlib.suppress(OSError):
         os.write(2, (line + "\n").encode())
 
 
 def _at_the_top(kind: type[BaseException], fault: BaseException, trace: TracebackType | None) -> None:
-    """An interrupt that no command caught (during an import) ends in the line, not in a traceback."""
-    if issubclass(kind, KeyboardInterrupt):
+    """Print a line, not a traceback, for an interrupt that no command caught, as during an import."""
+    if issubclass(kind, KeyboardInterrupt) or (_state.received and _of_an_interrupt(fault)):
         _exit()
     sys.__excepthook__(kind, fault, trace)
 
 
 def _swallowed(unraisable: Any) -> None:
-    """Python drops an exception that is raised in a callback; ours is raised again by `_insist`."""
+    """Python drops an exception raised in a callback; `_insist` raises ours again."""
     if not issubclass(unraisable.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)
 
 
 def _ignore() -> None:
-    """The interpreter is about to leave: the result stands, and a signal would only change the exit code."""
+    """Ignore signals at exit: the result is complete, and a signal would only change the exit code."""
     _state.over = True
     for number in NUMBERS:
         signal.signal(number, signal.SIG_IGN)

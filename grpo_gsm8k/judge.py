@@ -1,7 +1,7 @@
-"""A judge over HTTP: which of two answers to a conversation is better, asked of any OpenAI-compatible endpoint.
+"""An LLM judge behind any OpenAI-compatible endpoint compares two answers to a conversation.
 
-Models favour the answer that they read first, so each pair is shown in both orders; where the two verdicts disagree,
-it is a tie. `Judge.verdict` asks for one order of one pair:
+Models favour the first answer, so the judge sees each pair in both orders; if its verdicts disagree, it is a tie.
+`Judge.verdict` asks for one order of one pair:
 
     cached on disk        `judge.jsonl` in the run directory, a line synced before each call and one with its verdict:
                           a resumed run asks for nothing that it knows, and the budget counts over all starts
@@ -11,7 +11,7 @@ it is a tie. `Judge.verdict` asks for one order of one pair:
                           `JudgeError`, before which the calls under way may end and are recorded; the trainer keeps a
                           checkpoint. What no attempt can mend (a wrong key, no such model, a redirect) stops at once
 
-The key comes from the environment, goes into one header, and is blotted out of everything that is printed.
+The key comes from the environment, goes into one header, and is removed from everything that is printed.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ Verdict = Literal["first", "second", "tie"]
 ATTEMPTS = 5
 MAX_TOKENS = 2048  # of the judge's answer, its reasoning included
 BODY = 4 << 20  # bytes of it
-LONGEST_PAUSE = 60.0  # seconds that a Retry-After is obeyed
+LONGEST_PAUSE = 60.0  # longest Retry-After in seconds that it obeys
 ORDERS = {"A": "first", "B": "second", "C": "tie"}
 INSTRUCTION = (
     "You compare two answers to the same conversation. Judge how helpful, correct, clear and well suited to the last "
@@ -67,7 +67,7 @@ _BARE = re.compile(r"\W*([ABC])\W*")
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """Who is asked, and how much of it. `api_key_env` empty: no key is sent, as for a server of one's own."""
+    """The judge's endpoint and limits. With an empty `api_key_env` no key is sent."""
 
     base_url: str
     model: str
@@ -78,7 +78,7 @@ class JudgeSettings:
     backoff_s: float = 1.0
 
     def key(self) -> str:
-        """The key, from the environment. Raises `ConfigError` for any setting that cannot work."""
+        """Read the key from the environment. Raises `ConfigError` for invalid settings."""
         try:
             parts = urlsplit(self.base_url)
             sound = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc
@@ -100,7 +100,7 @@ class JudgeSettings:
 
 @dataclass
 class _Calls:
-    """The calls of one event loop: the connection they share, and how many are under way."""
+    """The shared connection of one event loop, and its number of running calls."""
 
     slots: asyncio.Semaphore
     session: aiohttp.ClientSession
@@ -110,7 +110,7 @@ class _Calls:
 
 
 class _Failed(Exception):
-    """A call without a verdict. `again`: another attempt may help; `wait`: seconds that the API asks to wait."""
+    """A failed call. `again`: another attempt may help; `wait`: seconds that the API requests."""
 
     def __init__(self, reason: str, *, again: bool = True, billed: bool = True, wait: float = 0.0) -> None:
         super().__init__(reason)
@@ -118,7 +118,7 @@ class _Failed(Exception):
 
 
 class Judge:
-    """Asks for verdicts and remembers them in a file."""
+    """Asks for verdicts, and caches them in a file."""
 
     def __init__(self, settings: JudgeSettings, cache: Path) -> None:
         self.settings, self.cache = settings, cache
@@ -133,7 +133,7 @@ class Judge:
         self._load()
 
     async def prefer(self, conversation: Sequence[Message], a: str, b: str) -> float:
-        """1 where `a` is better in both orders, 0 where `b` is, else 0.5. Equal answers are a tie at no cost."""
+        """1 if `a` is better in both orders, 0 if `b` is, else 0.5. Equal answers are a tie without a call."""
         if a == b:
             return 0.5
         async with self._connected():
@@ -144,12 +144,12 @@ class Judge:
         """The verdict on one order of one pair, from the cache or by a call.
 
         Raises:
-            JudgeError: there is none to be had, or the budget is used up.
+            JudgeError: the judge gives none, or the budget is used up.
         """
         key = self._key_of(conversation, first, second)
         if key in self.verdicts:
             return self.verdicts[key]
-        if key not in self._pending:  # the same pair may stand in a group twice
+        if key not in self._pending:  # a group may contain the same pair twice
             self._pending[key] = asyncio.ensure_future(self._ask(key, conversation, first, second))
         try:
             return await self._pending[key]
@@ -180,7 +180,7 @@ class Judge:
 
     @contextlib.asynccontextmanager
     async def _slot(self, key: str) -> AsyncIterator[None]:
-        """One of the calls that may be under way, and its place in the budget."""
+        """Wait for a free slot, and count the call against the budget."""
         calls = self._calls
         assert calls is not None
         async with calls.slots:
@@ -202,7 +202,7 @@ class Judge:
                     calls.idle.set()
 
     async def _stop(self, why: str) -> None:
-        """No further call begins; those under way have been paid for, so they may end. Then raise."""
+        """Start no further call, let the running ones end, since they are paid for, and raise."""
         self._stopped = self._stopped or why
         assert self._calls is not None
         if self._calls.running:
@@ -210,7 +210,7 @@ class Judge:
         raise JudgeError(self._stopped)
 
     def _request(self, conversation: Sequence[Message], first: str, second: str) -> dict[str, Any]:
-        """The fences around the texts hold a hash of them, so that no answer can close its own."""
+        """Build the prompt. The fences around the texts contain their hash, so no answer can close its own fence."""
         fence = self._key_of(conversation, first, second)[:12]
         asked = "\n\n".join(f"{role}: {content}" for role, content in conversation)
         parts = (("CONVERSATION", asked), ("ANSWER A", first), ("ANSWER B", second))
@@ -231,7 +231,10 @@ class Judge:
                 raw = await read_body(response, BODY if good else 1 << 16, cut=not good)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as fault:
             raise _Failed(f"no connection: {self._said(str(fault))}", billed=False) from None
-        except (aiohttp.ClientError, TimeoutError) as fault:  # an error's repr may hold the headers: never shown
+        except (
+            aiohttp.ClientError,
+            TimeoutError,
+        ) as fault:  # its repr may hold the headers: never shown
             said = self._said(str(fault)) or f"no answer in {self.settings.timeout_s:g} s"
             raise _Failed(f"{type(fault).__name__}: {said}") from None
         except ValueError as fault:
@@ -248,7 +251,7 @@ class Judge:
 
     def _refusal(self, response: aiohttp.ClientResponse, raw: bytes) -> _Failed:
         status = response.status
-        if 300 <= status < 400:  # the key goes where --judge_base_url says and nowhere else
+        if 300 <= status < 400:  # never send the key to another host
             target = self._said(origin(urljoin(str(response.url), response.headers.get("Location", ""))))
             what = f"HTTP {status}: a redirect to {target} is not followed; check --judge_base_url"
             return _Failed(what, again=False, billed=False)
@@ -262,7 +265,7 @@ class Judge:
         return _Failed(reason, again=again, billed=False, wait=wait)
 
     def _said(self, raw: bytes | str) -> str:
-        """The beginning of what came back, on one line, the key blotted out before anything is cut."""
+        """The start of the answer on one line, with the key removed before it is truncated."""
         text = raw.decode("utf-8", "replace") if isinstance(raw, bytes) else raw
         return printable(self._redact(text))[:200]
 
@@ -270,7 +273,7 @@ class Judge:
 
     @contextlib.asynccontextmanager
     async def _connected(self) -> AsyncIterator[None]:
-        """The connection of this event loop: opened by the first who asks, closed by the last."""
+        """The connection of this event loop: opened by the first call, closed after the last."""
         if self._calls is None:
             timeout = aiohttp.ClientTimeout(self.settings.timeout_s, sock_connect=min(self.settings.timeout_s, 15.0))
             headers = {"Accept-Encoding": "gzip, deflate"}
@@ -296,7 +299,7 @@ class Judge:
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     def _load(self) -> None:
-        """Verdicts and calls so far. A line that a kill has torn says nothing."""
+        """Load verdicts and calls from the cache file; ignores a truncated last line."""
         if not self.cache.is_file():
             return
         with disk_errors(self.cache), self.cache.open("rb") as lines:
@@ -310,7 +313,7 @@ class Judge:
                     self.verdicts[str(row.get("key"))] = row["verdict"]
 
     def _record(self, row: Mapping[str, Any]) -> None:
-        """Append a line and sync it. An evaluator's process may be writing the same file."""
+        """Append a line and sync it. An evaluating process may append to the same file."""
         self.cache.parent.mkdir(parents=True, exist_ok=True)
         with disk_errors(self.cache), self.cache.open("a+b") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -322,7 +325,7 @@ class Judge:
 
 
 def read_verdict(content: str) -> Verdict | None:
-    """The last verdict in a judge's answer; None where there is none."""
+    """The last verdict in a judge's answer, or None."""
     marks = _VERDICT.findall(content)
     bare = _BARE.fullmatch(content)
     letter = marks[-1] if marks else bare[1] if bare else None

@@ -204,8 +204,8 @@ def evaluate_stage(stage: str, model: str, data: Path, folder: Path, resolve: Re
     if summary_path.is_file() and read_json(summary_path)["model_id"] == model:
         summary = read_json(summary_path)
     else:
-        if cfg.engine == "auto":  # unless asked otherwise, as the stages sample
-            cfg = replace(cfg, engine="tinker" if resolve("sft", {}).learner == "tinker" else "hf")
+        if cfg.engine == "auto" and resolve("sft", {}).learner == "tinker":  # unless asked otherwise, as the stages do
+            cfg = replace(cfg, engine="tinker")
         summary = fast_eval_vllm.run(cfg, results, f"{stage}: test")
     keys = (
         "accuracy",

@@ -38,7 +38,7 @@ def load_object(spec: str, kind: str, known: Iterable[str] = ()) -> Any:
         sys.path.insert(0, here)
     if not all(part.isidentifier() for part in module_name.split(".")) or module_name.endswith(".py"):
         dotted = module_name.removesuffix(".py").replace("/", ".").strip(".")
-        raise ConfigError(f"{kind} {spec!r}: {module_name!r} is no module name; write {dotted}:{name}")
+        raise ConfigError(f"{kind} {spec!r}: {module_name!r} is not a module name; write {dotted}:{name}")
     try:
         with calling(f"{kind} {spec!r}", ModuleNotFoundError):
             module = importlib.import_module(module_name)

@@ -53,7 +53,7 @@ ASKED = (
 )
 """The prompts of `doctor --model_id`, which has no data."""
 
-_passed: set[tuple[str, str]] = set()
+_proven: set[tuple[str, str]] = set()
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ def fly(subject: Subject) -> None:
     known = _fingerprint(subject)
     with _generators_restored(subject.model):
         for check in checks(subject):
-            if check.name == "ids" or (known, check.name) not in _passed:
+            if check.name == "ids" or (known, check.name) not in _proven:
                 check.run()
-                _passed.add((known, check.name))
+                _proven.add((known, check.name))
 
 
 def checks(subject: Subject) -> list[Check]:

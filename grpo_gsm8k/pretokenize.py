@@ -1,9 +1,9 @@
-"""Stage 3: what one model will see, as token ids: pairs to train on, and an evaluation set.
+"""Stage 3: token ids for one model: pairs to train on, and an evaluation set.
 
 `tokenize` turns a file of pairs into shards of one width (trainer/token_shards.py has their form). A shard is made of
-`--shard_rows` lines of the file, whatever else happens: so shards can be made side by side, in memory for one each, and
-a run that was killed goes on at the next whole shard and ends with the same bytes. Every line is checked before the
-first shard is made. `sft --data_path FOLDER` trains on them as it would on the file.
+`--shard_rows` lines of the file in any case, so processes make shards in parallel, each in the memory of one shard, and
+a killed run continues at the next shard and ends with the same bytes. Every line is checked before the first shard is
+made. `sft --data_path FOLDER` trains on them as on the file.
 
     grpo-gsm8k tokenize --model_id MODEL --data_path pairs.jsonl --out_dir shards --max_total_tokens 1024 --workers 4
     python scripts/shell/pretokenize_r1_pairs.py --infile pairs.jsonl --model_id MODEL --format pt
@@ -54,7 +54,7 @@ TOKENIZED = Path("artifacts/tokenized")
 
 
 class Chunk(NamedTuple):
-    """The lines of one shard."""
+    """The lines of a shard."""
 
     number: int
     offset: int  # of its first byte
@@ -63,11 +63,11 @@ class Chunk(NamedTuple):
 
 
 def tokenize(cfg: TokenizeConfig) -> dict[str, Any]:
-    """Make the shards that are not there yet, then the manifest; return what the command prints.
+    """Make the missing shards, then the manifest; return the command's result.
 
     Raises:
-        DataError: a fault in the pairs, with file and line; nothing is written then.
-        ConfigError: the folder holds something else.
+        DataError: an error in the pairs, with file and line; nothing is written then.
+        ConfigError: the folder holds other files.
     """
     for name in ("max_total_tokens", "shard_rows", "workers"):
         if getattr(cfg, name) < 1:
@@ -89,7 +89,7 @@ def tokenize(cfg: TokenizeConfig) -> dict[str, Any]:
     totals = {name: sum(shard[name] for shard in shards) for name in ("rows", "left_out", "tokens", "trained_tokens")}
     if not totals["rows"]:
         raise DataError(cfg.data_path, f"no example fits into {cfg.max_total_tokens} tokens; raise --max_total_tokens")
-    for torn in folder.glob(".tmp-*"):  # what a kill has left
+    for torn in folder.glob(".tmp-*"):  # left over from a kill
         torn.unlink(missing_ok=True)
     write_json(folder / MANIFEST, {**plan, **totals, "shards": shards})
     said = {"written": totals.pop("rows"), **totals, "shards": len(shards)}
@@ -98,17 +98,17 @@ def tokenize(cfg: TokenizeConfig) -> dict[str, Any]:
 
 @functools.cache
 def renderer_of(cfg: TokenizeConfig) -> Renderer:
-    """The renderer of a config, made once in each process."""
+    """The renderer of a config, made once per process."""
     return Renderer.of(cfg, load_tokenizer(cfg))
 
 
 def survey(path: Path, shard_rows: int, renderer: Renderer) -> tuple[list[Chunk], str]:
-    """Where each shard's lines begin, and the file's sha256. Raises `DataError` for the first line with a fault."""
+    """The start of each shard's lines, and the file's sha256. Raises `DataError` for the first invalid line."""
     digest, chunks, offset, number = hashlib.sha256(), list[Chunk](), 0, 0
     for number, raw in read_lines(path):
         example, faults = read_chat(raw)
         if example is None:
-            raise DataError(path, f"{faults[0]}; `grpo-gsm8k validate --data {path}` lists every fault", number)
+            raise DataError(path, f"{faults[0]}; `grpo-gsm8k validate --data {path}` lists every error", number)
         renderer.check_texts(example.messages, example.raw, Source(str(path), number))
         if (number - 1) % shard_rows == 0:
             chunks.append(Chunk(len(chunks), offset, number, shard_rows))
@@ -119,7 +119,7 @@ def survey(path: Path, shard_rows: int, renderer: Renderer) -> tuple[list[Chunk]
 
 
 def begin(folder: Path, plan: Mapping[str, Any]) -> None:
-    """Write the plan into a new folder; go on in one that was begun with the same."""
+    """Write the plan into a new folder, or continue in one with the same plan."""
     path = folder / MANIFEST
     before = read_json(path) if path.is_file() else {}
     if "made_with" in before:
@@ -132,12 +132,12 @@ def begin(folder: Path, plan: Mapping[str, Any]) -> None:
 
 
 def shard_path(cfg: TokenizeConfig, chunk: Chunk) -> Path:
-    """Where a shard goes."""
+    """The path of a shard."""
     return Path(cfg.out_dir) / f"shard_{chunk.number:05d}.{cfg.format}"
 
 
 def make_shards(cfg: TokenizeConfig, chunks: Sequence[Chunk]) -> None:
-    """Make what is missing, here or in processes that share it out."""
+    """Make the missing shards, in this process or in several."""
     missing = [chunk for chunk in chunks if not shard_path(cfg, chunk).exists()]
     with progress("tokenize", len(chunks), len(chunks) - len(missing)) as bar:
         if cfg.workers == 1 or len(missing) < 2:
@@ -158,28 +158,28 @@ def make_shards(cfg: TokenizeConfig, chunks: Sequence[Chunk]) -> None:
         if not refused.empty():
             raise DataError(*refused.get())
         if any(worker.exitcode for worker in workers):
-            raise GrpoError("a tokenizing process failed (its words are above); the same command goes on")
+            raise GrpoError("a tokenizing process failed (see its output above); run the same command to continue")
 
 
 def work(cfg: TokenizeConfig, chunks: Sequence[Chunk], refused: SimpleQueue[tuple[str, str, int | None]]) -> None:
-    """One process's share. Ctrl-C is the parent's to handle; when the parent is gone, so is the reason to go on."""
+    """Make one process' share. The parent handles Ctrl-C; without a parent the process ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     try:
         for chunk in itertools.takewhile(lambda _: parent and parent.is_alive(), chunks):
             make_shard(cfg, chunk)
-    except DataError as fault:  # a row that cannot be trained on is the user's to mend, and the parent's to name
+    except DataError as fault:  # the parent reports a row that cannot be trained on
         refused.put((str(fault.path), fault.what, fault.line))
 
 
 def make_shard(cfg: TokenizeConfig, chunk: Chunk) -> None:
-    """Tokenize some lines of the file, and write what fits."""
+    """Tokenize some lines of the file, and write the rows that fit."""
     renderer, rows = renderer_of(cfg), []
     with Path(cfg.data_path).open("rb") as handle:
         handle.seek(chunk.offset)
         for line, raw in enumerate(itertools.islice(handle, chunk.lines), chunk.first_line):
             example, faults = read_chat(raw)
-            assert example, faults  # the survey has seen it
+            assert example, faults  # checked before
             source = Source(cfg.data_path, line)
             row = renderer.chat(example.messages, cfg.train_on, example.raw, source)
             if len(row.token_ids) <= cfg.max_total_tokens:
@@ -200,11 +200,11 @@ def describe(path: Path, format: str) -> dict[str, Any]:
 
 
 def run(cfg: PrepEvalConfig) -> dict[str, Any]:
-    """Render the problems of a file, write the rows, return what the command prints.
+    """Render the problems of a file and write the rows; return the command's result.
 
     Raises:
-        ConfigError: the rows would replace the problems that they are made of.
-        DataError: a fault in the problems, with file and line.
+        ConfigError: the rows would replace the problems themselves.
+        DataError: an error in the problems, with file and line.
     """
     source = Path(cfg.eval_path or Path(cfg.data) / f"{cfg.split}.jsonl")
     out = Path(cfg.out or TOKENIZED / f"{source.stem}_for_vllm.jsonl")
@@ -221,7 +221,7 @@ def run(cfg: PrepEvalConfig) -> dict[str, Any]:
 
 
 def prepared_row(renderer: Renderer, example: Example, made_with: Mapping[str, str | None]) -> dict[str, Any]:
-    """One row of the set. A prompt that the example already comes with is replaced, so a set can be made again."""
+    """One row of the set. It replaces a stored prompt, so a set can be rendered again."""
     ids = renderer.render(example).token_ids
     return {
         **renderer.task.row(example),

@@ -1,8 +1,8 @@
-"""Seeds, determinism, and what a run directory must remember to be run again.
+"""Seeds, determinism, and the snapshot that a run directory needs for a rerun.
 
-`derive_seed` is the one owner of seed derivation: sampling is seeded per (run seed, step, prompt, sample), so
-that a resumed run draws what the uninterrupted one would have drawn, in whatever order and batch.
-`snapshot` writes the command, the code and the machine into a run directory, and never a secret.
+`derive_seed` derives all seeds: sampling is seeded per (run seed, step, prompt, sample), so a resumed run draws the
+same completions, in any order and batch. `snapshot` writes the command, the code and the machine into a run directory,
+and never a secret.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def derive_seed(*parts: int | str) -> int:
 def requests(prompts: Sequence[Prompt], n: int, seed: int) -> list[Request]:
     """`n` completions of each prompt, each with a seed of its own, derived from (seed, example, sample).
 
-    A prompt that stood there before (more groups than prompts, an epoch's edge) goes on counting its samples where the
-    earlier one ends, and so draws others.
+    A prompt that occurs twice (more groups than prompts, or at the edge of an epoch) continues its sample numbers, and
+    so draws other completions.
     """
     found, asked = list[Request](), Counter[str]()
     for prompt in prompts:
@@ -63,9 +63,9 @@ def requests(prompts: Sequence[Prompt], n: int, seed: int) -> list[Request]:
     return found
 
 
-@functools.lru_cache(maxsize=4)  # an epoch's order is asked for at each of its steps
+@functools.lru_cache(maxsize=4)  # every step of an epoch needs its order
 def shuffled(n: int, seed: int) -> tuple[int, ...]:
-    """0 … n-1 in an order that the seed decides."""
+    """0 … n-1 shuffled by the seed."""
     order = list(range(n))
     random.Random(seed).shuffle(order)
     return tuple(order)
@@ -226,7 +226,7 @@ _DIFF_LIMIT = 1 << 20  # bytes; a diff beyond it is somebody's data, not code
 
 
 def _git(*arguments: str, ok: tuple[int, ...] = (0,)) -> bytes | None:
-    """The output of git in the package's checkout; None where git is missing, refuses or hangs."""
+    """The output of git in the package's checkout; None if git is missing, fails or hangs."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         done = subprocess.run(
@@ -251,7 +251,7 @@ def _head(*options: str) -> str | None:
 
 
 def _untracked() -> list[str]:
-    """New files of the package that git does not know yet: they run, so they belong to the code."""
+    """Untracked files of the package: they run, so they belong to the snapshot."""
     listed = _git("ls-files", "-z", "--others", "--exclude-standard", "--", "grpo_gsm8k") or b""
     return [os.fsdecode(name) for name in listed.split(b"\0") if name]
 
@@ -275,7 +275,7 @@ def origin() -> str:
 
 
 def _code_diff() -> str:
-    """What `git apply` needs on top of the commit to get the code that ran, at most about 1 MiB."""
+    """The diff of the running code to the commit, for `git apply`; at most about 1 MiB."""
     head = _head()
     if head is None:
         return f"# no git commit to compare with (commit {git_commit()})\n"
@@ -357,7 +357,7 @@ def compiler(gpu: bool) -> str | None:
 
 
 def missing_for_compile(gpu: bool) -> str:
-    """What torch.compile lacks here, "" for nothing."""
+    """What torch.compile lacks on this machine; "" if nothing."""
     if gpu and importlib.util.find_spec("triton") is None:
         return "triton"
     if not compiler(gpu):
@@ -367,7 +367,7 @@ def missing_for_compile(gpu: bool) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers and the speed of a run may depend on."""
+    """The machine: everything that numbers and speed of a run may depend on."""
     import torch
 
     model = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.M)

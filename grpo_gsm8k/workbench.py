@@ -24,7 +24,7 @@ from grpo_gsm8k.engines.process import C, Engine, ProcessSampler, placements, se
 from grpo_gsm8k.engines.remote import RemoteSampler
 from grpo_gsm8k.engines.service import Checkpoint, Service, connected
 from grpo_gsm8k.engines.users import UserSampler
-from grpo_gsm8k.errors import ConfigError, EngineError, PluginError, RunDirError
+from grpo_gsm8k.errors import ConfigError, EngineError, PluginError, RunDirError, ServiceError
 from grpo_gsm8k.evals.accuracy import CHUNK, Evaluation, evaluate
 from grpo_gsm8k.evals.evaluator import AsyncEvaluator, InlineEvaluator
 from grpo_gsm8k.plugins import calling, is_users, load_object
@@ -194,12 +194,22 @@ def open_workbench(
         try:
             yield bench
         except (EngineError, PluginError):
-            if saved := loop.rescue(run, learner):
-                talk(f"{run.stage}: step {saved} is saved in {run.path}; continue with --resume")
+            _rescue(run, learner)
             raise
         except KeyboardInterrupt:
             loop.rescue_interrupted(run, learner)
             raise
+
+
+def _rescue(run: Run, learner: Learner) -> None:
+    """Keep the last complete step, where that can be, and say how to go on. The error on its way out is the reason."""
+    try:
+        saved = loop.rescue(run, learner)
+    except ServiceError as second:
+        talk(f"{run.stage}: the last complete step could not be saved: {second}")
+        saved = max(checkpoint.steps_present(run.checkpoints), default=0)
+    if saved:
+        talk(f"{run.stage}: step {saved} is saved in {run.path}; continue with --resume")
 
 
 @contextmanager
@@ -404,7 +414,7 @@ def async_evaluator(bench: Workbench, model: Any, stage: str) -> AsyncEvaluator:
     device = cfg.eval_device
     if cfg.uses_vllm:
         if stage != "sft" and not device:
-            raise ConfigError("--eval_mode async beside a vLLM sampler needs a device of its own: pass --eval_device")
+            raise ConfigError("--eval_mode async beside a vLLM sampler needs its own device: pass --eval_device")
         wanted = dataclasses.replace(cfg, vllm_device=device or cfg.vllm_device, vllm_devices="")
         row = placements(wanted, device_name(model), torch.cuda.device_count(), world().local_size)[0]
     else:

@@ -2,6 +2,7 @@
 
     uv run --extra lm-eval python scripts/against_lm_eval.py RESULTS.jsonl
     uv run --extra lm-eval python scripts/against_lm_eval.py RESULTS.jsonl --model_id M --train DIR/train.jsonl
+    uv run --extra lm-eval python scripts/against_lm_eval.py RESULTS.jsonl --model_id M --base_url http://localhost:8000/v1
     uv run --extra lm-eval python scripts/against_lm_eval.py --model_id M --suite arc_easy,hellaswag --out after.json \\
         --baseline before.json
 
@@ -12,6 +13,9 @@ from the narrowest question to the widest:
 same completions  lm-eval grades our completions: do the graders agree?
 same prompts      with --model_id: its hf backend answers the very prompts that ours answered: do the engines agree?
 own prompts       with --train, too: its own prompt and examples, 256 tokens at most: does the score mean the same?
+
+With --base_url, lm-eval's `local-completions` asks a server (`grpo-gsm8k serve`, key in OPENAI_API_KEY) in place of its
+hf backend; --model_id names the tokenizer's folder, --served_name the model there.
 
 docs/lm-eval.md explains the classes of disagreement that are counted here.
 
@@ -164,15 +168,25 @@ def agreement(rows: Mapping[str, Row], judged: Mapping[str, Mapping[str, Any]], 
     return report
 
 
-def against(results: Path, model_id: str, train: Path | None, shots: int, limit: int, batch: int) -> dict[str, Any]:
-    """All steps that the arguments allow."""
+def backend(model_id: str, batch: int, base_url: str, served_name: str) -> dict[str, Any]:
+    """How lm-eval reaches the model: in its own process, or at a server."""
+    if not base_url:
+        return {"model": "hf", "model_args": {"pretrained": model_id}, "batch_size": batch, "device": device()}
+    args = {"base_url": f"{base_url.rstrip('/')}/completions", "model": served_name or model_id}
+    args |= {"tokenizer": model_id, "tokenizer_backend": "huggingface", "num_concurrent": 4}
+    return {"model": "local-completions", "model_args": args, "batch_size": batch}
+
+
+def against(
+    results: Path, model_id: str, train: Path | None, shots: int, limit: int, model: dict[str, Any]
+) -> dict[str, Any]:
+    """All steps that the arguments allow; `model` is a `backend`."""
     rows = {key: own[0] for key, own in list(read_rows(results).items())[: limit or None]}
     needed = {"question", "answer", "prompt", "response", "gold", "correct_strict", "correct_flexible"}
     for key, row in rows.items():
         if missing := needed - row.keys():
             raise DataError(results, f"{key} lacks {', '.join(sorted(missing))}; run `grpo-gsm8k eval` again")
     report: dict[str, Any] = {"results": str(results), "model_id": model_id, "lm_eval": lm_eval.__version__}
-    hf = {"model": "hf", "model_args": {"pretrained": model_id}, "batch_size": batch, "device": device()}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         task = gsm8k_task(folder / "recorded", list(rows.values()))
@@ -181,11 +195,11 @@ def against(results: Path, model_id: str, train: Path | None, shots: int, limit:
         if model_id:
             task = gsm8k_task(folder / "same", list(rows.values()), doc_to_text="{{prompt}}")
             longest = max(row["tokens"] for row in rows.values()) + 1
-            judged = verdicts(tasks_dir=task, gen_kwargs={"max_gen_toks": longest}, **hf)
+            judged = verdicts(tasks_dir=task, gen_kwargs={"max_gen_toks": longest}, **model)
             report["same prompts"] = agreement(rows, judged, same_text=False)
         if model_id and train:
             task = gsm8k_task(folder / "own", list(rows.values()), train)
-            judged = verdicts(tasks_dir=task, shots=shots, **hf)
+            judged = verdicts(tasks_dir=task, shots=shots, **model)
             report[f"own prompts, {shots} examples"] = agreement(rows, judged, same_text=False)
     return report
 
@@ -240,6 +254,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="?", type=Path, help="results file of `grpo-gsm8k eval`")
     parser.add_argument("--model_id", default="", help="model folder or name on the hub")
+    parser.add_argument("--base_url", default="", help="a server's OpenAI wire, in place of lm-eval's hf backend")
+    parser.add_argument("--served_name", default="", help="the model's name at --base_url; empty for --model_id")
     parser.add_argument("--train", type=Path, help="training problems, for lm-eval's own examples")
     parser.add_argument("--shots", type=int, default=5, help="lm-eval's examples; its gsm8k has 5")
     parser.add_argument("--suite", default="", help="lm-eval tasks by name, separated by commas")
@@ -259,7 +275,8 @@ def main() -> int:
             worse = [row for row in compared if row["significant"] and row["difference"] < 0]
             report |= {"baseline": str(args.baseline), "compared": compared}
     else:
-        report = against(args.results, args.model_id, args.train, args.shots, args.limit, args.batch_size)
+        model = backend(args.model_id, args.batch_size, args.base_url, args.served_name)
+        report = against(args.results, args.model_id, args.train, args.shots, args.limit, model)
     if args.out:
         write_json(args.out, report)
     print(json.dumps({key: value for key, value in report.items() if key != "values"}, ensure_ascii=False, indent=1))

@@ -101,7 +101,7 @@ q = [
         logprobs(client.forward([row(), row(IDS[2:])], "cross_entropy").result()), (0.2, -0.3), strict=True
     )
 ]
-a = [np.linspace(-1, 1, len(x)) for x in q]
+a = [np.linspace(-1, 1.5, len(x)) for x in q]
 FORMULAS: dict[str, tuple[Any, Any]] = {
     "importance_sampling": (lambda logp, q, a: -np.exp(logp - q) * a, None),
     "ppo": (lambda logp, q, a: -np.minimum(np.exp(logp - q) * a, np.clip(np.exp(logp - q), 0.8, 1.2) * a), None),
@@ -121,7 +121,7 @@ for name, (formula, config) in FORMULAS.items():
     FOUND[name] = out.metrics["loss:sum"]
 if VERSION >= (0, 34):
     data = [row(IDS, logprobs=q[0], advantages=a[0], sequence_ratio_mask=np.ones(len(q[0])))]
-    out = client.forward_backward(data, "gspo").result()
+    out = trainer().forward_backward(data, "gspo").result()
     logp = logprobs(out)[0]
     s = np.exp((logp - np.float32(q[0])).mean())
     close(out.metrics["loss:sum"], -np.minimum(s * np.float32(a[0]), np.clip(s, 0.8, 1.2) * np.float32(a[0])).sum())

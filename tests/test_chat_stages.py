@@ -88,7 +88,7 @@ def test_wrong_settings_are_mistakes_before_the_model_is_loaded(toys: Path, tmp_
     with pytest.raises(ConfigError, match="--judge_base_url must read"):
         grpo.run(grpo_settings(toys, tmp_path / "run", preference="judge", judge_model="fake"))
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ConfigError, match="knows no right answers"):
+    with pytest.raises(ConfigError, match="has no right answers"):
         ei.run(settings("ei", toys, out_dir=str(tmp_path / "ei")))
 
 

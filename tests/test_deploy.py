@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import http.server
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 import textwrap
 import threading
 import time
@@ -20,7 +22,7 @@ from typing import ClassVar
 import pytest
 import yaml
 
-from grpo_gsm8k.errors import ConfigError, RunDirError
+from grpo_gsm8k.errors import ConfigError, LaunchError, RunDirError
 from grpo_gsm8k.launch import deploy
 from tests.toys import REPOSITORY
 
@@ -337,3 +339,160 @@ def test_the_servers_command_runs_here_and_answers_the_client(tiny, tmp_path):
         finally:
             server.terminate()
             server.wait(60)
+
+
+# ------------------------------------------------------------------------------------- from a training service
+
+
+class Service(http.server.BaseHTTPRequestHandler):
+    """The two download routes of the Tinker wire, and files behind signed links on another port's path."""
+
+    files: ClassVar[dict] = {}
+    mode: ClassVar[str] = "archive"
+    seen: ClassVar[list] = []
+
+    def do_GET(self):
+        self.seen.append((self.path, self.headers.get("X-API-Key")))
+        here = f"http://127.0.0.1:{self.server.server_port}/signed"
+        if self.path.startswith("/signed/"):
+            name = self.path.removeprefix("/signed/")
+            self.answer(200, self.tar() if name == "archive.tar" else self.files[name], cut=self.mode == "cut")
+        elif self.headers.get("X-API-Key") != KEY:
+            self.answer(401, b'{"detail": "this key is not the server\'s"}')
+        elif "/weights/none" in self.path:
+            self.answer(404, b'{"detail": "there is no checkpoint"}')
+        elif self.path.endswith("/archive"):
+            if self.mode in ("urls", "cut", "strange"):
+                self.answer(404, b'{"detail": "no archives here"}')
+            elif self.mode == "file":
+                self.answer(302, b"", Location="file:///etc/passwd")
+            else:
+                self.answer(302, b"", Location=f"{here}/archive.tar")
+        else:
+            names = ["../escaped"] if self.mode == "strange" else list(self.files)
+            self.answer(200, json.dumps({"urls": {name: f"{here}/{name}" for name in names}}).encode())
+
+    def tar(self):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            for name, raw in self.files.items():
+                info = tarfile.TarInfo("../escaped" if self.mode == "hostile" else name)
+                info.size = len(raw)
+                archive.addfile(info, io.BytesIO(raw))
+        return buffer.getvalue()
+
+    def answer(self, status, raw, cut=False, **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(raw)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(raw[: len(raw) // 2] if cut else raw)
+
+    def log_message(self, *args):
+        pass
+
+
+@contextmanager
+def service(files, mode):
+    handler = type("Handler", (Service,), {"files": files, "mode": mode, "seen": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", handler.seen
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+FILES = {
+    "adapter_config.json": b'{"r": 4, "base_model_name_or_path": "theirs"}',
+    "adapter_model.safetensors": b"x" * 5000,
+}
+PATH = "tinker://a-b:train:0/weights/step 1"
+
+
+@pytest.mark.parametrize("mode", ["archive", "urls"])
+def test_weights_come_home_from_a_service(tmp_path, monkeypatch, mode):
+    """By either route; the key goes to the service alone, and only --base changes a file."""
+    monkeypatch.setenv("TINKER_API_KEY", KEY)
+    with service(FILES, mode) as (url, seen):
+        out = export(tmp_path, PATH, base_url=url)
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == FILES
+        assert all(key == (None if path.startswith("/signed") else KEY) for path, key in seen)
+        assert seen[0][0] == "/api/v1/training_runs/a-b:train:0/checkpoints/weights/step%201/archive"
+        again = deploy.export({"model": PATH, "out": str(tmp_path / "two"), "base_url": url, "base": "mine"})
+    said = json.loads((Path(again["path"]) / "adapter_config.json").read_text())
+    assert said == {"r": 4, "base_model_name_or_path": "mine"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "path", "key", "error", "said"),
+    [
+        ("archive", PATH, "", ConfigError, "TINKER_API_KEY"),
+        ("archive", PATH, "wrong", ConfigError, "401: this key is not the server's"),
+        ("archive", "tinker://run/weights/none", KEY, ConfigError, "404: there is no checkpoint"),
+        ("archive", "tinker://run/x", KEY, ConfigError, "must read tinker://RUN/weights/NAME"),
+        ("archive", "tinker://run/other/x", KEY, ConfigError, "must read"),
+        ("hostile", PATH, KEY, LaunchError, "leads out of the folder"),
+        ("strange", PATH, KEY, LaunchError, "../escaped"),
+        ("cut", PATH, KEY, LaunchError, "broke off in the middle|not downloaded"),
+        ("file", PATH, KEY, LaunchError, "is no address of HTTP"),
+    ],
+)
+def test_what_cannot_be_brought_home_is_one_line_and_leaves_nothing(
+    tmp_path, monkeypatch, mode, path, key, error, said
+):
+    monkeypatch.setenv("TINKER_API_KEY", key)
+    with service(FILES, mode) as (url, _), pytest.raises(error, match=said):
+        export(tmp_path, path, base_url=url)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_service_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("TINKER_API_KEY", KEY)
+    monkeypatch.delenv("TINKER_BASE_URL", raising=False)
+    with pytest.raises(ConfigError, match="--base_url or TINKER_BASE_URL"):
+        export(tmp_path, PATH)
+    with pytest.raises(LaunchError, match="cannot be reached"):
+        export(tmp_path, PATH, base_url="http://127.0.0.1:1")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_our_own_server_is_served_like_any_other(tiny, tmp_path, monkeypatch):
+    """Trained over the Tinker wire, brought home, merged: the files answer as the service's sampler does."""
+    import httpx
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tests import serve_tools
+
+    monkeypatch.setenv("TINKER_API_KEY", serve_tools.KEY)
+    process = serve_tools.Process(tiny.model, tmp_path / "server", serve_tools.free_port())
+    process.start()
+    try:
+        with httpx.Client(base_url=process.url, timeout=60) as http:
+            client = serve_tools.Client(http)
+            model = client.model()
+            for _ in range(3):
+                client.learn(model, [serve_tools.datum([5, 9, 14, 7, 22, 31])])
+                client.step(model, lr=5e-2)
+            path = client.train("save_weights", model, path="x")["path"]
+            sampler = client.train("save_weights_for_sampler", model, path="y")["path"]
+            ids = [5, 9, 14, 7]
+            said = client.sample(
+                client.sampler(client.session(), path=sampler), ids, prompt_logprobs=True, max_tokens=1
+            )
+        flags = {"base_url": process.url}
+        weights = Path(deploy.export({"model": path, "out": str(tmp_path / "weights"), **flags})["path"])
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= {file.name for file in weights.iterdir()}
+        out = Path(deploy.export({"model": path, "out": str(tmp_path / "out"), "compose": True, **flags})["path"])
+    finally:
+        process.end()
+    merged = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
+    logits = merged(torch.tensor([ids])).logits[0].detach().log_softmax(-1)
+    own = [float(logits[t, ids[t + 1]]) for t in range(len(ids) - 1)]
+    assert own == pytest.approx(said["prompt_logprobs"][1:], abs=0.1)  # bfloat16 on disk
+    assert AutoTokenizer.from_pretrained(out / "model").chat_template

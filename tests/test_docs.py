@@ -45,7 +45,7 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=IDS)
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS, GROUPS = set(PYPROJECT["project"]["optional-dependencies"]), set(PYPROJECT["dependency-groups"])
-OTHER_TOOLS = {"bash", "git", "cd", "export", "ssh", "ruff", "mypy", "mkdocs", "pre-commit", "uvx"}
+OTHER_TOOLS = {"bash", "git", "cd", "export", "ssh", "ruff", "mypy", "mkdocs", "pre-commit", "uvx", "curl"}
 OTHER_FLAGS = {"--help", "--extra", "--group", "--torch-backend", "--runslow", "--strict", "--apply-chat-template"}
 OTHER_FLAGS |= {"--generation-config"}  # vLLM's
 OTHER_FLAGS |= {"--gpus", "--shm-size", "--max-restarts", "--shutdown-timeout"}  # docker's and torchrun's
@@ -122,7 +122,9 @@ def check(words: Sequence[str]) -> None:
     elif program == "torchrun":
         check_module(rest[rest.index("-m") + 1], rest[rest.index("-m") + 2 :])
     elif program == "python":
-        if rest[0] == "-m":
+        if rest[0] == "-c":
+            compile(rest[1], "python -c", "exec")
+        elif rest[0] == "-m":
             check_module(rest[1], rest[2:])
         elif rest[0] == "grpo_gsm8k/r1_traces.py":
             r1_traces.parse_flags(rest[1:])

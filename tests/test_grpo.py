@@ -250,9 +250,9 @@ def test_evaluation_records_carry_the_hash_of_the_weights_of_their_step(bench_of
     seen = {}
     validate = bench.validate
 
-    def watched(step, total):
+    def watched(step, total, metrics):
         seen[step] = weights_sha256(bench.learner.weights())
-        return validate(step, total)
+        validate(step, total, metrics)
 
     bench.validate = watched
     grpo.train(cfg, bench, prompts, graded(bench, even_tokens))

@@ -83,6 +83,16 @@ def test_during_an_import_there_is_a_line_and_no_traceback(tmp_path):
     assert end.code == 143 and "--resume" in end.err and "Traceback" not in end.err
 
 
+def test_an_import_that_turns_it_into_an_error_ends_with_the_line(tmp_path):
+    """As transformers' lazy modules do."""
+    body = (
+        "import time\ntry:\n    time.sleep(30)\nexcept BaseException as e:\n    raise ModuleNotFoundError('x') from e\n"
+    )
+    (tmp_path / "wraps.py").write_text(body)
+    end = pressed(python(f"sys.path.insert(0, {str(tmp_path)!r})\nimport wraps"), [0.5])
+    assert end.code == 130 and "--resume" in end.err and "Traceback" not in end.err
+
+
 def grpo(tiny, run, steps=400):
     flags = ["--model_id", tiny.model, "--data", tiny.data, "--out_dir", run, "--device", "cpu", "--steps", steps]
     flags += ["--prompt_style", "gsm8k", "--max_new_tokens", 8, "--rollouts_per_step", 8, "--group_size", 4]

@@ -132,7 +132,17 @@ def same_as_eager(tmp_path, **flags):
     assert learn(resumed, [3])[0] == pytest.approx(learn(again, [3])[0], rel=1e-3, abs=1e-5)
 
 
-@pytest.mark.parametrize("flags", [{}, {"activation_checkpointing": True}, {"lora_rank": 4}], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        *(
+            pytest.param(flags, marks=pytest.mark.slow)
+            for flags in ({"lora_rank": 4}, {"activation_checkpointing": True})
+        ),
+    ],
+    ids=str,
+)
 def test_compiled_layers_compute_the_same(flags, quickly, tmp_path):
     same_as_eager(tmp_path, **flags)
 

@@ -133,10 +133,10 @@ BROKEN_MODELS = {
     "no model type": (settings(model_type=...), "model_type"),
     "no sizes": (settings(intermediate_size=...), "mlp.down_proj.weight is 32x128, the model's is 32x22016"),
     "a size of the wrong type": (settings(hidden_size="x"), "hidden_size"),
-    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer knows no text"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer encodes no text"),
     "cut tokenizer": (cut("tokenizer.json"), "tokenizer.json cannot be read"),
     "another file as tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("[1]"), "cannot load model"),
-    "its own code": (own_code, "needs code of its own"),
+    "its own code": (own_code, "needs its own code"),
     "a pickle of more than weights": (lambda folder: pickled(folder, Touch("ran")), "pytorch_model.bin is damaged, or"),
 }
 

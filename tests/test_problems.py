@@ -256,7 +256,7 @@ def test_validate_takes_what_training_takes(tmp_path: Path) -> None:
     ]
     assert report.stats["roles"] == {"system": 1, "user": 2, "assistant": 2}
     with pytest.raises(
-        DataError, match=r"prompt must be text, not a number; `grpo-gsm8k validate .* lists every fault"
+        DataError, match=r"prompt must be text, not a number; `grpo-gsm8k validate .* lists every error"
     ):
         load_pairs(path)
     assert load_pairs(write(tmp_path / "f.jsonl", rows[0]))[0].raw

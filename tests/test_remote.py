@@ -120,7 +120,7 @@ def test_grpo_at_a_service_is_grpo_here_to_the_bit(tiny, tmp_path, address):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [{}, {"minibatches": 4, "aggregation": "token"}, {"loss": "gspo", "minibatches": 2}])
-def test_so_are_the_log_probabilities_that_were_sampled_with(tiny, tmp_path, address, flags):
+def test_sampled_log_probabilities_too_are_the_same_to_the_bit(tiny, tmp_path, address, flags):
     run("grpo", tiny, tmp_path / "here", engine=ROWS, **flags)
     run("grpo", tiny, tmp_path / "there", address, **flags)
     same(tmp_path / "here", tmp_path / "there")
@@ -128,14 +128,14 @@ def test_so_are_the_log_probabilities_that_were_sampled_with(tiny, tmp_path, add
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "ei"])
-def test_so_are_fine_tuning_and_expert_iteration(name, tiny, tmp_path, address, every_answer_right):
+def test_fine_tuning_and_expert_iteration_are_the_same_to_the_bit(name, tiny, tmp_path, address, every_answer_right):
     run(name, tiny, tmp_path / "here")
     run(name, tiny, tmp_path / "there", address)
     same(tmp_path / "here", tmp_path / "there")
 
 
 @pytest.mark.slow
-def test_so_is_every_weight(tiny, tmp_path, address):
+def test_every_weight_is_trained_to_the_bit_as_here(tiny, tmp_path, address):
     run("sft", tiny, tmp_path / "here", lora_rank=0)
     run("sft", tiny, tmp_path / "there", address, lora_rank=0)
     same(tmp_path / "here", tmp_path / "there")
@@ -194,21 +194,18 @@ def test_a_server_that_is_killed_costs_the_run_nothing(tiny, tmp_path):
     process = Process(tiny.model, tmp_path / "data", free_port(), max_tokens_per_microbatch=CELLS)
     process.start()
     run("grpo", tiny, tmp_path / "whole", process.url, steps=4)
-    done = threading.Event()
+    log, done = tmp_path / "parts" / "metrics.jsonl", threading.Event()
 
     def kill() -> None:
-        for step in (1, 3):
-            while not (tmp_path / "parts/metrics.jsonl").is_file() or len(said(tmp_path / "parts")) < step:
-                time.sleep(0.02)
-            process.end()
-            process.start()
+        while not log.is_file() or log.read_text().count("\n") < 2:
+            time.sleep(0.02)
+        process.end()
+        process.start()
         done.set()
 
-    killer = threading.Thread(target=kill)
-    killer.start()
+    threading.Thread(target=kill, daemon=True).start()
     run("grpo", tiny, tmp_path / "parts", process.url, steps=4)
-    killer.join()
-    assert done.is_set()
+    assert done.wait(300)
     same(tmp_path / "whole", tmp_path / "parts")
     process.end()
 

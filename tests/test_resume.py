@@ -138,7 +138,7 @@ def test_when_every_checkpoint_is_damaged_the_run_says_so(tiny, tmp_path):
     grpo.run(config_of("grpo", tiny, tmp_path / "run", max_steps=2))
     for folder in (tmp_path / "run/checkpoints").iterdir():
         (folder / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="no checkpoint is whole"):
+    with pytest.raises(CheckpointError, match="all checkpoints are damaged"):
         grpo.run(config_of("grpo", tiny, tmp_path / "run"))
 
 

@@ -230,7 +230,7 @@ def test_without_right_answers_the_mean_reward_chooses(words, tmp_path):
     [
         ({"task": "mine_seams:Raises"}, r"task 'mine_seams:Raises': .*mine_seams\.py:\d+: ZeroDivisionError"),
         ({"task": "mine_seams:Nonsense"}, "'good', not a Grade"),
-        ({"task": "mine_seams:brevity"}, "no subclass"),
+        ({"task": "mine_seams:brevity"}, "not a subclass"),
         ({"task": "mine_seams:Nobody"}, "has no 'Nobody'"),
         ({"task": "gsm9k"}, "did you mean 'gsm8k'"),
         ({"reward": "mine_seams:raises"}, r"reward mine_seams:raises: .*mine_seams\.py:\d+: AttributeError"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from grpo_gsm8k.serve import codec
 from tests.serve_tools import HEADERS, NAME, Client, Failed, datum, in_process, loss_input, tensor
 
 IDS = [5, 9, 14, 7, 22, 31, 8, 40, 12, 6]
@@ -21,7 +22,7 @@ def client(tiny, tmp_path_factory):
         yield made
 
 
-def logprobs(result: Any) -> list[Any]:
+def logprobs_of(result: Any) -> list[Any]:
     return [np.array(o["logprobs"]["data"]).reshape(o["logprobs"]["shape"]) for o in result["loss_fn_outputs"]]
 
 
@@ -39,7 +40,7 @@ def test_the_loss_falls(client: Client) -> None:
 
 def test_a_new_adapter_leaves_the_base_as_it_is(client: Client) -> None:
     session = client.session()
-    found = logprobs(client.forward(client.model(session), [datum(IDS)]))[0]
+    found = logprobs_of(client.forward(client.model(session), [datum(IDS)]))[0]
     base = client.sample(client.sampler(session), IDS, prompt_logprobs=True, max_tokens=1)["prompt_logprobs"]
     assert base[0] is None
     assert found == pytest.approx(base[1:], abs=1e-5)
@@ -80,7 +81,7 @@ def numpy_loss(name: str, logp: Any, x: dict[str, Any], config: dict[str, float]
 def test_losses_as_numpy_has_them(client: Client, name: str, sent: Any, config: Any) -> None:
     rng = np.random.default_rng(3)
     rows, model = [], client.model()
-    logp = logprobs(client.forward(model, [datum(IDS), datum(IDS[3:])]))
+    logp = logprobs_of(client.forward(model, [datum(IDS), datum(IDS[3:])]))
     for length in (9, 6):
         inputs: dict[str, Any] = {"logprobs": logp[len(rows)] + rng.normal(0, 0.4, length)}
         inputs["advantages"] = rng.normal(0, 1, length)
@@ -91,7 +92,7 @@ def test_losses_as_numpy_has_them(client: Client, name: str, sent: Any, config: 
         rows.append({k: v.astype(np.float32) for k, v in inputs.items()})
     data = [datum(IDS, **rows[0]), datum(IDS[3:], **rows[1])]
     found = client.learn(model, data, name, sent)
-    logp = logprobs(found)
+    logp = logprobs_of(found)
     expected = sum(numpy_loss(name, logp[i].astype(np.float64), rows[i], config) for i in range(2))
     assert found["metrics"]["loss:sum"] == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
@@ -107,7 +108,7 @@ def test_the_gradient_is_autograds(client: Client, name: str, unembed: bool) -> 
     with torch.no_grad():
         for weight in trained.parameters.values():
             weight += torch.from_numpy(rng.normal(0, 0.1, weight.shape)).float()
-    logp = logprobs(client.forward(model, [datum(IDS)]))[0]
+    logp = logprobs_of(client.forward(model, [datum(IDS)]))[0]
     inputs: dict[str, Any] = {"logprobs": logp + rng.normal(0, 0.3, 9), "advantages": rng.normal(0, 1, 9)}
     inputs["advantages"][:3] = 0
     if name == "cross_entropy":
@@ -169,11 +170,11 @@ def test_several_targets_a_position(client: Client) -> None:
         "loss_fn_inputs": {"target_tokens": tensor(flat_t, [n, 3]), "weights": tensor(flat_w, [n, 3])},
     }
     found = client.learn(model, [row, datum(IDS)])
-    logp = logprobs(found)
+    logp = logprobs_of(found)
     assert [a.shape for a in logp] == [(n, 3), (9,)]
     expected = -(np.array(weights) * logp[0]).sum() - logp[1].sum()
     assert found["metrics"]["loss:sum"] == pytest.approx(expected, rel=1e-5)
-    single = logprobs(client.forward(model, [datum(IDS[:n], [t[1] for t in targets])]))[0]
+    single = logprobs_of(client.forward(model, [datum(IDS[:n], [t[1] for t in targets])]))[0]
     assert single == pytest.approx(logp[0][:, 1], abs=1e-5)
     sparse = {  # the same, as CSR: what it does not list is 0
         "data": [1.0, 2.0],
@@ -285,6 +286,26 @@ def test_lists_and_deletion(client: Client) -> None:
     assert len(cursor["training_runs"]) == 1 and cursor["cursor"]["total_count"] >= 1
 
 
+def test_an_adapter_taken_home_is_the_model_that_was_served(client: Client, tmp_path) -> None:
+    """Merged into its base, an untied head included: plain transformers finds the served log-probabilities."""
+    from transformers import AutoModelForCausalLM
+
+    from grpo_gsm8k import config, workbench
+
+    model = client.model()
+    for _ in range(3):
+        client.learn(model, [datum(IDS)])
+        client.step(model, lr=3e-2)
+    client.train("save_weights_external", model, path="home")
+    service = client.service  # type: ignore[attr-defined]
+    folder = service.folder / service.books.checkpoints[model, "external_weights", "home"].folder
+    workbench.merge(config.build(config.ModelConfig, {"model_id": str(folder), "device": "cpu"}), tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    logits = plain(input_ids=torch.tensor([IDS[:-1]])).logits[0].log_softmax(-1)
+    own = logits[torch.arange(9), torch.tensor(IDS[1:])].detach().numpy()
+    assert logprobs_of(client.forward(model, [datum(IDS)]))[0] == pytest.approx(own, abs=1e-4)
+
+
 def test_downloads_need_a_signature_and_no_key(client: Client, tmp_path) -> None:
     import io
     import tarfile
@@ -327,7 +348,7 @@ def test_samples_are_from_the_trainers_distribution(client: Client) -> None:
     sampler = client.sampler(session, path=path)
     found = client.sample(sampler, IDS[:4], max_tokens=5, stop=[])["sequences"][0]
     whole = IDS[:4] + found["tokens"]
-    trainer = logprobs(client.forward(model, [datum(whole)]))[0]
+    trainer = logprobs_of(client.forward(model, [datum(whole)]))[0]
     assert found["logprobs"] == pytest.approx(trainer[-5:], abs=2e-5)
     prompt = client.sample(sampler, whole, 1, max_tokens=1, prompt_logprobs=True)["prompt_logprobs"]
     assert prompt[1:] == pytest.approx(trainer, abs=2e-5)
@@ -360,7 +381,7 @@ def test_what_ends_a_sample(client: Client) -> None:
     word = next(c for c in text if c.isalnum())
     by_text = client.sample(sampler, IDS, 2, max_tokens=40, stop=word)["sequences"][0]["tokens"]
     assert word in spell(by_text) and word not in spell(by_text[:-1])
-    ends = client.service.work.sampler.stop_ids  # type: ignore[attr-defined]
+    ends = client.service.weights.sampler.stop_ids  # type: ignore[attr-defined]
     by_end = client.sample(sampler, IDS, 3, max_tokens=1000, temperature=3.0)["sequences"][0]
     assert by_end["stop_reason"] == "length" or by_end["tokens"][-1] in ends
 
@@ -560,9 +581,10 @@ def test_a_number_that_is_none_is_refused_at_once(client: Client, seq) -> None:
         ({"stop": [1, "a"]}, "stop must be"),
         ({"stop": [""]}, "stop must be"),
         ({"seed": 2**80}, "seed"),
-        ({"target_prompt_logprobs": {"data": [1]}}, "target_prompt_logprobs is not served"),
+        ({"target_prompt_logprobs": {"data": [1], "dtype": "int64"}}, "shape [N, K]"),
+        ({"target_prompt_logprobs": tensor([1, 2], [2, 1])}, "must be [9, K]"),
         ({"record_stability_info": True}, "record_stability_info is not served"),
-        ({"prompt_alt_tokens_k": 2}, "prompt_alt_tokens_k is not served"),
+        ({"prompt_alt_tokens_k": 1000}, "prompt_alternatives"),
         ({"prompt": {"chunks": []}}, "empty"),
         ({"prompt": {"chunks": [{"tokens": [320]}]}}, "not in the vocabulary"),
         ({"prompt": {"chunks": [{"tokens": [1] * 1024}]}}, "context is 1024"),
@@ -586,6 +608,36 @@ def test_fields_that_ask_for_nothing_are_let_pass(client: Client) -> None:
     sampler = client.sampler(client.session())
     found = client.sample(sampler, IDS, target_prompt_logprobs=None, record_stability_info=False, prompt_alt_tokens_k=0)
     assert len(found["sequences"]) == 1
+
+
+def test_named_tokens_and_draws_at_each_position_of_a_prompt(client: Client) -> None:
+    session = client.session()
+    sampler = client.sampler(session)
+    asked = [[IDS[i + 1], 3 + i, -1] for i in range(9)]
+    dense = tensor(list(itertools.chain(*asked)), [9, 3])
+    sparse = {
+        **tensor([IDS[1], 7], [9, 3]),
+        "sparse_crow_indices": [0, 1, 1, 1, 2, 2, 2, 2, 2, 2],
+        "sparse_col_indices": [0, 2],
+    }
+    found = []
+    for number, targets in enumerate((dense, sparse)):
+        sent = client.submit_sample(
+            sampler, IDS, number, target_prompt_logprobs=targets, prompt_logprobs=True, prompt_alt_tokens_k=50
+        )
+        client.result(sent)
+        accept = {**HEADERS, "Accept": "application/x-protobuf"}
+        found.append(codec.decode("sample", client.post("retrieve_future", sent, headers=accept).content))
+    logp = found[0].prompt_logprobs
+    named = np.array(found[0].targets.values).reshape(9, 3)
+    assert named[:, 0].tolist() == list(logp[1:]) and (named[:, 2] == 0).all() and (named[:, 1] < 0).all()
+    assert (found[1].targets.crow, found[1].targets.col) == ((0, 1, 1, 1, 2, 2, 2, 2, 2, 2), (0, 2))
+    assert found[1].targets.values[0] == logp[1]
+    tokens, logprobs = (np.array(table.values).reshape(9, 50) for table in found[0].alternatives)
+    wanted = {"target_tokens": tensor(tokens.ravel().tolist(), [9, 50])}
+    row = {"model_input": {"chunks": [{"tokens": IDS[:9]}]}, "loss_fn_inputs": wanted}
+    trainer = logprobs_of(client.forward(client.model(session), [row]))[0]
+    assert logprobs == pytest.approx(trainer, abs=1e-5) and len(set(tokens[0].tolist())) > 10
 
 
 def test_what_is_not_there_is_404(client: Client) -> None:

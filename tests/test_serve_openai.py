@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from grpo_gsm8k import r1_traces
 from tests.serve_tools import KEY, Process, free_port
 from tests.serving import serving
 from tests.toys import make_data
@@ -463,10 +464,10 @@ def test_lm_eval_finds_through_the_service_what_it_finds_in_its_own_process(tiny
         (tmp_path / "tasks" / f"{task['task']}.yaml").write_text(json.dumps(shared | task))
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
-    def found(model, **args):
+    def found(backend, **args):
         manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
         settings = {"tasks": ["choices", "texts"], "task_manager": manager, "bootstrap_iters": 0, "batch_size": 4}
-        said = lm_eval.simple_evaluate(model=model, model_args=args, **settings)["samples"]
+        said = lm_eval.simple_evaluate(model=backend, model_args=args, **settings)["samples"]
         return {(name, s["doc_id"]): s["resps"] for name in said for s in said[name]}
 
     own = found("hf", pretrained=str(tiny.model), device="cpu", dtype="float32")
@@ -488,6 +489,24 @@ def test_lm_eval_finds_through_the_service_what_it_finds_in_its_own_process(tiny
                     continue
                 for (mine,), (theirs,) in zip(served[key], resps, strict=True):
                     assert mine[0] == pytest.approx(theirs[0], abs=1e-4) and mine[1] == theirs[1]
+    finally:
+        process.end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [True, False])
+def test_our_own_traces_come_from_the_service(tiny, tmp_path, monkeypatch, stream):
+    data = make_data(tmp_path / "data")
+    process = Process(tiny.model, tmp_path / "out", free_port(), served_name="tiny")
+    process.start()
+    try:
+        monkeypatch.setenv("THE_KEY", KEY)
+        flags = {"infile": data / "train.jsonl", "outfile": tmp_path / "traces.jsonl", "limit": 4, "max_tokens": 16}
+        flags |= {"base_url": f"{process.url}/v1", "model": "tiny", "api_key_env": "THE_KEY"}
+        said = [f"--{name}={value}" for name, value in flags.items()] + (["--stream"] if stream else [])
+        assert r1_traces.main(said) == 0
+        rows = [json.loads(line) for line in (tmp_path / "traces.jsonl").read_text().splitlines()]
+        assert len(rows) == 4 and all(row["usage"]["completion_tokens"] <= 16 and row["content"] for row in rows)
     finally:
         process.end()
 

@@ -65,6 +65,7 @@ def test_what_the_page_shows(served):
     run, (model, *_) = found["rollouts"], found["models"]
     assert found["base"] == "tiny" and model["steps"] == 3 and len(model["history"]) == 3
     assert [row["version"] for row in run["history"]] == [1, 2, 3] and run["history"][0]["reward/mean"] == 0.5
+    assert found["models_in_all"] == len(found["models"]) and set(model["history"][0]) == {"step", "loss:sum"}
     assert any(sample["prompt"] == HOSTILE for sample in run["samples"])
     assert any(HOSTILE in sample["prompt"] for sample in found["samples"])
     assert any("unknown field" in refusal["reason"] for refusal in found["refusals"])
@@ -104,6 +105,7 @@ def test_hostile_names_and_numbers_survive_the_metrics():
         "disk": {"free": 10, "fault": ""},
         "checkpoints": 0,
         "totals": {},
+        "models_in_all": 1,
         "models": [{"model_id": HOSTILE, **names}],
     }
     found = families(exposition(status))

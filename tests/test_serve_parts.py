@@ -360,6 +360,15 @@ def test_two_clients_at_once_get_what_each_gets_alone(tiny, tmp_path: Path) -> N
     assert together == alone
 
 
+def test_drawing_while_training_changes_nothing(tiny, tmp_path: Path) -> None:
+    found = []
+    for flags in ({}, {"sample_device": "cpu"}):
+        with in_process(tiny.model, tmp_path / str(len(found)), **flags) as client:
+            assert client.service.engine.overlaps == bool(flags)  # type: ignore[attr-defined]
+            found.append(a_run(client, 3))
+    assert found[0] == found[1]
+
+
 def test_samples_of_many_clients_are_those_of_each(client: Client) -> None:
     """The same requests one after the other, and all at once: decoded side by side, the same bits."""
     sampler = client.sampler(client.session())

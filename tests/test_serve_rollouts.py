@@ -120,6 +120,12 @@ def test_settings_of_the_request_win_over_the_runs(client):
     assert cut["finish_reason"] == "stop" and cut["text"] == long["text"][: long["text"].index(stop)]
 
 
+def test_a_start_without_a_body_takes_the_defaults(client):
+    for body in ({}, None):
+        answer = client.post("/v1/start", json=body)
+        assert answer.status_code == 200 and answer.json()["settings"]["max_staleness"] == 0
+
+
 def test_a_prompt_may_be_a_conversation(client):
     said = [{"role": "user", "content": "hi"}]
     group = post(client, "rollouts", prompts=["Tom", said])["rollouts"][1]
@@ -201,7 +207,7 @@ def test_nothing_is_taken_unless_a_run_is_on(client):
         ("start", {"groups_per_batch": 0}),
         ("start", {"learning_rate": "fast"}),
         ("start", {"learning_rate": float("nan")}),
-        ("start", {"temperature": 0}),
+        ("start", {"temperature": -0.1}),
         ("start", {"loss_fn": "cross_entropy"}),
         ("start", {"loss_fn": "reinforce"}),
         ("start", {"normalize": True}),
@@ -396,14 +402,15 @@ def test_an_update_that_a_crash_interrupted_is_made_once(tiny, tmp_path, monkeyp
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_kills_at_random_moments_change_nothing(tiny, tmp_path):
     """kill -9 of the process while a client trains: weights and samples are bitwise those of the undisturbed run."""
     undisturbed = trained_through(tiny.model, tmp_path / "a", kills=0)
-    killed = trained_through(tiny.model, tmp_path / "b", kills=6)
+    killed = trained_through(tiny.model, tmp_path / "b", kills=4)
     assert undisturbed == killed
 
 
-def trained_through(model, folder, kills, updates=24):
+def trained_through(model, folder, kills, updates=16):
     """The adapter's bytes and the samples' texts at the end of a run whose server is killed now and then."""
     process = Process(model, folder, free_port(), snapshot_every=3)
     drawn, ended, left = random.Random(kills), threading.Event(), [kills]
@@ -429,6 +436,7 @@ def trained_through(model, folder, kills, updates=24):
     texts, update = [], 0
     while update < updates or left[0]:
         update += 1
+        print(f"update {update}, {left[0]} kills left", flush=True)
         found = call("POST", "/v1/rollouts", {"prompts": ["Tom", "Ann"], "seed": update, "max_tokens": 8}).json()
         every = [one for group in found["rollouts"] for one in group["completions"]]
         if update <= updates:

@@ -71,10 +71,10 @@ BROKEN = [
     ("countdown", {"numbers": [3, 5], "target": 8, "solution": ""}, "'solution' is empty"),
     ("sort_words", {"words": "tun bel"}, "'words' must be an array of words"),
     ("sort_words", {"words": []}, "'words' must be an array of words"),
-    ("sort_words", {"words": ["two words"]}, "which is no word"),
-    ("sort_words", {"words": ["a", 1]}, "which is no word"),
-    ("sort_words", {"words": ["a", ""]}, "which is no word"),
-    ("sort_words", {"words": ["b2"]}, "which is no word"),
+    ("sort_words", {"words": ["two words"]}, "which is not a word"),
+    ("sort_words", {"words": ["a", 1]}, "which is not a word"),
+    ("sort_words", {"words": ["a", ""]}, "which is not a word"),
+    ("sort_words", {"words": ["b2"]}, "which is not a word"),
 ]
 
 

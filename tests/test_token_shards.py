@@ -197,7 +197,7 @@ def test_damaged_shards_are_refused_and_no_code_is_run(tiny, pairs, tmp_path):
     made_with = manifest["made_with"]
     shard = folder / "shard_00001.pt"
     torch.save({"input_ids": Bomb(tmp_path / "boom")}, shard)
-    with pytest.raises(DataError, match=r"shard_00001\.pt: is missing, or not the file"):
+    with pytest.raises(DataError, match=r"shard_00001\.pt: is missing, or differs from"):
         token_shards.load_rows(folder, made_with, "last")
     manifest["shards"][1]["sha256"] = sha256_file(shard)  # and the manifest vouches for it
     write_json(folder / "manifest.json", manifest)
@@ -206,7 +206,7 @@ def test_damaged_shards_are_refused_and_no_code_is_run(tiny, pairs, tmp_path):
             shard.write_bytes(bad)
             manifest["shards"][1]["sha256"] = sha256_file(shard)
             write_json(folder / "manifest.json", manifest)
-        with pytest.raises(DataError, match=r"shard_00001\.pt: is no shard"):
+        with pytest.raises(DataError, match=r"shard_00001\.pt: is not a shard"):
             token_shards.load_rows(folder, made_with, "last")
     assert not (tmp_path / "boom").exists()
     with pytest.raises(DataError, match="tokenize --out_dir"):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 
 import pytest
 import torch
 
-from grpo_gsm8k import config, fast_eval_vllm, workbench
+from grpo_gsm8k import config, fast_eval_vllm, pipeline, workbench
 from grpo_gsm8k.engines import process
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.errors import ConfigError, RunDirError
@@ -188,3 +189,23 @@ def test_a_transfer_that_cannot_reach_the_engine_is_refused(one_gpu, tiny, tmp_p
         workbench.open_sampler(cfg, load_model(cfg), renderer_for(load_tokenizer(cfg)), tmp_path),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked"), [({}, "auto"), ({"engine": "hf"}, "hf"), ({"learner": "tinker"}, "tinker")]
+)
+def test_the_pipelines_evaluations_sample_as_its_stages_do(tmp_path, monkeypatch, flags, asked):
+    """`auto` reaches the evaluation as it is, which settles it as the stages do."""
+    seen = []
+
+    def resolve(section, more):
+        mine = {key: value for key, value in flags.items() if section != "eval" or key != "learner"}
+        return config.resolve(section, flags={**mine, **more})
+
+    def run(cfg, results, title):
+        seen.append(cfg.engine)
+        return collections.defaultdict(float)
+
+    monkeypatch.setattr(fast_eval_vllm, "run", run)
+    pipeline.evaluate_stage("base", "m", tmp_path, tmp_path, resolve)
+    assert seen == [asked]

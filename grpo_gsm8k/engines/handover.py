@@ -155,7 +155,7 @@ def _own_lock(folder: Path) -> IO[bytes]:
         os.close(inside)
     if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
         handle.close()
-        raise PermissionError(f"{folder}: its lock is no file")
+        raise PermissionError(f"{folder}: its lock is not a file")
     return handle
 
 

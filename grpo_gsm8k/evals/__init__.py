@@ -1,1 +1,1 @@
-"""Accuracy, and what may be said of it."""
+"""Accuracy, with intervals, tests and studies."""

@@ -1,4 +1,4 @@
-"""Accuracy of a sampler on a set of problems, one record a completion, and every figure that follows from them."""
+"""Accuracy of a sampler on a set of problems: one record per completion, and all metrics computed from them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from grpo_gsm8k.runs.progress import progress
 from grpo_gsm8k.tasks.render import Renderer
 from grpo_gsm8k.tasks.rewards import Grader
 
-CHUNK = 256  # prompts between two movements of the progress bar
+CHUNK = 256  # prompts per update of the progress bar
 Row = dict[str, Any]
 RATES: dict[str, Callable[[Row], bool | None]] = {
     "accuracy": lambda row: row["correct"],
@@ -34,23 +34,23 @@ RATES: dict[str, Callable[[Row], bool | None]] = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures, and the rows they come from.
+    """The metrics of an evaluation, and its rows.
 
     Attributes:
-        accuracy: share of right answers; with several completions a problem, their mean (avg@k). None for a task
+        accuracy: share of right answers; with several completions per problem, their mean (avg@k). None for a task
             without right answers.
-        ci95: of the accuracy: Wilson for one completion a problem; bootstrap over problems for several. Of the mean
-            reward where there is no accuracy.
+        ci95: of the accuracy: Wilson for one completion per problem, bootstrap over problems for several. Of the mean
+            reward if there is no accuracy.
         reward: mean reward.
-        strict_accuracy, flexible_accuracy: the same completions graded either way; `accuracy` is one of the two.
-        format_accuracy, truncated: shares of completions in the form that was asked for, and cut at the limit.
+        strict_accuracy, flexible_accuracy: the same completions graded in both modes; `accuracy` is one of the two.
+        format_accuracy, truncated: shares of completions in the requested form, and cut at the token limit.
         pass_at_k, maj_at_k: k → unbiased pass@k, and majority of k; for the powers of two up to the completions
             per problem and seed, and for that number itself.
         intervals: figure → 95 % interval, for the shares above and for pass@k and maj@k.
         by_length: quarters of the completions by length: `tokens` [shortest, longest], `n`, `accuracy`, `ci95`,
             `truncated`.
         by_seed: sampling seed → accuracy with it.
-        spread: of an accuracy with one seed, between seeds and between sets of problems; see `stats.Spread`.
+        spread: standard deviations between seeds and between sets of problems; see `stats.Spread`.
         rows: `id, sample, question, prompt, response, answer, gold, extracted, correct, format_ok, reward,
             finish_reason, tokens, weights_sha256`, the `details` of the task's grade (gsm8k: correct_strict,
             correct_flexible), and `seed` where one was given; `answer` is the reference solution as the data has it.
@@ -77,11 +77,11 @@ class Evaluation:
     rows: list[Row]
 
     def summary(self) -> dict[str, Any]:
-        """Everything but the rows."""
+        """All metrics, without the rows."""
         return {key: value for key, value in vars(self).items() if key != "rows"}
 
     def metrics(self) -> dict[str, float]:
-        """As the `val/` metrics of a training run; what the task does not say is left out."""
+        """The `val/` metrics of a training run, without those that the task does not define."""
         found = {
             "val/accuracy": self.accuracy,
             "val/strict_accuracy": self.strict_accuracy,
@@ -109,13 +109,13 @@ def evaluate(
     chunk_size: int = CHUNK,
     context: int = 0,
 ) -> Evaluation:
-    """Sample `samples` trajectories of each prompt, with each seed, and grade them once.
+    """Sample `samples` trajectories of each prompt with each seed, and grade each once.
 
     Args:
-        weights_sha256: of the weights that the sampler holds; every record carries it.
-        seeds: sampling seeds; none for greedy decoding, where there is nothing to seed.
-        chunk_size: prompts handed to the sampler at once.
-        context: the model's, in tokens, where trajectories have several turns.
+        weights_sha256: hash of the sampler's weights, stored in every record.
+        seeds: sampling seeds; empty for greedy decoding.
+        chunk_size: prompts per call of the sampler.
+        context: the model's context in tokens, for trajectories of several turns.
     """
     grader = Grader(renderer.task)
     started, rows = time.perf_counter(), list[Row]()
@@ -139,10 +139,10 @@ def _so_far(rows: Sequence[Row]) -> str:
 
 
 def figures(rows: list[Row], samples: int, seconds: float, vote: Callable[[str | None], Hashable]) -> Evaluation:
-    """Every figure of the rows, of which each example has `samples` with each seed.
+    """Compute all metrics of the rows; each example has `samples` rows per seed.
 
     Args:
-        vote: what an answer counts as in a majority.
+        vote: normal form of an answer, for majority voting.
     """
     by_problem = grouped(rows)
     known = {name: of for name, of in RATES.items() if all(of(row) is not None for row in rows)}
@@ -187,7 +187,7 @@ def figures(rows: list[Row], samples: int, seconds: float, vote: Callable[[str |
 
 
 def by_length(rows: Sequence[Row], parts: int = 4) -> list[dict[str, Any]]:
-    """Accuracy of the shorter and the longer completions: equal shares of them, equal lengths kept together."""
+    """Accuracy by quarters of completion length; equal lengths stay together."""
     lengths = sorted(row["tokens"] for row in rows)
     edges = sorted({lengths[len(lengths) * i // parts] for i in range(1, parts)})
     bins: dict[int, list[Row]] = defaultdict(list)
@@ -206,7 +206,7 @@ def by_length(rows: Sequence[Row], parts: int = 4) -> list[dict[str, Any]]:
 
 
 def record(rollout: Rollout, renderer: Renderer) -> Row:
-    """One graded trajectory as a row of a results or samples file."""
+    """A graded trajectory as a row of a results or samples file."""
     trajectory, grade = rollout.trajectory, rollout.grade
     example = trajectory.prompt.example
     return {
@@ -236,7 +236,7 @@ def grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def read_rows(path: Path) -> dict[str, list[Row]]:
-    """Problem id → its rows, of a results file. Raises `DataError` naming a row that is not a result."""
+    """Read a results file: problem id → its rows. Raises `DataError` for a row that is not a result."""
     rows = []
     for line, row in read_jsonl(path):
         judged = isinstance(row.get("correct"), bool) or (row.get("correct") is None and "reward" in row)
@@ -247,7 +247,7 @@ def read_rows(path: Path) -> dict[str, list[Row]]:
 
 
 def accuracies(rows: Mapping[str, Sequence[Row]]) -> dict[str, float]:
-    """Problem id → accuracy on it; the mean reward where the task has no right answers."""
+    """Problem id → accuracy, or mean reward if the task has no right answers."""
     return {
         key: fmean(row["reward"] if row["correct"] is None else row["correct"] for row in own)
         for key, own in rows.items()

@@ -1,4 +1,4 @@
-"""Results files against each other, paired over their problems: the command `compare`."""
+"""Compares results files, paired over their problems: the command `compare`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Rows = Mapping[str, Sequence[Row]]  # problem id → its completions
 
 
 def compare_files(paths: Sequence[Path], gain: float | None = None, examples: int = 3) -> dict[str, Any]:
-    """Each results file against the first.
+    """Compare each results file with the first.
 
     Args:
-        gain: a claimed difference in accuracy, to say how many problems it needs; the observed one by default.
-        examples: problems to show of those that B won, and of those that it lost.
+        gain: a claimed difference in accuracy, to compute how many problems it needs; by default the observed one.
+        examples: number of problems to show that B won, and that it lost.
 
     Returns:
         for two files the fields of `Comparison`, `needed` (gain → problems, at the spread of differences seen here)
@@ -52,10 +52,10 @@ def compare_files(paths: Sequence[Path], gain: float | None = None, examples: in
 
 
 def against(a: Rows, b: Rows, name: object, gain: float | None = None) -> Comparison:
-    """B against A.
+    """Compare B with A.
 
     Raises:
-        UserError: they are over different problems; `name` is what B is called.
+        UserError: they cover different problems; `name` is the name of B.
     """
     for key in sorted(a.keys() & b.keys()):
         texts = [rows[0].get("question", rows[0].get("prompt")) for rows in (a[key], b[key])]
@@ -71,7 +71,7 @@ def corrected_for_number(found: Sequence[Comparison]) -> tuple[list[Comparison],
 
 
 def flips(a: Rows, b: Rows, most: int) -> list[dict[str, Any]]:
-    """Problems that B won and that it lost, largest difference first, then by a hash of the id, not by taste."""
+    """Problems that B won and lost, by the size of the difference, then by a hash of the id."""
     was, now = accuracies(a), accuracies(b)
 
     def order(key: str) -> tuple[float, str]:

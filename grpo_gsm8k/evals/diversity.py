@@ -1,7 +1,7 @@
-"""Does a policy still explore, and does it repeat itself? Figures of the groups that it samples.
+"""Diversity metrics of sampled groups: does the policy still explore, and does it repeat itself?
 
-They fall to their floor when sampling collapses: every completion of a group the same, or one phrase over and over.
-All are over token ids, and within a group or a completion, so that the size of the batch does not move them.
+They drop when sampling collapses: all completions of a group are equal, or one phrase repeats. They use token ids
+within a group or a completion, so they do not depend on the batch size.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from statistics import fmean
 
 Tokens = Sequence[int]
-REPEATED = 4  # length of the n-grams of which repetition is counted
+REPEATED = 4  # length of the n-grams for counting repetition
 
 
 def diversity(groups: Sequence[Sequence[Tokens]]) -> dict[str, float]:
-    """Metrics of the completions, grouped by prompt; means over groups, or over completions.
+    """Metrics of completions grouped by prompt: means over groups, or over completions.
 
     distinct_1, distinct_2  distinct n-grams of a group, as a share of all of it (arXiv 1510.03055 sec. 5)
     unique_frac             distinct completions of a group, as a share of it
@@ -31,6 +31,6 @@ def diversity(groups: Sequence[Sequence[Tokens]]) -> dict[str, float]:
 
 
 def distinct(group: Sequence[Tokens], n: int) -> float | None:
-    """Distinct n-grams as a share of all; None where nothing is so long."""
+    """Distinct n-grams as a share of all; None if no completion is long enough."""
     grams = [tuple(tokens[i : i + n]) for tokens in group for i in range(len(tokens) - n + 1)]
     return len(set(grams)) / len(grams) if grams else None

@@ -1,8 +1,8 @@
-"""Who evaluates a model while it is trained: the training process itself, or another that it never waits for.
+"""Evaluators for training: in the training process, or in another process that training never waits for.
 
-A job is a step, its weights in a file, and their hash. It is on disk (`evals/pending/`) until its result has been
-logged, so a killed run that is resumed finds what it still owes. A result names the step and the hash of the
-weights that were really loaded; one that does not match its job is refused.
+A job is a step, a file with its weights, and their hash. It stays on disk (`evals/pending/`) until its result is
+logged, so a resumed run finds its pending jobs. A result names the step and the hash of the weights that were loaded;
+one that does not match its job is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Weights = Iterable[tuple[str, torch.Tensor]]
 
 
 class InlineEvaluator:
-    """Evaluates with the training process' own sampler, while training waits."""
+    """Evaluates with the training run's own sampler, while training waits."""
 
     def __init__(
         self,
@@ -53,28 +53,28 @@ class InlineEvaluator:
         self._done.append((step, evaluate(self.sampler, self.prompts, self.params, self.renderer, digest, **more)))
 
     def results(self) -> list[tuple[int, Evaluation]]:
-        """What has been evaluated since the last call."""
+        """The evaluations since the last call."""
         done, self._done = self._done, []
         return done
 
     def settle(self, step: int) -> None:
-        """Nothing is pending here."""
+        """Nothing to do: no job is pending."""
 
     def drain(self) -> list[tuple[int, Evaluation]]:
         """As `results`."""
         return self.results()
 
     def metrics(self) -> dict[str, float]:
-        """None of its own."""
+        """No metrics."""
         return {}
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Nothing to close."""
 
 
 @dataclass
 class _Job:
-    """One evaluation that is owed: first a copy of the weights in memory, then a file."""
+    """A pending evaluation: first a copy of the weights in memory, then a file."""
 
     step: int
     weights: list[tuple[str, torch.Tensor]] | None
@@ -82,22 +82,22 @@ class _Job:
 
 
 class AsyncEvaluator:
-    """Evaluates in a process of its own. `submit` and `results` return at once.
+    """Evaluates in another process. `submit` and `results` return at once.
 
-    Two threads serve it: one writes weights to disk, one talks to the process and waits for it.
+    One thread writes weights to disk, another one waits for the process.
     """
 
     def __init__(self, engine: Engine, pending: Path, backlog: Literal["all", "latest"] = "all") -> None:
-        """Nothing starts before the first call.
+        """Starts nothing before the first call.
 
         Args:
-            engine: whose `judge` evaluates a hand-over.
-            pending: where weights wait; what lies there already is owed from before.
-            backlog: when a job is submitted while others wait: keep them all, or drop them for it.
+            engine: its `judge` evaluates a hand-over.
+            pending: folder of waiting weights; files in it are pending jobs of an earlier start.
+            backlog: whether a new job is queued behind waiting ones (all), or replaces them (latest).
         """
         self.engine, self.pending, self.backlog = engine, pending, backlog
         self.dropped = self.lost = 0
-        self._jobs: list[_Job] = []  # in order of submission; the first may be running
+        self._jobs: list[_Job] = []  # in order of submission; the first one may be running
         self._done: list[tuple[int, Evaluation]] = []
         self._fault: BaseException | None = None
         self._changed = threading.Condition()
@@ -105,7 +105,7 @@ class AsyncEvaluator:
         self._started = self._closed = False
 
     def submit(self, step: int, weights: Weights) -> None:
-        """Take a copy of the weights and go on."""
+        """Queue a copy of the weights, and return."""
         job = _Job(step, [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in weights])
         with self._changed:
             self._start()
@@ -118,7 +118,7 @@ class AsyncEvaluator:
             self._changed.notify_all()
 
     def results(self) -> list[tuple[int, Evaluation]]:
-        """What has come back since the last call. Raises what ended the evaluator, when something did."""
+        """The results since the last call. Raises the error that ended the evaluator, if any."""
         with self._changed:
             self._start()
             if self._fault:
@@ -127,12 +127,12 @@ class AsyncEvaluator:
         return done
 
     def settle(self, step: int) -> None:
-        """The result of this step has been logged: forget the job."""
+        """Delete a job whose result is logged."""
         for suffix in (".json", ".safetensors"):
             self._file(step).with_suffix(suffix).unlink(missing_ok=True)
 
     def drain(self) -> list[tuple[int, Evaluation]]:
-        """Wait for everything that is owed, and return it."""
+        """Wait for all pending jobs, and return their results."""
         with self._changed:
             self._start()
             if self._jobs:
@@ -141,7 +141,7 @@ class AsyncEvaluator:
         return self.results()
 
     def metrics(self) -> dict[str, float]:
-        """How far behind it is, and what was given up."""
+        """Number of waiting and dropped jobs."""
         return {
             "eval/waiting": float(len(self._jobs)),
             "eval/dropped": float(self.dropped),
@@ -150,7 +150,7 @@ class AsyncEvaluator:
         }
 
     def close(self) -> None:
-        """End the process; what it owed stays on disk for a resumed run."""
+        """End the process; pending jobs stay on disk for a resumed run."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -166,7 +166,7 @@ class AsyncEvaluator:
             stored = read_json(note)
             given = WeightsRef(stored["version"], stored["sha256"], note.with_suffix(".safetensors"))
             self._jobs.append(_Job(given.version, None, given))
-            talk(f"the evaluation of step {given.version} is still owed")
+            talk(f"the evaluation of step {given.version} is still pending")
         for target in (self._write, self._judge):
             threading.Thread(target=self._guard, args=(target,), daemon=True).start()
 
@@ -175,7 +175,7 @@ class AsyncEvaluator:
             target()
         except GrpoError as fault:
             self._end(fault)
-        except BaseException as fault:  # a bug: it keeps its traceback here, and whoever waits must not wait on
+        except BaseException as fault:  # a bug: keep its traceback, and wake those who wait
             self._end(fault)
             raise
 
@@ -185,13 +185,13 @@ class AsyncEvaluator:
             self._changed.notify_all()
 
     def _next(self, wanted: Callable[[_Job], bool]) -> _Job | None:
-        """Wait for a job; None when the evaluator is closed."""
+        """Wait for a job; returns None once the evaluator is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or any(map(wanted, self._jobs)))
             return None if self._closed else next(filter(wanted, self._jobs))
 
     def _write(self) -> None:
-        """Copies in memory become files."""
+        """Thread: write copies in memory to files."""
         while job := self._next(lambda job: job.weights is not None):
             self.pending.mkdir(parents=True, exist_ok=True)
             given = handover.write(self._file(job.step), job.step, job.weights or [])
@@ -203,7 +203,7 @@ class AsyncEvaluator:
                 self._changed.notify_all()
 
     def _judge(self) -> None:
-        """Files are evaluated, in order."""
+        """Thread: evaluate the files in order."""
         while job := self._next(lambda job: job.handover is not None):
             with self._changed:
                 if job not in self._jobs:
@@ -227,7 +227,7 @@ class AsyncEvaluator:
 
 
 def _checked(given: WeightsRef) -> Callable[[dict[str, Any]], Evaluation | str]:
-    """Makes an evaluation of an answer, or the reason why the file was refused."""
+    """Parse an answer: an evaluation, or the reason why the file was refused."""
 
     def parse(answer: dict[str, Any]) -> Evaluation | str:
         if "refused" in answer:

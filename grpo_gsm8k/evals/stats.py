@@ -1,7 +1,7 @@
-"""What may be said of an accuracy: intervals for one, paired tests for two, how many problems a gain needs.
+"""Statistics of accuracies: intervals for one, paired tests for two, and the number of problems that a gain needs.
 
-The unit is the problem: completions of one problem are no independent evidence of how a model does on others, so
-everything but Wilson's interval resamples, flips or counts problems.
+The unit is the problem: completions of the same problem are not independent, so everything but Wilson's interval
+resamples, flips or counts problems.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def bootstrap_mean(values: Sequence[float], weights: Sequence[float] | None = No
     Args:
         weights: one a value, for a weighted mean: `sum(values * weights) / sum(weights)`.
 
-    Where all values are equal the interval is a point: nothing in the data says how far off they could be.
+    If all values are equal, the interval is a point: the data shows no variation.
     """
     import numpy as np
 
@@ -98,12 +98,12 @@ def _majority(votes: Sequence[tuple[Hashable | None, bool]]) -> float:
 
 @dataclass(frozen=True)
 class Spread:
-    """Where an accuracy could have come out otherwise, as standard deviations of the accuracy with one seed.
+    """Sources of noise of an accuracy, as standard deviations of the accuracy with one seed.
 
     Attributes:
-        seeds: how far one seed is from the next on these problems, as observed; None for a single seed.
-        sampling: the same, as the completions of each problem predict it; None for one completion a problem.
-        problems: how far one set of problems of this size is from the next, sampling taken out.
+        seeds: observed deviation between seeds on these problems; None for a single seed.
+        sampling: the same as predicted from the completions per problem; None for one completion per problem.
+        problems: deviation between sets of problems of this size, without the sampling noise.
     """
 
     seeds: float | None
@@ -112,7 +112,7 @@ class Spread:
 
 
 def spread(right_S_P: Sequence[Sequence[int]], k: int) -> Spread:
-    """The two sources of noise apart, by the law of total variance (arXiv 2411.00640 sec. 3).
+    """Separate the two sources of noise by the law of total variance (arXiv 2411.00640 sec. 3).
 
     Args:
         right_S_P: right completions, of k, of each problem with each seed.
@@ -142,8 +142,8 @@ class Comparison:
         difference: B - A in accuracy; `ci95` is a paired bootstrap's over problems.
         p_value, p_mid: see `sign_flip`; exact McNemar and its mid-p variant for one completion a problem.
         significant: `p_mid` (Holm-corrected, where several are compared) is below 5 %.
-        n: problems; B does better on `won` of them, and worse on `lost`.
-        gain: the gain that `problems_needed` is about: the one claimed, or the difference that was seen.
+        n: number of problems; B is better on `won` of them and worse on `lost`.
+        gain: the gain of `problems_needed`: the claimed one, or the observed difference.
         problems_needed: see `problems_needed`; None for a gain of 0.
     """
 

@@ -1,4 +1,4 @@
-"""The evaluating process: an engine, the rendered problems, and one job at a time. Started by `evals.evaluator`."""
+"""The evaluating process, started by `evals.evaluator`: a sampler, the rendered problems, and one job at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grpo_gsm8k.evals.accuracy import evaluate
 
 
 def build(start: Mapping[str, Any], pulse: Pulse) -> dict[str, Handler]:
-    """The handler of an evaluator. `start`: as for an engine, and `prompts`, `params`."""
+    """The handler of an evaluator. `start`: as for an engine, with `prompts` and `params`."""
     cfg = config.build(PolicyConfig, start["cfg"])
     renderer = renderer_of(cfg, start)
     sampler = make_sampler(cfg, renderer, pulse)
@@ -34,7 +34,7 @@ def build(start: Mapping[str, Any], pulse: Pulse) -> dict[str, Handler]:
 
 
 def example_of(fields: Mapping[str, Any]) -> Example:
-    """An example from `vars` of it, by way of JSON."""
+    """An example from its fields in JSON."""
     asked = fields["messages"]
     return Example(**{**fields, "messages": asked if isinstance(asked, str) else tuple(map(tuple, asked))})
 

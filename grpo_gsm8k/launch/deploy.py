@@ -6,6 +6,10 @@
 writes `compose.yaml` (vLLM on a GPU of this machine) and `client.py`. The model's files go into `model/` beside them, a
 LoRA adapter merged into its base; a model on the hub is named, and fetched by the server. The Python files lie in
 `templates/` as they are: valid programs, whose settings this module fills in.
+
+    grpo-gsm8k export --model tinker://RUN/weights/NAME --out weights --base_url http://127.0.0.1:8000
+
+brings a checkpoint home from a training service; with `--modal` or `--compose` it is served like any other.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import ast
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from importlib.metadata import version
@@ -23,8 +28,9 @@ from typing import Any
 from grpo_gsm8k import config
 from grpo_gsm8k.config import ModelConfig
 from grpo_gsm8k.errors import ConfigError, RunDirError
+from grpo_gsm8k.launch import checkpoints
 from grpo_gsm8k.launch.settings import ExportConfig
-from grpo_gsm8k.runs.files import atomic_folder, write_atomic
+from grpo_gsm8k.runs.files import atomic_folder, read_json, write_atomic, write_json
 
 VLLM = "0.32.0"  # as the extra `vllm` of pyproject.toml pins it
 TEMPLATES = Path(__file__).parent / "templates"
@@ -45,27 +51,43 @@ def export(values: Mapping[str, Any]) -> dict[str, Any]:
     """Write the folder; returns its `path` and `files`.
 
     Raises:
-        ConfigError: nothing to write was named, or there is no model in the folder.
+        ConfigError: nothing to write was named, or there is no model in the folder or at the service.
+        LaunchError: the service cannot be reached.
         RunDirError: `--out` exists.
     """
     cfg = config.build(ExportConfig, values)
     out = Path(cfg.out)
     if out.exists():
         raise RunDirError(f"{out}: exists already; pick another --out")
-    if not cfg.modal and not cfg.compose:
+    remote, local = checkpoints.is_path(cfg.model), Path(cfg.model).is_dir()
+    if not cfg.modal and not cfg.compose and not remote:
         raise ConfigError("say what to write: --modal, --compose, or both")
-    local = Path(cfg.model).is_dir()
-    if not local and not re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.model):
+    if not local and not remote and not re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.model):
         raise ConfigError(f"--model {cfg.model}: neither a folder nor a name on the hub (owner/name)")
     with atomic_folder(out) as folder:
-        if local:
+        if remote and not cfg.modal and not cfg.compose:
+            fetch(cfg, folder)
+        elif remote:
+            with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
+                fetch(cfg, Path(temporary))
+                put_model(Path(temporary), folder / "model")
+        elif local:
             put_model(Path(cfg.model), folder / "model")
+        hub_model = "" if local or remote else cfg.model
         if cfg.modal:
-            write_modal(cfg, folder, "" if local else cfg.model)
+            write_modal(cfg, folder, hub_model)
         if cfg.compose:
-            write_compose(cfg, folder, "" if local else cfg.model)
+            write_compose(cfg, folder, hub_model)
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return {"path": str(out), "files": files, "name": cfg.name}
+
+
+def fetch(cfg: ExportConfig, folder: Path) -> None:
+    """The files of a `tinker://` checkpoint; an adapter's base is `--base`, where that is given."""
+    checkpoints.download(cfg.model, folder, cfg.base_url)
+    config_file = folder / "adapter_config.json"
+    if cfg.base and config_file.is_file():
+        write_json(config_file, read_json(config_file) | {"base_model_name_or_path": cfg.base})
 
 
 def put_model(source: Path, into: Path) -> None:

@@ -132,10 +132,14 @@ class UpConfig:
 class ExportConfig:
     """How a model is served elsewhere."""
 
-    model: str = opt("", "folder of a model or a LoRA adapter, such as a checkpoint; or a name on the hub")
+    model: str = opt(
+        "", "folder of a model or a LoRA adapter, such as a checkpoint; a name on the hub; or tinker://RUN/weights/NAME"
+    )
     out: str = opt("", "folder that is written; must not exist")
     modal: bool = opt(False, "write modal_app.py and modal_client.py: vLLM on Modal, scaled to zero")
     compose: bool = opt(False, "write compose.yaml and client.py: vLLM on a GPU of one's own machine")
+    base_url: str = opt("", "service that a tinker:// path is downloaded from; empty for TINKER_BASE_URL")
+    base: str = opt("", "base model of a downloaded adapter, where the service's own name for it is unknown here")
     name: str = opt("grpo-model", "of the app, and of the model in requests: lower-case letters, digits and -")
     gpu: str = opt("L4", f"GPU as Modal names it, :N for several: {', '.join(MODAL_GPUS)}")
     max_model_len: int = opt(0, "longest prompt and answer in tokens; 0 for the model's context", ge=0)

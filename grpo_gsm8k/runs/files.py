@@ -1,7 +1,7 @@
-"""Durable files: the one place that writes them, and the reader of JSON lines. Standard library only.
+"""Writes files durably, and reads JSON lines. Standard library only.
 
-A file is either the old one or the complete new one, also after a kill or a power cut: everything goes to a
-temporary sibling, is synced, and is then renamed. A full or read-only disk raises `DiskError`.
+After a kill or a power cut a file is either the old one or the complete new one: the content goes to a temporary file
+in the same folder, is synced, and renamed. A full or read-only disk raises `DiskError`.
 
     with atomic_path(folder / "weights.safetensors") as temporary:
         save_file(tensors, temporary)
@@ -40,8 +40,8 @@ _DISK_ERRNOS = frozenset(
         errno.ELOOP,
     }
 )
-SOURCE_SUFFIX = ".source.json"  # of the file beside a data file that says what it was made from
-BOM = b"\xef\xbb\xbf"  # what some editors put before UTF-8
+SOURCE_SUFFIX = ".source.json"  # of the file beside a data file that records its source
+BOM = b"\xef\xbb\xbf"  # the UTF-8 byte order mark of some editors
 _NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP})  # some network file systems
 
 
@@ -55,13 +55,11 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise
         named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else path
         other = f" ({named})" if named.parent != path.parent else ""
-        raise DiskError(
-            f"{path}: cannot be written: {error.strerror}{other}; whatever was complete before is untouched"
-        ) from error
+        raise DiskError(f"{path}: cannot be written: {error.strerror}{other}; complete files are untouched") from error
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it. Raises `DiskError` where there can be none, as in /proc."""
+    """Make a folder and its parents. Raises `DiskError` if that is impossible, as in /proc."""
     with disk_errors(path):
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -70,7 +68,7 @@ def make_folder(path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise `DiskError` now where `path` could not be written later. Leaves nothing behind, no new folder either."""
+    """Raise `DiskError` if `path` cannot be written. Leaves no file or folder behind."""
     missing = [folder for folder in path.parents if not folder.exists()]
     if path.exists() and not path.is_file():
         raise DiskError(f"{path}: cannot be written: is not a regular file")
@@ -87,12 +85,11 @@ def check_writable(path: Path) -> None:
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary name beside `path`; on success sync it and rename it to `path`, else remove it.
 
-    Missing parent folders are made. The temporary name ends with the final one, so that writers which look
-    at the suffix behave.
+    Missing parent folders are made. The temporary name has the suffix of the final one, for writers that depend on it.
     """
     path = Path(path)
     temporary = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
-    if path.exists() and not path.is_file():  # renamed over /dev/null, a file would take the device's place
+    if path.exists() and not path.is_file():  # a rename would replace a device such as /dev/null
         raise DiskError(f"{path}: cannot be written: is not a regular file")
     with disk_errors(path):
         make_folder(path.parent)
@@ -114,7 +111,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yield a fresh folder beside `path`, which must not exist; on success sync and rename it, else remove it.
 
-    Its name is random: in a folder that others may write, such as /tmp, nobody can have made it first.
+    Its name is random, so in a shared folder such as /tmp nobody can create it first.
     """
     path = Path(path)
     with disk_errors(path):
@@ -167,7 +164,7 @@ def sha256_file(path: Path | str) -> str:
 
 
 def read_lines(path: Path | str) -> Iterator[tuple[int, bytes]]:
-    """The raw lines of a file with their 1-based numbers; an empty or unreadable file is a `DataError`."""
+    """The raw lines of a file with 1-based numbers. Raises `DataError` for an empty or unreadable file."""
     path = Path(path)
     number = 0
     try:
@@ -190,7 +187,7 @@ def real_path(path: Path | str) -> Path:
 
 
 def read_jsonl(path: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of every line; the first fault is a `DataError` with file and line."""
+    """Line number and object of every line. Raises `DataError` with file and line for the first error."""
     for number, raw in read_lines(path):
         try:
             row = parse_line(raw)
@@ -200,7 +197,7 @@ def read_jsonl(path: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_json(path: Path | str) -> dict[str, Any]:
-    """The one object of a JSON file; a missing file or a fault in it is a `DataError`."""
+    """The object of a JSON file. Raises `DataError` if it is missing or invalid."""
     raw = b"".join(line for _, line in read_lines(path))
     try:
         return parse_line(raw)
@@ -212,7 +209,7 @@ def parse_line(raw: bytes) -> dict[str, Any]:
     """The JSON object in `raw`.
 
     Raises:
-        ValueError: says what is wrong with it, for a person.
+        ValueError: describes what is wrong with it.
     """
     if not raw.removeprefix(BOM).strip():
         raise ValueError("blank line")
@@ -226,7 +223,7 @@ def parse_line(raw: bytes) -> dict[str, Any]:
         raise ValueError("broken JSON: nested too deeply") from None
     if not isinstance(row, dict):
         raise ValueError(f"a JSON object is needed, not {json_type(row)}")
-    if b"\\u" in raw:  # an escaped half of a surrogate pair is legal JSON but cannot be written or tokenised
+    if b"\\u" in raw:  # an escaped lone surrogate is legal JSON, but cannot be written or tokenised
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError:
@@ -235,7 +232,7 @@ def parse_line(raw: bytes) -> dict[str, Any]:
 
 
 def json_type(value: Any) -> str:
-    """What JSON calls the type of a parsed value, for messages."""
+    """The JSON type of a parsed value, for messages."""
     names = {dict: "an object", list: "an array", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
@@ -252,13 +249,13 @@ def _finite(text: str) -> float:
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one line to a log. It reaches the operating system at once; a kill can cut only this line."""
+    """Append a line to a log, unbuffered: a kill can truncate only this line."""
     with disk_errors(path), path.open("ab") as handle:
         handle.write(json_line(row))
 
 
 def sync_tree(folder: Path) -> None:
-    """Sync every file below a folder, and the folders themselves, before it is renamed or relied upon."""
+    """Sync all files and folders below a folder."""
     for path in [*folder.rglob("*"), folder]:
         try:
             _sync(path)

@@ -1,4 +1,4 @@
-"""stdout and stderr as they come: any encoding, a full disk behind them, a reader that has left."""
+"""Handles stdout and stderr: any encoding, a full disk, a reader that closed the pipe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLAIN |= {"“": '"', "”": '"', "\u00a0": " ", "·": "-", "✓": "ok", "±": "
 
 
 class ReaderGone(GrpoError):
-    """Whoever read stdout has closed it, as `| head` does."""
+    """The reader of stdout closed the pipe, as `| head` does."""
 
 
 def _plainly(fault: UnicodeError) -> tuple[str, int]:
@@ -28,17 +28,17 @@ def _plainly(fault: UnicodeError) -> tuple[str, int]:
 
 
 def serve_any_encoding() -> None:
-    """Let no character that a terminal's encoding lacks end a command."""
-    sys.stdout = sys.stdout or _nowhere()  # None where it was closed before we came
+    """Escape characters that the terminal's encoding lacks, instead of failing."""
+    sys.stdout = sys.stdout or _nowhere()  # None if it was closed at the start
     sys.stderr = sys.stderr or _nowhere()
     codecs.register_error("grpo_gsm8k.plain", _plainly)
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):  # a test's stand-in, or closed
+        with contextlib.suppress(AttributeError, ValueError):  # a test's replacement, or closed
             stream.reconfigure(errors="grpo_gsm8k.plain")  # type: ignore[union-attr]
 
 
 def as_json(result: Mapping[str, Any]) -> str:
-    """One JSON object in letters that stdout has."""
+    """A JSON object in characters that stdout can encode."""
     text = json.dumps(result, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -49,11 +49,11 @@ def as_json(result: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def stdout_errors() -> Iterator[None]:
-    """Turn what goes wrong with stdout itself into one line; it is flushed here, where that can still be told.
+    """Flush stdout here, where an error can still be reported in one line.
 
     Raises:
-        ReaderGone: the reader has left.
-        DiskError: the disk behind it is full.
+        ReaderGone: the reader closed the pipe.
+        DiskError: stdout is a file on a full disk.
     """
     try:
         yield
@@ -73,7 +73,7 @@ def _nowhere() -> TextIO:
 
 
 def _drop_stdout() -> None:
-    """The interpreter flushes once more when it leaves, and would print a second line about it."""
+    """Replace stdout, which the interpreter flushes again at exit, and would report a second time."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

@@ -1,10 +1,11 @@
-"""Metrics and samples to Weights & Biases, when a key or `WANDB_MODE=offline` asks. The only importer of wandb.
+"""Sends metrics and samples to Weights & Biases if a key or `WANDB_MODE=offline` is set. Only this module imports
+wandb.
 
-A thread of its own talks to wandb, behind a bounded queue: a slow or absent network never blocks a run, and
-what wandb raises ends this sink with one line, never the run.
+A thread with a bounded queue talks to wandb: a slow network never blocks a run, and an error of wandb ends this sink
+with one line, never the run.
 
-wandb's own step only goes forward and drops what comes late, as an evaluation does that ran beside the training.
-So it only numbers the rows, and each metric is drawn over an axis that is logged with it: `val/…` over `val/step`,
+wandb's own step only increases and drops late rows, such as those of an asynchronous evaluation. So it just numbers the
+rows, and each metric has an axis that is logged with it: `val/…` over `val/step`,
 everything else over `step`.
 """
 
@@ -26,13 +27,13 @@ from grpo_gsm8k.runs.progress import talk
 
 QUEUE_ROWS = 10_000
 CLOSE_SECONDS = 30.0
-TABLE_ROWS = 128  # a default validation (100) whole; a table goes up whole every time, at about 2 kB a row
+TABLE_ROWS = 128  # more than a default validation (100); a table is uploaded as a whole, at about 2 kB per row
 COLUMNS = (
     *("id", "question", "response", "answer", "gold", "extracted", "correct", "format_ok", "finish_reason", "tokens"),
     "reward",  # None in a validation
 )
 STEP, VAL_STEP = "step", "val/step"
-# A page may be public: no host or user name, no paths and arguments, no code, and nothing of what is printed.
+# A page may be public: leave out host and user names, paths, arguments, code and console output.
 PRIVATE: dict[str, Any] = {
     "x_disable_meta": True,
     "disable_git": True,
@@ -47,13 +48,13 @@ ROWS_A_STEP = 4  # metrics and a table over either axis; fixed, so that parts of
 
 
 def wanted() -> bool:
-    """Whether the environment asks for W&B."""
+    """Whether the environment enables W&B."""
     mode = os.environ.get("WANDB_MODE", "")
     return mode == "offline" or (mode not in ("disabled", "dryrun") and bool(os.environ.get("WANDB_API_KEY")))
 
 
 class WandbSink:
-    """Rows go in, and reach W&B if and when it can take them."""
+    """A queue of rows for W&B."""
 
     def __init__(self, project: str, name: str, folder: Path, config: Mapping[str, Any]) -> None:
         self.dropped = 0
@@ -62,11 +63,11 @@ class WandbSink:
         self._thread.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hand over one row; when the queue is full it is dropped and counted (metrics.jsonl has it)."""
+        """Queue a row; if the queue is full, drop and count it (metrics.jsonl has it)."""
         self._put(step, dict(metrics))
 
     def table(self, step: int, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Hand over what was sampled at a step: the first `TABLE_ROWS` rows, in `COLUMNS`."""
+        """Queue the first `TABLE_ROWS` samples of a step, in `COLUMNS`."""
         self._put(step, {name: [[row.get(column) for column in COLUMNS] for row in islice(rows, TABLE_ROWS)]})
 
     def _put(self, step: int, values: dict[str, Any]) -> None:
@@ -76,8 +77,8 @@ class WandbSink:
             self.dropped += 1
 
     def close(self) -> None:
-        """Give W&B a little time to take what is left."""
-        with contextlib.suppress(queue.Full):  # so slow that not even the end fits in
+        """Wait a little for W&B to take the rest of the queue."""
+        with contextlib.suppress(queue.Full):  # too slow: not even the end marker fits into the queue
             self._rows.put(None, timeout=CLOSE_SECONDS)
         self._thread.join(CLOSE_SECONDS)
         if self.dropped:
@@ -85,7 +86,7 @@ class WandbSink:
 
     def _run(self, project: str, name: str, folder: Path, config: Mapping[str, Any]) -> None:
         import wandb
-        from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError  # its service died or was closed
+        from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError  # wandb's service died or was closed
 
         kept = folder / "wandb_id.txt"  # so that a resumed run goes on in the same W&B run
         if not kept.is_file():
@@ -106,8 +107,8 @@ class WandbSink:
             run.finish()
         except (wandb.Error, HandleAbandonedError, MailboxClosedError, OSError, ValueError) as fault:
             reason = f"{type(fault).__name__} {' '.join(str(fault).split())[:200]}"
-            talk(f"W&B is off for this run, metrics.jsonl goes on: {reason}")
-            while self._rows.get() is not None:  # keep the queue from filling until the run ends
+            talk(f"W&B is off for this run, metrics.jsonl has everything: {reason}")
+            while self._rows.get() is not None:  # drain the queue until the run ends
                 pass
 
 
@@ -119,7 +120,7 @@ class Page:
         self.run, self.table = run, table
         self.known: set[str] = set()
         self.row = run.step - 1
-        # A resumed run says again what came after its checkpoint: the page has it, but perhaps for half of the last.
+        # A resumed run logs the rows behind its checkpoint again; the page may have some of them.
         self.had = {axis: run.summary.get(axis, 0) for axis in (STEP, VAL_STEP)}
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:

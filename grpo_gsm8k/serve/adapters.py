@@ -7,6 +7,7 @@ adapter's tensors bear peft's names, `base_model.model.<module>.lora_A.weight`, 
 from __future__ import annotations
 
 import re
+import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ from grpo_gsm8k.trainer.pretrained import adapter_config
 
 PREFIX = "base_model.model."
 MOST_RANK = 512
+_GENERATOR = threading.Lock()  # torch's, which peft draws a new adapter from
 _ATTENTION = re.compile(r"attn|attention", re.I)
 Tensors = dict[str, torch.Tensor]
 
@@ -132,7 +134,7 @@ class BaseModel:
         """
         from peft import inject_adapter_in_model
 
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with _GENERATOR, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # That there are several adapters, and that a tied head has one: both are meant.
             warnings.simplefilter("ignore", UserWarning)
             torch.manual_seed(spec.seed)

@@ -62,8 +62,8 @@ class Keeper:
             raise Refusal("this link has expired; ask for a new one", 403)
 
 
-def required(request: Request) -> None:
-    """The dependency of every route that needs the key."""
+async def required(request: Request) -> None:
+    """The dependency of every route that needs the key; a coroutine, since others are sent to a thread pool."""
     keeper: Keeper = request.app.state.keeper
     keeper.check(request)
     if not request.url.path.endswith("/retrieve_future"):  # clients would wait longer and longer

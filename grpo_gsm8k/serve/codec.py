@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from grpo_gsm8k.serve import proto
-from grpo_gsm8k.serve.jobs import Chosen, SampledSequence, SampleResult, TrainingResult
+from grpo_gsm8k.serve.jobs import Chosen, SampledSequence, SampleResult, Table, TrainingResult
 
+TENSORS = {proto.FLOAT32: "<f4", proto.INT64: "<i8"}
 NO_TOKEN, NO_LOGPROB = 0, -99999.0  # an empty cell of a table of likeliest tokens
 
 
@@ -87,8 +88,34 @@ def _sample_message(value: SampleResult) -> bytes:
         sent.prompt_logprobs = np.array(numbers, "<f4").tobytes()
     if value.topk_prompt is not None:
         _fill_table(sent.topk_prompt_logprobs, value.topk_prompt)
+    if value.targets is not None:
+        _fill_tensor(sent.target_prompt_logprobs, value.targets, proto.FLOAT32)
+    if value.alternatives is not None:
+        _fill_tensor(sent.prompt_alt_tokens.tokens, value.alternatives[0], proto.INT64)
+        _fill_tensor(sent.prompt_alt_tokens.logprobs, value.alternatives[1], proto.FLOAT32)
     data: bytes = sent.SerializeToString(deterministic=True)
     return data
+
+
+def _fill_tensor(tensor: Any, table: Table, dtype: int) -> None:
+    values = np.array(table.values, TENSORS[dtype]).tobytes()
+    tensor.dtype = dtype
+    tensor.shape.extend(table.shape)
+    if table.crow is None or table.col is None:
+        tensor.dense = values
+        return
+    sparse = tensor.sparse_csr
+    sparse.values = values
+    sparse.crow_indices, sparse.col_indices = (np.array(part, "<i8").tobytes() for part in (table.crow, table.col))
+
+
+def _tensor_of(tensor: Any) -> Table:
+    shape = (tensor.shape[0], tensor.shape[1])
+    if tensor.WhichOneof("kind") == "sparse_csr":
+        parts = (tensor.sparse_csr.crow_indices, tensor.sparse_csr.col_indices)
+        crow, col = (tuple(np.frombuffer(part, "<i8").tolist()) for part in parts)
+        return Table(shape, tuple(np.frombuffer(tensor.sparse_csr.values, TENSORS[tensor.dtype]).tolist()), crow, col)
+    return Table(shape, tuple(np.frombuffer(tensor.dense, TENSORS[tensor.dtype]).tolist()))
 
 
 def _fill_table(table: Any, rows: Sequence[Chosen]) -> None:
@@ -126,7 +153,10 @@ def _sample_of(stored: bytes) -> SampleResult:
         numbers = np.frombuffer(sent.prompt_logprobs, "<f4").tolist()
         logprobs = tuple(None if math.isnan(logp) else logp for logp in numbers)
     topk = _table(sent.topk_prompt_logprobs) if sent.HasField("topk_prompt_logprobs") else None
-    return SampleResult(sequences, logprobs, topk)
+    targets = _tensor_of(sent.target_prompt_logprobs) if sent.HasField("target_prompt_logprobs") else None
+    drawn = sent.prompt_alt_tokens if sent.HasField("prompt_alt_tokens") else None
+    alternatives = (_tensor_of(drawn.tokens), _tensor_of(drawn.logprobs)) if drawn is not None else None
+    return SampleResult(sequences, logprobs, topk, targets, alternatives)
 
 
 def _training_message(value: TrainingResult) -> bytes:

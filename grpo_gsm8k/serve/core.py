@@ -30,9 +30,10 @@ from grpo_gsm8k.serve.jobs import Base, Refusal, Result, SampledSequence, Sample
 from grpo_gsm8k.serve.ledger import Ledger
 from grpo_gsm8k.serve.settings import ServeConfig
 from grpo_gsm8k.serve.store import Store
+from grpo_gsm8k.serve.weights import SampleWeights
 from grpo_gsm8k.serve.work import Workshop
 
-MOST_SAMPLES, MOST_TOPK, MOST_MODELS = 1024, 128, 10_000
+MOST_SAMPLES, MOST_TOPK, MOST_TARGETS, MOST_MODELS = 1024, 128, 1024, 10_000
 REFUSALS = 200  # that the page shows
 SHOWN_TOKENS = 400  # of a sample there
 
@@ -40,8 +41,14 @@ SHOWN_TOKENS = 400  # of a sample there
 class Service(Ledger):
     """What the wires stand on. Every coroutine that takes a `key` is idempotent: the same key, the same request."""
 
-    def __init__(self, cfg: ServeConfig, base: BaseModel, store: Store, folder: Path) -> None:
-        """`folder` holds the checkpoints and snapshots that `store` speaks of."""
+    def __init__(
+        self, cfg: ServeConfig, base: BaseModel, store: Store, folder: Path, draws: BaseModel | None = None
+    ) -> None:
+        """`folder` holds the checkpoints and snapshots that `store` speaks of.
+
+        Args:
+            draws: the base once more, on the device where samples are drawn while training goes on; None to take turns.
+        """
         super().__init__(store, cfg.gap_s)
         self.cfg, self.folder = cfg, folder
         name = cfg.served_name or cfg.model_id
@@ -49,7 +56,8 @@ class Service(Ledger):
         self.used: dict[str, float] = {}  # when a sampling session was last asked
         self.books = Books(store)
         self.work = Workshop(cfg, base, self.books, folder)
-        self.engine = Engine(self.work, self._finish)
+        self.weights = SampleWeights(draws or base, folder)
+        self.engine = Engine(self.work, self.weights, self._finish)
         self.started = time.time()
         self.samples: deque[dict[str, str]] = deque(maxlen=20)
         self.refusals: deque[dict[str, Any]] = deque(maxlen=REFUSALS)
@@ -140,7 +148,7 @@ class Service(Ledger):
             raise Refusal("the prompt is empty")
         if strange := next((i for i in job.token_ids if not 0 <= i < self.base.vocabulary), None):
             raise Refusal(f"prompt: id {strange} is not in the vocabulary of {self.base.vocabulary}")
-        reads = job.prompt_logprobs or job.topk_prompt_logprobs or job.max_tokens == 0
+        reads = job.prompt_logprobs or job.topk_prompt_logprobs or job.prompt_targets or job.max_tokens == 0
         if len(job.token_ids) > longest - (not reads):
             raise Refusal(f"the prompt has {len(job.token_ids)} tokens; the model's context is {longest}")
         within = {
@@ -150,6 +158,7 @@ class Service(Ledger):
             "top_k": (job.top_k, -1, 1 << 31),
             "topk_prompt_logprobs": (job.topk_prompt_logprobs, 0, MOST_TOPK),
             "topk_sample_logprobs": (job.topk_sample_logprobs, 0, MOST_TOPK),
+            "prompt_alternatives": (job.prompt_alternatives, 0, MOST_TOPK),
             "seed": (job.seed or 0, -(2**63), 2**64 - 1),
         }
         for name, (value, low, high) in within.items():
@@ -157,6 +166,12 @@ class Service(Ledger):
                 raise Refusal(f"{name} is {value}; it must be {low} to {high}")
         if not 0 < job.top_p <= 1:
             raise Refusal(f"top_p is {job.top_p}; it must be above 0 and at most 1")
+        named, rows = job.prompt_targets, len(job.token_ids) - 1
+        if named and (named.shape[0] != rows or named.shape[1] > MOST_TARGETS):
+            what = f"it must be [{rows}, K] with K up to {MOST_TARGETS}"
+            raise Refusal(f"target_prompt_logprobs: shape {list(named.shape)}; {what}")
+        if named and any(not -1 <= i < self.base.vocabulary for i in named.values):
+            raise Refusal(f"target_prompt_logprobs: an id is not in the vocabulary of {self.base.vocabulary}")
         if any(not s for s in job.stop_strings or ()):
             raise Refusal("stop holds an empty string")
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grpo_gsm8k.serve import proto
-from grpo_gsm8k.serve.jobs import Refusal
+from grpo_gsm8k.serve.jobs import Refusal, Table
 
 Array = npt.NDArray[Any]
 
@@ -164,6 +164,19 @@ def _json_tensor(value: Any, where: str) -> Array:
             raise Refusal(f"{where}: sparse indices must be lists of whole numbers")
         indices.append(_whole(part, where))
     return _dense(numbers, indices[0], indices[1], sent.get("shape"), where)
+
+
+def table(sent: Any, where: str) -> Table | None:
+    """A matrix of ids in JSON in its own layout; None for null. Raises `Refusal`."""
+    if sent is None:
+        return None
+    dense = _json_tensor(sent, where)
+    if dense.ndim != 2 or dense.dtype.kind != "i":
+        raise Refusal(f"{where}: must be whole numbers (int64) of a shape [N, K]")
+    shape = (dense.shape[0], dense.shape[1])
+    if sent.get("sparse_crow_indices") is None:
+        return Table(shape, tuple(dense.ravel().tolist()))
+    return Table(shape, tuple(sent["data"]), tuple(sent["sparse_crow_indices"]), tuple(sent["sparse_col_indices"]))
 
 
 def _proto_chunk(chunk: Any, where: str) -> Array:

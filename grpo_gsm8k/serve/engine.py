@@ -1,7 +1,8 @@
 """Whose turn it is: training requests round robin over models, samples in batches, neither waiting for the other's end.
 
-Two threads: this one picks, and a worker owns torch. A batch of samples is advanced for about as long as the last
-training request took, then the next one has its turn; within a model requests keep their order.
+One thread picks, and a worker owns torch. A batch of samples is advanced for about as long as the last training request
+took, then the next one has its turn; within a model requests keep their order. Where samples are drawn on a device of
+their own, they have a pair of threads of their own, and both go on at once.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from grpo_gsm8k.errors import DiskError, GrpoError, UserError
 from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.serve.bodies import unpack
 from grpo_gsm8k.serve.books import Entry
-from grpo_gsm8k.serve.jobs import Refusal, Result, SampledSequence, SampleJob
+from grpo_gsm8k.serve.jobs import Refusal, Result, SampledSequence, SampleJob, Table
 from grpo_gsm8k.serve.sampling import Decoding
+from grpo_gsm8k.serve.weights import SampleWeights
 from grpo_gsm8k.serve.work import Outcome, Workshop
 
 SLICE_S = 0.05  # of sampling, at least
@@ -41,8 +43,9 @@ class Batch:
 class Engine:
     """Takes requests whose turn has come, and reports how each ended to `finish(entry, result, outcome, applied)`."""
 
-    def __init__(self, work: Workshop, finish: Finish) -> None:
-        self.work, self.finish = work, finish
+    def __init__(self, work: Workshop, weights: SampleWeights, finish: Finish) -> None:
+        self.work, self.weights, self.finish = work, weights, finish
+        self.overlaps = weights.base is not work.base
         self._changed = threading.Condition()
         self._training: OrderedDict[str, deque[Entry]] = OrderedDict()
         self._samples: OrderedDict[Any, deque[tuple[Entry, SampleJob]]] = OrderedDict()
@@ -50,20 +53,25 @@ class Engine:
         self._advancing: Batch | None = None
         self._stopping = False
         self._torch = ThreadPoolExecutor(1, "torch")
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._draws = ThreadPoolExecutor(1, "draws") if self.overlaps else self._torch
+        loops = [self._run_training, self._run_samples] if self.overlaps else [self._run]
+        self._threads = [threading.Thread(target=loop, name="engine", daemon=True) for loop in loops]
 
     def start(self) -> None:
         """Begin to work."""
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """End what is being done at the moment, and leave the rest to the next start."""
         with self._changed:
             self._stopping = True
-            self._changed.notify()
-        if self._thread.ident:
-            self._thread.join()
+            self._changed.notify_all()
+        for thread in self._threads:
+            if thread.ident:
+                thread.join()
         self._torch.shutdown()
+        self._draws.shutdown()
 
     def call(self, do: Callable[[], Any]) -> Any:
         """Run something on the thread that owns torch."""
@@ -74,12 +82,12 @@ class Engine:
         with self._changed:
             if entry.kind == "sample":
                 job = job_of(unpack(entry.body)[1])
-                alone = None if self.work.sampler.rowwise else entry.id
+                alone = None if self.weights.sampler.rowwise else entry.id
                 group: Any = (folder, job.temperature, max(job.top_k, 0), job.top_p, alone)
                 self._samples.setdefault(group, deque()).append((entry, job))
             else:
                 self._training.setdefault(entry.owner, deque()).append(entry)
-            self._changed.notify()
+            self._changed.notify_all()
 
     def cancel(self, request_id: str) -> None:
         """Do not begin these samples, if they wait still."""
@@ -115,6 +123,7 @@ class Engine:
     # ------------------------------------------------------------------------------------------------- turns
 
     def _run(self) -> None:
+        """Training and samples in turns."""
         while True:
             with self._changed:
                 while not (self._stopping or self._training or self._samples or self._batches):
@@ -126,6 +135,26 @@ class Engine:
             if entry:
                 self._train(entry)
             self._sample(time.monotonic() + max(SLICE_S, time.monotonic() - began))
+
+    def _run_training(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._stopping or self._training):
+                    self._changed.wait()
+                if self._stopping:
+                    return
+                entry = self._next_training()
+            if entry:
+                self._train(entry)
+
+    def _run_samples(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._stopping or self._samples or self._batches):
+                    self._changed.wait()
+                if self._stopping:
+                    return
+            self._sample(float("inf"))
 
     def _next_training(self) -> Entry | None:
         """The first request of the model that has waited longest for a turn."""
@@ -157,7 +186,7 @@ class Engine:
                 if not self._batches or (self._training and time.monotonic() > until) or self._stopping:
                     return
                 batch = self._advancing = self._batches.popleft()
-            task = self._torch.submit(self._advance, batch)
+            task = self._draws.submit(self._advance, batch)
             error = task.exception()
             if error is not None:
                 for entry in batch.entries:
@@ -195,17 +224,17 @@ class Engine:
 
     def _blocked(self, folder: str) -> bool:
         """Whether other weights than an adapter's are being sampled from: one set of them is in memory."""
-        held = {batch.folder for batch in self._batches if self.work.is_full(batch.folder)}
-        return self.work.is_full(folder) and bool(held - {folder})
+        held = {batch.folder for batch in self._batches if self.weights.is_whole(batch.folder)}
+        return self.weights.is_whole(folder) and bool(held - {folder})
 
     def _advance(self, batch: Batch) -> bool:
         """Decode for a moment; whether the batch is done."""
         import torch
 
-        model, ends = self.work.weights(batch.folder), time.monotonic() + SLICE_S
+        model, ends = self.weights.model(batch.folder), time.monotonic() + SLICE_S
         with torch.inference_mode():
             if batch.decoding is None:
-                batch.decoding = Decoding(self.work.sampler, model, batch.jobs)
+                batch.decoding = Decoding(self.weights.sampler, model, batch.jobs)
             while not batch.decoding.advance():
                 if time.monotonic() > ends:
                     return False
@@ -215,6 +244,9 @@ class Engine:
 def job_of(body: bytes) -> SampleJob:
     """A sample request as `core.Service` put it into the journal."""
     sent = json.loads(body)["job"]
+    if sent.get("prompt_targets"):
+        table: dict[str, Any] = {k: None if v is None else tuple(v) for k, v in sent["prompt_targets"].items()}
+        sent["prompt_targets"] = Table(**table)
     lists = {"token_ids", "stop_ids", "stop_strings"}
     fields: dict[str, Any] = {k: tuple(v) if k in lists and v is not None else v for k, v in sent.items()}
     return SampleJob(**fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -26,6 +27,23 @@ class Refusal(UserError):
 
 
 @dataclass(frozen=True)
+class Table:
+    """A matrix of ids or log-probabilities: dense, row by row, or what its CSR indices list of it."""
+
+    shape: tuple[int, int]
+    values: tuple[Any, ...]
+    crow: tuple[int, ...] | None = None
+    col: tuple[int, ...] | None = None
+
+    def rows(self) -> list[int]:
+        """The row of each value."""
+        if self.crow is None:
+            return [row for row in range(self.shape[0]) for _ in range(self.shape[1])]
+        counts = (after - before for before, after in itertools.pairwise(self.crow))
+        return [row for row, count in enumerate(counts) for _ in range(count)]
+
+
+@dataclass(frozen=True)
 class SampleJob:
     """Samples of one prompt.
 
@@ -39,6 +57,8 @@ class SampleJob:
         prompt_logprobs: also the log-probability of each prompt token (the first has none), at temperature 1.
         topk_prompt_logprobs, topk_sample_logprobs: of the likeliest so many tokens at each position.
         prompt_logprobs_last_n: only the last so many prompt tokens are scored; None for all.
+        prompt_targets: ids to score at the prompt's positions behind the first, a row each; -1 is none.
+        prompt_alternatives: so many tokens are drawn at each of these positions.
     """
 
     token_ids: tuple[int, ...]
@@ -54,6 +74,8 @@ class SampleJob:
     topk_prompt_logprobs: int = 0
     topk_sample_logprobs: int = 0
     prompt_logprobs_last_n: int | None = None
+    prompt_targets: Table | None = None
+    prompt_alternatives: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,11 +95,18 @@ class SampledSequence:
 
 @dataclass(frozen=True)
 class SampleResult:
-    """The samples of a job; `prompt_logprobs` and `topk_prompt` only where it asked for them, None at position 0."""
+    """The samples of a job, and what it asked for of its prompt; `prompt_logprobs` are None at position 0.
+
+    Attributes:
+        targets: log-probabilities in the layout of `prompt_targets`.
+        alternatives: ids and log-probabilities of the `prompt_alternatives`.
+    """
 
     sequences: tuple[SampledSequence, ...]
     prompt_logprobs: tuple[float | None, ...] | None = None
     topk_prompt: tuple[Chosen, ...] | None = None
+    targets: Table | None = None
+    alternatives: tuple[Table, Table] | None = None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ A row draws from a stream of uniform numbers that its seed decides, by inversion
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +20,10 @@ from transformers.cache_utils import DynamicLayer
 from grpo_gsm8k.datatypes import SamplingParams
 from grpo_gsm8k.engines.hf import draw
 from grpo_gsm8k.repro import derive_seed
-from grpo_gsm8k.serve.decoders import ATTENTION, EXCHANGEABLE, LEAST_ROWS, PlainDecoder, RowDecoder, up
+from grpo_gsm8k.serve.decoders import ATTENTION, EXCHANGEABLE, LEAST_ROWS, PlainDecoder, RowDecoder
 from grpo_gsm8k.serve.jobs import Chosen, SampledSequence, SampleJob, SampleResult
-from grpo_gsm8k.serve.learn import logits_of
+from grpo_gsm8k.serve.prompts import Reading, likeliest
 
-LOGITS_AT_ONCE = 1 << 24
 PROOF = (tuple(range(1, 8)), tuple(range(9, 2, -1)), tuple(3 + 5 * i % 11 for i in range(29)), (4,), (2, 9))
 
 
@@ -100,7 +99,7 @@ class Decoding:
         """What was drawn, job by job."""
         found = []
         for number, job in enumerate(self.jobs):
-            logprobs, topk = self.prompts[number]
+            read = self.prompts[number]
             sequences = tuple(
                 SampledSequence(
                     tuple(row.token_ids),
@@ -110,7 +109,7 @@ class Decoding:
                 )
                 for row in self.rows[number]
             )
-            found.append(SampleResult(sequences, logprobs, topk))
+            found.append(SampleResult(sequences, read.logprobs, read.topk, read.targets, read.alternatives))
         return found
 
     def _row(self, job: int, number: int) -> _Row:
@@ -127,32 +126,15 @@ class Decoding:
         if not most:
             return [()] * len(self.alive)
         spread = (logits / temperature if temperature else logits).log_softmax(-1)
-        rows = _top(spread, most)
+        rows = likeliest(spread, most)
         return [tuple(row[: self.jobs[a.job].topk_sample_logprobs]) for row, a in zip(rows, self.alive, strict=True)]
 
-    def _read_prompt(
-        self, job: SampleJob, number: int
-    ) -> tuple[tuple[float | None, ...] | None, tuple[Chosen, ...] | None]:
-        """Log-probabilities of a prompt's tokens and the likeliest ones, at temperature 1; None where not asked for."""
-        if not (job.prompt_logprobs or job.topk_prompt_logprobs):
-            return None, None
-        hidden, align = self.decoder.prompt_hidden(number)[:-1], self.sampler.align
-        skipped = len(hidden) - min(job.prompt_logprobs_last_n or len(hidden), len(hidden))
-        hidden = hidden[skipped:]
-        logp, top = list[float](), list[Chosen]()
-        step = max(LOGITS_AT_ONCE // self.sampler.vocabulary // align, 1) * align
-        targets = torch.tensor(job.token_ids[1 + skipped :], device=hidden.device)
-        for start in range(0, len(hidden), step):
-            part = hidden[start : start + step]
-            filled = torch.nn.functional.pad(part, (0, 0, 0, up(len(part), align) - len(part)))
-            spread = logits_of(self.model, filled)[: len(part)].log_softmax(-1)
-            logp += spread.gather(-1, targets[start : start + step].unsqueeze(-1)).squeeze(-1).tolist()
-            if job.topk_prompt_logprobs:
-                top += _top(spread, job.topk_prompt_logprobs)
-        return (
-            (*[None] * (1 + skipped), *logp) if job.prompt_logprobs else None,
-            (*[()] * (1 + skipped), *top) if job.topk_prompt_logprobs else None,
-        )
+    def _read_prompt(self, job: SampleJob, number: int) -> Reading:
+        reading = Reading(job)
+        if reading.wanted:
+            hidden = self.decoder.prompt_hidden(number)
+            reading.read(self.model, hidden, self.sampler.vocabulary, self.sampler.align)
+        return reading
 
 
 class Sampler:
@@ -212,10 +194,3 @@ class Sampler:
             return True
         model.set_attn_implementation(before)
         return False
-
-
-def _top(spread: torch.Tensor, k: int) -> list[Chosen]:
-    """The k likeliest of each row and their log-probabilities, equal ones by id."""
-    values, ids = spread.sort(dim=-1, descending=True, stable=True)
-    rows: Iterator[tuple[list[float], list[int]]] = zip(values[:, :k].tolist(), ids[:, :k].tolist(), strict=True)
-    return [tuple(zip(i, v, strict=True)) for v, i in rows]

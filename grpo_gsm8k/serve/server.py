@@ -121,6 +121,8 @@ def opened(cfg: ServeConfig, folder: Path) -> Iterator[Any]:
         repro.set_deterministic(True)
         named = {"model_id": cfg.model_id, "device": cfg.device, "dtype": cfg.dtype}
         base = BaseModel(config.build(config.ModelConfig, named))
+        apart = {**named, "device": cfg.sample_device}
+        draws = BaseModel(config.build(config.ModelConfig, apart)) if cfg.sample_device else None
         mine = {
             "base": weights_sha256(base.model.named_parameters()),
             "version": __version__,
@@ -128,7 +130,7 @@ def opened(cfg: ServeConfig, folder: Path) -> Iterator[Any]:
             "threads": str(threads),
         }
         _hold_to(store, mine, folder)
-        service = Service(cfg, base, store, folder)
+        service = Service(cfg, base, store, folder, draws)
         service.start()
     except BaseException:
         store.close()

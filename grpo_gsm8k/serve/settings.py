@@ -20,6 +20,7 @@ class ServeConfig:
     api_key_env: str = opt("", "environment variable that holds the key; empty: one is minted at the first start")
     engine: Literal["hf", "vllm"] = opt("hf", "who samples: transformers in this process, or vLLM")
     device: str = opt("auto", "cpu, cuda, cuda:0, or auto")
+    sample_device: str = opt("", "another device, to draw samples on while training goes on; empty: in turns")
     dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "auto: bfloat16 on a GPU, else float32")
     max_models: int = opt(8, "models in memory at once; the others wait on disk", ge=1, le=1024)
     lora_alpha: int = opt(32, "adapters are scaled by lora_alpha / rank; clients cannot choose it", ge=1)

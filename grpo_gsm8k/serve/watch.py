@@ -50,5 +50,5 @@ def status(service: Service) -> dict[str, Any]:
         "samples": list(service.samples),
         "refusals": list(service.refusals),
         "disk": {"free": disk.free, "fault": service.store.fault},
-        "rows_independent": service.work.sampler.rowwise,
+        "rows_independent": service.weights.sampler.rowwise,
     }

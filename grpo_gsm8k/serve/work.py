@@ -1,4 +1,4 @@
-"""The work itself, on the one thread that owns torch: training requests, snapshots, and the weights that are sampled.
+"""The work itself, on the one thread that owns torch: training requests and snapshots.
 
 A model that is not in memory is its last snapshot plus the requests behind it, done again in order: after a crash, and
 where it made room for others. So each request here is a function of that state and its own bytes.
@@ -19,7 +19,7 @@ from typing import Any
 from grpo_gsm8k.errors import GrpoError
 from grpo_gsm8k.runs.files import atomic_folder
 from grpo_gsm8k.runs.progress import talk
-from grpo_gsm8k.serve.adapters import BaseModel, ModelSpec, copy_into
+from grpo_gsm8k.serve.adapters import BaseModel, ModelSpec
 from grpo_gsm8k.serve.bodies import (
     KNOWN,
     KNOWN_FIELDS,
@@ -31,8 +31,7 @@ from grpo_gsm8k.serve.bodies import (
 )
 from grpo_gsm8k.serve.books import Books, Checkpoint, Entry, Kind, Model, SamplerRow, check_name, insert
 from grpo_gsm8k.serve.jobs import Refusal
-from grpo_gsm8k.serve.learn import Trained, stored_weights
-from grpo_gsm8k.serve.sampling import Sampler
+from grpo_gsm8k.serve.learn import Trained
 from grpo_gsm8k.serve.settings import ServeConfig
 from grpo_gsm8k.trainer.policy import weights_sha256
 
@@ -40,7 +39,6 @@ CHANGES_STATE = ("forward_backward", "optim_step", "load_weights")
 MOST_REPLAYED = 32  # requests for each of `--snapshot_every`
 HASH = "weights_sha256"
 """A key of a checkpoint's user_metadata that, sent with an empty text, comes back with the hash of what was saved."""
-SAMPLERS_HELD = 16  # adapters that are sampled from, beside those in training
 
 
 @dataclass
@@ -64,10 +62,7 @@ class Workshop:
 
     def __init__(self, cfg: ServeConfig, base: BaseModel, books: Books, folder: Path) -> None:
         self.cfg, self.base, self.books, self.folder = cfg, base, books, folder
-        self.sampler = Sampler(base)
         self.models: OrderedDict[str, Trained] = OrderedDict()
-        self.sampled: OrderedDict[str, str] = OrderedDict()  # folder → adapter
-        self.full: tuple[str, Any] = ("", None)  # folder, a model of its own
         self.names = 0
         self.snapshot_steps: dict[str, int] = {}
 
@@ -204,6 +199,7 @@ class Workshop:
         if model.id in self.models:
             self.models.move_to_end(model.id)
             return self.models[model.id]
+        self.books.store.write(lambda db: None, insist=True).result()  # results and snapshots on their way to the disk
         whole = [] if model.spec["rank"] else [id for id, other in self.models.items() if other.own is not None]
         for other in whole:  # one set of whole weights at a time
             self.evict(other)
@@ -224,13 +220,12 @@ class Workshop:
 
     def _replay(self, model: Model, trained: Trained) -> None:
         """Do again what is behind the snapshot, with the results that it had."""
-        self.books.store.write(lambda db: None, insist=True).result()  # results on their way to the disk
         rows = self.books.store.read(
             "SELECT * FROM requests WHERE owner = ? AND applied AND seq > ? AND seq <= ? ORDER BY seq",
             *(model.id, model.snapshot_seq, model.applied),
         )
         for row in rows:
-            if row["kind"] not in CHANGES_STATE:
+            if row["kind"] not in CHANGES_STATE or row["body"] is None:  # forward passes keep none: they change nothing
                 continue
             kind, body = unpack(row["body"])
             try:
@@ -283,43 +278,6 @@ class Workshop:
 
         outcome.changes.append(write)
         outcome.after.append(take)
-
-    # -------------------------------------------------------------------------------------- weights to sample
-
-    def weights(self, folder: str) -> Any:
-        """The model to sample from, with what a folder holds: "" is the base. Raises `Refusal` if it is gone."""
-        if not folder:
-            return self.base.activate("")
-        where = self.folder / folder
-        if folder in self.sampled:
-            self.sampled.move_to_end(folder)
-            return self.base.activate(self.sampled[folder])
-        if self.full[0] == folder:
-            return self.full[1]
-        if not where.is_dir():
-            raise Refusal("these weights have been deleted", 404)
-        spec = ModelSpec(**json.loads((where / "spec.json").read_text()))
-        if not spec.rank:
-            model = self.full[1] if self.full[1] is not None else self._full_model()
-            copy_into(dict(model.named_parameters()), stored_weights(where, model.dtype))
-            self.full = (folder, model)
-            return model
-        while len(self.sampled) >= SAMPLERS_HELD:
-            self.base.drop(self.sampled.popitem(last=False)[1])
-        self.names += 1
-        name = f"s{self.names}"
-        self.base.put(name, spec, stored_weights(where, self.base.model.dtype))
-        self.sampled[folder] = name
-        return self.base.activate(name)
-
-    def is_full(self, folder: str) -> bool:
-        """Whether a folder holds weights of their own, of which one set at a time is in memory."""
-        return bool(folder) and not (self.folder / folder / "adapter_config.json").is_file()
-
-    def _full_model(self) -> Any:
-        model = self.base.copy()
-        self.sampler.prepare(model)
-        return model
 
     def forget_folder(self, folder: str) -> None:
         """Delete a checkpoint's files; what is sampled from it now may end."""

@@ -1,4 +1,4 @@
-"""What is asked and what is right: tasks, graders, data generators. No torch in here.
+"""Tasks: how examples are asked and graded, and data generators. Nothing here imports torch.
 
 `load_task` takes the name of a task, or `module:Class` for one of a user's own.
 """
@@ -28,10 +28,10 @@ TASKS = {
 
 
 def load_task(spec: str, options: TaskOptions | None = None) -> Task:
-    """The task of a name, or of `module:Class`.
+    """Load a task by name, or as `module:Class`.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the task does not exist.
     """
     from grpo_gsm8k.tasks.base import Task
 
@@ -45,7 +45,7 @@ def load_task(spec: str, options: TaskOptions | None = None) -> Task:
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}"
         raise ConfigError(f"unknown task {spec!r}; {hint}. A task of your own is package.module:Class")
     if not (isinstance(found, type) and issubclass(found, Task)):
-        raise ConfigError(f"task {spec!r}: is no subclass of grpo_gsm8k.tasks.base.Task")
+        raise ConfigError(f"task {spec!r}: is not a subclass of grpo_gsm8k.tasks.base.Task")
     with plugins.calling(f"task {spec!r}") if plugins.is_users(spec) else nullcontext():
         task = found(options)
     task.spec = spec

@@ -1,4 +1,4 @@
-"""What a task is: how its rows are read, how an example is asked, what a teacher answers, and what is right.
+"""The `Task` interface: how rows are read, how an example is asked, its reference answer, and the grade of a response.
 
 To write a task, subclass `Task` in one file; only `grade` has no default:
 
@@ -12,8 +12,8 @@ To write a task, subclass `Task` in one file; only `grade` has no default:
             right = response.strip() == example.answer
             return Grade(reward=float(right), correct=right, answer=response.strip())
 
-and pass `--task mine:Shout`. Its data are JSONL with `question` (or `prompt`, `problem`, `messages`) and `answer`.
-A task that talks to its model in several turns returns an `Env`.
+and pass `--task mine:Shout`. Its data is JSONL with `question` (or `prompt`, `problem`, `messages`) and `answer`.
+A task with several turns returns an `Env`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ QUESTION_KEYS = ("question", "prompt", "problem")
 
 @dataclass(frozen=True)
 class Tags:
-    """The tags that a prompt asks for. `answer_open=None`: the prompt has think tags only."""
+    """The tags that a prompt requests. `answer_open=None`: think tags only."""
 
     think_open: str = "<think>"
     think_close: str = "</think>"
@@ -53,13 +53,13 @@ class Tags:
 
 
 def after_opened_thought(response: str, tags: Tags) -> str | None:
-    """What follows the thought that the prompt opened; None where the thought never closes."""
+    """The text behind the thought that the prompt opened; None if the thought never closes."""
     closing = re.search(tag_pattern(tags.think_close), response, re.IGNORECASE)
     return response[closing.end() :] if closing else None
 
 
 def tag_pattern(tag: str) -> str:
-    """Matches the tag, with a blank allowed inside its angle brackets."""
+    """A pattern of the tag that allows a blank inside its angle brackets."""
     bracketed = re.fullmatch(r"<(/?)(.+)>", tag)
     return rf"<\s?{bracketed[1]}\s?{re.escape(bracketed[2])}\s?>" if bracketed else re.escape(tag)
 
@@ -76,15 +76,15 @@ def make_tags(think_open: str, think_close: str, answer_open: str, answer_close:
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """What a command line says to every task; a task uses what it understands.
+    """Options that the command line passes to every task; a task may ignore some.
 
     Attributes:
-        prompt_style: how an example is asked; "auto" is the task's own default.
+        prompt_style: how an example is asked; "auto" is the task's default.
         tags: around thoughts and answers.
-        grading: "strict" demands a marked answer.
-        format_weight, answer_weight: of the two components of the usual reward.
+        grading: "strict" requires a marked answer.
+        format_weight, answer_weight: weights of the two usual reward components.
         grader_processes, grader_timeout_s: see `grader_pool`.
-        settings: of single tasks, by the names that they have in the config (chat: preference, judge_model, …).
+        settings: task-specific settings by their config names (chat: preference, judge_model, …).
     """
 
     prompt_style: str = "auto"
@@ -98,10 +98,10 @@ class TaskOptions:
 
 
 class Env(Protocol):
-    """The other side of one conversation with the model."""
+    """The environment of one conversation with the model."""
 
     def reply(self, turn: str) -> str | None:
-        """What the environment answers to the model's turn; None ends the trajectory."""
+        """Answer the model's turn; None ends the trajectory."""
         ...
 
 
@@ -109,12 +109,12 @@ class Task:
     """A task.
 
     Attributes:
-        name: its own; `spec` is what `load_task` was given: a name, or `module:Class`.
+        name: the task's name; `spec` is what `load_task` got: a name, or `module:Class`.
         stop: strings that end a turn of the model.
-        plain: prompts are plain text, for models without chat turns.
-        max_turns: most turns of the model in one trajectory.
-        threads: how many groups are graded at once; above 1 for graders that wait for something. For those that
-            compute for long there is `--grader_processes`.
+        plain: prompts are plain text, for models without a chat template.
+        max_turns: limit of the model's turns in one trajectory.
+        threads: how many groups are graded at once; above 1 for graders that wait for a service. For slow computation
+            use `--grader_processes`.
     """
 
     name: str = ""
@@ -128,7 +128,7 @@ class Task:
         self.spec = self.name
 
     def examples(self, path: Path | str) -> list[Example]:
-        """The rows of a JSONL file, in its order; to read rows of another form, override `example`.
+        """Read the rows of a JSONL file, in order. Override `example` for rows of another form.
 
         Raises:
             DataError: names the file and the line of the first fault.
@@ -136,10 +136,10 @@ class Task:
         return read_examples(Path(path), self.example)
 
     def example(self, row: Mapping[str, Any]) -> Example:
-        """One row: a question or a conversation, its answer, and the other columns.
+        """Read one row: a question or a conversation, its answer, and the other columns.
 
         Raises:
-            ValueError: says what is wrong with the row, for a person.
+            ValueError: describes what is wrong with the row.
         """
         asked: tuple[Message, ...] | str
         key = next((key for key in QUESTION_KEYS if key in row), None)
@@ -157,63 +157,63 @@ class Task:
         return [("user", example.messages)] if isinstance(example.messages, str) else list(example.messages)
 
     def target(self, example: Example) -> str:
-        """What a teacher answers; supervised fine-tuning learns it. Raises `ConfigError` where a task has none."""
+        """The reference answer that supervised fine-tuning trains on. Raises `ConfigError` if the task has none."""
         raise ConfigError(f"task {self.spec} has no reference answers to learn: pass pairs as --data_path")
 
     def target_turns(self, example: Example) -> list[tuple[Author, str]]:
-        """What a teacher answers, turn by turn: the texts as they follow one another, each with its author.
+        """The reference answer turn by turn, each text with its author.
 
-        A task with an environment says here what the environment would add; that is never trained.
+        The environment's turns are part of it, and never trained.
         """
         return [("model", self.target(example))]
 
     def grade(self, example: Example, response: str) -> Grade:
-        """The verdict on a response."""
+        """Grade a response."""
         raise NotImplementedError(f"{type(self).__name__}.grade")
 
     def grade_trajectory(self, example: Example, trajectory: Trajectory) -> Grade:
-        """The verdict on a trajectory: by default on its text, an opened thought in front."""
+        """Grade a trajectory: by default its text, behind the thought that the prompt opened."""
         return self.grade(example, trajectory.prompt.opened + trajectory.text)
 
     def grade_group(
         self, example: Example, trajectories: Sequence[Trajectory]
     ) -> Sequence[Grade] | Awaitable[Sequence[Grade]]:
-        """The verdicts on all trajectories of one prompt, by default one by one. May be `async`."""
+        """Grade all trajectories of one prompt, by default one by one. May be `async`."""
         return [self.grade_trajectory(example, trajectory) for trajectory in trajectories]
 
     def env(self, example: Example) -> Env | None:
-        """The other side of a conversation about this example; None for a single turn."""
+        """The environment of this example; None for a single turn."""
         return None
 
     def probe(self) -> Example | None:
-        """An example on which a chat template is tried before any data are at hand; None for a bare question."""
+        """An example to try a chat template on when there is no data; None for a bare question."""
         return None
 
     def generate(self, folder: Path, seed: int, sizes: Mapping[str, int]) -> Path | None:
         """Make data by seed: `train.jsonl`, `val.jsonl` and `test.jsonl` of these sizes, and return their folder.
 
-        None where the task's data must be given.
+        Returns None if the task cannot generate data.
         """
         return None
 
     def row(self, example: Example) -> dict[str, Any]:
-        """The columns of an example that `examples` reads back: what `prep-eval` writes."""
+        """The columns that `prep-eval` writes and `examples` reads back."""
         if isinstance(example.messages, str):
             return {"id": example.id, "question": example.messages, "answer": example.answer, **example.meta}
         messages = [{"role": role, "content": content} for role, content in example.messages]
         return {"id": example.id, "messages": messages, "answer": example.answer, **example.meta}
 
     has_right_answers: bool = True
-    """Whether a grade says what is correct. Without, the mean reward is the figure, and expert iteration has no use."""
+    """Whether grades set `correct`. Otherwise the mean reward is reported, and expert iteration refuses the task."""
     folder: Path | None = None
-    """Where the task may keep files during a run; set when the run directory is open."""
+    """Where the task may keep files; set when the run directory opens."""
 
     def vote(self, answer: str | None) -> Hashable:
-        """What an answer counts as in a majority vote, however it is written."""
+        """The normal form of an answer for majority voting."""
         return answer
 
     def guarded(self) -> AbstractContextManager[None]:
-        """Around calls of the task: what a user's own raises is told in one line; our own keep their tracebacks."""
+        """Wraps calls of the task: exceptions of a user's own task become one line; ours keep their traceback."""
         return calling(f"task {self.spec!r}") if is_users(self.spec) else nullcontext()
 
 
@@ -227,7 +227,7 @@ def summed(components: Mapping[str, float], **more: Any) -> Grade:
 
 
 def load_examples(task: Task, path: Path | str) -> list[Example]:
-    """`task.examples`, with what a user's own task raises told in one line."""
+    """`task.examples`; exceptions of a user's own task become one line."""
     with task.guarded():
         found = task.examples(Path(path))
     if not isinstance(found, list) or not all(isinstance(example, Example) for example in found):
@@ -248,7 +248,7 @@ def load_split(task: Task, data_dir: Path | str, split: Split) -> list[Example]:
 
 
 def read_examples(path: Path, parse: Callable[[Mapping[str, Any]], Example]) -> list[Example]:
-    """The rows of a JSONL file as `parse` reads them: ids unique, prompts that `prep-eval` stored kept.
+    """Read the rows of a JSONL file with `parse`. Checks that ids are unique, and keeps prompts stored by `prep-eval`.
 
     Raises:
         DataError: names the file and the line of the first fault.
@@ -274,7 +274,7 @@ STORED_KEYS = ("prompt", "prompt_token_ids", "rendered")
 
 
 def stored_prompt(row: Mapping[str, Any]) -> Rendered | None:
-    """The prompt that `prep-eval` put into a row; None for a row without one."""
+    """The prompt that `prep-eval` stored in a row, or None."""
     if "prompt_token_ids" not in row and "rendered" not in row:
         return None
     ids, made_with = row.get("prompt_token_ids"), row.get("rendered")
@@ -286,7 +286,7 @@ def stored_prompt(row: Mapping[str, Any]) -> Rendered | None:
 
 
 def text_of(row: Mapping[str, Any], key: str) -> str:
-    """A column that must be text. Raises `ValueError` for anything else, for a person."""
+    """A column that must be text. Raises `ValueError` otherwise."""
     if key not in row:
         raise ValueError(f"{key!r} is missing; the row has {', '.join(map(repr, row)) or 'no keys'}")
     value = row[key]
@@ -298,7 +298,7 @@ def text_of(row: Mapping[str, Any], key: str) -> str:
 
 
 def id_of(row: Mapping[str, Any], identity: str) -> str:
-    """A row's id; one without gets it from `identity`, so the same question has the same id on every machine."""
+    """A row's id, or a hash of `identity`, so that the same question has the same id on every machine."""
     return text_of(row, "id") if "id" in row else hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 

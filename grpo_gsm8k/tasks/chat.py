@@ -1,11 +1,11 @@
-"""Chat: conversations, for fine-tuning on their answers and for reinforcement learning by preference.
+"""Chat: conversations, for supervised fine-tuning and for reinforcement learning from preferences.
 
-The rows are those of `validate`: `{"messages": [{"role", "content"}, …]}`, or `{"prompt", "response"}`. What is asked
-is the conversation up to its last assistant message, which is the reference answer. A row may end with the user's
-message where nothing needs a reference.
+The rows are those of `validate`: `{"messages": [{"role", "content"}, …]}`, or `{"prompt", "response"}`. The prompt is
+the conversation up to its last assistant message, which is the reference answer. A row may end with the user's message
+if nothing needs a reference.
 
-No answer is right or wrong here, so `Grade.correct` is None, and the mean reward picks the best checkpoint. The reward
-is a preference, which sees all completions of a prompt:
+There are no right answers, so `Grade.correct` is None, and the mean reward picks the best checkpoint. The reward is a
+preference over all completions of a prompt:
 
     --preference length         how near an answer's length in words is to `--length_words` (0: to the reference's):
                                 the shorter of the two lengths by the longer
@@ -14,7 +14,7 @@ is a preference, which sees all completions of a prompt:
                                 single answer, as in a validation, is compared with the reference
     --preference module:fn      fn(completions, example) → a number for each completion; may be async
 
-Thoughts are no part of an answer: they are neither counted nor shown to the judge.
+Thoughts are not part of an answer: they are neither counted nor shown to the judge.
 """
 
 from __future__ import annotations
@@ -73,16 +73,16 @@ class Chat(Task):
 
             named = {k.removeprefix("judge_"): v for k, v in settings.items() if k.startswith("judge_")}
             self._judge_settings = JudgeSettings(**named)
-            self._judge_settings.key()  # what is wrong with them shows before any work is done
+            self._judge_settings.key()  # so that wrong settings fail before any work is done
         elif plugins.is_users(self.preference):
             self._function = plugins.load_object(self.preference, "--preference")
             if not callable(self._function):
-                raise ConfigError(f"--preference {self.preference!r}: is no function")
+                raise ConfigError(f"--preference {self.preference!r}: is not a function")
         elif self.preference not in PREFERENCES:
             raise ConfigError(f"preference {self.preference!r}: must be length, judge, or package.module:function")
 
     def examples(self, path: Path | str) -> list[Example]:
-        """The conversations of a file. Where the same one stands twice, the later ones get ids of their own."""
+        """The conversations of a file. Repeated ones get distinct ids."""
         seen: Counter[str] = Counter()
 
         def parse(row: Mapping[str, Any]) -> Example:
@@ -93,7 +93,7 @@ class Chat(Task):
         return read_examples(Path(path), parse)
 
     def example(self, row: Mapping[str, Any]) -> Example:
-        """One conversation: what is asked, and the reference answer if there is one."""
+        """One conversation: the prompt, and the reference answer if there is one."""
         found, faults = conversation_of(row, answered=False)
         if found is None:
             raise ValueError(faults[0])
@@ -127,7 +127,7 @@ class Chat(Task):
         return {"id": example.id, "messages": messages, **example.meta}
 
     def generate(self, folder: Path, seed: int, sizes: Mapping[str, int]) -> Path:
-        """Toy conversations about animals, their answers of very different lengths; no question is in two splits."""
+        """Toy conversations about animals, with answers of very different lengths; no question is in two splits."""
         drawn = toy_conversations(seed, {split: sizes[split] for split in SPLITS})
         write_splits(folder, drawn, {"source": "toy chat", "seed": seed})
         return folder
@@ -135,12 +135,12 @@ class Chat(Task):
     # --------------------------------------------------------------------------------------------- preferences
 
     def grade(self, example: Example, response: str) -> Grade:
-        """The preference for a single response."""
+        """Grade a single response."""
         alone = Trajectory.of(Prompt(example, ()), Completion((), (), response, "stop"))
         return asyncio.run(self.grade_group(example, [alone]))[0]
 
     async def grade_group(self, example: Example, trajectories: Sequence[Trajectory]) -> list[Grade]:
-        """What is preferred among all completions of a prompt."""
+        """Grade all completions of a prompt by preference."""
         answers = [answer_of(trajectory) for trajectory in trajectories]
         if self._function is not None:
             name, rewards = "preference", await self._call(self._function, trajectories, example)
@@ -155,7 +155,7 @@ class Chat(Task):
         ]
 
     async def _judged(self, example: Example, answers: Sequence[str], seeds: Sequence[int]) -> list[float]:
-        """The share of its comparisons that each answer wins; a tie is half a win."""
+        """For each answer, the share of its comparisons that it wins; a tie is half a win."""
         if self._judge is None:
             from grpo_gsm8k.judge import Judge
 
@@ -178,7 +178,7 @@ class Chat(Task):
     async def _call(
         self, function: Callable[..., Any], trajectories: Sequence[Trajectory], example: Example
     ) -> list[float]:
-        """A number for each completion from a user's function. Raises `PluginError` for anything else."""
+        """Call a user's function for a number per completion. Raises `PluginError` if it returns anything else."""
         with calling(f"--preference {self.preference!r}"):
             found = function(trajectories, example)
             if inspect.isawaitable(found):
@@ -194,7 +194,7 @@ class Chat(Task):
 
 
 def pairings(n: int, seed: str) -> list[tuple[int, int]]:
-    """Who is compared with whom: everyone with everyone, or in large groups each with `OPPONENTS` random others."""
+    """The pairs to compare: all of them, or in large groups `OPPONENTS` random opponents for each."""
     if n <= ROUND_ROBIN:
         return list(combinations(range(n), 2))
     draw = Random(seed)
@@ -203,17 +203,17 @@ def pairings(n: int, seed: str) -> list[tuple[int, int]]:
 
 
 def answer_of(trajectory: Trajectory) -> str:
-    """The answer without thoughts, one that the prompt opened included."""
+    """The answer without its thoughts, including a thought that the prompt opened."""
     return without_thoughts(trajectory.prompt.opened + trajectory.text).strip()
 
 
 def count_words(text: str) -> int:
-    """Words, as blanks separate them."""
+    """Number of words, separated by blanks."""
     return len(text.split())
 
 
 def closeness(words: int, wished: int) -> float:
-    """1 for the wished length, falling with every word more or less: the shorter length by the longer."""
+    """The shorter length over the longer: 1 at the wished length."""
     return min(words, wished) / max(words, wished, 1)
 
 

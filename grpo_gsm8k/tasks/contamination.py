@@ -1,7 +1,7 @@
-"""Does a training file hold test problems? Word n-grams that both have, 13 words by default (arXiv 2005.14165 app. C).
+"""Finds test problems in training files by shared word n-grams, 13 words by default (arXiv 2005.14165 app. C).
 
 Words are runs of letters and digits without case: punctuation, layout and GSM8K's `<<…>>` annotations do not hide a
-copy. Every text of a row is looked at, whatever its key, so any training JSONL will do: problems, pairs, chats, traces.
+copy. The check reads every text of a row under any key, so it takes any training JSONL: problems, pairs, chats, traces.
 
     grpo-gsm8k contamination artifacts/pairs.jsonl --test artifacts/data/test.jsonl
 
@@ -24,7 +24,7 @@ from grpo_gsm8k.tasks.base import Task, load_examples
 from grpo_gsm8k.tasks.gsm8k.styles import working
 
 NGRAM = 13
-SHORTEST = 8  # the smallest n of the paper; shorter texts coincide by chance and are not looked for
+SHORTEST = 8  # the smallest n of the paper; shorter texts coincide by chance and are skipped
 GLANCE = 300  # words of a text that the check before training reads
 
 Kind = Literal["question", "solution"]
@@ -36,9 +36,9 @@ class Overlap:
     """Words that a training text shares with a test problem.
 
     Attributes:
-        kind: what of the problem they are from.
-        whole: all of it stands there in one piece.
-        line: of the training file, the first with this overlap.
+        kind: the part of the problem they come from.
+        whole: whether the whole part occurs in one piece.
+        line: the first line of the training file with this overlap.
         shared: the words.
     """
 
@@ -50,10 +50,10 @@ class Overlap:
 
 
 class Index:
-    """The n-grams of test problems, to be looked up in training texts."""
+    """The n-grams of test problems, to look up in training texts."""
 
     def __init__(self, examples: Sequence[Example], n: int = NGRAM, whole_questions: bool = False) -> None:
-        """A text shorter than `n` words is looked for as a whole.
+        """Looks for a text shorter than `n` words as a whole.
 
         Args:
             whole_questions: look for whole questions only, which is faster.
@@ -77,7 +77,7 @@ class Index:
         self.texts.append((example, kind, text))
 
     def overlaps(self, text: Words, line: int) -> Iterator[Overlap]:
-        """Every overlap of one training text."""
+        """All overlaps with one training text."""
         for at in range(len(text) - min(self.sizes, default=0) + 1):
             for size in self.sizes:
                 for number, start in self.grams.get(text[at : at + size], ()):
@@ -94,7 +94,7 @@ def words(text: str) -> Words:
 
 
 def scan(path: Path, index: Index, most_words: int | None = None) -> tuple[int, list[Overlap]]:
-    """Rows of a training JSONL file, and the first overlap with each test text; a whole one is preferred.
+    """Count the rows of a training file, and find the first overlap with each test text, preferring a whole one.
 
     Raises:
         DataError: the file cannot be read.
@@ -117,7 +117,7 @@ def scan(path: Path, index: Index, most_words: int | None = None) -> tuple[int, 
 
 
 def texts_of(value: Any) -> Iterator[str]:
-    """Every text in a JSON value, keys left out."""
+    """All texts in a JSON value, without keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
@@ -126,7 +126,7 @@ def texts_of(value: Any) -> Iterator[str]:
 
 
 def check(files: Sequence[Path], test: Path, task: Task, n: int = NGRAM, examples: int = 3) -> dict[str, Any]:
-    """What each training file shares with the test split: counts of test problems, and a few of the overlaps."""
+    """For each training file, count the test problems in it and show a few overlaps."""
     problems = load_examples(task, test)
     index, report = Index(problems, n), list[dict[str, Any]]()
     for path in files:
@@ -147,7 +147,7 @@ def check(files: Sequence[Path], test: Path, task: Task, n: int = NGRAM, example
 
 
 def warn(files: Iterable[Path], test: Path, task: Task) -> None:
-    """One line on stderr for each JSONL file with whole test questions in it; a look at the start of training."""
+    """At the start of training, print a line for each JSONL file that contains whole test questions."""
     if not test.is_file():
         return
     problems = load_examples(task, test)

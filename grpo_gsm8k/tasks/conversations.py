@@ -1,11 +1,11 @@
-"""Chat JSONL: checking a whole file, and reading the conversations that SFT learns from.
+"""Chat JSONL: checks a whole file, and reads conversations for SFT.
 
 A row is `{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}`: at most
 one system message, which comes first, then user and assistant in turns, the assistant last. Or it is
 `{"prompt": "…", "response": "…"}` (or `completion`), a user and an assistant message; with `"raw": true` its prompt is
 the text as the model reads it, without a chat's turns. Other keys are allowed and ignored.
 
-`validate` and every reader for training go through `read_chat`: one check for all of them.
+`validate` and every training command read through `read_chat`, so they share one check.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ANSWER_KEYS = ("response", "completion")  # of a row with a prompt
 
 
 class Fault(TypedDict):
-    """What is wrong in one line (1-based; 0 for the file as a whole)."""
+    """An error in one line (1-based; 0 for the whole file)."""
 
     line: int
     what: str
@@ -33,13 +33,13 @@ class Fault(TypedDict):
 
 @dataclass(frozen=True)
 class ChatReport:
-    """What `check_chat` found.
+    """The result of `check_chat`.
 
     Attributes:
-        ok: there are rows, and none has a fault.
-        rows: lines that are not blank, sound or not.
-        errors: every fault, in the order of the file.
-        stats: of the sound rows: `rows`; `turns` (messages of a row) and `characters` (all contents of a row)
+        ok: the file has rows, and none has an error.
+        rows: number of non-blank lines.
+        errors: all errors, in file order.
+        stats: of the valid rows: `rows`; `turns` (messages of a row) and `characters` (all contents of a row)
             with `min`, `mean` and `max`; `roles`, the number of messages of each.
     """
 
@@ -51,7 +51,7 @@ class ChatReport:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation to learn from: (role, content) pairs, the assistant last; `raw`: without a chat's turns."""
+    """A conversation to train on: (role, content) pairs, the assistant last; `raw`: plain text without chat turns."""
 
     messages: tuple[tuple[str, str], ...]
     raw: bool = False
@@ -59,7 +59,7 @@ class Conversation:
 
 
 def check_chat(path: Path) -> ChatReport:
-    """Check every line of a chat JSONL file and name every fault in one pass, in memory for one line.
+    """Check a chat JSONL file in one pass, line by line, and collect all errors.
 
     Raises:
         DataError: the file does not exist or cannot be read.
@@ -87,7 +87,7 @@ def iter_pairs(path: Path) -> Iterator[Conversation]:
     for line, raw in read_lines(path):
         example, faults = read_chat(raw)
         if example is None:
-            raise DataError(path, f"{faults[0]}; `grpo-gsm8k validate --data {path}` lists every fault", line)
+            raise DataError(path, f"{faults[0]}; `grpo-gsm8k validate --data {path}` lists every error", line)
         yield replace(example, source=Source(str(path), line))
 
 
@@ -97,7 +97,7 @@ def load_pairs(path: Path) -> list[Conversation]:
 
 
 def read_chat(raw: bytes) -> tuple[Conversation | None, list[str]]:
-    """The conversation in one line of a file, or everything that is wrong with it."""
+    """The conversation in one line of a file, or all of its errors."""
     try:
         row = parse_line(raw)
     except ValueError as fault:
@@ -106,7 +106,7 @@ def read_chat(raw: bytes) -> tuple[Conversation | None, list[str]]:
 
 
 def conversation_of(row: Mapping[str, Any], answered: bool = True) -> tuple[Conversation | None, list[str]]:
-    """The conversation in one row, or everything that is wrong with it.
+    """The conversation in one row, or all of its errors.
 
     Args:
         answered: the last message must be the assistant's.
@@ -137,7 +137,7 @@ def _text_faults(row: Mapping[str, Any], key: str, name: str) -> list[str]:
 
 
 def _faults(row: Mapping[str, Any], answered: bool = True) -> list[str]:
-    """Everything that is wrong with a row; the order of roles is judged only where every role is known."""
+    """All errors of a row; checks the order of roles only if every role is known."""
     messages = row.get("messages")
     if "messages" not in row:
         return [f"messages is missing; the row has {', '.join(map(repr, row)) or 'no keys'}"]
@@ -185,7 +185,7 @@ def _order_faults(roles: Sequence[str], answered: bool) -> list[str]:
 
 
 class _Stats:
-    """Turns, characters and roles of the rows so far."""
+    """Counts turns, characters and roles."""
 
     def __init__(self) -> None:
         self.roles: Counter[str] = Counter()
@@ -206,7 +206,7 @@ class _Stats:
 
 
 class _Spread:
-    """Least, mean and most of the numbers so far."""
+    """Minimum, mean and maximum of the numbers so far."""
 
     def __init__(self) -> None:
         self.n = self.total = self.least = self.most = 0

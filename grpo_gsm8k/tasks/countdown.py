@@ -1,16 +1,16 @@
 r"""Countdown: reach a target from given numbers, each used exactly once, with `+ - * /` and brackets.
 
-The rows are `{"numbers": [3, 5, 8], "target": 16}`; a `"solution"` replaces the solver's as what a teacher answers.
+The rows are `{"numbers": [3, 5, 8], "target": 16}`; a `"solution"` replaces the solver's reference answer.
 
 The grader reads the committed expression (the last `<answer>`, the last `\boxed{}`, "the answer is …", else the last
-line that is a calculation; thoughts never count) and evaluates it exactly with an own parser. House rulings:
+line that is a calculation; thoughts never count) and evaluates it exactly, with its own parser. Rules:
 
 - `(3+5)*2 = 16` is `(3+5)*2` if every `=` in it is true; a false chain is wrong.
 - `×`, `÷`, `−`, `\times`, `\frac{a}{b}`, `2(3+5)` and a minus before a number or a bracket are accepted.
 - Powers, `//`, decimals, digits put together, a number missing or used twice, a division by zero are wrong.
 
-The generator draws examples that are solvable by construction. Which split an example belongs to is a property of its
-numbers and its target, so train, validation and test are disjoint for all seeds and sizes.
+The generator draws examples that are solvable by construction. An example's numbers and target determine its split, so
+train, validation and test are disjoint for all seeds and sizes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .rationals import Fault, Value, evaluate
 from .responses import first_sentence, last_lines, marked, own_turn, spoken, without_thoughts
 
 MAX_EXPRESSION = 4_000  # characters of a committed answer that are read
-MAX_NUMBERS = 6  # the solver tries all ways to combine so many in a few seconds at most
+MAX_NUMBERS = 6  # the solver tries all combinations of so many numbers in a few seconds
 
 
 class Countdown(Task):
@@ -90,7 +90,7 @@ class Countdown(Task):
         return Grade(sum(parts.values()), parts, correct=correct, format_ok=format_ok, answer=answer)
 
     def generate(self, folder: Path, seed: int, sizes: Mapping[str, int]) -> Path:
-        """Examples by seed; with `tiny`, small ones, from a teacher of mixed quality: see `hasty`."""
+        """Examples by seed; with `tiny`, small ones with solutions of mixed quality, see `hasty`."""
 
         def draw(split: Split, count: int, tiny: bool) -> list[dict[str, Any]]:
             return generate(split, count, seed, TINY if tiny else STANDARD)
@@ -209,7 +209,7 @@ TINY = Level(smallest_count=3, largest_count=3, largest_number=19, largest_targe
 
 
 def identity(numbers: Sequence[int], target: int) -> str:
-    """What makes an example that example, whatever the order of its numbers."""
+    """Identifies an example, in any order of its numbers."""
     return f"{sorted(numbers)}->{target}"
 
 

@@ -1,8 +1,8 @@
-"""A folder of splits: train.jsonl, val.jsonl, test.jsonl, and the manifest that vouches for them.
+"""A folder of splits: train.jsonl, val.jsonl, test.jsonl, and a manifest with their hashes.
 
 `manifest.json` is written last. It holds no time and no path, so the same rows give the same bytes anywhere. Writing
-the same again verifies the files against it and changes nothing; other rows over an existing folder are refused. A run
-that was killed left no manifest, and the next one writes the files anew.
+the same rows again only verifies the files; writing other rows into an existing folder is refused. A killed command
+leaves no manifest, and the next one writes the files again.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says.
+    """The contents of `manifest.json`.
 
     Attributes:
         path: the file.
-        provenance: what the splits were made of, for GSM8K `source`, `revision`, `seed` and `eval_n`.
+        provenance: what the splits were made from, for GSM8K `source`, `revision`, `seed` and `eval_n`.
         counts: problems in each split.
         files: sha256 of each split's file.
         content: sha256 of each split's ids, questions and answers in order, however the file is formatted.
@@ -64,7 +64,7 @@ def write_splits(
         out_dir: made if missing.
         splits: the rows of exactly train, val and test, none empty, each with an id, no id twice.
         provenance: what the rows were made of (plain JSON values); goes into the manifest.
-        task: says what is wrong with a row that was changed.
+        task: describes the error of a row that was changed.
 
     Returns:
         The path of the manifest.
@@ -135,7 +135,7 @@ def read_manifest(out_dir: Path) -> Manifest:
         raise DataError(path, f"does not exist; make the data with `grpo-gsm8k data --out_dir {out_dir}`")
     fields = read_json(path)
     if fields.pop("format", None) != FORMAT:
-        raise DataError(path, f"is no data manifest of format {FORMAT}; choose another folder")
+        raise DataError(path, f"is not a data manifest of format {FORMAT}; choose another folder")
     try:
         counts, files, content = (fields.pop(key) for key in ("counts", "files", "content"))
         sound = set(counts) == set(content) == set(SPLITS) and set(files) == {f"{s}.jsonl" for s in SPLITS}
@@ -155,7 +155,7 @@ def refuse_difference(manifest: Manifest, provenance: Mapping[str, Any]) -> None
 
 
 def _refuse_foreign(path: Path, keys: tuple[str, ...]) -> None:
-    """Without a manifest, only what an earlier, killed run wrote may be replaced."""
+    """Without a manifest, replace only files of an earlier, killed run."""
     if not path.exists():
         return
     try:
@@ -167,7 +167,7 @@ def _refuse_foreign(path: Path, keys: tuple[str, ...]) -> None:
 
 
 def _compare(path: Path, rows: Sequence[Row], task: Task | None) -> None:
-    """Name the first row of the file that is not the row it should be."""
+    """Raise `DataError` for the first row that differs from the expected one."""
     if not path.exists():
         raise DataError(path, f"is missing, though the manifest lists it; {MEND}")
     line = 0

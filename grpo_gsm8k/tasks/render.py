@@ -1,11 +1,11 @@
-"""A task bound to a tokenizer: the one place where ids and mask are born.
+"""Binds a task to a tokenizer: the only place that turns text into token ids and their mask.
 
-A `Renderer` asks its task how an example is asked and what a teacher answers, and returns token ids and mask together,
-so that nothing downstream has to guess from text or from padding which tokens are the response's.
+A `Renderer` gets prompt and reference answer from its task, and returns ids and mask together, so nothing downstream
+has to guess from text or padding which tokens belong to the response.
 
-A trained row is the prompt's ids as a sampler sees them, then the ids that it would have to draw for the chat to read
-as the model's own chat template renders it. Where the prompt is not the beginning of that chat, there is no such row,
-and the example is refused.
+A trained row consists of the prompt's ids, as a sampler sees them, and the ids that the sampler would have to draw so
+that the chat reads as the model's chat template renders it. If the rendered chat does not start with the prompt, no
+such row exists, and the renderer refuses the example.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from grpo_gsm8k.tasks.base import Author, Tags, Task, TaskOptions, after_opened_
 GRADING = ("grading", "format_weight", "answer_weight", "grader_processes", "grader_timeout_s")
 """Settings of every task's grades, by their names in the config and in `TaskOptions`."""
 PROMPT_FILE = "prompt.json"
-SHOT_BREAK = "\n\n\n"  # between worked examples in plain text; a completion that writes it begins another one
+SHOT_BREAK = "\n\n\n"  # between worked examples in plain text; a completion that writes it starts another example
 DATE = "2024-07-26"
-"""The date that chat templates write unless another is given: a constant, so that ids are the same on every day.
-Llama 3's own templates write this one where nobody tells them the date."""
+"""The default date of chat templates: a constant, so that the ids are the same on every day. Llama 3's templates
+have the same default."""
 PROBE = "3.14 + 1,234 = $56  costs 7%\n\n\tIt's \\boxed{72}. Größe ½ 数"  # what tokenizers split in different ways
 
 
@@ -46,17 +46,17 @@ _PROBE_CHAT = (("user", "a question"), ("assistant", "an answer"))
 
 
 class Renderer:
-    """A task bound to a tokenizer: examples and chats in, token ids with their mask out."""
+    """Renders examples and chats of a task into token ids with their mask."""
 
     def __init__(self, tokenizer: Any, task: Task, shots: Sequence[Example] = (), date: str = DATE) -> None:
         """`tokenizer` is a transformers tokenizer.
 
         Args:
-            shots: examples that every prompt shows first, each with what a teacher answers.
-            date: what a chat template writes that asks for the date: the same for a run and all that goes on from it.
+            shots: examples with their reference answers, shown at the start of every prompt.
+            date: for chat templates that write the date; a run and its continuations use the same.
 
         Raises:
-            ModelError: the chat template is broken, or renders nothing that could be used.
+            ModelError: the chat template is broken or renders nothing usable.
         """
         self.tokenizer, self.task, self.shots = tokenizer, task, tuple(shots)
         self.tags, self.date = task.options.tags, date
@@ -73,17 +73,17 @@ class Renderer:
 
     @classmethod
     def of(cls, cfg: PromptConfig, tokenizer: Any, shots: Sequence[Example] = ()) -> Renderer:
-        """The renderer that a config asks for: task, style and date as given, or as the model folder remembers them."""
+        """The renderer of a config: task, style and date as given, or as stored in the model folder."""
         return cls(tokenizer, task_of(cfg), shots, date_of(cfg))
 
     def as_json(self) -> dict[str, Any]:
-        """Task, options, folder and date for a process of our own, which has the same tokenizer."""
+        """Task, options, folder and date as JSON, for another process with the same tokenizer."""
         folder = str(self.task.folder) if self.task.folder else None
         return {"task": self.task.spec, "options": asdict(self.task.options), "folder": folder, "date": self.date}
 
     @classmethod
     def of_json(cls, tokenizer: Any, stored: Mapping[str, Any]) -> Renderer:
-        """The renderer that `as_json` was asked of, without its shots."""
+        """Undo `as_json`; without shots."""
         options = TaskOptions(**{**stored["options"], "tags": Tags(**stored["options"]["tags"])})
         task = load_task(stored["task"], options)
         task.folder = Path(stored["folder"]) if stored["folder"] else None
@@ -91,19 +91,19 @@ class Renderer:
 
     @property
     def reads_date(self) -> bool:
-        """Whether the chat template asks for the date."""
+        """Whether the chat template writes the date."""
         return bool(_READS_DATE.search(self._template_text))
 
     def save_pretrained(self, folder: Path) -> None:
-        """The tokenizer, and how this model was asked, so that it is asked the same way next time."""
+        """Save the tokenizer, and the prompt settings, so that later commands render the same prompts."""
         self.tokenizer.save_pretrained(folder)
         write_json(folder / PROMPT_FILE, {"task": self.task.spec, **self._asked(), **self._dated()})
 
     def made_with(self) -> dict[str, str | None]:
-        """What rendered ids depend on besides the text: style, tags, date, and a hash of tokenizer and chat template.
+        """What the ids depend on besides the text: style, tags, date, and a hash of tokenizer and chat template.
 
-        Where the text is at hand (prepared prompts), this only explains a difference, and the ids decide whether there
-        is one. Shards of token ids are held to it.
+        For stored prompts, which have their text, the ids decide, and this only explains a difference. Shards of token
+        ids must match it.
         """
         ends = [self.end_id, self.tokenizer.bos_token_id, self._encode(PROBE)]
         parts = [sorted(self.tokenizer.get_vocab().items()), self.tokenizer.chat_template, ends]
@@ -112,17 +112,17 @@ class Renderer:
         return {**task, **self._asked(), "tokenizer": digest[:16], **self._dated()}
 
     def _asked(self) -> dict[str, str | None]:
-        """Style and tags, as they are remembered."""
+        """Style and tags, as stored in the model folder."""
         return {"prompt_style": self.task.options.prompt_style, **vars(self.tags)}
 
     def check(self, example: Example | None = None, target: bool = False) -> str:
-        """Render a prompt, and where `target` what a teacher answers; say what was found, in one line.
+        """Check the template: render a prompt and, with `target`, a reference answer. Returns a summary in one line.
 
         Args:
-            example: what to render; by default the task's own, if it has one.
+            example: by default the task's own, if it has one.
 
         Raises:
-            ModelError: the template is of no use for this, for the reason given.
+            ModelError: the template cannot be used; says why.
         """
         example = example or self.task.probe()
         if example is None:
@@ -143,7 +143,7 @@ class Renderer:
         return ", ".join(found)
 
     def prompt(self, example: Example) -> Prompt:
-        """What the model sees before it answers.
+        """The prompt of an example, as the model sees it.
 
         Raises:
             DataError: the example comes with a stored prompt that is not, id for id, what this renderer makes;
@@ -159,7 +159,7 @@ class Renderer:
         return prompt
 
     def render(self, example: Example) -> Prompt:
-        """The prompt of an example, whatever is stored with it. Raises `DataError` for a control token in its text."""
+        """Render an example's prompt, ignoring a stored one. Raises `DataError` for a control token in its text."""
         for shown in (example, *self.shots):
             self._check_texts_of(shown)
         source, asked = _source(example), self._ask(example)
@@ -178,7 +178,7 @@ class Renderer:
         return Prompt(example, tuple(self._encode(text)), opened)
 
     def _check_texts_of(self, example: Example) -> None:
-        """Raise `DataError` for a control token in what is asked, or in a solution that is text."""
+        """Raise `DataError` for a control token in the question or the answer."""
         texts = [example.messages] if isinstance(example.messages, str) else [text for _, text in example.messages]
         for text in texts:
             if found := self._control_token(text):
@@ -189,13 +189,13 @@ class Renderer:
                 )
         for answer in (example.answer, example.meta.get("solution")):
             if isinstance(answer, str) and (found := self._control_token(answer)):
-                what = f"the answer holds {found}, a special token of this model, which is no text; take it out"
+                what = f"the answer holds {found}, a special token of this model, not text; remove it"
                 raise _refused(_source(example), what)
 
     def target(self, example: Example) -> Datum:
-        """An example with what a teacher answers; mask 1 on the answer and on the end-of-turn id.
+        """An example with its reference answer; the mask is 1 on the answer and its end-of-turn id.
 
-        Of several turns, mask 0 on the environment's.
+        With several turns, it is 0 on the environment's.
         """
         prompt = list(self.prompt(example).token_ids)
         asked, turns = self._ask(example), self._turns(example)
@@ -208,7 +208,7 @@ class Renderer:
         return row if len(turns) == 1 else self._in_turns(row, prompt, turns, _source(example))
 
     def _in_turns(self, row: Datum, prompt: list[int], turns: Sequence[tuple[Author, str]], source: Source) -> Datum:
-        """The row of several turns, each tokenised by itself, as the next one continues the ids of those before."""
+        """The row of several turns. Each turn is tokenised on its own and continues the ids of the turns before it."""
         said = "".join(text for _, text in turns)
         before, found, after = self.spell(row.token_ids[len(prompt) :]).partition(said)
         texts = [text for _, text in turns]
@@ -220,11 +220,11 @@ class Renderer:
         return joined
 
     def reply(self, prompt: Prompt, token_ids: Sequence[int], text: str) -> tuple[int, ...]:
-        """The ids of what an environment answers behind a prompt and what was sampled so far.
+        """The ids of an environment's answer, to append to the prompt and the sampled ids.
 
-        Where the model ended its turn, the answer is a user's message, and the next turn is opened as the chat template
-        opens one. Where a stop string of the task ended it, and without a template, the answer is written right behind.
-        What was sampled stays as it is: the next turn continues its ids.
+        If the model ended its turn, the answer becomes a user message, and the chat template opens the next turn. If a
+        stop string of the task ended it, or without a template, the answer follows directly. The sampled ids stay
+        unchanged, and the next turn continues them.
         """
         ended = token_ids[-1] in self.stop_ids
         if not ended or not self._template_text or isinstance(self._ask(prompt.example), str):
@@ -245,12 +245,12 @@ class Renderer:
 
         Args:
             messages: (role, content) pairs.
-            train_on: "last" masks in the last assistant message; "all" every one.
-            raw: the first of two messages is the prompt as the model reads it, without a chat's turns.
-            source: where it was read, for the error.
+            train_on: "last" trains the last assistant message, "all" every one.
+            raw: the first of the two messages is the prompt's plain text, without chat turns.
+            source: file and line, for the error message.
 
         Raises:
-            ConfigError: "all" is asked of a chat template that rewrites earlier turns.
+            ConfigError: `train_on="all"` with a chat template that rewrites earlier turns.
             DataError: a text holds a control token, or the template renders the answer in another place.
         """
         source = source or Source("this chat", None)
@@ -288,7 +288,7 @@ class Renderer:
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """Every string that ends a completion: the task's, and the break after which another example would begin."""
+        """The strings that end a completion: the task's, and the separator of worked examples."""
         return (
             (*self.task.stop, SHOT_BREAK)
             if self.shots and (self.task.plain or not self._template_text)
@@ -297,16 +297,16 @@ class Renderer:
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Every id that ends a completion: the template's end of turn and the tokenizer's own."""
+        """The ids that end a completion: the template's end of turn and the tokenizer's EOS."""
         return frozenset(i for i in (self.end_id, self.tokenizer.eos_token_id) if i is not None)
 
     def spell(self, token_ids: Sequence[int]) -> str:
-        """Text for people, special tokens spelled out."""
+        """Decode with special tokens, for people."""
         text: str = self.tokenizer.decode(list(token_ids))
         return text
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text for graders and people; special tokens left out, but for the tags, which a verdict needs."""
+        """Decode without special tokens, for graders and people; keeps the tags, which grading needs."""
         if self._special_tags:
             left_out = set(self.tokenizer.all_special_ids) | self._special_ids
             token_ids = [i for i in token_ids if i not in left_out or i in self._special_tags]
@@ -340,7 +340,7 @@ class Renderer:
         return turns
 
     def _ask(self, example: Example) -> list[Message] | str:
-        """How an example is asked, the shots before it: earlier turns of the chat, or more of the text."""
+        """The question behind its shots: as earlier turns of the chat, or as plain text."""
         asked = self._prompt_of(example)
         if not self.shots:
             return asked
@@ -355,7 +355,7 @@ class Renderer:
 
     @staticmethod
     def _plain(asked: Sequence[Message] | str) -> str:
-        """As text for a model without chat turns."""
+        """As plain text, for a model without a chat template."""
         return asked if isinstance(asked, str) else "\n\n".join(content for _, content in asked) + "\n\nAnswer: "
 
     # ------------------------------------------------------------------------------------------ plain text
@@ -365,11 +365,11 @@ class Renderer:
         return ([] if bos is None else [bos]) + self._encode(text)
 
     def _continued(self, text: str, prompt: list[int], answer: str, source: Source) -> list[int]:
-        """The ids of an answer behind a plain prompt, as a sampler would draw them, and the end of the turn.
+        """The ids of an answer behind a plain prompt, as a sampler would draw them, with the end of the turn.
 
-        They are those of the whole text where the prompt's ids are its beginning. Else a token of the whole text would
-        run over the prompt's end; then they are the answer's ids behind a short text that no token runs over. As a text
-        of its own the answer would begin with the blank that SentencePiece puts before every text.
+        If the ids of the whole text start with the prompt's, the rest are the answer's. Otherwise a token spans the end
+        of the prompt; then the answer is tokenised behind a short text whose end no token spans. On its own, the answer
+        would start with the blank that SentencePiece puts before every text.
         """
         whole = self._plain_ids(text + answer)
         if whole[: len(prompt)] == prompt:
@@ -378,12 +378,12 @@ class Renderer:
             head, both = self._encode(anchor), self._encode(anchor + answer)
             if both[: len(head)] == head:
                 return [*both[len(head) :], self.end_id]
-        raise _refused(source, "the tokenizer joins the response's beginning with whatever stands before it")
+        raise _refused(source, "the tokenizer merges the start of the response with the text before it")
 
     # ----------------------------------------------------------------------------------------------- chats
 
     def _trained(self, messages: Sequence[Message], said: Sequence[int], source: Source) -> Datum:
-        """A rendered conversation, with the assistant's messages at the indices `said` masked in."""
+        """A rendered conversation; the mask is 1 on the assistant messages at the indices `said`."""
         ids: list[int] = []
         mask: list[int] = []
         for i in said:
@@ -407,14 +407,14 @@ class Renderer:
         return Datum(tuple(ids), tuple(mask))
 
     def _turn(self, messages: Sequence[Message], prompt: str, source: Source) -> str:
-        """The text of a conversation whose last message is trained, as its template renders it.
+        """The rendered text of a conversation whose last message is trained.
 
-        A message that brings its own thought has it once: as the template renders it, else as the template renders a
-        message with its thought apart, else the prompt's own opening with the message behind it.
+        A message with its own thought must contain it once: as the template renders it; else with the thought passed
+        separately; else as the message behind the thought that the prompt opens.
         """
         content = messages[-1][1]
         whole = self._row_template(messages, False, source)
-        if not self._ends_turns:  # no token ends a turn here, so the tokenizer's own end does
+        if not self._ends_turns:  # the template has no end-of-turn token, so EOS ends the turn
             whole = whole.removesuffix(self._turn_end)
         opening, closing = self.tags.think_open, self.tags.think_close
         if not content.lstrip().startswith(opening) or closing not in content:
@@ -431,7 +431,7 @@ class Renderer:
         return prompt + rest + (self._turn_end if self._ends_turns else "")
 
     def _no_prefix(self, prompt: str, whole: str) -> str:
-        """Why no row can be made of a conversation that does not begin with its prompt."""
+        """The error for a rendered conversation that does not start with its prompt."""
         if whole.startswith(prompt):
             return (
                 f"a token of the rendered conversation runs over the end of the prompt ({prompt[-20:]!r}), so a "
@@ -443,22 +443,22 @@ class Renderer:
             (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole))
         )
         return (
-            f"{self._named}: the prompt{opened} is not how the rendered conversation begins: {prompt[at:][:30]!r} "
-            f"stands in the one, {whole[at:][:30]!r} in the other; this cannot be fine-tuned on"
+            f"{self._named}: the prompt{opened} is not the start of the rendered conversation: {prompt[at:][:30]!r} "
+            f"in the prompt, {whole[at:][:30]!r} in the conversation; it cannot be fine-tuned on"
             + ("; give pairs with thoughts" if self.opens_thought else "")
         )
 
     def _row_template(
         self, messages: Sequence[Message], generation: bool, source: Source, last: dict[str, str] | None = None
     ) -> str:
-        """As `_template`, with a fault blamed on the row."""
+        """Like `_template`, but an error names the row."""
         try:
             return self._template(messages, generation, last)
         except ModelError as fault:
             raise _refused(source, str(fault)) from None
 
     def _template(self, messages: Sequence[Message], generation: bool, last: dict[str, str] | None = None) -> str:
-        """Messages as the chat template renders them; one without a system role finds it before the first question.
+        """Render messages with the chat template. Without a system role, the system text precedes the first question.
 
         Args:
             last: replaces keys of the last message.
@@ -473,7 +473,7 @@ class Renderer:
         return self._apply(chat, generation)
 
     def _apply(self, chat: list[dict[str, str]], generation: bool) -> str:
-        """What jinja makes of a chat. Raises `ModelError` for whatever a template can do wrong."""
+        """Render a chat with jinja. Raises `ModelError` for any error of the template."""
         from jinja2 import TemplateError
 
         date = {"strftime_now": self._now.strftime, "date_string": self._now.strftime("%d %b %Y")}
@@ -493,7 +493,7 @@ class Renderer:
             roles = ", ".join(message["role"] for message in chat)
             said = " ".join(str(e).split())[:200] or type(e).__name__
             raise ModelError(
-                f"{self._named} fails on a chat of {roles}: {said}; mend chat_template.jinja in the model's folder"
+                f"{self._named} fails on a chat of {roles}: {said}; fix chat_template.jinja in the model's folder"
             ) from None
         return text
 
@@ -503,7 +503,7 @@ class Renderer:
 
     @property
     def _template_text(self) -> str:
-        """The template that chats are rendered with; empty for a model without one."""
+        """The chat template; empty for a model without one."""
         held = self.tokenizer.chat_template
         if isinstance(held, dict) and held and "default" not in held:
             raise ModelError(
@@ -514,7 +514,7 @@ class Renderer:
 
     @cached_property
     def _takes_system(self) -> bool:
-        """Whether the template renders a system message; found out with one, and said once where it does not."""
+        """Whether the template renders a system message. Tries one, and prints a line if it does not."""
         probe = "reason in steps"
         try:
             taken = probe in self._apply(
@@ -523,10 +523,10 @@ class Renderer:
         except ModelError:
             taken = False
         if not taken:
-            talk(f"{self._named} takes no system message: its text stands before the first question instead")
+            talk(f"{self._named} takes no system message: its text is put before the first question instead")
         return taken
 
-    # -------------------------------------------------------------------------------- what a template is like
+    # -------------------------------------------------------------------------------- properties of a template
 
     def _template_opens_thought(self) -> bool:
         """Whether a chat prompt ends inside a thought. Raises `ModelError` for tags that are not ours."""
@@ -555,7 +555,7 @@ class Renderer:
         return {"date": self.date} if self.reads_date else {}
 
     def _control_tokens(self) -> list[str]:
-        """What no text may hold: special tokens, and added tokens that the template builds turns of. Tags are text."""
+        """Tokens that no text may contain: special tokens, and added tokens that the template uses. Tags are text."""
         built = set[int]()
         if self._template_text:
             for chat, generation in ((_PROBE_CHAT, False), (_PROBE_CHAT[:1], True)):
@@ -566,21 +566,21 @@ class Renderer:
         return [token for token in control if token.strip() and token not in tags]
 
     def _control_token(self, text: str) -> str | None:
-        """The first control token that stands in a text."""
+        """The first control token in a text, or None."""
         return next((token for token in self.special_tokens if token in text), None)
 
     def _encode(self, text: str) -> list[int]:
-        # A template spells its special tokens out, and a second BOS must never appear.
+        # The template writes its special tokens itself, and a second BOS must not appear.
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
     def _end_of_turn(self) -> int:
-        """The id that follows an assistant's words: read off the chat template, else the tokenizer's EOS."""
+        """The id that ends an assistant's turn in the chat template, else the tokenizer's EOS."""
         eos = self.tokenizer.eos_token_id
         if self._template_text:
             (_, question), (_, answer) = _PROBE_CHAT
             if question not in self._template(_PROBE_CHAT[:1], generation=True):
-                raise ModelError(f"{self._named} does not render what the user asks; mend chat_template.jinja")
+                raise ModelError(f"{self._named} does not render the user's message; fix chat_template.jinja")
             _, found, behind = self._template(_PROBE_CHAT, generation=False).rpartition(answer)
             self._turn_end = behind if found else ""
             after = self._encode(self._turn_end.strip())
@@ -608,9 +608,9 @@ DEFAULT_TASK = "gsm8k"
 
 
 def task_of(cfg: PromptConfig) -> Task:
-    """The task of a config, as given or as the model folder remembers it, else gsm8k; its style and tags likewise.
+    """The task of a config: as given, else as stored in the model folder, else gsm8k; style and tags likewise.
 
-    A style that is not given is the one that the model was trained with, if that was for this task.
+    A stored style applies only if the model was trained on the same task.
     """
     tags = make_tags(cfg.think_open, cfg.think_close, cfg.answer_open, cfg.answer_close)
     style, stored = cfg.prompt_style, remembered(cfg.model_id)
@@ -623,7 +623,7 @@ def task_of(cfg: PromptConfig) -> Task:
 
 
 def remembered(model_id: str) -> dict[str, Any] | None:
-    """Task, style, tags and date that a model folder was trained with; None if it does not say."""
+    """Task, style, tags and date that a model folder stores, or None."""
     path = Path(model_id) / PROMPT_FILE
     if not path.is_file():
         return None
@@ -635,7 +635,7 @@ def remembered(model_id: str) -> dict[str, Any] | None:
 
 
 def date_of(cfg: PromptConfig) -> str:
-    """The date that chat templates write: as configured, or as the model folder remembers, else `DATE`."""
+    """The date for chat templates: as configured, else as stored in the model folder, else `DATE`."""
     if cfg.date:
         return cfg.date
     stored = remembered(cfg.model_id)
@@ -653,7 +653,7 @@ def parse_date(text: str) -> datetime:
 
 
 def check_lengths(prompts: Sequence[Prompt], context: int, source: str) -> None:
-    """Raise `DataError` if a prompt leaves no room in the model's context."""
+    """Raise `DataError` if a prompt fills the model's context."""
     longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
     length = len(longest.token_ids)
     if length >= context:

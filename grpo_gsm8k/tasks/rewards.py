@@ -1,12 +1,12 @@
-"""The one verdict on each trajectory: the task's `Grade`, with a user's reward in the place of its own.
+"""Grades each trajectory once: the task's `Grade`, or the same with the reward of a user's function.
 
     def reward(completion, example): ...            # one completion: a number, named components, or a Grade
     def reward(completions, example): ...           # all completions of a prompt: a list of these
     async def reward(completion, example): ...      # awaited together with those of the other prompts
 
-A completion is a `Trajectory`: `text`, `token_ids`, `logprobs`, `finish_reason`, `prompt`. Components are summed up,
-and each is logged by itself. Under a prompt that opens a thought, `text` starts inside it: `completion.prompt.opened`
-is what came before.
+A completion is a `Trajectory`: `text`, `token_ids`, `logprobs`, `finish_reason`, `prompt`. The reward is the sum of the
+components, and each is logged. If the prompt opens a thought, `text` starts inside it, and `completion.prompt.opened`
+holds the opening.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PENDING = 64  # async rewards awaited at once
 
 
 def random_reward(completion: Trajectory, example: Example) -> dict[str, float]:
-    """The control: a fair coin, decided by the sample's seed and blind to its text (arXiv 2506.10947)."""
+    """The control: a fair coin from the sample's seed, independent of its text (arXiv 2506.10947)."""
     return {"random": float(Random(completion.seed).random() < 0.5)}
 
 
@@ -66,7 +66,7 @@ class Grader:
         """A grade for each trajectory of each group, made once.
 
         Raises:
-            PluginError: a user's task or reward raises, returns what is no grade, or is lost in a grader process.
+            PluginError: a user's task or reward raises, returns no grade, or its grader process dies or hangs.
         """
         return asyncio.run(self._grade_all(groups)) if groups else []
 
@@ -88,7 +88,7 @@ class Grader:
 
         try:
             return await asyncio.gather(*(self._grade_group(call, group) for group in groups))
-        finally:  # after a fault the calls that wait are not made
+        finally:  # after an error, drop the calls that have not started
             pool.shutdown(cancel_futures=True)
 
     async def _grade_group(self, call: Callable[..., Awaitable[Any]], group: Sequence[Trajectory]) -> list[Grade]:
@@ -125,7 +125,7 @@ def overlong_penalty(grade: Grade, length: int, longest: int, buffer: int) -> Gr
 
 
 def _rewarded(grade: Grade, value: Any, example: Example) -> Grade:
-    """A grade with the reward that a user's function returned."""
+    """The grade with the reward of a user's function."""
     if isinstance(value, Grade):
         return _checked(value, "reward", example)
     parts: Mapping[str, Any] = value if isinstance(value, Mapping) else {"reward": value}

@@ -1,10 +1,10 @@
 """Sort words: write a list of words back in alphabetical order, exactly and with nothing else.
 
-The rows are `{"words": ["tun", "bel"]}`; a `"solution"` replaces the sorted list as what a teacher answers. A small
+The rows are `{"words": ["tun", "bel"]}`; a `"solution"` replaces the sorted list as the reference answer. A small
 task that a tiny model learns in minutes. The reward is 0 for a wrong list; for the right one it falls with the length
 beyond what is needed: half of it is left when a response is twice as long as the list.
 
-Words are made of syllables, so there is no list of words to ship; an example's split is a property of its words.
+Words are built from syllables, so no word list is needed. An example's words determine its split.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class SortWords(Task):
             raise ValueError(f"'words' must be an array of words, not {json_type(words)}")
         for word in words:
             if not isinstance(word, str) or _words(word) != [word]:
-                raise ValueError(f"'words' holds {word!r}, which is no word: letters only, with - or ' between them")
+                raise ValueError(f"'words' holds {word!r}, which is not a word: letters only, with - or ' between them")
         if "solution" in row:
             text_of(row, "solution")
         meta = {key: value for key, value in row.items() if key not in ("id", "words")}
@@ -100,7 +100,7 @@ class SortWords(Task):
         )
 
     def generate(self, folder: Path, seed: int, sizes: Mapping[str, int]) -> Path:
-        """Lists by seed; with `tiny`, small ones, from a teacher of mixed quality: see `careless`."""
+        """Lists by seed; with `tiny`, small ones with solutions of mixed quality, see `careless`."""
 
         def draw(split: Split, count: int, tiny: bool) -> list[dict[str, Any]]:
             return generate(split, count, seed, TINY if tiny else STANDARD)

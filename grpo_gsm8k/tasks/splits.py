@@ -1,6 +1,6 @@
-"""Generated examples and their splits: which split an example belongs to is a property of the example.
+"""Generated examples and their splits: the hash of an example determines its split.
 
-Train, validation and test are then disjoint for all seeds, sizes and levels, and nobody has to keep lists.
+So train, validation and test are disjoint for all seeds, sizes and levels.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ PATIENCE = 5_000  # draws in a row without a new example, after which the level 
 
 
 def digest(identity: str) -> str:
-    """The hash of what makes an example that example; its first digits are its id."""
+    """The hash of an example's identity; its first digits form the id."""
     return hashlib.sha256(identity.encode()).hexdigest()
 
 
 def split_of(digest: str) -> Split:
-    """90 of 100 examples are for training, 5 for validation, 5 for the test."""
+    """The split of an example: 90 % train, 5 % validation, 5 % test."""
     share = int(digest[:8], 16) % 100
     return "train" if share < 90 else "val" if share < 95 else "test"
 
 
 def collect(name: str, split: Split, count: int, draw: Callable[[], tuple[str, Row] | None]) -> list[Row]:
-    """The first `count` different examples of a split that `draw` yields as (identity, row); None is drawn again.
+    """Draw the first `count` distinct examples of a split. `draw` returns (identity, row), or None to draw again.
 
     Args:
-        name: what the ids of the rows begin with.
+        name: prefix of the rows' ids.
 
     Raises:
-        ValueError: if no new one comes for `PATIENCE` draws.
+        ValueError: no new example in `PATIENCE` draws.
     """
     found: dict[str, Row] = {}
     stale = 0
@@ -60,12 +60,13 @@ def write(
     seed: int,
     sizes: Mapping[str, int],
     draw: Callable[[Split, int, bool], list[Row]],
-    teach: Callable[[Row, int], Row],
+    teach: Callable[[Row, int], Row] | None = None,
 ) -> Path:
     """Write the rows that `draw(split, count, tiny)` returns for each split, and their manifest.
 
     Args:
-        sizes: of each split, and `tiny`: small examples, the training ones with the solution that `teach` adds.
+        sizes: of each split, and `tiny`: small examples, the training ones with the solution that `teach` adds, where
+            it is given.
 
     Raises:
         ConfigError: there are fewer different examples than `sizes` asks for.
@@ -75,7 +76,7 @@ def write(
         rows = {str(split): draw(split, sizes[split], tiny) for split in SPLITS}
     except ValueError as fault:
         raise ConfigError(str(fault)) from None
-    if tiny:
+    if tiny and teach:
         rows["train"] = [teach(row, seed) for row in rows["train"]]
     provenance = {"source": "generated", "seed": seed, "tiny": tiny}
     write_splits(folder, rows, provenance)

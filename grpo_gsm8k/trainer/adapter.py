@@ -1,8 +1,8 @@
-"""LoRA (arXiv 2106.09685): a pair of small trained matrices beside each frozen linear layer, through peft.
+"""LoRA (arXiv 2106.09685) through peft: a pair of small trained matrices beside each frozen linear layer.
 
-An adapter on disk is peft's own format, and a folder that holds one is a model folder like any other: transformers
-loads it on top of the base model that it names. Only the adapter is trained, saved and handed to a sampler; the base
-never moves. There is no dropout: a live pass must give the log-probabilities that a frozen one gives.
+An adapter is stored in peft's format, and its folder is a model folder like any other: transformers loads it on top of
+the base model that it names. Only the adapter is trained, saved and handed to a sampler. There is no dropout, since a
+live pass must give the log-probabilities of a frozen one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  
 
 
 def settings(cfg: PolicyConfig) -> Any:
-    """The adapter that the config asks for, as a `peft.LoraConfig`."""
+    """The configured adapter, as a `peft.LoraConfig`."""
     from peft import LoraConfig
 
     named = [name.strip() for name in cfg.lora_targets.split(",")]
@@ -51,15 +51,15 @@ def in_folder(model_id: str) -> Any:
 
 
 def has_adapter(model: Any) -> bool:
-    """Whether it is a base model with an adapter on it."""
+    """Whether the model has an adapter."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def attach(model: Any, cfg: PolicyConfig) -> None:
-    """Make `model` what is to be trained: with a new adapter, with the one that it came with, or as it is.
+    """Prepare `model` for training: add an adapter, keep its own, or train all weights.
 
     Raises:
-        ConfigError: another adapter is there already, or none was asked for; or peft cannot make one.
+        ConfigError: the model has another adapter, or one that the config does not name; or peft cannot make one.
     """
     if has_adapter(model):
         held = model.peft_config["default"]
@@ -70,7 +70,7 @@ def attach(model: Any, cfg: PolicyConfig) -> None:
         if (held.r, held.lora_alpha) != (cfg.lora_rank, cfg.lora_alpha):
             raise ConfigError(
                 f"{cfg.model_id} is a LoRA adapter: continue it with --lora_rank {held.r} --lora_alpha "
-                f"{held.lora_alpha}, or make it a model of its own with `grpo-gsm8k merge`"
+                f"{held.lora_alpha}, or merge it with `grpo-gsm8k merge`"
             )
     elif cfg.lora_rank:
         if Path(cfg.model_id).is_dir():  # the adapter names its base, from wherever it will be loaded
@@ -83,7 +83,7 @@ def attach(model: Any, cfg: PolicyConfig) -> None:
             raise ConfigError(f"--lora_targets {cfg.lora_targets}: {' '.join(str(fault).split())[:300]}") from None
     else:
         return
-    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):  # it is read weight by weight, see head.py
+    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):  # head.py reads its weight directly
         raise ConfigError(f"{cfg.model_id}: an adapter on the output head cannot be trained here")
     if experts := _bare_experts(model):
         talk(
@@ -94,13 +94,13 @@ def attach(model: Any, cfg: PolicyConfig) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
         if id(parameter) in trained:
-            parameter.data = parameter.data.to(model.dtype)  # float32 masters are the optimizer's business
+            parameter.data = parameter.data.to(model.dtype)  # the optimizer keeps float32 masters
 
 
 def own_weights(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """What distinguishes this model from the one that it was loaded from: its adapter under peft's names, or all.
+    """The trained weights: the adapter's under peft's names, or all.
 
-    Whatever an adapter brings counts: its matrices, DoRA's magnitudes, biases, whole layers beside them.
+    An adapter's weights are its matrices, DoRA's magnitudes, biases, and whole layers.
     """
     if not has_adapter(model):
         yield from model.named_parameters()
@@ -110,7 +110,7 @@ def own_weights(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
 
 
 def save(model: Any, folder: Path) -> None:
-    """Write the adapter as peft does, but for the embedding's own weights, which peft adds where it has an adapter."""
+    """Save the adapter as peft does, without the embedding weights that peft adds for an adapter on the embedding."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: parameter.detach().to("cpu").contiguous() for name, parameter in own_weights(model)}
     save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
@@ -119,11 +119,11 @@ def save(model: Any, folder: Path) -> None:
     held.base_model_name_or_path = model.peft_config["default"].base_model_name_or_path or model.name_or_path
     held.save_pretrained(str(folder))
     if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)  # where its answers end: the base does not know
+        model.generation_config.save_pretrained(folder)  # the end-of-turn ids, which the base does not know
 
 
 def _bare_experts(model: Any) -> list[str]:
-    """The weights of a mixture's experts where they have no adapter: transformers keeps them as one tensor a layer."""
+    """Expert weights without an adapter: transformers stores them as one tensor per layer."""
     if any("experts" in name for name, _ in own_weights(model)):
         return []
     return [name for name, weight in model.named_parameters() if "experts" in name and weight.ndim == 3]
@@ -131,7 +131,7 @@ def _bare_experts(model: Any) -> list[str]:
 
 @contextmanager
 def swapped(model: Any, other: dict[str, torch.Tensor]) -> Iterator[None]:
-    """The model with another adapter's weights, where the base is the same: no second model is needed."""
+    """Swap in another adapter's weights for a while, so that no second model is needed."""
     own = dict(own_weights(model))
     kept = {name: parameter.data for name, parameter in own.items()}
     try:
@@ -144,13 +144,13 @@ def swapped(model: Any, other: dict[str, torch.Tensor]) -> Iterator[None]:
 
 
 def merged(cfg: ModelConfig) -> Any:
-    """The adapter in `cfg.model_id` and its base as a plain model: W + (alpha / r) B A, formed in float32.
+    """Merge the adapter in `cfg.model_id` into its base: W + (alpha / r) B A, computed in float32.
 
-    A tied model whose embedding has an adapter becomes an untied one.
+    A tied model becomes an untied one where its embedding has an adapter, or its head.
 
     Raises:
         ConfigError: there is no adapter.
-        ModelError: it cannot be read, or what comes out is another model.
+        ModelError: the adapter cannot be read, or the merged model gives other outputs.
     """
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -158,13 +158,13 @@ def merged(cfg: ModelConfig) -> Any:
     pretrained.hold_here(cfg.model_id)
     held = in_folder(cfg.model_id)
     if held is None:
-        raise ConfigError(f"{cfg.model_id} is no folder of a LoRA adapter: there is nothing to merge")
+        raise ConfigError(f"{cfg.model_id} is not the folder of a LoRA adapter: there is nothing to merge")
     before = _probe(load_model(replace(cfg, dtype="float32")))  # refuses what the folder does not hold exactly
     named = {"model_id": held.base_model_name_or_path, "revision": held.revision or ""}
     base = load_model(replace(cfg, **named, dtype="float32"))
     with pretrained.one_line(cfg.model_id):
         model = PeftModel.from_pretrained(base, cfg.model_id)
-    if isinstance(base.get_input_embeddings(), BaseTunerLayer):
+    if any(isinstance(end, BaseTunerLayer) for end in (base.get_input_embeddings(), base.get_output_embeddings())):
         _untie(base)
     with pretrained.one_line(cfg.model_id):  # peft merges some kinds alone
         model = model.merge_and_unload(safe_merge=True)
@@ -175,15 +175,16 @@ def merged(cfg: ModelConfig) -> Any:
 
 @torch.no_grad()
 def _probe(model: Any) -> torch.Tensor:
-    """Log-probabilities of every next token in a short row."""
+    """Next-token log-probabilities of a short row."""
     ids = torch.arange(1, 1 + min(16, model.get_input_embeddings().weight.shape[0] - 1), device=model.device)
     logits: torch.Tensor = model.eval()(input_ids=ids.unsqueeze(0)).logits
     return logits.float().log_softmax(-1)
 
 
 def _untie(model: Any) -> None:
-    """Give the head a matrix of its own: an adapter on the embedding leaves the head as it is."""
+    """Give the head a matrix of its own: an adapter on the embedding leaves the head as it is, and the other way."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
+    head = getattr(head, "base_layer", head)
     if config.tie_word_embeddings:
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
         model.config.tie_word_embeddings = config.tie_word_embeddings = False

@@ -1,8 +1,8 @@
-"""What is known about the architectures in transformers: the one owner of each such fact.
+"""Facts about transformers' architectures, each in one place.
 
-Everything else in the trainer and the sampler treats a model as `head(trunk(ids))`. Where a model does more than that
-(a scale or a soft-cap behind its head), has its parts elsewhere, or has no dropout-free training mode, it is written
-here; what is written here is held against the model itself by `logprobs.check_head` and `engines.hf.check_cache`.
+The rest of trainer and sampler treats a model as `head(trunk(ids))`. This module knows models that do more (a scale or
+soft-cap behind the head), that name their parts differently, or that have no dropout-free training mode.
+`logprobs.check_head` and `engines.hf.check_cache` verify these facts against each loaded model.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ NOISE = re.compile(r"drop|jitter|noise")  # attn_pdrop, layerdrop, attention_dro
 
 
 def name(model: Any) -> str:
-    """What an error message calls the model's architecture."""
+    """The architecture's name for error messages."""
     return type(model).__name__
 
 
 def trunk(model: Any) -> Any:
-    """The part of a causal language model that turns ids into hidden states."""
+    """The module that maps ids to hidden states."""
     base = model.base_model
     return model.model if base is model else base  # Llama 4 calls it by another name than its own prefix
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """The decoder layers in order; empty where they are not one list of the trunk's."""
+    """The decoder layers in order; empty if the trunk does not hold them in one list."""
     wanted = model.config.get_text_config().num_hidden_layers
     lists = (module for module in trunk(model).modules() if isinstance(module, nn.ModuleList))
     return next((list(found) for found in lists if len(found) == wanted), [])
 
 
 def logit_map(model: Any) -> LogitMap:
-    """What the model does to its logits behind the head, as its attributes and its config declare it."""
+    """The scale and soft-cap that the model applies behind its head, from its attributes and config."""
     if not hasattr(model, "config"):
         return LogitMap()
     config = model.config.get_text_config()
@@ -58,23 +58,23 @@ def logit_map(model: Any) -> LogitMap:
 def attention_implementation(config: Any) -> str | None:
     """The `attn_implementation` that computes all of the model's attention; None where transformers' choice does.
 
-    SDPA drops a soft-cap on the attention scores (Gemma 2, VaultGemma) without a word.
+    SDPA silently ignores a soft-cap on the attention scores (Gemma 2, VaultGemma).
     """
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
 def compute_all_of_attention(model: Any) -> None:
-    """Exchange the attention of a model whose own `attention_implementation` drops some of it."""
+    """Replace an attention implementation that ignores part of the model's attention."""
     wanted = attention_implementation(model.config)
     if wanted and model.config.get_text_config()._attn_implementation != wanted:
         model.set_attn_implementation(wanted)
 
 
 def context_length(config: Any) -> int:
-    """The longest row that the model reads, and reads alike whatever stands beside it.
+    """The longest row that the model reads independently of the rest of the batch.
 
-    Dynamic and long RoPE turn all rows of a batch differently once the longest of them is beyond the original context,
-    and what was cached before that stays as it was: a row's probabilities would depend on its neighbours.
+    Dynamic and long RoPE rotate all rows of a batch differently once the longest exceeds the original context, and the
+    cache keeps the old rotation, so a row's probabilities would depend on its neighbours.
     """
     config = config.get_text_config()
     reach = [value for field in REACH if isinstance(value := getattr(config, field, None), int) and value > 0]
@@ -82,7 +82,7 @@ def context_length(config: Any) -> int:
 
 
 def rope_limit(config: Any) -> int | None:
-    """The context beyond which dynamic or long RoPE changes; None without such."""
+    """The context beyond which dynamic or long RoPE changes; None for other models."""
     return min(_rope_limits(config.get_text_config()), default=None)
 
 
@@ -99,13 +99,13 @@ def _rope_limits(config: Any) -> Iterator[int]:
 
 
 def silence(model: Any, checkpointing: bool) -> None:
-    """Put the model into the mode in which it is trained: without dropout, layer drop or router noise in any pass.
+    """Switch off dropout, layer drop and router noise for training.
 
-    That is evaluation mode. Layers that compute their activations again check `training`, so with `checkpointing`
-    these modules, and not what is inside of them, are in training mode, their own rates at 0.
+    The model stays in evaluation mode. Activation checkpointing requires `training`, so with `checkpointing` the layers
+    themselves, but not their submodules, are in training mode, with all rates at 0.
 
     Raises:
-        ModelError: activation checkpointing is wanted, and the model has none.
+        ModelError: the model does not support activation checkpointing.
     """
     model.eval()
     if not checkpointing:
@@ -132,7 +132,7 @@ def _without_noise(owner: Any) -> None:
 
 
 def router_loss(model: Any) -> float:
-    """The coefficient of a mixture's load-balancing loss that the config asks for, 0 without one."""
+    """The coefficient of the configured load-balancing loss of a mixture of experts; 0 without one."""
     config = model.config.get_text_config()
     wanted = getattr(config, "output_router_logits", False)
     return float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0) if wanted else 0.0

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, and never believed without their hashes.
+"""Checkpoints: written completely or not at all, and verified by their hashes before use.
 
 `checkpoints/step_000020/` is a model folder that transformers loads, plus `optimizer/` (one file, or one of each rank
 that trained), `state.json` (the stage's own counters) and, written last, `manifest.json` with the sha256 of every file.
@@ -26,11 +26,11 @@ def write(root: Path, step: int, fill: Callable[[Path], None], state: dict[str, 
     """Write the checkpoint of `step` below `root`.
 
     Args:
-        fill: puts the learner's files into the folder that it is given.
+        fill: writes the learner's files into the given folder.
         state: the stage's counters; JSON.
 
     Raises:
-        DiskError: when the disk is full; every earlier checkpoint is as it was.
+        DiskError: the disk is full; earlier checkpoints are unchanged.
     """
     final, temporary = root / f"step_{step:06d}", root / f".writing_{step:06d}"
     with disk_errors(final):
@@ -46,7 +46,7 @@ def write(root: Path, step: int, fill: Callable[[Path], None], state: dict[str, 
             if final.exists():  # only one that failed its hashes can be in the way
                 shutil.rmtree(final)
             temporary.rename(final)
-        except SafetensorError as fault:  # its writer is not Python's, and wraps the operating system's error
+        except SafetensorError as fault:  # safetensors wraps the operating system's error
             raise DiskError(f"{final}: cannot be written: {fault}; earlier checkpoints are untouched") from fault
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -54,7 +54,7 @@ def write(root: Path, step: int, fill: Callable[[Path], None], state: dict[str, 
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The `state.json` of a checkpoint whose every file has the hash that its manifest records.
+    """Verify all hashes of a checkpoint, and return its `state.json`.
 
     Raises:
         CheckpointError: naming the first file that is missing or differs.
@@ -71,18 +71,18 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def steps_present(root: Path) -> list[int]:
-    """The steps that have a checkpoint folder, ascending."""
+    """The steps that have a checkpoint folder, in ascending order."""
     matches = (re.fullmatch(r"step_(\d{6,})", path.name) for path in root.glob("step_*"))
     return sorted(int(match.group(1)) for match in matches if match)
 
 
 def newest(root: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that verifies, with its state; None when there is none at all.
+    """The newest valid checkpoint with its state; None if there is no checkpoint.
 
-    A damaged one is refused, said through `warn`, and the one before it is used.
+    Reports a damaged one through `warn`, and uses the one before it.
 
     Raises:
-        CheckpointError: when checkpoints are there and every one is damaged.
+        CheckpointError: all checkpoints are damaged.
     """
     present = [root / f"step_{step:06d}" for step in reversed(steps_present(root))]
     for folder in present:
@@ -91,7 +91,7 @@ def newest(root: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any
         except CheckpointError as fault:
             warn(f"{fault}; trying the checkpoint before it")
     if present:
-        raise CheckpointError(f"{root}: no checkpoint is whole; start anew in another --out_dir")
+        raise CheckpointError(f"{root}: all checkpoints are damaged; start again in another --out_dir")
     return None
 
 

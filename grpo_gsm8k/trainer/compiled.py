@@ -1,7 +1,7 @@
-"""torch.compile, layer by layer: they share one graph, so it takes one layer's time whatever the model's depth.
+"""Applies torch.compile per layer: the layers share one graph, so compiling takes the time of one layer.
 
-Measured on an H200, 1.5B, 100k tokens: with rows packed 51 % of the peak, without 33 %, after 20 s of compiling; rows
-that are padded come in shapes of which some are compiled anew, and are better left alone (artifacts/RESULTS.md).
+Measured on an H200, 1.5B, 100k tokens: 51 % of the peak with packed rows, 33 % without, after 20 s of compiling. Padded
+rows have many shapes, some of which recompile, so they are not compiled by default (artifacts/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from grpo_gsm8k.runs.progress import talk
 from grpo_gsm8k.trainer import packing
 from grpo_gsm8k.trainer.architecture import context_length, decoder_layers
 
-LEAST_PARAMETERS = 100_000_000  # below it an update takes so little that half a minute never comes back: a guess
+LEAST_PARAMETERS = 100_000_000  # smaller models never win back half a minute of compiling: a guess
 WARM_ROWS, WARM_LENGTH = 8, 256  # of the rows that are compiled for first
 
 
 def compiles(model: Any, cfg: TrainConfig, packs: bool, ranks: int) -> bool:
-    """Compile the model's layers where the config asks for it, or leaves it open and it is worth it; whether they are.
+    """Compile the layers if configured, or on `auto` if it pays off; returns whether they are compiled.
 
-    Left open, a model whose compiled layers give other numbers, or none, stays as it is, with a line why.
+    On `auto`, a model whose compiled layers fail or give other numbers stays uncompiled; a line says why.
 
     Raises:
-        ConfigError: it is asked for, and there is no compiler, or the model has no layers.
+        ConfigError: `--compile on` without a compiler, or with a model without known layers.
     """
     if cfg.compile == "on":
         compile_layers(model)
@@ -48,8 +48,8 @@ def compiles(model: Any, cfg: TrainConfig, packs: bool, ranks: int) -> bool:
 def compile_layers(model: Any) -> None:
     """Compile every decoder layer in place, for any number of rows and tokens.
 
-    In place: names and weights stay what they are, and a copy of the model is not compiled. What is outside of the
-    layers (embedding, last norm, head) is not touched.
+    In place: names and weights stay, and a copy of the model is not compiled. Embedding, last norm and head are not
+    compiled.
 
     Raises:
         ConfigError: there is no compiler, or the model has no layers.
@@ -66,7 +66,7 @@ def compile_layers(model: Any) -> None:
 
 
 def _fault_of_compiling(model: Any) -> str:
-    """Compile; what differs then in the last hidden states of packed rows and a weight's gradient, or fails."""
+    """Compile, and compare hidden states and a gradient on packed rows; returns what differs or fails, else ""."""
     expected = _hidden_and_gradient(model)
     compile_layers(model)
     try:
@@ -84,7 +84,7 @@ def _fault_of_compiling(model: Any) -> str:
 
 
 def _hidden_and_gradient(model: Any) -> list[torch.Tensor]:
-    """Of rows about as long as those to come: the compiler chooses its kernels by the first sizes that it meets."""
+    """Rows of about the expected length, since the compiler chooses kernels by the first sizes that it sees."""
     weight = next(p for p in decoder_layers(model)[0].parameters() if p.requires_grad)
     length, vocabulary = min(WARM_LENGTH, context_length(model.config)), model.config.get_text_config().vocab_size
     ids = [

@@ -1,7 +1,7 @@
-"""The optimizer's state as each rank holds it, in safetensors: written and read by any number of ranks.
+"""Saves and loads the sharded optimizer state in safetensors, with any number of ranks.
 
-torch.distributed.checkpoint does the work. Its default format keeps a pickle beside the tensors, and what may come
-from outside is never unpickled here; its safetensors format keeps each shard's place in the file's own header.
+torch.distributed.checkpoint does the work. Its default format stores a pickle beside the tensors, and we never unpickle
+files from outside; its safetensors format stores each shard's position in the file header.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ FOLDER = "optimizer"
 
 
 def write(folder: Path, state: State) -> None:
-    """Write this rank's part of `state` (DTensors, and tensors that all ranks have) below `folder`; all ranks call.
+    """Write this rank's part of `state` (DTensors and replicated tensors) below `folder`; all ranks call it.
 
     Raises:
-        DiskError: on every rank, when one of them cannot write.
+        DiskError: on every rank, if any rank cannot write.
     """
     writer = HuggingFaceStorageWriter(str(folder / FOLDER), save_distributed=True)
     try:
@@ -42,10 +42,10 @@ def write(folder: Path, state: State) -> None:
 
 
 def read(folder: Path, empty: Callable[[str, torch.Size], torch.Tensor]) -> State:
-    """What `write` wrote, or the one file of a single process, as the tensors that `empty` makes.
+    """Read what `write` wrote, or a single process' file, into tensors that `empty` makes.
 
     Args:
-        empty: name and whole shape → a tensor to be filled: all of it, or a DTensor with this rank's shard.
+        empty: (name, full shape) → the tensor to fill: a full one, or a DTensor with this rank's shard.
     """
     reader = HuggingFaceStorageReader(str(folder / FOLDER))
     stored = reader.read_metadata().state_dict_metadata

@@ -1,21 +1,21 @@
-"""Log-probabilities of targets under a language model's head, without the logits of a whole batch.
+"""Log-probabilities of targets under a language model's head, without materialising the logits of a whole batch.
 
-At V = 152k the logits of one GSM8K update are larger than everything else together. Here the head is applied to a few
-rows at a time: N positions cost O(chunk x V) of memory, forward and backward, plus the gradients themselves.
+At V = 152k the logits of one GSM8K update take more memory than everything else. So the head is applied chunk by chunk:
+N positions need O(chunk x V) memory, forward and backward, plus the gradients.
 
-With x = h W^T / T and p = softmax(x), the derivative of log p_t is (onehot_t - p) in x. What it is multiplied with,
-d loss / d log p_t, is known in the backward; then p has to be computed a second time, and each of the four products of
-size N x V x H is needed. A separable loss, a sum over tokens, has it as soon as log p_t is there. So with `fused_grad`
-the gradient is formed in the forward pass, with three products and one softmax; the backward pass checks that autograd
-arrives at the same d loss / d log p_t, up to a factor that the whole loss was scaled with.
+With x = h W^T / T and p = softmax(x), the derivative of log p_t in x is (onehot_t - p). Its factor d loss / d log p_t
+is known only in the backward pass, where p must be computed again, so an update needs four products of size N x V x H.
+For a separable loss, a sum over tokens, the factor follows from log p_t at once. So with `fused_grad` the gradient is
+formed in the forward pass, with three products and one softmax, and the backward pass checks that autograd arrives at
+the same d loss / d log p_t, up to a constant scale of the loss.
 
 Some models scale or soft-cap their logits behind the head: with z = h W^T, x = cap tanh(scale z / cap) / T, and the
 derivative in z is (onehot_t - p) scale (1 - (x T / cap)^2) / T.
 
-The entropy H = log Z - E[x] has a gradient where a loss asks for it: dH / dx = -p (x - E[x]), with E[x] the mean of x
+The entropy H = log Z - E[x] gets a gradient if the loss needs it: dH / dx = -p (x - E[x]), with E[x] the mean of x
 under p.
 
-What stands here in torch's operations is one kernel on a GPU (`head_triton.py`), which is held against it.
+On a GPU one kernel (`head_triton.py`) replaces these torch operations; tests hold it to them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The local learner: one torch model on one device. `trainer/sharded.py` has that of several ranks."""
+"""The local learner: one torch model on one device. `trainer/sharded.py` extends it to several ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from grpo_gsm8k.trainer.policy import context_length, weights_sha256
 from grpo_gsm8k.trainer.ranks import world
 
 Scored = tuple[torch.Tensor, dict[str, torch.Tensor]]  # what `token_logprobs` returns
-OPTIMIZER = f"{dcp.FOLDER}/state.safetensors"  # apart: vLLM takes every *.safetensors beside a model for its own
+OPTIMIZER = f"{dcp.FOLDER}/state.safetensors"  # in a subfolder: vLLM reads every *.safetensors beside a model
 
 
 class TorchLearner:
@@ -39,14 +39,13 @@ class TorchLearner:
     digest = staticmethod(weights_sha256)
 
     def __init__(self, model: Any, tokenizer: Any, cfg: TrainConfig, reference: bool = False) -> None:
-        """`model` is trained in place; `tokenizer` (or a renderer) is saved beside its weights.
+        """Trains `model` in place; saves `tokenizer` (or a renderer) beside its weights.
 
-        Its dropout is off in every pass (`architecture.silence`): an update must find the probabilities that a frozen
-        pass and the sampler find. A mixture of experts is trained on the objective alone, without a router loss.
+        Dropout is off in every pass (`architecture.silence`), so that an update sees the probabilities of a frozen pass
+        and of the sampler. A mixture of experts is trained without its router loss.
 
         Args:
-            reference: keep a frozen copy of `model` as it is now, for the KL term; of an adapter alone, where
-                there is one.
+            reference: keep a frozen copy of `model`, or of its adapter, for the KL term.
         """
         self.tokenizer, self.cfg = tokenizer, cfg
         self.device: torch.device = next(model.parameters()).device
@@ -64,9 +63,7 @@ class TorchLearner:
         self.model = self._place(model)
         architecture.silence(self.model, cfg.activation_checkpointing)
         if coefficient := architecture.router_loss(model):
-            talk(
-                f"{architecture.name(model)}: its router loss (router_aux_loss_coef {coefficient:g}) is no part of ours"
-            )
+            talk(f"{architecture.name(model)}: its router loss (router_aux_loss_coef {coefficient:g}) is left out")
         compiled = compiles(self.model, cfg, self.packs, world().size)
         self.optimizer = self._make_optimizer()
         self.gauge = memory.gauge_of(self.model, cfg, self.optimizer.dtype, world().size, compiled)
@@ -75,23 +72,23 @@ class TorchLearner:
 
     @functools.cached_property
     def budget(self) -> int:
-        """Most cells of a microbatch (`Batch.cells`): as configured, or what fits at its first use."""
+        """Maximum cells of a microbatch (`Batch.cells`): as configured, or what fits, measured on first use."""
         return self.cfg.max_tokens_per_microbatch or self._cells_that_fit()
 
     def forward_backward(self, data: Sequence[Datum], objective: Objective) -> dict[str, float]:
         """Accumulate the gradient of one whole update, microbatch by microbatch.
 
-        It skips rows that cannot have a gradient (`losses.rows_to_train`); the weights of the others are set from the
-        whole update, so the gradient is the same.
+        It skips rows without a gradient (`losses.rows_to_train`); the weights are set over the whole pass, so the
+        gradient stays the same.
 
         Returns:
-            the loss, `metrics.policy_metrics`, and `perf/` figures, all of the whole update, over the rows that
-            were not skipped. `perf/skipped_rows_frac` is the share of the others, `perf/padding_frac` that of cells
-            without a token, `perf/shared_frac` that of tokens which were computed for another row already.
+            the loss, `metrics.policy_metrics` and `perf/` metrics of the whole update, over the rows that were not
+            skipped. `perf/skipped_rows_frac` is the share of skipped rows, `perf/padding_frac` of padded cells, and
+            `perf/shared_frac` of tokens whose prefix another row had computed.
 
         Raises:
-            NonFiniteError: when the loss is NaN or infinite. No gradient is kept.
-            ConfigError: when a microbatch does not fit into the GPU's memory; says what to lower.
+            NonFiniteError: the loss is NaN or infinite. The gradient is cleared.
+            ConfigError: a microbatch does not fit into GPU memory; says what to lower.
         """
         batch = make_batch(data)
         rows = rows_to_train(batch, objective)
@@ -121,7 +118,7 @@ class TorchLearner:
     def _passes(
         self, batch: Batch, rows: Sequence[int], objective: Objective, retried: bool = False
     ) -> dict[str, float]:
-        """Run all microbatches of an update; if one does not fit into memory, run all again in smaller ones."""
+        """Run all microbatches of an update; if one runs out of memory, start again with smaller ones."""
         sums, cells, pairs, stuck = [], 0, 0, None
         for _, part in self._microbatches(batch, rows):
             if self.gauge:
@@ -129,7 +126,7 @@ class TorchLearner:
             try:
                 sums.append(self._pass(part, objective))
             except torch.OutOfMemoryError:
-                stuck = part  # leave the handler first: its traceback holds the tensors of the pass
+                stuck = part  # handled below: the traceback keeps the tensors of the pass alive
                 break
             cells += part.cells
             pairs += costs.causal_pairs(part.lengths) - costs.causal_pairs(part.shared)
@@ -137,17 +134,17 @@ class TorchLearner:
             work = {"cells": float(cells), "pairs": float(pairs)}
             return {**work, **({"loss": 0.0} if not sums else {}), **read_sums(sums)}
         self._halve_budget(stuck, retried)
-        self.optimizer.zero_grad()  # the pass may have got as far as some weights
+        self.optimizer.zero_grad()  # the pass may have accumulated some gradients
         return self._passes(batch, rows, objective, retried=True)
 
     def _halve_budget(self, part: Batch, retried: bool) -> None:
         """Out of memory at `part`: use half as many cells per pass from here on.
 
         Raises:
-            ConfigError: this update has tried that, or it cannot help; names the setting to lower.
+            ConfigError: this update was halved before, or halving cannot help; names the setting to lower.
         """
         each, longest = self.probed.each if self.probed else 0.0, max(part.lengths)
-        if retried or len(part) == 1 or world().size > 1:  # ranks that cut an update differently wait for each other
+        if retried or len(part) == 1 or world().size > 1:  # ranks that split differently would deadlock
             raise memory.out_of_memory(len(part), longest, self.budget, each) from None
         vars(self)["budget"] = half = max(min(self.budget, len(part) * longest) // 2, 1)
         talk(f"out of memory at {len(part)} rows x {longest} tokens: trying again with {half} tokens a forward pass")
@@ -155,10 +152,10 @@ class TorchLearner:
             torch.cuda.empty_cache()
 
     def _pass(self, part: Batch, objective: Objective) -> dict[str, torch.Tensor]:
-        """Forward and backward pass of one microbatch; what it adds to the update's sums.
+        """Forward and backward pass of one microbatch; returns its terms of the update's sums.
 
-        `--head plain` is the way to read, and to hold the other to: logits, log-softmax, loss, `backward()`. The fused
-        head computes the same numbers and gradient without the logits of all targets at once (`trainer/head.py`).
+        `--head plain` is the readable path and the reference: logits, log-softmax, loss, `backward()`. The fused head
+        computes the same numbers and gradient without holding the logits of all targets (`trainer/head.py`).
         """
         part, bonus = part.to(self.device), bool(objective.entropy_coef)
         if self.cfg.head == "plain":
@@ -171,7 +168,7 @@ class TorchLearner:
         return {**policy_sums(logp, found, part, objective), "loss": loss.detach()}
 
     def step(self, lr: float) -> dict[str, float]:
-        """One optimizer step; see `MasterAdamW.step`. On a GPU also the update's peak of memory, see `memory.Gauge`."""
+        """One optimizer step, see `MasterAdamW.step`; on a GPU also the update's peak memory, see `memory.Gauge`."""
         self._published = None
         metrics = self.optimizer.step(lr)
         return metrics | (self.gauge.finish() if self.gauge else {})
@@ -191,7 +188,7 @@ class TorchLearner:
         return self._frozen_logprobs(self.reference, data, temperature)
 
     def passes(self, data: Sequence[Datum]) -> int:
-        """How many forward passes an update on all of these rows takes."""
+        """Number of forward passes of an update on all of these rows."""
         return sum(1 for _ in self._microbatches(make_batch(data), range(len(data))))
 
     def _frozen_logprobs(self, model: Any, data: Sequence[Datum], temperature: float) -> list[tuple[float, ...]]:
@@ -213,18 +210,18 @@ class TorchLearner:
         return TorchLearner._frozen_pass(self, model, batch, temperature, retried=True)
 
     def publish(self, version: int) -> WeightsRef:
-        """Name the weights as they are now: hashed once for all who ask before they change."""
+        """Name the current weights. The hash is cached until they change."""
         if self._published is None or self._published.version != version:
             self._published = WeightsRef(version, self.digest(self.weights()))
         return self._published
 
     def weights(self) -> Iterable[tuple[str, torch.Tensor]]:
-        """Names and tensors of the weights, tied ones once; those of the adapter alone, where there is one."""
+        """Names and tensors of the weights, tied ones once; with an adapter, only the adapter's."""
         for name, parameter in adapter.own_weights(self.model):
             yield name, parameter.detach()
 
     def save(self, folder: Path) -> None:
-        """A folder that transformers loads: a model or an adapter; beside it the optimizer's and generators' state."""
+        """Save a model or adapter that transformers loads, and the state of optimizer and random generators."""
         if adapter.has_adapter(self.model):
             adapter.save(self.model, folder)
         else:
@@ -244,10 +241,10 @@ class TorchLearner:
         save_file(state | rng, folder / OPTIMIZER, {"origin": self.origin_sha256})
 
     def load(self, folder: Path) -> None:
-        """Continue from what `save` wrote.
+        """Load what `save` wrote.
 
         Raises:
-            CheckpointError: when it is of another model, or its adapter or KL term began from other weights.
+            CheckpointError: it belongs to another model, or its run started from other weights.
         """
         self._published = None
         with safe_open(folder / OPTIMIZER, "pt") as stored:
@@ -288,7 +285,7 @@ class TorchLearner:
             raise ConfigError("--packing on: this model does not read packed rows as it reads others; leave it at auto")
         return able
 
-    # Where one process differs from the ranks of trainer/sharded.py, which see to their share alone.
+    # Hooks that `ShardedLearner` overrides.
 
     def _place(self, model: Any) -> Any:
         return model
@@ -303,8 +300,8 @@ class TorchLearner:
     def _cells_that_fit(self) -> int:
         """The token budget of `--max_tokens_per_microbatch 0`.
 
-        How an update is cut decides the order of its sums, so a deterministic run takes a fixed number of cells on a
-        GPU: what is free there may be another amount when it is resumed.
+        The split of an update decides the order of its sums, so a deterministic run on a GPU uses a fixed number of
+        cells: the free memory may differ after a resume.
         """
         if self.device.type == "cpu" and not self.gauge:
             return memory.CPU_CELLS
@@ -314,11 +311,11 @@ class TorchLearner:
 
     def _probed_cells(self, gauge: memory.Gauge) -> int:
         meter, context = gauge.meter, context_length(self.model)
-        if gauge.beside:  # a sampler that works at the same time: the probe would take its memory for our own
+        if gauge.beside:  # a sampler works at the same time, and the probe would count its memory
             room = costs.SPARE * (meter.free() + meter.held()) - gauge.beside
             return costs.cells_that_fit(gauge.shape, gauge.setup, room)
 
-        def run(dummy: Batch) -> None:  # as an update's microbatch is read
+        def run(dummy: Batch) -> None:  # like a microbatch of an update
             ((_, part),) = packing.microbatches(dummy, dummy.cells, range(len(dummy)), self.packs)
             self._pass(part, Objective())
 
@@ -328,7 +325,7 @@ class TorchLearner:
             raise memory.out_of_memory(1, memory.PROBE_TOKENS, 0) from None
         room = costs.SPARE * (meter.free() - self.optimizer.pending_state_bytes())
         self.optimizer.zero_grad()
-        torch.cuda.empty_cache() if self.device.type == "cuda" else None  # an engine on this GPU wants it next
+        torch.cuda.empty_cache() if self.device.type == "cuda" else None  # free it for an engine on this GPU
         cells = costs.most_cells(self.probed.taken, room)
         if not gauge.printed:
             talk(f"memory: {self.probed.each / 1e6:.3g} MB a token by a probe, so {cells} tokens a forward pass")

@@ -1,4 +1,4 @@
-"""Log-probabilities of a batch's targets, in float32, at the masked positions only."""
+"""Log-probabilities of a batch's trained targets, in float32."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WIDE = (torch.float32, torch.float64)
 
 
 def plain_logprobs(model: Any, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """What `token_logprobs` returns, by the model's own logits and autograd alone: N x V of memory, any loss."""
+    """`token_logprobs` by plain logits and autograd: works for any loss, with N x V memory."""
     logits = model(input_ids=batch.input_ids, use_cache=False).logits  # (B, T, V)
     spread = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
     logp = spread.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1) * batch.mask  # (B, T)
@@ -35,23 +35,23 @@ def token_logprobs(
     fused_grad: FusedGrad | None = None,
     entropy_grad: bool = False,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Log-probability of each trained target, and what the distribution that it is from is like.
+    """Log-probability of each trained target, with statistics of its distribution.
 
-    Both are of softmax(logits / temperature): the distribution that the sampler draws from, so that an
-    on-policy ratio is 1 at any temperature.
+    Both refer to softmax(logits / temperature), the distribution that the sampler draws from, so an on-policy ratio is
+    1 at any temperature.
 
     Args:
         model: a transformers causal language model.
         batch: on the model's device.
-        statistics: skip their cost with False (zeros are returned).
-        fused_grad: see `losses.fused_grad`; of the trained targets in their order, row by row.
-        entropy_grad: the entropies have a gradient, too.
+        statistics: False skips them and returns zeros.
+        fused_grad: see `losses.fused_grad`; of the trained targets, row by row.
+        entropy_grad: compute a gradient of the entropies, too.
 
     Returns:
         `(B, T)` float32 log-probabilities with gradient, zero where the mask is zero; and of the N trained targets
         `(N,)` of each of `head.STATISTICS`, without.
     """
-    # The head is applied to the N trained positions alone: at V = 152k it is most of the memory.
+    # Apply the head to the N trained positions only: at V = 152k it takes most of the memory.
     head, targets = model.get_output_embeddings(), batch.at_trained(batch.targets)
     hidden, logit_map = last_hidden_states(model, batch), architecture.logit_map(model)
     picked, found = target_logprobs(hidden, head, targets, temperature, statistics, fused_grad, logit_map, entropy_grad)
@@ -60,7 +60,7 @@ def token_logprobs(
 
 @torch.no_grad()
 def frozen_logprobs(model: Any, data: Sequence[Datum], packs: bool) -> list[tuple[float, ...]]:
-    """What a learner of this model returns as its `logprobs`, of a few short rows, packed or padded."""
+    """The `logprobs` that a learner of this model returns for a few short rows, packed or padded."""
     batch = make_batch(data)
     out = torch.zeros_like(batch.mask)
     for rows, part in microbatches(batch, 1 << 20, range(len(batch)), packs):
@@ -71,7 +71,7 @@ def frozen_logprobs(model: Any, data: Sequence[Datum], packs: bool) -> list[tupl
 
 @torch.no_grad()
 def own_logprobs(model: Any, data: Sequence[Datum]) -> list[tuple[float, ...]]:
-    """The same by `model(...).logits`, a row at a time."""
+    """The same by `model(...).logits`, one row at a time."""
     training, batch = model.training, make_batch(data)
     out = torch.zeros_like(batch.mask)
     model.eval()
@@ -88,12 +88,11 @@ def own_logprobs(model: Any, data: Sequence[Datum]) -> list[tuple[float, ...]]:
 
 @torch.no_grad()
 def check_head(model: Any) -> None:
-    """Hold what is trained against the model's own logits, on a few short rows.
+    """Compare the trainer's log-probabilities with the model's own logits, on a few short rows.
 
-    `token_logprobs` applies the head to the trunk's hidden states by itself, in a batch that is padded on the right and
-    has no attention mask. Here its log-probabilities of each next likeliest token are compared with those of
-    `model(ids).logits`, each row alone: they are others where the model does something behind its head that
-    `architecture.logit_map` does not know, or where it sees what follows.
+    `token_logprobs` applies the head to the trunk's hidden states itself, on right-padded rows without an attention
+    mask. It differs from `model(ids).logits` if the model does something behind its head that `architecture.logit_map`
+    does not know, or if it is not causal.
 
     Raises:
         ModelError: names the architecture and what differs.

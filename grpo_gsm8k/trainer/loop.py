@@ -4,8 +4,8 @@
         ...                         # the stage's own work for this step
         run.log(step, metrics)
 
-When control comes back from the body, the step is complete: only there is a checkpoint written, so a run
-that is killed anywhere continues from a step's end and says and draws the same as if nothing had happened.
+A step is complete when the loop body returns. Checkpoints are written only there, so a run that is killed anywhere
+resumes at the end of a step, and logs and draws the same as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.losses import Objective
 from grpo_gsm8k.trainer.ranks import world
 
-TORCHRUN_S = 2.0  # torchrun passes on the Ctrl-C that the terminal has sent to its ranks already
+TORCHRUN_S = 2.0  # torchrun forwards the Ctrl-C that its ranks got from the terminal already
 
 
 class StageState:
-    """What a stage carries from step to step; a stage with more to remember extends all three."""
+    """What a stage carries from step to step; a stage with more state overrides all three."""
 
-    note = ""  # beside the progress bar
+    note = ""  # shown beside the progress bar
 
     def as_json(self) -> dict[str, Any]:
-        """What a checkpoint stores of it."""
+        """The state as JSON, for a checkpoint."""
         return {"note": self.note}
 
     def restore(self, stored: Mapping[str, Any]) -> None:
-        """Go on from what `as_json` returned."""
+        """Undo `as_json`."""
         self.note = stored["note"]
 
 
 def steps(run: Run, learner: Learner, total: int, state: StageState) -> Iterator[int]:
-    """Yield the steps that are left, 1-based, of a run of `total`.
+    """Yield the remaining steps, 1-based, of a run of `total`.
 
     Args:
-        state: restored from the checkpoint on resume, stored with each one.
+        state: stored with each checkpoint, and restored on resume.
 
     Raises:
         Interrupted: after Ctrl-C or SIGTERM, once the step is complete and its checkpoint is written.
@@ -84,7 +84,7 @@ def _validated(run: Run) -> str:
 
 
 def resume(run: Run, learner: Learner, state: StageState) -> int:
-    """Load the newest whole checkpoint, rewind the logs to it, and return its step; 0 when there is none."""
+    """Load the newest valid checkpoint, rewind the logs to it, and return its step; 0 if there is none."""
     found = checkpoint.newest(run.checkpoints, talk)
     step = 0
     if found:
@@ -98,9 +98,9 @@ def resume(run: Run, learner: Learner, state: StageState) -> int:
 
 
 def save(run: Run, learner: Learner, step: int, state: Mapping[str, Any]) -> Path:
-    """Write the checkpoint of a complete step and retire old ones.
+    """Write the checkpoint of a complete step, and delete old ones.
 
-    The best one on validation is kept: by accuracy, or by reward where the task has no right answers.
+    Keeps the best one on validation: by accuracy, or by reward if the task has no right answers.
     """
     folder = checkpoint.write(run.checkpoints, step, learner.save, dict(state))
     scores = run.metric_history("val/accuracy") or run.metric_history("val/reward")
@@ -111,7 +111,7 @@ def save(run: Run, learner: Learner, step: int, state: Mapping[str, Any]) -> Pat
 
 
 def rescue(run: Run, learner: Learner) -> int:
-    """Keep the last complete step when a step ends halfway, unless the weights have moved beyond it.
+    """Save the last complete step after a failure in the next one, unless the weights have changed since.
 
     Returns:
         the newest step that a checkpoint holds; 0 if there is none.
@@ -122,9 +122,9 @@ def rescue(run: Run, learner: Learner) -> int:
 
 
 def rescue_interrupted(run: Run, learner: Learner) -> None:
-    """The same after a Ctrl-C in the middle of a step. Raises `Interrupted` if there is a step to go on from."""
+    """The same after a Ctrl-C in the middle of a step. Raises `Interrupted` if there is a checkpoint."""
     name = signal.Signals(interrupts.received() or signal.SIGINT).name
-    if world().size == 1:  # other ranks may stand in the middle of a step, and would not hear of a save
+    if world().size == 1:  # other ranks may be in the middle of a step, and would not join a save
         with interrupts.unhurried():
             rescue(run, learner)
     if present := checkpoint.steps_present(run.checkpoints):
@@ -132,7 +132,7 @@ def rescue_interrupted(run: Run, learner: Learner) -> None:
 
 
 def _within_reach(run: Run) -> bool:
-    """Whether the weights are those of the last complete step, which no checkpoint holds yet."""
+    """Whether the weights still are those of the last complete step, and no checkpoint holds it yet."""
     if not run.complete or run.updated > run.complete:
         return False
     return run.complete not in checkpoint.steps_present(run.checkpoints)
@@ -143,8 +143,9 @@ def _saved(name: str, step: int, run: Run) -> str:
 
 
 class _Presses:
-    """What Ctrl-C does while steps are made: the first lets the step end, the second ends it here if nothing is lost,
-    and the third in any case."""
+    """Ctrl-C during a step: the first finishes the step, the second stops at once if nothing gets lost, the third
+    always
+    stops."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.first = run, 0.0
@@ -174,7 +175,7 @@ def finish(run: Run, learner: Learner) -> dict[str, Any]:
 def update(
     run: Run, learner: Learner, data: Sequence[Datum], objective: Objective, lr: float, step: int
 ) -> dict[str, float]:
-    """One optimizer step on one whole update.
+    """Run one update: forward, backward and optimizer step.
 
     Raises:
         NonFiniteError: before the weights change. The batch is kept in the run directory.

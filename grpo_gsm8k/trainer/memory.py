@@ -1,10 +1,9 @@
-"""Memory as a GPU really has it: the token budget from a probe, and a run's measured peak beside the predicted one.
+"""Measures GPU memory: the token budget from a probe, and a run's peak memory beside its prediction.
 
-How much a pass through a model takes is linear in its cells (attention is SDPA's, which keeps no scores), so two small
-passes of the model itself say what a cell costs, whatever its layers are made of, and no pass has to fail. A pass is
-highest either at the head or in the layers' backward pass; which of them depends on its size, so each has a line of its
-own. The head is not left to the passes: its buffers grow with the targets only up to a chunk, which small ones do not
-fill, and they are our own, so `costs.py` knows them.
+The memory of a pass is linear in its cells (SDPA keeps no scores), so two small passes of the model measure the cost of
+a cell for any architecture, and no pass has to fail. The peak is either at the head or in the layers' backward pass,
+depending on the size, so each gets its own line. The head's buffers are computed by `costs.py` instead: they grow with
+the targets up to one chunk, which the small passes do not fill.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from grpo_gsm8k.trainer.costs import GIB, Setup, Shape
 from grpo_gsm8k.trainer.data import weighted
 from grpo_gsm8k.trainer.ranks import world
 
-CPU_CELLS = 3072  # measured: more take memory, and save little time (artifacts/RESULTS.md)
+CPU_CELLS = 3072  # measured: more cells take memory and save little time (artifacts/RESULTS.md)
 FIXED_CELLS = 8192
 PROBE_BYTES, PROBE_TOKENS, PROBE_TARGETS = GIB, 128, 64  # at most, of the smaller pass; length of a row; in all
 
 
 class Meter(Protocol):
-    """What a device says of its memory, in bytes."""
+    """Reads a device's memory, in bytes."""
 
     def free(self) -> int:
-        """What may still be allocated."""
+        """What can still be allocated."""
 
     def held(self) -> int:
         """What is allocated."""
@@ -48,13 +47,13 @@ class Meter(Protocol):
 
 
 class CudaMeter:
-    """The meter of a GPU: its driver's and its allocator's own figures."""
+    """Reads a GPU's memory from its driver and allocator."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def free(self) -> int:
-        """What the driver has left, and what the allocator keeps for later."""
+        """Free memory of the driver, and the allocator's cache."""
         free, _ = torch.cuda.mem_get_info(self.device)
         return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
 
@@ -72,7 +71,7 @@ class CudaMeter:
 
 
 def shape_of(model: Any) -> Shape:
-    """The shape of a loaded model, adapters not counted. Raises `ConfigError` where it is no dense transformer."""
+    """The shape of a loaded model, without adapters. Raises `ConfigError` if it is not a dense transformer."""
     config = model.config.get_text_config()
     keys = ("num_attention_heads", "hidden_size", "num_hidden_layers", "intermediate_size", "num_key_value_heads")
     found = {key: getattr(config, key, None) for key in (*keys, "head_dim", "vocab_size", "tie_word_embeddings")}
@@ -88,7 +87,7 @@ def shape_of(model: Any) -> Shape:
 
 
 class Gauge:
-    """What a learner on a GPU says of its own speed and memory: `perf/mfu`, and the peak as predicted and measured."""
+    """Reports a learner's speed and memory on a GPU: `perf/mfu`, and the predicted and measured peak."""
 
     def __init__(
         self,
@@ -99,24 +98,23 @@ class Gauge:
         beside: int = 0,
         end_to_end: bool = False,
     ) -> None:
-        """Of one learner.
-
+        """
         Args:
-            flops: peak operations a second of all ranks' GPUs; 0 where it is not known, and no MFU is given.
-            beside: bytes that a sampler on the same GPU takes while the learner learns.
-            end_to_end: packed rows are read by `packing.varlen`.
+            flops: peak operations per second of all ranks' GPUs; 0 if unknown, which leaves the MFU out.
+            beside: bytes of a sampler that shares the GPU during training.
+            end_to_end: `packing.varlen` reads the packed rows.
         """
         self.end_to_end = end_to_end
         self.shape, self.setup, self.meter, self.flops, self.beside = shape, setup, meter, flops, beside
         self.predicted, self.printed = 0, world().rank > 0
 
     def start(self) -> None:
-        """An update begins."""
+        """Start of an update: reset the peak."""
         self.meter.reset()
         self.predicted = 0
 
     def record(self, part: Batch) -> None:
-        """One of its microbatches, still on the CPU."""
+        """Record a microbatch, still on the CPU, for the prediction."""
         cells, targets = part.cells, int(part.mask.sum())
         attended = packing.attended_cells(part, self.end_to_end)
         needed = costs.training_bytes(self.shape, self.setup, cells, targets, attended) + self.beside
@@ -130,7 +128,7 @@ class Gauge:
         return {"perf/mfu": work / seconds / self.flops}
 
     def finish(self) -> dict[str, float]:
-        """The update has ended: its peak in GB, predicted and as the allocator says; the first time on stderr, too."""
+        """End of an update: its predicted and measured peak in GB, printed the first time."""
         peak = self.meter.peak()
         if not self.printed:
             talk(f"memory: predicted {self.predicted / 1e9:.1f} GB, measured peak {peak / 1e9:.1f} GB")
@@ -139,7 +137,7 @@ class Gauge:
 
 
 def gauge_of(model: Any, cfg: TrainConfig, dtype: torch.dtype, ranks: int, compiled: bool) -> Gauge | None:
-    """The gauge of a model on a GPU; None on a CPU, where no allocator tells its peak, and for a shape unknown here."""
+    """The gauge of a model on a GPU; None on a CPU, and for an unknown architecture."""
     device: torch.device = next(model.parameters()).device
     if device.type != "cuda":
         return None
@@ -156,10 +154,10 @@ def gauge_of(model: Any, cfg: TrainConfig, dtype: torch.dtype, ranks: int, compi
 
 
 def engine_share(cfg: TrainConfig, model: Any, overlaps: bool) -> float:
-    """vLLM's share of the GPU that `model` is trained on, of its memory and of what is free there now; prints it.
+    """vLLM's share of the memory of the GPU that trains `model`, within what is free now; prints it.
 
     Args:
-        overlaps: the learner learns while vLLM samples.
+        overlaps: training and sampling overlap.
 
     Raises:
         ConfigError: both do not fit.
@@ -185,12 +183,12 @@ def engine_share(cfg: TrainConfig, model: Any, overlaps: bool) -> float:
 
 @dataclass(frozen=True)
 class Probed:
-    """Bytes that a pass takes beside all that stays: fixed, and for each cell, at each of its two heights.
+    """Bytes of a pass beyond the resident memory, as (fixed, per cell), for each of its two peaks.
 
     Attributes:
-        at_head: until the gradient of the last hidden state is there; with the head of `PROBE_TARGETS` targets.
-        backward: from then on, while the layers are gone through.
-        head: what the head takes for so many targets.
+        at_head: until the gradient of the last hidden state exists; with the head of `PROBE_TARGETS` targets.
+        backward: from then on, in the layers' backward pass.
+        head: number of targets → bytes of the head.
     """
 
     at_head: tuple[float, float]
@@ -199,27 +197,27 @@ class Probed:
 
     @property
     def each(self) -> float:
-        """Of a cell."""
+        """Per cell, at the higher peak."""
         return max(self.at_head[1], self.backward[1])
 
     def taken(self, cells: int) -> float:
-        """By a pass of so many cells, all of them targets."""
+        """Bytes of a pass of this many cells, all of them targets."""
         (fixed, each), (later, more) = self.at_head, self.backward
         return max(fixed + each * cells + self.head(cells) - self.head(PROBE_TARGETS), later + more * cells)
 
 
 def probe(run: Callable[[Batch], object], model: Any, gauge: Gauge, context: int) -> Probed:
-    """Measure what a pass takes, by one of a few short rows and one of twice as many, with as many targets.
+    """Measure the memory of two passes: a few short rows, and twice as many with the same number of targets.
 
-    A pass before them makes what only a first one makes: gradients, workspaces, compiled code. The generators are left
-    as they were. By the formula, the larger takes a quarter of what is free at most.
+    A warm-up pass comes first: it allocates gradients and workspaces, and compiles. Random generators are restored. By
+    the formula of `costs.py`, the larger pass takes at most a quarter of the free memory.
 
     Args:
-        run: forward and backward pass of a microbatch; adds to gradients that stay.
+        run: forward and backward pass of a microbatch; accumulates gradients.
         context: longest row that the model reads.
 
     Raises:
-        torch.OutOfMemoryError: not even these fit.
+        torch.OutOfMemoryError: even these passes do not fit.
     """
     device: torch.device = next(model.parameters()).device
     length = min(PROBE_TOKENS, context)
@@ -240,10 +238,10 @@ def probe(run: Callable[[Batch], object], model: Any, gauge: Gauge, context: int
 
 
 def _peak_memory(run: Callable[[Batch], object], model: Any, meter: Meter, part: Batch) -> tuple[int, int]:
-    """The peak of a pass until the last hidden state's gradient is there, and from then on to the embedding's.
+    """The peak until the last hidden state's gradient exists, and from then on until the embedding's backward.
 
-    What the embedding's own gradient takes is left out: by then nothing is kept of the layers, and it is the same for
-    any number of cells. In a small pass it would be the peak.
+    The embedding's own gradient is left out: by then the layers' activations are freed, and its size does not depend on
+    the number of cells. In a small pass it would be the peak.
     """
     peaks: list[int] = []
 
@@ -271,7 +269,7 @@ def _peak_memory(run: Callable[[Batch], object], model: Any, meter: Meter, part:
 
 
 def dummy_batch(rows: int, length: int, vocabulary: int) -> Batch:
-    """A microbatch of `rows` x `length` cells, `PROBE_TARGETS` of them trained; no two rows begin alike."""
+    """A microbatch of `rows` x `length` cells with `PROBE_TARGETS` targets; no two rows share a prefix."""
     trained = PROBE_TARGETS // rows
     mask = (0,) * (length + 1 - trained) + (1,) * trained
     advantages = tuple(map(float, mask))
@@ -280,7 +278,7 @@ def dummy_batch(rows: int, length: int, vocabulary: int) -> Batch:
 
 
 def out_of_memory(rows: int, longest: int, budget: int, each: float = 0.0) -> ConfigError:
-    """What to lower, and by how much, when a microbatch did not fit; `each`: bytes of a cell, where that is known."""
+    """The error for a microbatch that did not fit: what to lower, and by how much. `each`: bytes per cell, if known."""
     cells = rows * longest
     wanted = min(cells, budget) // 2
     size = f" ({each * cells / 1e9:.1f} GB by the probe)" if each else ""

@@ -1,16 +1,16 @@
-"""What a forward pass reads: every token once, without padding, and what rows begin with alike once for all of them.
+"""Packs the rows of a microbatch into one sequence without padding; each shared prompt prefix is computed once.
 
-The rows of a microbatch stand end to end in one sequence of S tokens. A row that begins like the row before it, as the
-completions of one prompt do, takes those cells over, and the gradients of all of them meet there:
+The rows stand end to end in one sequence of S tokens. A row that shares a prefix with the row before it, as completions
+of one prompt do, reuses the prefix's cells, where the gradients of all of them add up:
 
     rows (B, T)   p0 p1 p2 a0 a1     packed (1, S)   p0 p1 p2 a0 a1 b0 b1 b2
                   p0 p1 p2 b0 b1 b2  positions        0  1  2  3  4  3  4  5
 
-Embedding, norms, projections and MLPs work token by token, on the S tokens. Attention alone needs rows. On a GPU in
-half precision torch's `varlen_attn` takes them end to end: the new tokens of each row are its queries as they stand,
-and keys and values are gathered so that each row's whole ones are together. Elsewhere all three are copied into padded
-rows, in two blocks of like lengths, where the kernel of plain causal rows serves, and its output back. It is the same
-function of the same tokens, so the gradient is the same, too.
+Embedding, norms, projections and MLPs work token by token, on the S tokens. Only attention needs rows. On a GPU in half
+precision torch's `varlen_attn` takes them end to end: each row's new tokens are its queries, and its keys and values
+are gathered, prefix included. Elsewhere queries, keys and values are copied into padded rows, in two blocks of similar
+lengths, for the plain causal kernel, and the output is copied back. Both compute the same function of the same tokens,
+so the gradient is the same.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from grpo_gsm8k.trainer.batch import Batch, make_batch
 
 ATTENTION = "sdpa_of_packed_rows"
 EXCHANGEABLE = ("sdpa", ATTENTION)
-PROOF = ((1, 2, 3, 4, 5), (1, 2, 6, 7, 8, 9), (9, 3, 1, 2))  # the second branches off in the middle of the first
+PROOF = ((1, 2, 3, 4, 5), (1, 2, 6, 7, 8, 9), (9, 3, 1, 2))  # the second shares a prefix with the first
 
 
 def microbatches(batch: Batch, max_tokens: int, rows: Sequence[int], packs: bool) -> Iterator[tuple[list[int], Batch]]:
-    """Slices of these rows that a forward pass reads at once, longest rows first; with the rows' numbers.
+    """Split these rows into slices for one forward pass each, longest rows first; yields row numbers and slice.
 
-    A slice has at most `max_tokens` cells: tokens, each read once, where it `packs`; else rows x longest, padded. A
-    single row that is longer is a slice of its own.
+    A slice has at most `max_tokens` cells: distinct tokens if it `packs`, else rows x longest. A longer row is a slice
+    of its own.
     """
     order = _neighbours(batch, rows) if packs else sorted(rows, key=lambda row: (-batch.lengths[row], row))
     shared = _in_common(batch, order) if packs else [0] * len(order)
@@ -59,7 +59,7 @@ def microbatches(batch: Batch, max_tokens: int, rows: Sequence[int], packs: bool
 
 
 def _neighbours(batch: Batch, rows: Sequence[int]) -> list[int]:
-    """These rows, those with the same prompt together, prompts with long rows first."""
+    """The rows grouped by prompt, groups with long rows first."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, prompt in zip(rows, batch.prompt_lengths(rows), strict=True):
         groups.setdefault(tuple(batch.input_ids[row, :prompt].tolist()), []).append(row)
@@ -69,7 +69,7 @@ def _neighbours(batch: Batch, rows: Sequence[int]) -> list[int]:
 
 
 def _in_common(batch: Batch, order: Sequence[int]) -> list[int]:
-    """How many first tokens each row of this order has in common with the one before it."""
+    """The length of the prefix that each row shares with the previous one, in this order."""
     ids = batch.input_ids[list(order)]
     lengths = torch.tensor([batch.lengths[row] for row in order])
     shorter = torch.minimum(lengths[1:], lengths[:-1]).unsqueeze(1)
@@ -79,13 +79,13 @@ def _in_common(batch: Batch, order: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Packed:
-    """A batch as one sequence.
+    """A batch packed into one sequence.
 
     Attributes:
         input_ids, position_ids: `(1, S)` int64.
         cells: `(B, T)` int64, where each position of the batch stands among the S; 0 where there is none.
         blocks: for attention, the rows of `cells` again, those of like length together, cut to the longest of them.
-        home: `(S,)` int64, the position among those of all blocks that each token is read from.
+        home: `(S,)` int64, where each token's output stands in the blocks.
         keys: `(K,)` int64, the cells of all rows end to end, whole, K in all.
         starts: `(B + 1,)` int32 each, where each row's new tokens begin among the S, and its cells among the K.
         longest: new tokens and cells of the longest row, each or somewhat more.
@@ -102,9 +102,9 @@ class Packed:
 
     @classmethod
     def of(cls, batch: Batch) -> Packed:
-        """A batch that says what its rows share, on its device.
+        """Pack a batch whose `shared` is set.
 
-        The layout follows from lengths alone, so it is made on the CPU: a GPU would be waited for.
+        The layout depends on lengths only, so it is computed on the CPU, without a device sync.
         """
         ids, device = batch.input_ids, batch.input_ids.device
         blocks, places, at = _alike(batch.lengths), [0] * len(batch), 0
@@ -152,7 +152,7 @@ def attended_cells(batch: Batch, end_to_end: bool) -> tuple[int, int]:
 
 
 def _rounded(longest: int) -> int:
-    """The next power of two: compiled layers are compiled anew for another number."""
+    """The next power of two, since each new number recompiles the layers."""
     return max(128, 1 << (longest - 1).bit_length())
 
 
@@ -279,7 +279,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def last_hidden_states(model: Any, batch: Batch) -> torch.Tensor:
-    """The model's last hidden state at each trained position, `(N, H)`, row by row."""
+    """The last hidden states at the trained positions, `(N, H)`, row by row."""
     if batch.shared:
         packed = Packed.of(batch)
         inputs: dict[str, Any] = {
@@ -303,18 +303,17 @@ def last_hidden_states(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def packed_batch(sequences: Sequence[Sequence[int]]) -> Batch:
-    """Rows of these ids, every token a target, packed."""
+    """A packed batch of these ids in which every token is a target."""
     rows = [Datum(tuple(ids), (1,) * len(ids)) for ids in sequences]
     padded = make_batch(rows)
     return replace(padded, shared=tuple(_in_common(padded, range(len(rows)))))
 
 
 def enable(model: Any) -> bool:
-    """Let the model read packed batches; False, and nothing changed, where it cannot.
+    """Switch the model to packed batches; returns False and leaves it unchanged if it cannot read them.
 
-    It must take positions, have SDPA attention that can be exchanged, and no layers but those that attend to a whole
-    row: windows, convolutions and recurrent states would look across rows. Then it is asked: a few short rows must come
-    out alike, packed and not.
+    The model must accept positions, have exchangeable SDPA attention, and attend to whole rows only: windows,
+    convolutions and recurrent states would look across rows. A trial then compares a few short rows, packed and padded.
     """
     config = model.config.get_text_config()
     layers = DynamicCache(config=config).layers  # where transformers keeps what kind each layer is
@@ -337,7 +336,7 @@ def enable(model: Any) -> bool:
 
 @torch.no_grad()
 def _reads_alike(model: Any, padded: Batch, shared: Sequence[int], expected: torch.Tensor) -> bool:
-    """Whether the model finds what is expected in rows that share so much; nothing, where they stay padded."""
+    """Whether the model gives the expected outputs for rows with these shared prefixes; empty means padded rows."""
     try:
         packed = replace(padded, shared=tuple(shared))
         found = last_hidden_states(model, packed.to(expected.device))

@@ -1,4 +1,4 @@
-"""Loading a policy and naming its weights."""
+"""Loads a policy, and hashes its weights."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from grpo_gsm8k.trainer.ranks import world
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a device; of several ranks each gets a GPU of its own.
+    """The device for `auto`, `cpu`, `cuda` or `cuda:N`; each of several ranks gets its own GPU.
 
     Raises:
-        ConfigError: for one that is not there, or a single GPU for several ranks.
+        ConfigError: the device does not exist, or several ranks would share one GPU.
     """
     here = world()
     if here.size > 1 and name.startswith("cuda:"):
@@ -50,15 +50,15 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(cfg: PromptConfig) -> Any:
-    """The tokenizer of `cfg.model_id`. Raises `ModelError` if there is none."""
+    """Load the tokenizer of `cfg.model_id`. Raises `ModelError` if there is none."""
     return pretrained.read_tokenizer(cfg)
 
 
 def load_model(cfg: ModelConfig) -> Any:
-    """The causal language model of `cfg.model_id` on its device, with its adapter if it names one.
+    """Load the causal language model of `cfg.model_id` to its device, with its adapter if it is one.
 
     Raises:
-        ModelError: there is none, or its files do not hold exactly its weights.
+        ModelError: the model does not exist, or its files do not match its weights exactly.
     """
     device = pick_device(cfg.device)
     with doing(f"loading {cfg.model_id}"):
@@ -66,13 +66,13 @@ def load_model(cfg: ModelConfig) -> Any:
 
 
 def prepare_to_save(model: Any, end_ids: Sequence[int]) -> None:
-    """Make the model's generation config one that transformers writes, and that ends where this model's answers end.
+    """Make the generation config writable by transformers, and add the ids that end this model's answers.
 
-    transformers reads some settings that it refuses to write; without them greedy decoding is the same. Whoever loads
-    the checkpoint elsewhere (`generate`, vLLM) reads the ends of a sequence there.
+    transformers reads some settings that it refuses to write; greedy decoding does not need them. `generate` and vLLM
+    read the end-of-sequence ids of a checkpoint from this config.
 
     Args:
-        end_ids: the ids that end a completion, the end of turn first. Those that the model had already are kept.
+        end_ids: ids that end a completion, with the end of turn first. The model's own ids are kept.
     """
     held = model.generation_config
     if held is None:
@@ -112,20 +112,20 @@ def device_name(model: Any) -> str:
 
 
 def dtype_name(tensors: Iterable[tuple[str, torch.Tensor]]) -> Literal["float32", "bfloat16"]:
-    """The type of the first weight."""
+    """The dtype of the first weight."""
     return "bfloat16" if next(iter(tensors))[1].dtype == torch.bfloat16 else "float32"
 
 
 def context_length(model: Any) -> int:
-    """The longest row that the model reads; see `architecture.context_length`."""
+    """The longest row that the model can read; see `architecture.context_length`."""
     return architecture.context_length(model.config)
 
 
 def weights_sha256(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Names, types, shapes and bytes of all weights as one hash; tied weights count once.
+    """Hash names, dtypes, shapes and bytes of all weights; tied weights count once.
 
-    It depends on the weights alone, not on the file that holds them, so a record of an evaluation can be
-    held against a checkpoint or a live model alike.
+    The hash does not depend on the file format, so the record of an evaluation can be checked against a checkpoint or a
+    live model.
     """
 
     def digest(pair: tuple[str, torch.Tensor]) -> bytes:
@@ -134,7 +134,7 @@ def weights_sha256(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
         head = f"{name}|{flat.dtype}|{tuple(tensor.shape)}|".encode()
         return hashlib.sha256(head + hashlib.sha256(flat.view(torch.uint8).numpy().data).digest()).digest()
 
-    # Hashing lets go of the interpreter: billions of weights take as long as their share of a core.
+    # sha256 releases the GIL, so threads share the work.
     with ThreadPoolExecutor() as pool:
         parts = pool.map(digest, sorted(tensors, key=lambda pair: pair[0]))
         return hashlib.sha256(b"".join(parts)).hexdigest()

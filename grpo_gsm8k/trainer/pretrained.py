@@ -1,7 +1,7 @@
-"""Reading a model or a tokenizer from a folder or from the hub: exactly as it is stored, or refused in one line.
+"""Loads a model or a tokenizer from a folder or the hub: exactly as stored, or not at all, with a one-line error.
 
-transformers initialises what a checkpoint lacks at random and leaves out what it does not know, with a warning. Here
-both are errors. Code that a model brings along is never run, and pickled weights are read as weights only.
+transformers initialises missing weights at random and drops unknown ones, with a warning; here both are errors. A
+model's own code is never run, and pickled weights are read with `weights_only`.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ BROKEN = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, ArithmeticError),
     *(RuntimeError, AssertionError, SafetensorError, UnpicklingError),
 )
-"""What transformers raises on files that are missing, cut, or say what no model can be."""
+"""What transformers raises on missing, truncated or invalid files."""
 
 
 def read_model(cfg: PromptConfig, dtype: torch.dtype) -> Any:
-    """The causal language model of `cfg.model_id` on the CPU, its adapter on it if the folder holds one.
+    """Load the causal language model of `cfg.model_id` on the CPU, with its adapter if the folder has one.
 
     Raises:
         ModelError: there is none, it cannot be read, or its files and its description do not match tensor by tensor.
@@ -106,16 +106,23 @@ def read(
 
 
 def read_tokenizer(cfg: PromptConfig) -> Any:
-    """The tokenizer of `cfg.model_id`. Raises `ModelError` if there is none, or one that knows no text."""
+    """The tokenizer of `cfg.model_id`; of an adapter that brings none, its base's.
+
+    Raises:
+        ModelError: there is none, or one that knows no text.
+    """
     from transformers import AutoTokenizer
 
-    where = tokenizer_of(cfg)
-    tokenizer = read(AutoTokenizer, where, cfg.revision, cfg.cache_dir, TOKENIZERS)
+    where, revision = tokenizer_of(cfg), cfg.revision
+    config = adapter_config(cfg) if where == cfg.model_id and Path(where).is_dir() else None
+    if config and not any(config.parent.glob("*token*")):
+        where, revision = _base_of(config)
+    tokenizer = read(AutoTokenizer, where, revision, cfg.cache_dir, TOKENIZERS)
     with one_line(where):
         ids = tokenizer("3 + 4 = 7", add_special_tokens=False)["input_ids"]
     if not set(ids) - {tokenizer.unk_token_id}:  # without its files it has special tokens alone
         files = ", ".join(sorted({*tokenizer.vocab_files_names.values(), "tokenizer.json"}))
-        raise ModelError(f"{where}: its tokenizer knows no text; its files are missing or empty ({files})")
+        raise ModelError(f"{where}: its tokenizer encodes no text; its files are missing or empty ({files})")
     return tokenizer
 
 
@@ -131,7 +138,7 @@ def generation_ends(cfg: PromptConfig) -> list[int]:
 
 
 def adapter_config(cfg: PromptConfig) -> Path | None:
-    """The file that describes the adapter of `cfg.model_id`; None for a model without one.
+    """The adapter config of `cfg.model_id`; None for a model without an adapter.
 
     Raises:
         ModelError: the folder is a model as well.
@@ -150,7 +157,7 @@ def adapter_config(cfg: PromptConfig) -> Path | None:
 
 
 def adapter_weights(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """What an adapter adds or replaces under peft's names: DoRA's magnitudes, biases and whole layers, too."""
+    """All weights of an adapter under peft's names, including DoRA's magnitudes, biases and whole layers."""
     from peft import get_peft_model_state_dict
 
     every = dict(model.named_parameters(remove_duplicate=False))
@@ -158,7 +165,7 @@ def adapter_weights(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
 
 
 def _pickled_adapter(folder: Path) -> dict[str, Any]:
-    """What transformers takes instead of a folder with a pickled adapter, which it does not look for; {} for none."""
+    """Arguments that make transformers read a pickled adapter, which it does not look for; {} without one."""
     from peft import PeftConfig
 
     if (folder / "adapter_model.safetensors").is_file() or not (folder / "adapter_model.bin").is_file():
@@ -169,7 +176,7 @@ def _pickled_adapter(folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def _take_adapter(model: Any, folder: Path) -> bool:
-    """Copy an adapter's file in where it holds exactly the adapter's weights; transformers misses some of DoRA's.
+    """Copy the adapter's weights from its file if they match exactly; transformers misses some of DoRA's.
 
     Returns:
         whether it does. The weights of the embedding itself, which peft adds to its file, are the model's.
@@ -194,7 +201,7 @@ def _take_adapter(model: Any, folder: Path) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of weights in a folder: safetensors where there are any, else pickles."""
+    """The weight files of a folder: safetensors if there are any, else pickles."""
     found = sorted(folder.glob("*.safetensors"))
     return found or sorted(folder.glob("*model*.bin"))
 
@@ -225,13 +232,13 @@ def _known_place(where: str, holds: Sequence[str] = DESCRIPTIONS) -> Path | None
     if folder.is_file():
         raise ModelError(f"{where}: is a file; --model_id takes a model's folder, or a name on the hub")
     if not HUB_NAME.fullmatch(where) or where.startswith((".", "-")) or ".." in where or len(where) > 96:
-        raise ModelError(f"cannot load model {where!r}: there is no such folder, and it is no name on the hub")
+        raise ModelError(f"cannot load model {where!r}: there is no such folder, and it is not a name on the hub")
     return None
 
 
 @contextmanager
 def one_line(where: str) -> Iterator[None]:
-    """What goes wrong with a model's files, as a `ModelError` that a user can act on."""
+    """Turn errors about a model's files into a `ModelError` with advice."""
     try:
         yield
     except BaseException as fault:
@@ -247,7 +254,7 @@ def _reason(where: str, fault: BaseException) -> str:
     reason = " ".join(str(fault).split())[:300] or "no reason given"
     if "trust_remote_code" in reason or "custom code" in reason:
         return (
-            f"{where}: needs code of its own (auto_map in its config), which is never run here; take a model that "
+            f"{where}: needs its own code (auto_map in its config), which is never run here; choose a model that "
             "transformers knows"
         )
     if broken := _first_unreadable(Path(where)):
@@ -262,7 +269,7 @@ def _reason(where: str, fault: BaseException) -> str:
 
 
 def _first_unreadable(folder: Path) -> str:
-    """Which of a folder's files is damaged, and how; "" for none."""
+    """Name the damaged file of a folder, and the damage; "" if there is none."""
     for path in sorted(folder.glob("*.json")):
         try:
             json.loads(path.read_text(encoding="utf-8"))
@@ -284,7 +291,7 @@ def _first_unreadable(folder: Path) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' own bars, warnings and tables: what matters is raised."""
+    """Silence transformers' progress bars, warnings and tables."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # ours are on stderr, and theirs would stand between them
@@ -300,7 +307,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _hold_to(report: Mapping[str, Any], where: str, adapter: bool = False) -> None:
-    """Raise `ModelError` unless every tensor of the model came from its files, and every one in them was taken."""
+    """Raise `ModelError` unless the files hold exactly the model's tensors."""
     found = []
     missing, strange = sorted(report["missing_keys"]), sorted(filter(_matters, report["unexpected_keys"]))
     if missing:
@@ -322,7 +329,7 @@ def _hold_to(report: Mapping[str, Any], where: str, adapter: bool = False) -> No
 
 
 def _matters(name: str) -> bool:
-    """Whether a tensor that the model does not have would change it: tables that are computed anew would not."""
+    """Whether an unknown tensor matters: recomputed buffers do not."""
     return not re.search(r"(rotary_emb\.inv_freq|position_ids|attn\.masked_bias|attention\.masked_bias)$", name)
 
 
@@ -336,7 +343,7 @@ def _shape(size: Iterable[int]) -> str:
 
 
 def _file_of(folder: Path, names: Iterable[str]) -> Path:
-    """The file that holds the first of these tensors, or where it would be looked for."""
+    """The file that holds the first of these tensors, or should hold it."""
     files = weight_files(folder) if folder.is_dir() else []
     for path in files:
         if path.suffix == ".safetensors":
@@ -348,7 +355,7 @@ def _file_of(folder: Path, names: Iterable[str]) -> Path:
 
 
 def _hold_to_finite(model: Any, where: str) -> None:
-    """Raise `ModelError` for a weight that is NaN or infinite: nothing that comes out would be a number."""
+    """Raise `ModelError` for a weight that is NaN or infinite."""
     for name, weight in model.named_parameters():
         if weight.numel() and weight.is_floating_point():
             low, high = torch.aminmax(weight.detach())
@@ -361,7 +368,7 @@ def _hold_to_finite(model: Any, where: str) -> None:
 
 @contextmanager
 def _without_retries(known: Path | None) -> Iterator[None]:
-    """Where a name must come from the hub and the hub cannot be reached, look into its cache alone."""
+    """If the hub cannot be reached, use its cache only."""
     from transformers.utils import hub as transformers_hub
 
     hub: Any = transformers_hub
@@ -377,7 +384,7 @@ def _without_retries(known: Path | None) -> Iterator[None]:
 
 @functools.lru_cache(maxsize=1)
 def _reachable(endpoint: str) -> bool:
-    """Whether something listens there, or at the proxy that would be asked. In a thread: name resolution may hang."""
+    """Whether the hub, or the proxy to it, accepts connections. In a thread, since name resolution may hang."""
     scheme = urlsplit(endpoint).scheme
     names = (f"{scheme}_proxy", f"{scheme.upper()}_PROXY", "all_proxy", "ALL_PROXY")
     proxy = next((os.environ[name] for name in names if os.environ.get(name)), "")

@@ -1,11 +1,11 @@
-"""Several processes that act as one learner, as torchrun starts them: rank 0 leads, the others follow.
+"""Several processes, started by torchrun, act as one learner: rank 0 leads, the others follow.
 
     rank 0     stage ── Learner call ──▶ Lead ──▶ its own learner
                                           │ (method, arguments)
     rank 1 …                              └──▶ follow ──▶ theirs, the same method in lockstep
 
-The stages, the run directory, the sampler and the evaluator are rank 0's alone. Commands go over gloo, so that a
-follower waits for one on the CPU, for as long as rank 0 samples.
+Only rank 0 has the stage, the run directory, the sampler and the evaluator. Commands go over gloo, so a follower waits
+on the CPU while rank 0 samples.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from grpo_gsm8k.datatypes import Datum, WeightsRef
 from grpo_gsm8k.errors import CheckpointError, DiskError, NonFiniteError
 from grpo_gsm8k.trainer.losses import Objective
 
-PATIENCE = timedelta(days=30)  # between commands; a rank that dies is noticed at once all the same
+PATIENCE = timedelta(days=30)  # between commands; the death of a rank is noticed at once anyway
 SHARED = (NonFiniteError, CheckpointError, DiskError)
-"""Errors that every rank raises at the same place of the same command: afterwards they are in step as before."""
+"""Errors that all ranks raise at the same place of a command, so they stay in step."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Which of how many processes this is, and the same on this machine."""
+    """The rank of this process and the number of ranks, in all and on this machine."""
 
     rank: int = 0
     size: int = 1
@@ -42,13 +42,13 @@ class World:
 
 
 def world() -> World:
-    """As torchrun's environment says; alone without it."""
+    """Read torchrun's environment variables; a single process without them."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     return World(*(int(os.environ[name]) for name in names)) if names[-1] in os.environ else World()
 
 
 def meet(device: torch.device) -> dist.ProcessGroup:
-    """Join the other ranks. Returns the group for commands and for small sums, on the CPU."""
+    """Join the other ranks. Returns the CPU group for commands and small sums."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -57,12 +57,12 @@ def meet(device: torch.device) -> dist.ProcessGroup:
 
 
 class Lead:
-    """Implements `datatypes.Learner` on rank 0: every call is made on all ranks."""
+    """Implements `datatypes.Learner` on rank 0: makes every call on all ranks."""
 
     def __init__(self, learner: Any) -> None:
         """`learner` is rank 0's own `ShardedLearner`."""
         self.learner = learner
-        self.in_step = True  # whether the followers wait for a command
+        self.in_step = True  # the followers are waiting for a command
         self._gathered: list[tuple[str, torch.Tensor]] | None = None
         self._published: WeightsRef | None = None
 
@@ -90,19 +90,19 @@ class Lead:
         return self._published
 
     def weights(self) -> Iterable[tuple[str, torch.Tensor]]:
-        """The whole weights on the CPU; gathered once for all who ask before the next step."""
+        """The full weights on the CPU; gathered once per step."""
         if self._gathered is None:
             self._gathered = self._on_all("weights")
         return self._gathered
 
     def save(self, folder: Path) -> None:
-        """Every rank its shards of the optimizer, rank 0 the model folder. The ranks share a file system."""
+        """Each rank saves its shards of the optimizer, rank 0 the model. The ranks share a file system."""
         weights = self.weights()
         self._on_all("save_shards", folder)
         self.learner.save_model(folder, weights)
 
     def load(self, folder: Path) -> None:
-        """Continue from what any number of ranks saved. Raises `CheckpointError` as `TorchLearner.load` does."""
+        """Load a checkpoint of any number of ranks. Raises `CheckpointError` as `TorchLearner.load` does."""
         self._gathered = self._published = None
         self._on_all("load", folder)
 
@@ -110,7 +110,7 @@ class Lead:
         """See `TorchLearner.forget`."""
 
     def close(self) -> None:
-        """Let the followers go. Where they cannot hear it, in the middle of a command, torchrun ends them."""
+        """Dismiss the followers. In the middle of a command they do not listen, and torchrun ends them."""
         if self.in_step:
             self._tell(None)
             dist.destroy_process_group()
@@ -131,8 +131,8 @@ class Lead:
 
 
 def follow(learner: Any) -> None:
-    """Do what rank 0 does until it says that it is done. Whatever is not in `SHARED` ends this rank, and so the job."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # torchrun tells all ranks; rank 0 finishes its step, and saves it
+    """Repeat rank 0's calls until it is done. An error that is not in `SHARED` ends this rank, and so the job."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # torchrun signals all ranks; rank 0 finishes its step and saves
         signal.signal(number, signal.SIG_IGN)
     told: list[Any] = [None]
     while True:

@@ -1,11 +1,11 @@
-"""The learner of several ranks: FSDP2 shards the model, each rank takes its share of every update.
+"""The learner of several ranks: FSDP2 shards the model, and each rank computes a share of every update.
 
 The loss weights are those of the whole update (`trainer/data.py`), so gradients are summed over the ranks, not
-averaged, and any number of ranks gives the gradient of one. Each rank holds float32 shards; where training is in
-bfloat16, FSDP rounds them on the way to the forward pass and sums gradients in float32.
+averaged, and any number of ranks gives the same gradient. Each rank holds float32 shards; in bfloat16 training, FSDP
+rounds them for the forward pass and sums gradients in float32.
 
-Simplified on purpose: no tensor parallelism, no offloading to the CPU, and every microbatch's gradient is reduced at
-once, which spares the memory of a whole one. Only gloo on a CPU has been run.
+Simplified on purpose: no tensor parallelism, no CPU offloading, and every microbatch's gradient is reduced at once,
+which saves the memory of a full gradient. Tested only with gloo on a CPU.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from grpo_gsm8k.trainer.packing import microbatches
 
 
 class ShardedLearner(TorchLearner):
-    """One rank's part of a learner. Every method but `save_model` is called on all ranks, with the same arguments."""
+    """One rank's part of a learner. All ranks call every method, but `save_model`, with the same arguments."""
 
     def __init__(self, model: Any, tokenizer: Any, cfg: TrainConfig, reference: bool = False) -> None:
-        """Meet the other ranks. A copy of `model` is sharded: rank 0 samples from the plain one, and saves as it."""
+        """Join the other ranks and shard a copy of `model`: rank 0 samples from the original, and saves in its form."""
         if adapter.has_adapter(model):
             raise ConfigError("LoRA is trained in one process; start it without torchrun")
         if cfg.optimizer_device == "cpu":
@@ -55,7 +55,7 @@ class ShardedLearner(TorchLearner):
         super().__init__(copy.deepcopy(model), tokenizer, cfg, reference)
 
     def weights(self) -> Iterable[tuple[str, torch.Tensor]]:
-        """Names and whole tensors on rank 0's CPU, in the type that is trained in; nothing on the others."""
+        """Names and full tensors on rank 0's CPU, in the training dtype; nothing on other ranks."""
         whole: list[tuple[str, torch.Tensor]] = []
         for name, parameter in self.model.named_parameters():
             tensor = parameter.detach().to(self.dtype).full_tensor()
@@ -68,25 +68,25 @@ class ShardedLearner(TorchLearner):
         dcp.write(folder, self.optimizer.state())
 
     def save_model(self, folder: Path, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """What else `TorchLearner.save` writes, by rank 0."""
+        """Rank 0 writes the rest of what `TorchLearner.save` writes."""
         assert self.plain is not None
         self.plain.save_pretrained(folder, state_dict=dict(weights))
         self._save_beside(folder, {})
 
     def _frozen_pass(self, model: Any, batch: Batch, temperature: float, retried: bool = False) -> torch.Tensor:
         out = super()._frozen_pass(model, batch, temperature, retried)
-        model.reshard()  # after a forward without a backward the root would stay whole, and go stale
+        model.reshard()  # without a backward pass the root would stay gathered, and go stale
         dist.all_reduce(out, group=self.group)
         return out
 
     def _place(self, model: Any) -> Any:
-        # The batch travels through the forward, and must stay float32: nothing is cast but the parameters.
+        # The batch passes through the forward and must stay float32: cast the parameters only.
         policy = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         model.float().token_logprobs = MethodType(token_logprobs, model)
         for module in (*architecture.decoder_layers(model), model):
             fully_shard(module, mesh=self.mesh, mp_policy=policy)
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+            module.set_force_sum_reduction_for_comms(True)  # gloo supports sums only
         register_fsdp_forward_method(model, "token_logprobs")  # gathers the root's parameters: embedding, norm, head
         return model
 
@@ -97,12 +97,12 @@ class ShardedLearner(TorchLearner):
         return share(batch, self.budget, rows, self.rank, self.ranks, self.packs)
 
     def _cells_that_fit(self) -> int:
-        least = torch.tensor(super()._cells_that_fit())  # all ranks must cut an update alike
+        least = torch.tensor(super()._cells_that_fit())  # all ranks must split an update the same way
         dist.all_reduce(least, dist.ReduceOp.MIN, self.group)
         return int(least)
 
     def _token_logprobs(self, model: Any, part: Batch, *how: Any, **more: Any) -> Scored:
-        found: Scored = model.token_logprobs(part, *how, **more)  # by way of FSDP, which gathers the parameters
+        found: Scored = model.token_logprobs(part, *how, **more)  # through FSDP, which gathers the parameters
         return found
 
     def _of_the_update(self, sums: dict[str, float]) -> dict[str, float]:
@@ -123,24 +123,24 @@ class ShardedLearner(TorchLearner):
 def share(
     batch: Batch, max_tokens: int, rows: Sequence[int], rank: int, size: int, packs: bool = False
 ) -> list[tuple[list[int], Batch]]:
-    """A rank's microbatches of these rows of an update: every `size`-th of those that one process would take.
+    """A rank's microbatches of an update: every `size`-th of those that a single process would take.
 
-    All ranks get the same number, since each pass through the model is one of all ranks: where none is left, a row
-    without mask and weight.
+    All ranks need the same number, since they run each pass together; a rank without one gets a row with zero mask and
+    weights.
     """
     parts = list(microbatches(batch, max_tokens, rows, packs))
     if missing := -len(parts) % size:
-        row = batch.select(parts[-1][0][-1:])  # none of the longest
+        row = batch.select(parts[-1][0][-1:])  # one of the shortest rows
         blank = replace(row, mask=torch.zeros_like(row.mask), weights=torch.zeros_like(row.weights))
         parts += [([], blank)] * missing
     return parts[rank::size]
 
 
 class ShardedAdamW(MasterAdamW):
-    """`MasterAdamW` on this rank's shards as plain tensors: they are the masters. Its norms are of the whole."""
+    """`MasterAdamW` on this rank's shards, which are the float32 masters. Norms are global."""
 
     def __init__(self, model: nn.Module, cfg: TrainConfig, dtype: torch.dtype, group: dist.ProcessGroup) -> None:
-        """`dtype` is what is trained in, `group` what small sums go over."""
+        """`dtype` is the training dtype, `group` the process group of small sums."""
         self.group = group
         super().__init__(model, cfg)
         self.dtype = dtype
@@ -153,13 +153,13 @@ class ShardedAdamW(MasterAdamW):
         return super().step(lr)
 
     def zero_grad(self) -> None:
-        """Forget what has been accumulated."""
+        """Clear the accumulated gradients."""
         super().zero_grad()
         for parameter in self.params.values():
             parameter.grad = None
 
     def state(self) -> State:
-        """What one process has, under the same names, as this rank's shards."""
+        """The optimizer state under the names of a single process, as this rank's shards."""
         return {key: self._whole(key.partition(".")[2], value) for key, value in super().state().items()}
 
     def load_state(self, flat: State) -> None:
@@ -175,7 +175,7 @@ class ShardedAdamW(MasterAdamW):
         return square.sqrt().float()
 
     def _round(self) -> None:
-        """FSDP does it, on the way to each forward pass."""
+        """Nothing to do: FSDP rounds for each forward pass."""
 
     def _share(self, flags: torch.Tensor) -> float:
         counts = torch.tensor([float(flags.sum()), len(flags)], dtype=torch.float64)
@@ -183,7 +183,7 @@ class ShardedAdamW(MasterAdamW):
         return float(counts[0] / counts[1])
 
     def _whole(self, name: str, shard: torch.Tensor) -> torch.Tensor:
-        """A shard as a part of the whole, laid out like its parameter; a number stays one."""
+        """A shard as a DTensor laid out like its parameter; a scalar stays a scalar."""
         if not shard.ndim:
             return shard
         param = self.params[name]
@@ -193,5 +193,5 @@ class ShardedAdamW(MasterAdamW):
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's shard; a plain tensor as it is."""
+    """This rank's shard of a DTensor; a plain tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,13 +1,13 @@
-"""Rows of token ids as tensors on disk, and back: shards of one width, and the manifest that vouches for them.
+"""Stores rows of token ids as tensors: shards of one width, and a manifest with their hashes.
 
 A shard of N rows and width L holds
 
     input_ids       (N, L) int64, padded on the left
     labels          (N, L) int64, the id where it is trained, -100 elsewhere; unshifted, as transformers takes them
     response_mask   (N, L) uint8, 1 where it is trained
-    lengths         (N,) int64, how many of a row's last columns are no padding
-    pad_token_id    the id that pads, which may be one that rows end with, too
-    meta            which lines of the input it was made of
+    lengths         (N,) int64, number of a row's columns without padding
+    pad_token_id    the padding id, which may also end rows
+    meta            the lines of the input that it was made from
 
 as safetensors (`meta` as JSON in the header) or as a dict for `torch.load(weights_only=True)`. Neither runs code when
 it is read. The bytes depend on the rows alone.
@@ -35,7 +35,7 @@ IGNORED = -100  # torch's cross_entropy leaves such a target out
 
 
 def pack(rows: Sequence[Datum], width: int, pad_id: int) -> dict[str, torch.Tensor]:
-    """Rows of at most `width` tokens as the tensors of a shard."""
+    """Pack rows of at most `width` tokens into the tensors of a shard."""
     input_ids = torch.full((len(rows), width), pad_id)  # (N, L)
     mask = torch.zeros((len(rows), width), dtype=torch.uint8)  # (N, L)
     for n, row in enumerate(rows):
@@ -51,7 +51,7 @@ def pack(rows: Sequence[Datum], width: int, pad_id: int) -> dict[str, torch.Tens
 
 
 def unpack(shard: Mapping[str, Any]) -> list[Datum]:
-    """The rows that a shard was made of."""
+    """Undo `pack`."""
     rows = []
     for ids, mask, length in zip(shard["input_ids"], shard["response_mask"], shard["lengths"].tolist(), strict=True):
         start = len(ids) - length
@@ -60,7 +60,7 @@ def unpack(shard: Mapping[str, Any]) -> list[Datum]:
 
 
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any], format: str) -> None:
-    """Write a shard as a whole. Through memory: torch.save writes a file's name into it, and ours is temporary."""
+    """Write a shard atomically. Through memory, since torch.save stores the file name, and ours is temporary."""
     if format == "safetensors":
         write_atomic(path, save(dict(tensors), {"meta": json.dumps(meta)}))
         return
@@ -70,7 +70,7 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[s
 
 
 def read_shard(path: Path, format: str) -> dict[str, Any]:
-    """A shard's tensors and `meta`. Raises `DataError` for a file that is none, or that would run code."""
+    """Read a shard's tensors and `meta`. Raises `DataError` for another file, or one that would run code."""
     try:
         if format == "pt":
             shard: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -81,11 +81,11 @@ def read_shard(path: Path, format: str) -> dict[str, Any]:
             }
     except (OSError, EOFError, SafetensorError, pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as fault:
         what = " ".join(str(fault).split())[:200]
-        raise DataError(path, f"is no shard of format {format}: {what}") from None
+        raise DataError(path, f"is not a shard of format {format}: {what}") from None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a complete folder of shards. Raises `DataError` for any other."""
+    """Read the manifest of a complete folder of shards. Raises `DataError` otherwise."""
     path = folder / MANIFEST
     manifest = read_json(path) if path.is_file() else {}
     if "made_with" not in manifest:
@@ -96,13 +96,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def load_rows(folder: Path, made_with: Mapping[str, str | None], train_on: str) -> list[Datum]:
-    """All rows of a folder of shards, in the order of the file that they were made of.
+    """Read all rows of a folder of shards, in the order of the original file.
 
     Args:
-        made_with: of the renderer that would make them now, see `Renderer.made_with`.
+        made_with: of the current renderer, see `Renderer.made_with`.
 
     Raises:
-        DataError: they were made for another tokenizer, template or style, are not complete, or are damaged.
+        DataError: the shards belong to another tokenizer, template or style, or are incomplete or damaged.
     """
     manifest = read_manifest(folder)
     wanted = {**made_with, "train_on": train_on}
@@ -117,6 +117,6 @@ def load_rows(folder: Path, made_with: Mapping[str, str | None], train_on: str) 
     for entry in manifest["shards"]:
         path = folder / Path(entry["file"]).name
         if not path.is_file() or sha256_file(path) != entry["sha256"]:
-            raise DataError(path, f"is missing, or not the file that {MANIFEST} speaks of; tokenize again")
+            raise DataError(path, f"is missing, or differs from {MANIFEST}; tokenize again")
         rows += unpack(read_shard(path, manifest["format"]))
     return rows

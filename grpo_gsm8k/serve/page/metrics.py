@@ -49,7 +49,7 @@ def exposition(status: Mapping[str, Any]) -> str:
         Family("disk_free_bytes", "gauge", "Bytes that are free where --out_dir is.", [({}, disk["free"])]),
         Family("disk_fault", "gauge", "1 while the journal cannot be written.", [({}, bool(disk["fault"]))]),
         Family("checkpoints", "gauge", "Checkpoints that clients saved.", [({}, status["checkpoints"])]),
-        Family("models", "gauge", "Models that are trained.", [({}, len(status["models"]))]),
+        Family("models", "gauge", "Models that are trained.", [({}, status["models_in_all"])]),
         *_totals(status["totals"]),
         *_models(status["models"]),
         *_run(status.get("rollouts")),

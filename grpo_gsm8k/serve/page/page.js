@@ -38,8 +38,8 @@ function chart(points, kind, label) {
   if (good.length < 2) return box;
   const xs = good.map(([x]) => x), ys = good.map(([, y]) => y);
   const [left, right, low, high] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
-  const place = ([x, y]) =>
-    `${(1000 * (x - left)) / (right - left || 1)},${100 - (100 * (y - low)) / (high - low || 1) || 0}`;
+  const share = (y) => (high > low ? (y - low) / (high - low) : 0.5);
+  const place = ([x, y]) => `${(1000 * (x - left)) / (right - left || 1)},${100 - 100 * share(y)}`;
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   svg.setAttribute("viewBox", "0 -4 1000 108");
   svg.setAttribute("preserveAspectRatio", "none");
@@ -130,7 +130,7 @@ function draw(status) {
   at("about").textContent = `up ${duration(status.uptime_s)}, version ${status.version}`;
   at("tiles").replaceChildren(
     tile("sessions now", figure(sessions.live)),
-    tile("models", figure(models.length)),
+    tile("models", figure(status.models_in_all)),
     tile("training waits", figure(queue.training)),
     tile("sampling waits", figure(queue.sampling)),
     tile("being sampled", figure(queue.decoding)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from grpo_gsm8k.serve.page.metrics import exposition
 from grpo_gsm8k.serve.rollouts.router import facade, service_of
 
 FOLDER = Path(__file__).parent
+MOST_SHOWN, MOST_POINTS = 100, 240  # models, and points of a curve
 KINDS = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 # Nothing from elsewhere, nothing inline but the widths that page.js sets, no frame around it, no form sent away.
 POLICY = (
@@ -58,12 +60,22 @@ def _file(name: str) -> Response:
 
 async def status(request: Request) -> dict[str, Any]:
     """All that the page shows."""
-    return _status(request)
+    found = _status(request)
+    models = [model | {"history": _points(model["history"], "step", "loss:sum")} for model in found["models"]]
+    run = found["rollouts"] | {"history": _points(found["rollouts"]["history"], "version", "reward/mean", "loss")}
+    return found | {"models": models[:MOST_SHOWN], "models_in_all": len(models), "rollouts": run}
 
 
 async def metrics(request: Request) -> Response:
-    """The same for Prometheus."""
-    return PlainTextResponse(exposition(_status(request)), media_type="text/plain; version=0.0.4; charset=utf-8")
+    """The same for Prometheus; of the models, the newest."""
+    found = _status(request)
+    text = exposition(found | {"models": found["models"][:MOST_SHOWN], "models_in_all": len(found["models"])})
+    return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _points(history: Iterable[Mapping[str, float]], *keys: str) -> list[dict[str, float]]:
+    """The end of a curve, with these of its values."""
+    return [{key: point[key] for key in keys if key in point} for point in list(history)[-MOST_POINTS:]]
 
 
 def _status(request: Request) -> dict[str, Any]:

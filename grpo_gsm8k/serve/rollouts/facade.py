@@ -19,12 +19,12 @@ from grpo_gsm8k.runs.clean import one_line
 from grpo_gsm8k.serve.core import Service
 from grpo_gsm8k.serve.forms import end_ids
 from grpo_gsm8k.serve.jobs import Refusal, SampledSequence, SampleJob, SampleResult
-from grpo_gsm8k.serve.rollouts.run import Ended, Group, Rejected, Run, Sample, Settings, data_of
+from grpo_gsm8k.serve.rollouts.run import Ended, Group, Rejected, Run, Sample, Settings, data_of, group_id
 from grpo_gsm8k.serve.store import put
 from grpo_gsm8k.serve.text import pieces, stop_at
 
 SPACE, HISTORY = "rollouts", "rollouts/updates"  # in the journal
-CURRENT, NEXT = "run", "next"  # keys of the run and of the number of its next group; those of groups are numbers
+CURRENT, NEXT = "run", "next"  # keys of the run and of the number of its next group; those of groups are their ids
 MOST_OPEN = 1 << 17  # rollouts that wait for a reward
 MOST_SHOWN = 16  # sample texts that the page shows
 MOST_HISTORY = 1000  # updates that it draws
@@ -41,7 +41,9 @@ class Rollouts:
         stored = service.store.notes(SPACE)
         self.run = Run.of_json(stored.pop(CURRENT)) if CURRENT in stored else None
         self.next_group = int(stored.pop(NEXT, 0))
-        self.groups = {int(key): Group.of_json(value) for key, value in stored.items() if "samples" in value}
+        mine = [value for key, value in stored.items() if self.run and key.startswith(f"{self.run.id}-")]
+        groups = [Group.of_json(value) for value in mine if "samples" in value]
+        self.groups = {group.number: group for group in groups}
         self.history: deque[dict[str, float]] = deque(service.store.notes(HISTORY).values(), maxlen=MOST_HISTORY)
         self.shown: deque[dict[str, Any]] = deque(maxlen=MOST_SHOWN)
 
@@ -153,7 +155,7 @@ class Rollouts:
 
         def change(db: Any) -> None:
             for group in groups:
-                put(db, SPACE, str(group.number), asdict(group))
+                put(db, SPACE, group_id(run.id, group.number), asdict(group))
             put(db, SPACE, NEXT, after)
 
         await asyncio.wrap_future(self.service.store.write(change))
@@ -205,12 +207,13 @@ class Rollouts:
         async with self.lock:
             self.running()
             await self._catch_up()  # an update that a crash interrupted, with the very groups that it had
-            found = self._find(self.running(), rewards)
+            run = self.running()
+            found = self._find(run, rewards)
             touched = {group.number: group for group, _, _ in found}
 
             def change(db: Any) -> None:
                 for group in touched.values():
-                    put(db, SPACE, str(group.number), asdict(group))
+                    put(db, SPACE, group_id(run.id, group.number), asdict(group))
 
             for group, i, reward in found:
                 group.samples[i].reward = reward
@@ -257,22 +260,24 @@ class Rollouts:
         if match is None or match[1] != run.id:
             return None
         number, i = int(match[2]), int(match[3])
-        group = self.groups.get(number) or self._ended(number)
+        group = self.groups.get(number) or self._ended(run, number)
         return (number, i) if group is not None and i < group.n else None
 
     def _state(self, run: Run, number: int, i: int) -> Literal["open", "given", "late"]:
         """Of a rollout that there is: whether its reward is awaited, is there, or would come too late."""
         group = self.groups.get(number)
         if group is None:
-            ended = self._ended(number)
+            ended = self._ended(run, number)
             return "late" if ended is not None and i in ended.without_reward else "given"
         if group.samples[i].reward is not None:
             return "given"
         return "late" if self._stale(run, group) else "open"
 
-    def _ended(self, number: int) -> Ended | None:
+    def _ended(self, run: Run, number: int) -> Ended | None:
         """A group that was trained or came too late; the journal alone remembers it."""
-        rows = self.service.store.read("SELECT value FROM notes WHERE space = ? AND key = ?", SPACE, str(number))
+        rows = self.service.store.read(
+            "SELECT value FROM notes WHERE space = ? AND key = ?", SPACE, group_id(run.id, number)
+        )
         stored = json.loads(rows[0]["value"]) if rows else {}
         return Ended(**stored) if "without_reward" in stored else None
 
@@ -351,9 +356,10 @@ class Rollouts:
 
         def change(db: Any) -> None:
             for number, ended in gone.items():
-                put(db, SPACE, str(number), asdict(ended))
+                put(db, SPACE, group_id(after.id, number), asdict(ended))
             if update:
                 put(db, HISTORY, str(after.version), dict(update))
+                put(db, HISTORY, str(after.version - MOST_HISTORY), None)
             put(db, SPACE, CURRENT, stored)
 
         await asyncio.wrap_future(self.service.store.write(change))

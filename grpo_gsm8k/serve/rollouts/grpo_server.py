@@ -75,9 +75,9 @@ def router() -> APIRouter:
     return made
 
 
-async def start(body: TrainingSettings, request: Request) -> dict[str, str]:
+async def start(request: Request, body: TrainingSettings | None = None) -> dict[str, str]:
     """Begin a run."""
-    base = service_of(request).base
+    body, base = body or TrainingSettings(), service_of(request).base
     if body.model_id not in (base.name, base.folder):
         service_of(request).refuse(f"trained is {base.name}, not the model_id {body.model_id}", "POST /start")
     await facade(request).start(body.settings, body.model_dump())

@@ -38,14 +38,14 @@ from grpo_gsm8k.serve.forms import (
 )
 from grpo_gsm8k.serve.jobs import Refusal
 from grpo_gsm8k.serve.rollouts.facade import Rollouts
-from grpo_gsm8k.serve.rollouts.run import Group, Rejected, Settings, rollout_id
+from grpo_gsm8k.serve.rollouts.run import Group, Rejected, Settings, group_id, rollout_id
 
 MOST_PROMPTS = 256
 MOST_ROLLOUTS = 1024  # of one request, and of one group
 MOST_REWARDS = 65536
 MOST_REWARD = 1e9  # in size; a product with a gradient must stay finite
 LossName = Literal["importance_sampling", "ppo", "cispo", "dro", "gspo"]
-Rate = Annotated[float, Field(gt=0, le=100)]
+Temperature = Annotated[float, Field(ge=0, le=100)]
 
 
 class StartRequest(Form):
@@ -54,7 +54,7 @@ class StartRequest(Form):
     n: Annotated[int, Field(ge=2, le=MOST_ROLLOUTS)] = Settings.n
     groups_per_batch: Annotated[int, Field(ge=1, le=1024)] = Settings.groups_per_batch
     max_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = Settings.max_tokens
-    temperature: Rate = Settings.temperature
+    temperature: Temperature = Settings.temperature
     learning_rate: Annotated[float, Field(ge=0, le=10)] = Settings.learning_rate
     max_staleness: Annotated[int, Field(ge=0, le=1 << 20)] = Settings.max_staleness
     loss_fn: LossName = "importance_sampling"
@@ -77,7 +77,7 @@ class RolloutsRequest(Form):
     prompts: Annotated[list[Text | list[ChatMessage]], Field(min_length=1, max_length=MOST_PROMPTS)]
     n: Annotated[int, Field(ge=2, le=MOST_ROLLOUTS)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
-    temperature: Rate | None = None
+    temperature: Temperature | None = None
     stop: Stops = None
     seed: Annotated[int, Field(ge=0, le=MOST_SEED)] | None = None
 
@@ -157,9 +157,9 @@ def facade(request: Request) -> Rollouts:
     return cast(Rollouts, state.rollouts)
 
 
-async def start(body: StartRequest, request: Request) -> dict[str, Any]:
+async def start(request: Request, body: StartRequest | None = None) -> dict[str, Any]:
     """Begin a run from the base model, at version 0; the run before, if any, ends and its rollouts are void."""
-    return await facade(request).start(Settings(**body.model_dump()))
+    return await facade(request).start(Settings(**(body or StartRequest()).model_dump()))
 
 
 async def stop(request: Request) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def _zipped(folder: Path, renderer: Any) -> Path:
 def _shown(run_id: str, group: Group) -> dict[str, Any]:
     return {
         "prompt": group.prompt,
-        "group_id": f"{run_id}-{group.number}",
+        "group_id": group_id(run_id, group.number),
         "completions": [
             {
                 "rollout_id": rollout_id(run_id, group.number, i),

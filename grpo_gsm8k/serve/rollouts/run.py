@@ -117,9 +117,14 @@ class Run:
         return cls(**{**stored, "settings": Settings(**stored["settings"])})
 
 
+def group_id(run_id: str, number: int) -> str:
+    """The name of a group: nothing of another run can be taken for it."""
+    return f"{run_id}-{number}"
+
+
 def rollout_id(run_id: str, group: int, i: int) -> str:
-    """The name of a rollout: nothing of another run can be taken for it."""
-    return f"{run_id}-{group}-{i}"
+    """The name of a rollout."""
+    return f"{group_id(run_id, group)}-{i}"
 
 
 def advantages(rewards: Sequence[float], normalize: str) -> list[float]:

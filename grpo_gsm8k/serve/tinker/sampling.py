@@ -33,6 +33,7 @@ POLL_S = 20.0  # that retrieve_future waits; clients give up after 45
 KNOWN_SAMPLE = {
     *("type", "num_samples", "prompt", "sampling_params", "base_model", "model_path", "sampling_session_id", "seq_id"),
     *("prompt_logprobs", "topk_prompt_logprobs", "topk_sample_logprobs", "prompt_logprobs_last_n"),
+    *("target_prompt_logprobs", "prompt_alt_tokens_k"),
 }
 KNOWN_PARAMS = {"max_tokens", "seed", "stop", "temperature", "top_k", "top_p", "type"}
 
@@ -134,6 +135,8 @@ def job_of(sent: dict[str, Any]) -> SampleJob:
         topk_prompt_logprobs=whole(sent, "topk_prompt_logprobs", 0),
         topk_sample_logprobs=whole(sent, "topk_sample_logprobs", 0),
         prompt_logprobs_last_n=last_n,
+        prompt_targets=data.table(sent.get("target_prompt_logprobs"), "target_prompt_logprobs"),
+        prompt_alternatives=whole(sent, "prompt_alt_tokens_k", 0),
     )
 
 
