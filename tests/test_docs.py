@@ -215,7 +215,9 @@ def parsed(words: list[str]) -> tuple[str, dict[str, Any]]:
     context, names = None, []
     while hasattr(command, "commands"):
         context = command.make_context("grpo-gsm8k", [], parent=context, resilient_parsing=True)
-        if not words:
+        if not words or words[0].startswith("-"):
+            known = {flag for parameter in command.params for flag in parameter.opts}
+            assert set(words) <= known, f"no flag {words}"
             return " ".join(names), {}
         names.append(words.pop(0))
         found = command.get_command(context, names[-1])
@@ -492,6 +494,22 @@ def test_the_messages_are_printed_somewhere():
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_python_and_platforms_are_said_alike_everywhere():
+    project, systems = PYPROJECT["project"], PYPROJECT["tool"]["uv"]["environments"]
+    least, beyond = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", project["requires-python"]).groups()
+    minors = [int(found[1]) for c in project["classifiers"] if (found := re.search(r":: 3\.(\d+)$", c))]
+    assert minors == list(range(int(least), int(beyond)))
+    machines = {tuple(re.findall(r"'(\w+)'", system)) for system in systems}
+    assert machines == {("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")}
+    for page in (ROOT / "README.md", DOCS / "getting-started.md"):
+        text = " ".join(prose(page).split())
+        assert f"Python 3.{least} to 3.{int(beyond) - 1}" in text and "macOS 14 and later (arm64)" in text
+        assert re.search(r"Linux \(x86_64(,| and) aarch64", text) and "WSL" in text
+    assert f"(3, {least}) <= version[:2] < (3, {beyond})" in (PACKAGE / "doctor.py").read_text()
+    wheels = re.findall(r"torch-[\d.]+-cp\d+-cp\d+t?-macosx_(\d+)_0_arm64", (ROOT / "uv.lock").read_text())
+    assert set(wheels) == {"14"}
 
 
 def test_every_page_is_in_the_navigation_and_in_the_contents():

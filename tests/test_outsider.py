@@ -25,7 +25,7 @@ from tests.toys import cli as command_line
 from tests.toys import make_data, make_model
 
 STAGES = ("sft", "ei", "grpo", "eval", "prep-eval", "pairs", "tokenize")
-ELSEWHERE = {"--vllm_device", "--vllm_devices", "--estimate", "--judge_base_url"}  # a GPU or a network
+ELSEWHERE = {"--vllm_device", "--vllm_devices", "--estimate", "--judge_base_url", "--base_url"}  # a GPU or a network
 NEEDS = {
     "git": "network",
     "cd": "the clone",
@@ -82,7 +82,7 @@ def verb(words):
     program, *rest = bare(words)
     flags = {word.partition("=")[0].replace("-", "_").replace("__", "--", 1) for word in rest if word.startswith("--")}
     elsewhere = bool(flags & ELSEWHERE) or "torchrun" in words or "vllm" in rest
-    elsewhere |= any(word.startswith("hf:") or word == "math" for word in rest)
+    elsewhere |= any(word.startswith(("hf:", "tinker:")) or word == "math" for word in rest)
     if program == "python":
         if rest[:2] == ["-m", "grpo_gsm8k.bench"] or rest[:2] == ["-m", "tests.fake_api"]:
             return "run", ""
@@ -94,6 +94,8 @@ def verb(words):
     if program != "grpo-gsm8k":
         return "parsed", program
     name = " ".join(rest[:2]) if rest[0] == "launch" else rest[0]
+    if "--help" in rest or name.startswith("-"):
+        return "run", name
     if name in STAGES:
         return ("shown" if elsewhere else "shown, run"), name
     if name in ("pipeline", "demo"):
@@ -105,7 +107,7 @@ def verb(words):
     if name == "data" and not flags & {"--task", "--source"}:
         return "parsed", name
     name = "grpo-gsm8k export" if name == "export" else name  # the shell has one, too
-    runs = name in ("data", "doctor", "validate", "compare", "contamination", "report", "launch sky")
+    runs = name in ("data", "doctor", "validate", "compare", "contamination", "report", "launch sky", "env", "config")
     return ("run", name) if runs else ("parsed", name)
 
 
@@ -155,7 +157,10 @@ def ids(found):
     return [f"{page.stem}: {' '.join(words)[:60]}" for page, words in found]
 
 
-@pytest.mark.parametrize(("page", "words"), those("shown"), ids=ids(those("shown")))
+SHOWN = list({tuple(bare(words)): (page, words) for page, words in those("shown")}.values())
+
+
+@pytest.mark.parametrize(("page", "words"), SHOWN, ids=ids(SHOWN))
 def test_settings_are_those_that_the_command_would_run_with(page, words, monkeypatch, tmp_path, capsys):
     (tmp_path / "recipe.toml").write_text(RECIPE)
     code, out, err = typed(["config", "show", *bare(words)[1:]], monkeypatch, tmp_path, capsys)
@@ -191,7 +196,12 @@ SMALL = {
 TINY = ["toy.train=40", "toy.val=6", "toy.test=10", "tiny_model.hidden_size=32", "tiny_model.layers=1"]
 TINY += ["common.max_new_tokens=4", "common.eval_examples=2", "ei.prompts_per_round=4", "grpo.rollouts_per_step=8"]
 TINY += ["grpo.group_size=4", "sft.batch_size=8", "ei.batch_size=8"]
-BENCH = ["--repeats=1", "--hidden=64", "--intermediate=64", "--layers=1", "--vocabulary=512", "--max_new_tokens=4"]
+BENCH = ["--repeats=1", "--hidden=64", "--intermediate=64", "--layers=1", "--vocabulary=512"]
+BENCHES = {
+    "update": [],
+    "sample": ["--max_new_tokens=4", "--prompts=2", "--group=2"],
+    "step": ["--max_new_tokens=4", "--completions=8,16", "--counted=16"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -203,9 +213,9 @@ def furnished(tmp_path_factory):
     make_model(folder / "tiny", data)
     shutil.copytree(folder / "tiny", folder / "artifacts" / "models" / "merged")
     shutil.copytree(ROOT / "examples", folder / "examples")
-    (folder / "my_folder").mkdir()
-    for name in ("train", "test"):
-        shutil.copy(data / f"{name}.jsonl", folder / "my_folder" / f"{name}.jsonl")
+    make_data(folder / "my_folder", train=300)
+    for name in ("val.jsonl", "manifest.json"):
+        (folder / "my_folder" / name).unlink()
     (folder / "recipe.toml").write_text(RECIPE)
     mine = [
         text for page in PAGES for language, text, _ in blocks(page) if language == "python" and "# mine.py" in text
@@ -263,8 +273,7 @@ def test_commands_run_one_after_the_other(page, furnished, tmp_path, monkeypatch
     for _, words in (found for found in those("run") if found[0] == page):
         program, *rest = bare(words)
         if program == "python":
-            more = [flag for flag in BENCH if "bench" in rest[1] and (rest[2] != "update" or "max_new" not in flag)]
-            command = [sys.executable, *rest, *more]
+            command = [sys.executable, *rest, *([*BENCH, *BENCHES[rest[2]]] if rest[1].endswith("bench") else [])]
             done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
             code, err = done.returncode, done.stderr
         else:
