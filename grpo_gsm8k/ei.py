@@ -21,7 +21,7 @@ from grpo_gsm8k.engines.trajectories import sample_trajectories
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.runs.files import read_jsonl, write_jsonl
-from grpo_gsm8k.runs.progress import doing, talk
+from grpo_gsm8k.runs.progress import doing, say
 from grpo_gsm8k.sft import fit_step
 from grpo_gsm8k.tasks.base import load_split
 from grpo_gsm8k.tasks.render import task_of
@@ -78,7 +78,7 @@ def round_rows(
     write_jsonl(path, rows)
     metrics = yield_metrics(kept, len(chosen), len(chosen) * cfg.samples_per_prompt, done) | synced
     note = "nothing to learn from" if not kept else f"{metrics['ei/solved_frac']:.0%} of problems solved"
-    talk(f"ei: round {done + 1}: {len(kept)} right and distinct solutions of {len(chosen)} problems, {note}")
+    say(f"ei: round {done + 1}: {len(kept)} right and distinct solutions of {len(chosen)} problems, {note}")
     return [Datum(tuple(row["token_ids"]), tuple(row["mask"])) for row in rows], metrics
 
 

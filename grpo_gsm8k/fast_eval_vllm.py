@@ -31,7 +31,7 @@ from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.runs import wandb_sink
 from grpo_gsm8k.runs.directory import recorded
 from grpo_gsm8k.runs.files import check_writable, real_path, write_json, write_jsonl
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 from grpo_gsm8k.tasks.base import SPLITS, Task, load_examples
 from grpo_gsm8k.tasks.contamination import words
 from grpo_gsm8k.tasks.dataset import read_manifest
@@ -68,16 +68,16 @@ def with_data(cfg: EvalConfig) -> EvalConfig:
         return cfg
     reserved = read_manifest(folder).counts["val"]
     if cfg.eval_n not in (0, reserved):
-        talk(f"--eval_n {cfg.eval_n}: {folder} has {reserved} validation problems, and stays as it is")
+        say(f"--eval_n {cfg.eval_n}: {folder} has {reserved} validation problems, and stays as it is")
     if real_path(cfg.out_dir) == real_path(folder):
         cfg = dataclasses.replace(cfg, out_dir=EvalConfig.out_dir)
-        talk(f"{folder} holds the data; the results go to {cfg.out_dir}")
+        say(f"{folder} holds the data; the results go to {cfg.out_dir}")
     return cfg
 
 
 def fetch(cfg: EvalConfig, path: Path) -> None:
     """GSM8K's three splits, in the folder of `path`. Raises `DataError` if they cannot be had."""
-    talk(f"{path} is not there: GSM8K is fetched into {path.parent}")
+    say(f"{path} is not there: GSM8K is fetched into {path.parent}")
     cache = Path(cfg.cache_dir) if cfg.cache_dir else None
     try:
         data_prep.prepare(path.parent, eval_n=cfg.eval_n or data_prep.EVAL_N, cache_dir=cache)
@@ -138,7 +138,7 @@ def keep_elsewhere(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
         write_jsonl(place, rows)
     except DiskError:
         figures = {key: value for key, value in summary.items() if key != "results_path"}
-        talk(json.dumps(figures))
+        say(json.dumps(figures))
         return f"{_figure(summary)} is all that is left"
     return f"the rows are in {place}, {_figure(summary)}"
 

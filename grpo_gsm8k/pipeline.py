@@ -28,7 +28,7 @@ from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.runs import lock
 from grpo_gsm8k.runs.directory import RUNS, new_path
 from grpo_gsm8k.runs.files import disk_errors, make_folder, read_json, sha256_file, write_json
-from grpo_gsm8k.runs.progress import doing, part, talk
+from grpo_gsm8k.runs.progress import doing, part, say
 from grpo_gsm8k.tasks.base import SPLITS, Task, load_examples, load_split
 from grpo_gsm8k.tasks.dataset import verify, write_splits
 from grpo_gsm8k.tasks.render import task_of
@@ -67,10 +67,10 @@ def run(cfg: PipelineConfig, config_file: Path | None = None, sets: Sequence[str
 
 def announce(folder: Path, stages: Sequence[str]) -> None:
     """Say where the pipeline works and what it will do, before anything that takes time."""
-    talk(f"working in {folder}")
+    say(f"working in {folder}")
     for number, stage in enumerate(stages, 1):
-        talk(f" {number} {WHAT[stage]}")
-    talk("each is evaluated on the test split,\nand report.html shows them all")
+        say(f" {number} {WHAT[stage]}")
+    say("each is evaluated on the test split,\nand report.html shows them all")
 
 
 def _check(resolve: Resolve) -> None:
@@ -114,7 +114,7 @@ def _stages(cfg: PipelineConfig, folder: Path, planned: Sequence[str], resolve: 
         result["seconds"] = round(time.monotonic() - began, 1)
         if len(result["stages"]) > len(finished) or result["stages"] != finished[: len(result["stages"])]:
             write_json(folder / "pipeline.json", result)  # never shorter than it was: a kill must not lose a stage
-        talk(f"{number}/{len(planned)} {stage}: {_outcome(row)}")
+        say(f"{number}/{len(planned)} {stage}: {_outcome(row)}")
     with doing("writing the report"):
         result["report"] = str(report.write_report([folder]))
     return result

@@ -21,7 +21,7 @@ from grpo_gsm8k.errors import ConfigError, DataError
 from grpo_gsm8k.hub_datasets import local_path
 from grpo_gsm8k.preflight import check_rows
 from grpo_gsm8k.repro import derive_seed, shuffled
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 from grpo_gsm8k.tasks.base import load_split
 from grpo_gsm8k.tasks.conversations import Conversation, load_pairs
 from grpo_gsm8k.tasks.render import task_of
@@ -94,7 +94,7 @@ def run(cfg: SftConfig) -> dict[str, Any]:
         if not fitting:
             raise DataError(source, f"no example fits into {longest} tokens; raise --max_length")
         if left_out := len(rows) - len(fitting):
-            talk(f"sft: {left_out} of {len(rows)} examples are longer than {longest} tokens and are left out")
+            say(f"sft: {left_out} of {len(rows)} examples are longer than {longest} tokens and are left out")
         check_rows(fitting, bench.embeddings, source)
         train(cfg, bench, fitting)
         return {**bench.finish(), "examples": len(fitting), "left_out": left_out}

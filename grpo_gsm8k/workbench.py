@@ -31,7 +31,7 @@ from grpo_gsm8k.plugins import calling, is_users, load_object
 from grpo_gsm8k.preflight import Subject, check_ids, embeddings_of
 from grpo_gsm8k.runs.directory import Run, continued, open_run
 from grpo_gsm8k.runs.files import atomic_folder
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 from grpo_gsm8k.tasks import contamination
 from grpo_gsm8k.tasks.base import Task, load_examples
 from grpo_gsm8k.tasks.render import Renderer, check_lengths, date_of, task_of
@@ -206,10 +206,10 @@ def _rescue(run: Run, learner: Learner) -> None:
     try:
         saved = loop.rescue(run, learner)
     except ServiceError as second:
-        talk(f"{run.stage}: the last complete step could not be saved: {second}")
+        say(f"{run.stage}: the last complete step could not be saved: {second}")
         saved = max(checkpoint.steps_present(run.checkpoints), default=0)
     if saved:
-        talk(f"{run.stage}: step {saved} is saved in {run.path}; continue with --resume")
+        say(f"{run.stage}: step {saved} is saved in {run.path}; continue with --resume")
 
 
 @contextmanager
@@ -279,7 +279,7 @@ def validated(examples: Sequence[Example], cfg: TrainConfig) -> list[Example]:
 def warn_of_unread(cfg: EngineConfig) -> None:
     """Name the settings that are vLLM's alone and were given to the embedded engine."""
     if cfg.unread:
-        talk(f"{', '.join(cfg.unread)}: only vLLM reads this, and --engine is {cfg.engine}")
+        say(f"{', '.join(cfg.unread)}: only vLLM reads this, and --engine is {cfg.engine}")
 
 
 def evaluates_apart(cfg: TrainConfig, stage: str) -> bool:

@@ -46,7 +46,7 @@ from grpo_gsm8k.evals import stats
 from grpo_gsm8k.evals.accuracy import read_rows
 from grpo_gsm8k.evals.compare import corrected_for_number
 from grpo_gsm8k.runs.files import read_json, write_json, write_jsonl
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 from grpo_gsm8k.tasks import load_task
 from grpo_gsm8k.tasks.base import load_examples
 from grpo_gsm8k.tasks.gsm8k.grading import extract, grade
@@ -281,9 +281,7 @@ def main() -> int:
         write_json(args.out, report)
     print(json.dumps({key: value for key, value in report.items() if key != "values"}, ensure_ascii=False, indent=1))
     for row in worse:
-        talk(
-            f"worse than {args.baseline}: {row['task']} {100 * row['difference']:+.1f} points, p = {row['p_holm']:.3g}"
-        )
+        say(f"worse than {args.baseline}: {row['task']} {100 * row['difference']:+.1f} points, p = {row['p_holm']:.3g}")
     return 1 if worse else 0
 
 
@@ -291,5 +289,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except GrpoError as fault:
-        talk(f"error: {fault}")
+        say(f"error: {fault}")
         sys.exit(fault.exit_code)

@@ -77,7 +77,7 @@ def test_outside_a_terminal_a_long_step_is_not_silent(soon, capfd):
 
 SCRIPT = """
 import time
-from grpo_gsm8k.runs.progress import doing, part, progress, talk
+from grpo_gsm8k.runs.progress import doing, part, progress, say
 with doing("demo"):
   time.sleep(0.4)
   with part(2, 4), doing("sft"):
@@ -85,7 +85,7 @@ with doing("demo"):
         bar.update(150, "loss 1.234, accuracy 12.3 %")
         with progress("validation", 10, keep=False) as inner:
             time.sleep(0.6)
-            talk("a line in between")
+            say("a line in between")
         bar.update(300, "loss 0.5, accuracy 38.5 %")
 print("the table")
 """

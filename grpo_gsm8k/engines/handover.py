@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from grpo_gsm8k.datatypes import WeightsRef
 from grpo_gsm8k.errors import DiskError, EngineError
 from grpo_gsm8k.runs.files import disk_errors
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 from grpo_gsm8k.trainer.policy import weights_sha256
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -85,7 +85,7 @@ class Outbox:
             try:
                 self._shared, self._lock = _locked_folder()
             except OSError as fault:
-                talk(f"{SHARED_MEMORY}: cannot be used ({fault.strerror}); handing over by way of {fallback}")
+                say(f"{SHARED_MEMORY}: cannot be used ({fault.strerror}); handing over by way of {fallback}")
         self.newest: WeightsRef | None = None
 
     def put(self, ref: WeightsRef, tensors: Iterable[tuple[str, torch.Tensor]]) -> WeightsRef:
@@ -100,11 +100,11 @@ class Outbox:
             try:
                 self.newest = write(self._shared / name, ref.version, held, ref.sha256)
             except DiskError as fault:  # another process filled it in the meantime
-                talk(f"{fault}; handing over by way of {self.fallback}")
+                say(f"{fault}; handing over by way of {self.fallback}")
                 self.newest = write(self._on_disk(name), ref.version, held, ref.sha256)
         else:
             if before is None or _file(before).parent != self.fallback:
-                talk(f"shared memory has no room for {size / 1e9:.2f} GB; handing over by way of {self.fallback}")
+                say(f"shared memory has no room for {size / 1e9:.2f} GB; handing over by way of {self.fallback}")
             self.newest = write(self._on_disk(name), ref.version, held, ref.sha256)
         if before and before.where != self.newest.where:
             _file(before).unlink(missing_ok=True)

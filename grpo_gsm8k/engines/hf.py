@@ -28,7 +28,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from grpo_gsm8k.datatypes import Completion, FinishReason, Request, SamplingParams, WeightsRef
 from grpo_gsm8k.engines import handover, static_cache
 from grpo_gsm8k.errors import ModelError, NonFiniteError
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 from grpo_gsm8k.tasks.render import Renderer
 from grpo_gsm8k.trainer import adapter, architecture
 from grpo_gsm8k.trainer.kernels import choose_attention
@@ -131,14 +131,14 @@ class HFSampler:
     def _static_decoder(self) -> static_cache.StaticDecoder | None:
         """None, with a line why, where the model does not decode in static buffers as it does without."""
         if not static_cache.serves(self.model):
-            talk(f"{architecture.name(self.model)}: its cache has no fixed size, so it is decoded without CUDA graphs")
+            say(f"{architecture.name(self.model)}: its cache has no fixed size, so it is decoded without CUDA graphs")
             return None
         graphs = self.device.type == "cuda"
         made = static_cache.StaticDecoder(
             self.model, lambda: Decoder(self.model, self.renderer.pad_id), _choose, graphs
         )
         if fault := _fault_of_decoding(self.model, made):
-            talk(f"{architecture.name(self.model)}: decoded without CUDA graphs; with static buffers {fault}")
+            say(f"{architecture.name(self.model)}: decoded without CUDA graphs; with static buffers {fault}")
             return None
         made.forget()
         return made

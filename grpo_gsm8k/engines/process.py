@@ -25,7 +25,7 @@ from grpo_gsm8k.engines import handover
 from grpo_gsm8k.engines.channel import Child, ChildGone, environment_of
 from grpo_gsm8k.engines.handover import Outbox
 from grpo_gsm8k.errors import ConfigError, EngineError
-from grpo_gsm8k.runs.progress import doing, talk
+from grpo_gsm8k.runs.progress import doing, say
 from grpo_gsm8k.tasks.render import Renderer
 from grpo_gsm8k.trainer.ranks import world
 
@@ -93,7 +93,7 @@ def settle(cfg: C, learner: str, gpus: int = 0, ranks: int = 1) -> C:
         why = ""
     engine = "hf" if why else "vllm"
     if not world().rank:
-        talk(f"--engine auto: {engine}; {why or 'vLLM is installed and there is a GPU'}")
+        say(f"--engine auto: {engine}; {why or 'vLLM is installed and there is a GPU'}")
     return dataclasses.replace(cfg, engine=engine)
 
 
@@ -168,7 +168,7 @@ class Engine:
                             f"{self.name} {fault}, and its weights with it; resume with --resume"
                         ) from None
                     self.restarts, last = self.restarts + 1, fault
-                    talk(f"{fault.output_tail}\n{self.name} {fault}; starting it again".strip())
+                    say(f"{fault.output_tail}\n{self.name} {fault}; starting it again".strip())
             raise EngineError(f"{self.name} failed {ATTEMPTS} times in a row: it {last}")
         finally:
             self.busy_s += time.monotonic() - began
@@ -265,7 +265,7 @@ class ProcessSampler:
             if not pending:
                 self.held = given
                 return
-            talk(f"{pending[0].name} refused the weights: {next(filter(None, refusals))}; handing over again")
+            say(f"{pending[0].name} refused the weights: {next(filter(None, refusals))}; handing over again")
         raise EngineError(f"{pending[0].name} refused the weights twice; the checkpoints are good")
 
     def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:

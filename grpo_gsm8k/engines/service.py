@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from grpo_gsm8k.config import SERVICE, SERVICE_FILE, PromptConfig
 from grpo_gsm8k.errors import CheckpointError, ConfigError, GrpoError, ModelError, RefusedError, ServiceError
 from grpo_gsm8k.runs.files import read_json
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 
 KEY = "TINKER_API_KEY"
 HASH = "weights_sha256"  # a key of user_metadata that is sent empty
@@ -127,7 +127,7 @@ class Service:
         if len(models) == 1 and (not wanted or Path(wanted).is_dir()):
             (only,) = models.values()
             if wanted:
-                talk(f"{self}: has one model, {only.name}; it is asked with the tokenizer of {wanted}")
+                say(f"{self}: has one model, {only.name}; it is asked with the tokenizer of {wanted}")
             return only
         few = ", ".join(list(models)[:10]) or "none"
         raise ModelError(
@@ -165,7 +165,7 @@ class Service:
         try:
             self.call(f"deleting {path}", lambda: self.rest.delete_checkpoint_from_tinker_path(path).result())
         except RefusedError as refusal:
-            talk(f"{refusal}; the local record of it is deleted")
+            say(f"{refusal}; the local record of it is deleted")
 
     # ------------------------------------------------------------------------------------- training, sampling
 

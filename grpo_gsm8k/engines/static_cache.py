@@ -27,7 +27,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from grpo_gsm8k.errors import NonFiniteError
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 from grpo_gsm8k.trainer import architecture
 from grpo_gsm8k.trainer.packing import EXCHANGEABLE
 
@@ -180,7 +180,7 @@ class StaticDecoder:
             raise
         except RuntimeError as refusal:
             why = " ".join(str(refusal).split())[:160]
-            talk(f"{architecture.name(self.model)}: no CUDA graph of a decoding step, so it is slow ({why})")
+            say(f"{architecture.name(self.model)}: no CUDA graph of a decoding step, so it is slow ({why})")
             self.uses_graphs = False
             return None
 

@@ -22,7 +22,7 @@ from grpo_gsm8k.engines.process import Engine
 from grpo_gsm8k.errors import GrpoError
 from grpo_gsm8k.evals.accuracy import Evaluation, evaluate
 from grpo_gsm8k.runs.files import read_json, write_json
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 from grpo_gsm8k.tasks.render import Renderer
 from grpo_gsm8k.trainer.policy import weights_sha256
 
@@ -136,7 +136,7 @@ class AsyncEvaluator:
         with self._changed:
             self._start()
             if self._jobs:
-                talk(f"waiting for {len(self._jobs)} evaluations")
+                say(f"waiting for {len(self._jobs)} evaluations")
             self._changed.wait_for(lambda: not self._jobs or self._fault)
         return self.results()
 
@@ -166,7 +166,7 @@ class AsyncEvaluator:
             stored = read_json(note)
             given = WeightsRef(stored["version"], stored["sha256"], note.with_suffix(".safetensors"))
             self._jobs.append(_Job(given.version, None, given))
-            talk(f"the evaluation of step {given.version} is still pending")
+            say(f"the evaluation of step {given.version} is still pending")
         for target in (self._write, self._judge):
             threading.Thread(target=self._guard, args=(target,), daemon=True).start()
 
@@ -215,7 +215,7 @@ class AsyncEvaluator:
                 self._jobs.remove(job)
                 self._running = None
                 if isinstance(found, str):
-                    talk(f"the evaluation of step {job.step} is lost: {found}")
+                    say(f"the evaluation of step {job.step} is lost: {found}")
                     self.lost += 1
                     self.settle(job.step)
                 else:

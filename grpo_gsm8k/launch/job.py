@@ -12,7 +12,7 @@ from grpo_gsm8k import config, originals, repro
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.launch import records
 from grpo_gsm8k.launch.settings import PlanConfig, UpConfig
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 from grpo_gsm8k.tasks.base import Tags, make_tags
 from grpo_gsm8k.trainer.costs import GIB
 
@@ -95,11 +95,11 @@ def with_memory(cfg: UpConfig, command: Sequence[str]) -> UpConfig:
     method = ("lora" if lora else "sft") if asked.get("stage") == "sft" else ("grpo-lora" if lora else "grpo")
     facts, why = hub.facts_of(access)
     if facts is None:
-        talk(f"{model}: this token may load it; {why}, so nobody knows what it needs: --min_memory {cfg.min_memory:g}")
+        say(f"{model}: this token may load it; {why}, so nobody knows what it needs: --min_memory {cfg.min_memory:g}")
         return cfg
     wanted = config.build(PlanConfig, {"model_id": model, "method": method, "lora_rank": lora or 32})
     gib = plan.need(facts, wanted, cfg.count) / GIB
-    talk(
+    say(
         f"{model}: this token may load it; {facts.shape.parameters / 1e9:.2f} billion parameters, {method} needs about "
         f"{gib:.0f} GiB on each of {cfg.count} x GPU"
     )

@@ -25,7 +25,7 @@ from pathlib import Path
 from grpo_gsm8k.errors import GrpoError
 from grpo_gsm8k.launch import hub
 from grpo_gsm8k.runs.files import read_json
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 
 WHERE = "run"
 # Not pushed to a public repository: what tells of the machine and of whoever started the job.
@@ -65,13 +65,13 @@ def push(repo_id: str, folder: Path, public: bool = False) -> None:
             delete_patterns="*",
         )
     except hub.UNREACHABLE as fault:  # also a checkpoint that was retired while it was read
-        talk(f"not pushed this time: {type(fault).__name__}")
+        say(f"not pushed this time: {type(fault).__name__}")
 
 
 def run(repo_id: str, folder: Path, every_s: float, command: Sequence[str], public: bool = False) -> int:
     """Restore, run, push every so often and at the end; the command's exit code."""
     if restore(repo_id, folder):
-        talk(f"going on from what was pushed to {repo_id}")
+        say(f"going on from what was pushed to {repo_id}")
     ended = threading.Event()
 
     def keep_pushing() -> None:
@@ -113,10 +113,10 @@ def deliver(repo_id: str, model: Path, public: bool, tries: int = 3, wait_s: flo
         try:
             done = publish.push(model, repo_id, public, instead_of=f"{WHERE}/")
         except GrpoError as fault:
-            talk(f"{repo_id}: the model is NOT there: {fault}")
+            say(f"{repo_id}: the model is NOT there: {fault}")
             time.sleep(wait_s if attempt + 1 < tries else 0)
         else:
-            talk(f"{repo_id}: step {done['step']} of {model} is the model there, with its card")
+            say(f"{repo_id}: step {done['step']} of {model} is the model there, with its card")
             return True
     return False
 

@@ -21,7 +21,7 @@ from grpo_gsm8k.launch.settings import UpConfig
 from grpo_gsm8k.launch.shell import PIECE, ShellError, dial
 from grpo_gsm8k.launch.up import KEY, bury, launch
 from grpo_gsm8k.runs.clean import printable
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 
 T = TypeVar("T")
 MOST_LINE = 16 * PIECE  # bytes that are kept of a line without an end
@@ -81,7 +81,7 @@ def logs(state_dir: Path, run: str) -> None:
             _with_api(read)
             return
         except ShellError as fault:
-            talk(f"{fault}; this is what was seen before")
+            say(f"{fault}; this is what was seen before")
     log = record.folder / "log"
     with log.open(encoding="utf-8", errors="replace") if log.exists() else io.StringIO() as lines:
         for line in lines:
@@ -148,7 +148,7 @@ def _ask(pods: list[Found]) -> bool:
     what = f"{len(pods)} pods within their deadline are not on record here and may be a colleague's: {shown}"
     if not sys.stdin.isatty() or not sys.stderr.isatty():
         raise ConfigError(f"{what}. Nothing was deleted: add --yes to delete them, --dry_run to see everything")
-    talk(what)
+    say(what)
     print("delete them as well? [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
@@ -183,12 +183,12 @@ def _delete(
     if dry_run:
         return {"deleted": [], "would_delete": rows}
     if not agreed(list(doomed.values())):
-        talk("nothing was deleted")
+        say("nothing was deleted")
         return {"deleted": []}
 
     async def work(api: Runpod) -> set[str] | None:
         return await bury(
-            api, lambda pod: pod.id in doomed, set(doomed), looks=1, patience_s=120.0, poll_s=2.0, say=talk
+            api, lambda pod: pod.id in doomed, set(doomed), looks=1, patience_s=120.0, poll_s=2.0, say=say
         )
 
     left = _with_api(work) if doomed else set()
@@ -201,10 +201,10 @@ def _delete(
                 lease.ended = lease.ended or time.time()
             record.enter("end")
             (record.folder / KEY).unlink(missing_ok=True)
-            talk(f"{record.run}: ended; it cost about ${record.cost():.4f} (price x time)")
+            say(f"{record.run}: ended; it cost about ${record.cost():.4f} (price x time)")
     for row in rows:
         whose = f"{row['run']} (on record {row['record']})"
-        talk(f"deleted {row['pod']} of {whose}, ${row['rate']:.2f} an hour: {row['why']}")
+        say(f"deleted {row['pod']} of {whose}, ${row['rate']:.2f} an hour: {row['why']}")
     if left:
         raise LaunchError(f"could not be deleted, and go on costing money: {', '.join(sorted(left))}")
     return {"deleted": rows}

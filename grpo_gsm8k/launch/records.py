@@ -27,7 +27,7 @@ from typing import Any
 
 from grpo_gsm8k.errors import ConfigError, DataError, DiskError
 from grpo_gsm8k.runs.files import atomic_path, disk_errors, read_json
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 
 PROJECT = "grpo-gsm8k"
 STAMP = "%Y%m%dT%H%M%SZ"
@@ -179,7 +179,7 @@ def load_all(root: Path) -> list[Record]:
         try:
             found.append(load(path.parent))
         except DataError as fault:
-            talk(f"{fault}; skipped, its pods are known by their names alone")
+            say(f"{fault}; skipped, its pods are known by their names alone")
     return sorted(found, key=lambda record: record.began)
 
 

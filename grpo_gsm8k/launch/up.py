@@ -38,7 +38,7 @@ from grpo_gsm8k.launch.shell import (
 )
 from grpo_gsm8k.launch.webhook import Webhook
 from grpo_gsm8k.runs.clean import printable, without_paths
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 
 LEAST_S = 60.0  # a pod that the budget pays for less than this is not worth making
 MOST_HOURS = 24.0
@@ -84,7 +84,7 @@ def up(values: Mapping[str, Any], command: Sequence[str]) -> dict[str, Any]:
         from grpo_gsm8k.launch import hub  # its client takes half a second to load
 
         hub.check_push(cfg.repo_id, cfg.public)
-        talk(
+        say(
             f"--repo_id {cfg.repo_id}: all of {cfg.fetch or 'artifacts'}/ is pushed there, but for what looks secret; "
             "a job that ends well leaves its model there instead"
         )
@@ -640,7 +640,7 @@ class Launcher:
     def say(self, message: str) -> None:
         """A line for the user; a terminal that is gone must not keep a pod alive."""
         with contextlib.suppress(OSError):
-            talk(self.blot(message))
+            say(self.blot(message))
 
     def _tell(self, event: str, message: str, quiet: bool = False, **known: float | str) -> None:
         message, stage = self.blot(message), SHOWN.get(self.record.stage, self.record.stage)

@@ -16,7 +16,7 @@ from itertools import pairwise
 from statistics import fmean, variance
 from typing import Any
 
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 
 Row = Mapping[str, Any]
 
@@ -127,7 +127,7 @@ def announce(rows: Sequence[Row], cfg: Mapping[str, Any], said: Sequence[str]) -
     fresh = [finding for finding in diagnose(rows, cfg) if finding.name not in said]
     for finding in fresh:
         kind = "warning" if finding.alarm else "note"
-        talk(f"{kind}: step {rows[-1]['step']:g}: {finding.seen} {finding.why} {finding.todo}")
+        say(f"{kind}: step {rows[-1]['step']:g}: {finding.seen} {finding.why} {finding.todo}")
     return [*said, *(finding.name for finding in fresh)]
 
 

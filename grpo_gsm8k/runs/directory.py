@@ -37,7 +37,7 @@ from grpo_gsm8k.runs.files import (
     write_json,
     write_jsonl,
 )
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 
 RUNS = Path("artifacts/runs")
 OWN = frozenset(
@@ -270,7 +270,7 @@ def _default_path(cfg: TrainConfig, stage: str) -> Path:
     path = _unfinished(cfg, stage)
     if path is None:
         return new_path()
-    talk(f"resuming {path}")
+    say(f"resuming {path}")
     return path
 
 

@@ -21,7 +21,7 @@ from typing import IO
 
 from grpo_gsm8k.errors import RunDirError
 from grpo_gsm8k.runs.files import disk_errors
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 
 NAME = ".lock"
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS})  # some network file systems
@@ -72,7 +72,7 @@ def _locked(folder: Path) -> Iterator[IO[str]]:
             except OSError as fault:
                 if fault.errno not in NO_LOCKS:
                     raise
-                talk(f"{folder}: its file system has no locks ({fault.strerror}); let no other process write there")
+                say(f"{folder}: its file system has no locks ({fault.strerror}); let no other process write there")
             if _is_current(handle, folder):
                 yield handle
                 return

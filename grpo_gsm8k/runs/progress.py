@@ -25,7 +25,7 @@ NARROW = 60  # columns of a terminal below which a bar's note stands under it
 LOOK_S = 0.5
 
 
-def talk(message: str) -> None:
+def say(message: str) -> None:
     """Print one line on stderr, without control codes; stdout is for data. A run goes on when nobody can read it."""
     _screen.spoke_at = time.monotonic()
     with contextlib.suppress(OSError, ValueError):
@@ -51,7 +51,7 @@ class Progress:
         began = self.done == self._first
         self.done, self.note, self._moved = done, note, time.monotonic()
         if not _screen.live and (began or done == self.total):
-            talk(self.line())
+            say(self.line())
 
     def seconds(self) -> float:
         """Since it began in this process."""
@@ -180,7 +180,7 @@ class _Screen:
             time.sleep(LOOK_S)
             bars = self.shown()
             if bars and time.monotonic() - self.spoke_at >= LINE_EVERY_S:
-                talk("; ".join(bar.line() for bar in bars))
+                say("; ".join(bar.line() for bar in bars))
 
     def _row(self, bar: Progress, width: int) -> Any:
         """A bar for rich; its note stands under it where the terminal is narrow."""

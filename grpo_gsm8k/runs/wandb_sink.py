@@ -23,7 +23,7 @@ from typing import Any
 
 from grpo_gsm8k.runs.clean import publishable
 from grpo_gsm8k.runs.files import write_atomic
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 
 QUEUE_ROWS = 10_000
 CLOSE_SECONDS = 30.0
@@ -82,7 +82,7 @@ class WandbSink:
             self._rows.put(None, timeout=CLOSE_SECONDS)
         self._thread.join(CLOSE_SECONDS)
         if self.dropped:
-            talk(f"W&B was too slow for {self.dropped} rows; metrics.jsonl has them all")
+            say(f"W&B was too slow for {self.dropped} rows; metrics.jsonl has them all")
 
     def _run(self, project: str, name: str, folder: Path, config: Mapping[str, Any]) -> None:
         import wandb
@@ -107,7 +107,7 @@ class WandbSink:
             run.finish()
         except (wandb.Error, HandleAbandonedError, MailboxClosedError, OSError, ValueError) as fault:
             reason = f"{type(fault).__name__} {' '.join(str(fault).split())[:200]}"
-            talk(f"W&B is off for this run, metrics.jsonl has everything: {reason}")
+            say(f"W&B is off for this run, metrics.jsonl has everything: {reason}")
             while self._rows.get() is not None:  # drain the queue until the run ends
                 pass
 

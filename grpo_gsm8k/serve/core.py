@@ -21,7 +21,7 @@ from typing import Any
 
 from grpo_gsm8k.errors import DiskError
 from grpo_gsm8k.repro import derive_seed
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 from grpo_gsm8k.serve import data, upkeep, watch
 from grpo_gsm8k.serve.adapters import BaseModel, ModelSpec
 from grpo_gsm8k.serve.bodies import JSON_BODY, is_path, pack, unpack
@@ -69,7 +69,7 @@ class Service(Ledger):
         waiting = self.recall()
         upkeep.remove_orphans(self)
         if waiting:
-            talk(f"{waiting} requests were waiting when the server ended; they are done now")
+            say(f"{waiting} requests were waiting when the server ended; they are done now")
         self.engine.start()
 
     def close(self) -> None:
@@ -82,7 +82,7 @@ class Service(Ledger):
             for model_id in held if not self.store.fault else ():
                 self.work.evict(model_id)
         except DiskError as full:  # their requests are kept, and done again at the next start
-            talk(f"models are not written to disk: {full}")
+            say(f"models are not written to disk: {full}")
         self.store.close()
 
     def give(self, entry: Entry) -> None:

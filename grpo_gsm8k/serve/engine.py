@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from grpo_gsm8k.errors import DiskError, GrpoError, NonFiniteError, UserError
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 from grpo_gsm8k.serve.bodies import unpack
 from grpo_gsm8k.serve.books import Entry
 from grpo_gsm8k.serve.jobs import Result, SampledSequence, SampleJob, Table
@@ -261,8 +261,8 @@ def _failed(entry: Entry, error: GrpoError) -> Result:
 
 def _bug(entry: Entry, error: BaseException) -> Result:
     """What a client is told of an error that nobody has foreseen; its traceback goes to the log."""
-    talk(f"request {entry.id} ({entry.kind}) failed with an error of the server's own:")
+    say(f"request {entry.id} ({entry.kind}) failed with an error of the server's own:")
     for line in "".join(traceback.format_exception(error)).splitlines():
-        talk(line)
+        say(line)
     what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return Result(entry.kind, error=f"the server failed at this request: {what}", category="server")

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 from grpo_gsm8k.serve import codec
 from grpo_gsm8k.serve.books import Entry, SeqQueue, insert
 from grpo_gsm8k.serve.jobs import Refusal, Result
@@ -209,7 +209,7 @@ class Ledger:
 
         def tell(written: Future[Any]) -> None:
             if error := written.exception():  # the server ends while the disk is full: it is done again
-                talk(f"request {entry.id} ({entry.kind}) is done again at the next start: {error}")
+                say(f"request {entry.id} ({entry.kind}) is done again at the next start: {error}")
                 return
             with self._lock:
                 for step in outcome.after:

@@ -18,7 +18,7 @@ from grpo_gsm8k import __version__, config
 from grpo_gsm8k.errors import CheckpointError, ConfigError, RunDirError
 from grpo_gsm8k.runs.clean import printable
 from grpo_gsm8k.runs.files import disk_errors, make_folder
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 from grpo_gsm8k.serve import watch
 from grpo_gsm8k.serve.settings import ServeConfig
 
@@ -44,7 +44,7 @@ def run(cfg: ServeConfig) -> None:
             serving = _server(service, keeper)
             announce(cfg, service, listening.getsockname()[1], minted)
             serving.run(sockets=[listening])
-    talk("the server has ended; start it with the same --out_dir to go on")
+    say("the server has ended; start it with the same --out_dir to go on")
 
 
 def check(cfg: ServeConfig) -> str | None:

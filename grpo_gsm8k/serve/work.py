@@ -19,7 +19,7 @@ from typing import Any
 
 from grpo_gsm8k.errors import DiskError, GrpoError, NonFiniteError
 from grpo_gsm8k.runs.files import atomic_folder
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 from grpo_gsm8k.serve.adapters import BaseModel, ModelSpec
 from grpo_gsm8k.serve.bodies import (
     KNOWN,
@@ -97,7 +97,7 @@ class Workshop:
             try:
                 self._snapshot(model, trained, seq, outcome)
             except DiskError as full:
-                talk(f"{model.id}: no snapshot of its state now, its requests are kept: {full}")
+                say(f"{model.id}: no snapshot of its state now, its requests are kept: {full}")
         return outcome
 
     def _do(self, entry: Entry, model: Model, trained: Trained) -> Outcome:
@@ -256,7 +256,7 @@ class Workshop:
                         f"{model.id}: request {row['seq']} failed when it was done again: {again}"
                     ) from None
         if rows:
-            talk(f"{model.id}: {len(rows)} requests done again behind its snapshot")
+            say(f"{model.id}: {len(rows)} requests done again behind its snapshot")
         model.steps = trained.steps
 
     def evict(self, model_id: str) -> None:
@@ -275,7 +275,7 @@ class Workshop:
                 except DiskError as full:
                     if self.stopping.wait(ROOM_S):
                         raise
-                    talk(f"{model.id}: waits for room on the disk: {full}")
+                    say(f"{model.id}: waits for room on the disk: {full}")
             self.books.store.write(lambda db: [change(db) for change in outcome.changes], insist=True).result()
             for step in outcome.after:
                 step()

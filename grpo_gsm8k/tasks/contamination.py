@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from grpo_gsm8k.datatypes import Example
 from grpo_gsm8k.runs.files import read_jsonl
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 from grpo_gsm8k.tasks.base import Task, load_examples
 from grpo_gsm8k.tasks.gsm8k.styles import working
 
@@ -156,7 +156,7 @@ def warn(files: Iterable[Path], test: Path, task: Task) -> None:
         found = scan(path, index, GLANCE)[1] if path.suffix == ".jsonl" and path.is_file() else []
         if found:
             first = min(found, key=lambda overlap: overlap.line)
-            talk(
+            say(
                 f"warning: {path} holds {len(found)} of the {len(problems)} test problems ({first.example.id} in line "
                 f"{first.line}): accuracy on them will say little; see `grpo-gsm8k contamination`"
             )

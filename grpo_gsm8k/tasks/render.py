@@ -24,7 +24,7 @@ from grpo_gsm8k.config import TASK_SETTINGS, PromptConfig
 from grpo_gsm8k.datatypes import Datum, Example, Message, Prompt, Rendered, Source
 from grpo_gsm8k.errors import ConfigError, DataError, ModelError
 from grpo_gsm8k.runs.files import read_json, write_json
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 from grpo_gsm8k.tasks import load_task
 from grpo_gsm8k.tasks.base import Author, Tags, Task, TaskOptions, after_opened_thought, make_tags
 
@@ -523,7 +523,7 @@ class Renderer:
         except ModelError:
             taken = False
         if not taken:
-            talk(f"{self._named} takes no system message: its text is put before the first question instead")
+            say(f"{self._named} takes no system message: its text is put before the first question instead")
         return taken
 
     # -------------------------------------------------------------------------------- properties of a template

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from grpo_gsm8k.config import ModelConfig, PolicyConfig
 from grpo_gsm8k.errors import ConfigError, ModelError
 from grpo_gsm8k.runs.files import real_path
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 from grpo_gsm8k.trainer import pretrained
 from grpo_gsm8k.trainer.policy import load_model, pick_dtype
 
@@ -86,7 +86,7 @@ def attach(model: Any, cfg: PolicyConfig) -> None:
     if not isinstance(model.get_output_embeddings(), torch.nn.Linear):  # head.py reads its weight directly
         raise ConfigError(f"{cfg.model_id}: an adapter on the output head cannot be trained here")
     if experts := _bare_experts(model):
-        talk(
+        say(
             f"lora: {len(experts)} weights of experts, {experts[0]} first, have no adapter and stay as they are: "
             "they are no linear layers; what is beside them is trained"
         )

@@ -13,7 +13,7 @@ import torch
 from grpo_gsm8k import repro
 from grpo_gsm8k.config import TrainConfig
 from grpo_gsm8k.errors import ConfigError
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 from grpo_gsm8k.trainer import packing
 from grpo_gsm8k.trainer.architecture import context_length, decoder_layers
 
@@ -40,7 +40,7 @@ def compiles(model: Any, cfg: TrainConfig, packs: bool, ranks: int) -> bool:
     if fault := _fault_of_compiling(model):
         for layer in decoder_layers(model):
             layer._compiled_call_impl = None
-        talk(f"layers are not compiled: {fault}")
+        say(f"layers are not compiled: {fault}")
         return False
     return True
 

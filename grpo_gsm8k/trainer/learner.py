@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from grpo_gsm8k.config import PromptConfig, TrainConfig
 from grpo_gsm8k.datatypes import Datum, WeightsRef
 from grpo_gsm8k.errors import CheckpointError, ConfigError, NonFiniteError
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 from grpo_gsm8k.trainer import adapter, architecture, costs, dcp, memory, packing, pretrained
 from grpo_gsm8k.trainer.batch import Batch, make_batch, unshifted
 from grpo_gsm8k.trainer.compiled import compiles
@@ -63,7 +63,7 @@ class TorchLearner:
         self.model = self._place(model)
         architecture.silence(self.model, cfg.activation_checkpointing)
         if coefficient := architecture.router_loss(model):
-            talk(f"{architecture.name(model)}: its router loss (router_aux_loss_coef {coefficient:g}) is left out")
+            say(f"{architecture.name(model)}: its router loss (router_aux_loss_coef {coefficient:g}) is left out")
         compiled = compiles(self.model, cfg, self.packs, world().size)
         self.optimizer = self._make_optimizer()
         self.gauge = memory.gauge_of(self.model, cfg, self.optimizer.dtype, world().size, compiled)
@@ -147,7 +147,7 @@ class TorchLearner:
         if retried or len(part) == 1 or world().size > 1:  # ranks that split differently would deadlock
             raise memory.out_of_memory(len(part), longest, self.budget, each) from None
         vars(self)["budget"] = half = max(min(self.budget, len(part) * longest) // 2, 1)
-        talk(f"out of memory at {len(part)} rows x {longest} tokens: trying again with {half} tokens a forward pass")
+        say(f"out of memory at {len(part)} rows x {longest} tokens: trying again with {half} tokens a forward pass")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -328,7 +328,7 @@ class TorchLearner:
         torch.cuda.empty_cache() if self.device.type == "cuda" else None  # free it for an engine on this GPU
         cells = costs.most_cells(self.probed.taken, room)
         if not gauge.printed:
-            talk(f"memory: {self.probed.each / 1e6:.3g} MB a token by a probe, so {cells} tokens a forward pass")
+            say(f"memory: {self.probed.each / 1e6:.3g} MB a token by a probe, so {cells} tokens a forward pass")
         return cells
 
     def _token_logprobs(self, model: Any, part: Batch, *how: Any, **more: Any) -> Scored:

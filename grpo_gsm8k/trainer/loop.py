@@ -24,7 +24,7 @@ from grpo_gsm8k.datatypes import Datum, Learner
 from grpo_gsm8k.errors import Interrupted, NonFiniteError
 from grpo_gsm8k.runs.directory import Run
 from grpo_gsm8k.runs.files import disk_errors
-from grpo_gsm8k.runs.progress import progress, talk
+from grpo_gsm8k.runs.progress import progress, say
 from grpo_gsm8k.trainer import checkpoint
 from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.losses import Objective
@@ -85,14 +85,14 @@ def _validated(run: Run) -> str:
 
 def resume(run: Run, learner: Learner, state: StageState) -> int:
     """Load the newest valid checkpoint, rewind the logs to it, and return its step; 0 if there is none."""
-    found = checkpoint.newest(run.checkpoints, talk)
+    found = checkpoint.newest(run.checkpoints, say)
     step = 0
     if found:
         folder, stored = found
         learner.load(folder)
         step = stored.pop("step")
         state.restore(stored)
-        talk(f"{run.stage}: continuing from step {step} in {run.path}")
+        say(f"{run.stage}: continuing from step {step} in {run.path}")
     run.rewind(step)
     return step
 
@@ -153,14 +153,14 @@ class _Presses:
     def __call__(self, count: int) -> bool:
         now, self.first = time.monotonic(), self.first or time.monotonic()
         if count == 1:
-            talk("finishing this step, then writing a checkpoint; once more to stop at once")
+            say("finishing this step, then writing a checkpoint; once more to stop at once")
             return False
         if world().size > 1 and now - self.first < TORCHRUN_S:
             return False
         run = self.run
         kept = not run.complete or run.complete in checkpoint.steps_present(run.checkpoints) or _within_reach(run)
         if count == 2 and not kept:
-            talk(f"step {run.complete} can only be kept with the one under way, which is being finished; "
+            say(f"step {run.complete} can only be kept with the one under way, which is being finished; "
                  "once more to lose both")  # fmt: skip
             return False
         return True

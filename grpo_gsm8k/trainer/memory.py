@@ -18,7 +18,7 @@ import torch
 from grpo_gsm8k.config import TrainConfig
 from grpo_gsm8k.datatypes import Datum
 from grpo_gsm8k.errors import ConfigError
-from grpo_gsm8k.runs.progress import talk
+from grpo_gsm8k.runs.progress import say
 from grpo_gsm8k.trainer import costs, packing
 from grpo_gsm8k.trainer.batch import Batch, make_batch
 from grpo_gsm8k.trainer.costs import GIB, Setup, Shape
@@ -131,7 +131,7 @@ class Gauge:
         """End of an update: its predicted and measured peak in GB, printed the first time."""
         peak = self.meter.peak()
         if not self.printed:
-            talk(f"memory: predicted {self.predicted / 1e9:.1f} GB, measured peak {peak / 1e9:.1f} GB")
+            say(f"memory: predicted {self.predicted / 1e9:.1f} GB, measured peak {peak / 1e9:.1f} GB")
             self.printed = True
         return {"perf/peak_memory_gb": peak / 1e9, "perf/predicted_peak_gb": self.predicted / 1e9}
 
@@ -144,7 +144,7 @@ def gauge_of(model: Any, cfg: TrainConfig, dtype: torch.dtype, ranks: int, compi
     try:
         shape = shape_of(model)
     except ConfigError as fault:
-        talk(str(fault))
+        say(str(fault))
         return None
     gpu = costs.gpu_called(torch.cuda.get_device_name(device))
     flops = gpu.flops * ranks if gpu and dtype == torch.bfloat16 else 0.0
@@ -174,7 +174,7 @@ def engine_share(cfg: TrainConfig, model: Any, overlaps: bool) -> float:
             f"{resting / 1e9:.0f} GB and {free / 1e9:.0f} GB are free; pass --optimizer_device cpu, --lora_rank, "
             "another --vllm_device, --engine hf, or --gpu_mem_util to try it all the same"
         )
-    talk(f"vLLM takes {share:.2f} of {device}: the learner keeps {resting / 1e9:.1f} of {total / 1e9:.0f} GB")
+    say(f"vLLM takes {share:.2f} of {device}: the learner keeps {resting / 1e9:.1f} of {total / 1e9:.0f} GB")
     return share
 
 

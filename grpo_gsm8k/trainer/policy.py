@@ -12,7 +12,7 @@ import torch
 
 from grpo_gsm8k.config import ModelConfig, PromptConfig
 from grpo_gsm8k.errors import ConfigError
-from grpo_gsm8k.runs.progress import doing, talk
+from grpo_gsm8k.runs.progress import doing, say
 from grpo_gsm8k.trainer import architecture, pretrained
 from grpo_gsm8k.trainer.ranks import world
 
@@ -92,7 +92,7 @@ def prepare_to_save(model: Any, end_ids: Sequence[int]) -> None:
             setattr(kept, key, before)
             dropped.append(f"{key} = {value}")
     model.generation_config = kept
-    talk(f"generation_config.json: transformers refuses to write {', '.join(dropped)}; left out of what is saved")
+    say(f"generation_config.json: transformers refuses to write {', '.join(dropped)}; left out of what is saved")
 
 
 def _is_written(settings: Any) -> bool:
