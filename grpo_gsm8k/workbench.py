@@ -277,7 +277,7 @@ def validated(examples: Sequence[Example], cfg: TrainConfig) -> list[Example]:
 
 
 def warn_of_unread(cfg: EngineConfig) -> None:
-    """Name the settings that are vLLM's alone and were given to the embedded engine."""
+    """Name the settings that are vLLM's alone and were given to another engine."""
     if cfg.unread:
         say(f"{', '.join(cfg.unread)}: only vLLM reads this, and --engine is {cfg.engine}")
 
@@ -472,9 +472,9 @@ def evaluate_model(
 ) -> Evaluation:
     """Load a model, evaluate it on `examples` (with each of `seeds`, after `shots`), let it go."""
     how: dict[str, Any] = {"samples": samples, "seeds": seeds, "title": title}
+    warn_of_unread(cfg)
     if cfg.engine == "tinker":
         return _evaluate_at_service(cfg, task, examples, params, source, shots, how)
-    warn_of_unread(cfg)
     repro.set_deterministic(cfg.deterministic)
     # An engine gets the weights from a copy on the CPU, as in training, so their hash names what was evaluated.
     if cfg.uses_vllm:
