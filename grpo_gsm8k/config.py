@@ -993,7 +993,7 @@ def _coerce(cls: type, key: str, value: Any, said: str) -> Any:
         raise refuse("must be UTF-8 text without NUL")
     if typing.get_origin(hint) is Literal:
         if value not in typing.get_args(hint):
-            raise refuse(f"must be one of {', '.join(typing.get_args(hint))}")
+            raise refuse(f"must be one of {', '.join(choice or '(empty)' for choice in typing.get_args(hint))}")
         return value
     if hint is bool and isinstance(value, str):
         if value.lower() not in ("true", "false"):

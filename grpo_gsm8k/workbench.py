@@ -33,7 +33,7 @@ from grpo_gsm8k.runs.directory import Run, continued, open_run
 from grpo_gsm8k.runs.files import atomic_folder
 from grpo_gsm8k.runs.progress import say
 from grpo_gsm8k.tasks import contamination
-from grpo_gsm8k.tasks.base import Task, load_examples
+from grpo_gsm8k.tasks.base import Task, load_examples, load_split
 from grpo_gsm8k.tasks.render import Renderer, check_lengths, date_of, task_of
 from grpo_gsm8k.trainer import adapter, checkpoint, loop, ranks
 from grpo_gsm8k.trainer.learner import TorchLearner
@@ -175,7 +175,7 @@ def open_workbench(
     warn_of_unread(cfg)
     eval_path = Path(cfg.eval_set_path or Path(cfg.data) / "val.jsonl")
     task = task_of(cfg)
-    examples = load_examples(task, eval_path)
+    examples = load_examples(task, eval_path) if cfg.eval_set_path else load_split(task, cfg.data, "val")
     evaluates_apart(cfg, stage)  # refuses here
     if cfg.uses_vllm:
         placements(cfg, gpus=torch.cuda.device_count())

@@ -207,6 +207,22 @@ def test_the_scripts_of_the_first_readme_one_after_the_other(call, tiny):
     assert json.loads(out.splitlines()[-1])["step"] == 1  # behind what the scripts printed
 
 
+def test_sft_without_a_valid_evaluation_set_halts_before_it_loads_a_model(call):
+    Path("pairs.jsonl").write_text(json.dumps({"prompt": "1 + 1?", "response": "2"}) + "\n")
+    Path("empty.jsonl").touch()
+    Path("bad.jsonl").write_text('{"prompt": "1 + 1?"}\n')
+    said = {
+        "": "artifacts/data: does not exist; make it with `grpo-gsm8k data --out_dir artifacts/data`",
+        "nowhere.jsonl": "nowhere.jsonl: does not exist",
+        "empty.jsonl": "empty.jsonl: is empty",
+        "bad.jsonl": "bad.jsonl:1: 'gold' is missing",
+    }
+    for path, why in said.items():
+        words = ["--eval_set_path", path] if path else []
+        code, out, err = call("sft", "--model_id", "nowhere", "--data_path", "pairs.jsonl", *words, "--out_dir", "run")
+        assert (code, out) == (2, "") and f"error: {why}" in err and not Path("run").exists()
+
+
 # ------------------------------------------------------------------------------------------- where data lie
 
 
