@@ -645,7 +645,7 @@ def _run(argv: list[str] | None) -> int:
     try:
         with streams.stdout_errors():
             environment.load()
-            code = app(argv, prog_name="grpo-gsm8k", standalone_mode=False) or 0
+            code = app.tree(argv, prog_name="grpo-gsm8k", standalone_mode=False) or 0
         if code != 130:  # what typer makes of a KeyboardInterrupt
             return int(code)
         _say(interrupts.LINE)
