@@ -139,7 +139,7 @@ def test_what_only_vllm_reads_is_named_under_another_engine(flags, named, capsys
 
 def test_a_device_of_vllm_under_another_engine_is_refused():
     for stage in ("eval", "sft", "grpo"):
-        with pytest.raises(ConfigError, match="--vllm_device cuda:1 with --engine hf: .*give --engine vllm, or leave"):
+        with pytest.raises(ConfigError, match=r"--vllm_device cuda:1 with --engine hf: .*give --engine vllm, or leave"):
             config.resolve(stage, flags={"engine": "hf", "vllm_device": "cuda:1"})
         with pytest.raises(ConfigError, match="--vllm_devices cuda:1,cuda:2 with --engine hf"):
             config.resolve(stage, flags={"engine": "hf"}, sets=["vllm_devices=cuda:1,cuda:2"])
