@@ -250,6 +250,19 @@ def test_resuming_gives_the_same_next_loss(client: Client) -> None:
     assert found[0] == expected[0] and found[2] != expected[2]  # Adam began anew
 
 
+def test_a_checkpoint_is_loaded_into_a_model_while_another_one_is_at_work(client: Client) -> None:
+    """Older clients make a model and load into it, and another client's request may come between."""
+    model = client.model()
+    client.learn(model, [datum(IDS)])
+    client.step(model)
+    path = client.train("save_weights", model, path="mid")["path"]
+    expected = client.learn(model, [datum(IDS)])["metrics"]
+    late, other = client.model(), client.model()
+    client.learn(other, [datum(IDS)])
+    client.train("load_weights", late, path=path, optimizer=True)
+    assert client.learn(late, [datum(IDS)])["metrics"] == expected
+
+
 def test_a_taken_name_is_refused(client: Client) -> None:
     model = client.model()
     client.train("save_weights", model, path="x")
