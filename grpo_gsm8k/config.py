@@ -244,7 +244,9 @@ class EngineConfig(ModelConfig):
         if self.engine not in ("auto", *ENGINES) and not is_users(self.engine):
             raise ConfigError(f"engine = {self.engine!r}: must be auto, {', '.join(ENGINES)}, or package.module:Class")
         if at_service(self.model_id) and self.engine != "tinker":
-            raise ConfigError(f"{self.model_id} is at a training service, which samples itself: leave --engine and vLLM's flags out")
+            raise ConfigError(
+                f"{self.model_id} is at a training service, which samples itself: leave --engine and vLLM's flags out"
+            )
 
     @property
     def uses_vllm(self) -> bool:

@@ -21,6 +21,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
+from grpo_gsm8k import originals
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 METAVARS = {
@@ -233,7 +235,9 @@ class Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that is named first; an error names the nearest one."""
         if not self.get_command(ctx, args[0]) and not args[0].startswith("-") and not ctx.resilient_parsing:
-            ctx.fail(f"no such command: {args[0]}{nearest(args[0], self.commands)}")
+            here = originals.COMMANDS.get(args[0].replace("_", "-"))
+            known = f" (here: {here})" if here in self.commands else nearest(args[0], self.commands)
+            ctx.fail(f"no such command: {args[0]}{known}")
         return super().resolve_command(ctx, args)
 
 
