@@ -212,7 +212,10 @@ class App(typer.Typer):
     @functools.cached_property
     def tree(self) -> Any:
         """The commands as click has them, built once: a process may run many command lines."""
-        return typer.main.get_command(self)
+        group = typer.main.get_command(self)
+        for parameter in group.params:  # typer has added those of completion behind ours
+            _show_in_our_words(parameter)
+        return group
 
 
 class Commands(TyperGroup):
