@@ -647,7 +647,8 @@ def _run(argv: list[str] | None) -> int:
     """The command's exit code; what a person can mend becomes one line."""
     try:
         with streams.stdout_errors():
-            environment.load()
+            for wrong in environment.load():
+                _say(wrong)
             code = app.tree(argv, prog_name="grpo-gsm8k", standalone_mode=False) or 0
         if code != 130:  # what typer makes of a KeyboardInterrupt
             return int(code)
