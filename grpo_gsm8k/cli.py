@@ -502,7 +502,7 @@ register(
     config.GrpoConfig,
     _objective_check,
     "print_objective",
-    skip=tuple(sorted(config.SECTIONS["grpo"].__dataclass_fields__.keys() - OF_AN_OBJECTIVE)),
+    skip=tuple(f.name for f in dataclasses.fields(config.GrpoConfig) if f.name not in OF_AN_OBJECTIVE),
     into=objective_app,
 )
 

@@ -15,35 +15,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, get_args
 
 from grpo_gsm8k import grpo
 from grpo_gsm8k.config import ALGORITHMS, GrpoConfig
 from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.objective.chain import chain_checks
 from grpo_gsm8k.objective.checks import all_checks, kl_pulls_along
 from grpo_gsm8k.objective.estimate import EXACT, Against, compare, moments, neutral
 from grpo_gsm8k.objective.world import LONGEST, World, make_world, sequence_kl_gradient, token_kl_gradients
+from grpo_gsm8k.trainer.data import Correction
 
 GROUPS = (2, 6)  # smallest and largest group: an update of six has 2 x 924 cases
-CORRECTIONS = ("none", "truncate", "mask", "sequence_truncate", "sequence_mask", "geometric_mask")
-PARTS: dict[str, tuple[str, ...]] = {
-    "advantage": ("advantage",),
-    "baseline": ("baseline",),
-    "std_norm": ("std_norm",),
-    "aggregation": ("aggregation",),
-    "mask_truncated": ("mask_truncated",),
-    "overlong_buffer": ("overlong_buffer",),
-    "resample_zero_variance": ("resample_zero_variance",),
-    "entropy_coef": ("entropy_coef",),
-    "kl_coef": ("kl_coef",),
-}
-"""Parts of an objective beside its loss, and the settings that make them."""
+CORRECTIONS: tuple[Correction, ...] = get_args(Correction)
+PARTS = (
+    *("advantage", "baseline", "std_norm", "aggregation", "mask_truncated", "overlong_buffer"),
+    *("resample_zero_variance", "entropy_coef", "kl_coef"),
+)
+"""Settings that are parts of an objective, beside its loss."""
 
 
 def check(cfg: GrpoConfig, group_size: int) -> dict[str, Any]:
     """Everything that the command prints about one objective."""
     cfg = small(cfg, group_size)
-    checks = all_checks(cfg)
+    checks = all_checks(cfg) + chain_checks()
     worlds = {"on_policy": make_world(False, cfg.temperature), "off_policy": make_world(True, cfg.temperature)}
     return {
         "objective": settings_of(cfg),
@@ -105,11 +100,11 @@ def _told(found: Against) -> dict[str, Any]:
 def parts(cfg: GrpoConfig, worlds: Mapping[str, World]) -> Iterator[dict[str, Any]]:
     """Each part alone, in REINFORCE with a leave-one-out baseline; the loss off-policy, too."""
     plain, world = neutral(cfg), worlds["on_policy"]
-    for name, fields in PARTS.items():
-        mine = {field: getattr(cfg, field) for field in fields}
-        if mine != {field: getattr(plain, field) for field in fields}:
-            shown = next(iter(mine.values()))
-            yield {"part": name, "setting": str(shown), "where": "on_policy", **verdict(replace(plain, **mine), world)}
+    for name in PARTS:
+        if getattr(cfg, name) != getattr(plain, name):
+            value = getattr(cfg, name)
+            row = {"part": name, "setting": "" if value is True else str(value), "where": "on_policy"}
+            yield {**row, **verdict(replace(plain, **{name: value}), world)}
     for where, world in worlds.items():
         alone = replace(plain, loss=cfg.loss, old_logprobs=cfg.old_logprobs)
         alone = replace(alone, importance_correction=cfg.importance_correction)

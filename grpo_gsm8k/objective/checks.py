@@ -35,6 +35,8 @@ from grpo_gsm8k.trainer.losses import Objective, fused_grad, per_token_loss, row
 WARM = 0.7  # a temperature at which log-probabilities without it would be others
 DRAWS = 1024  # even uniform numbers for each prefix
 RATIOS = (0.01, 0.3, 0.95, 1.0, 1.05, 1.5, 100.0)
+FLAT = (0.1 + 0.2, 0.7, 1 / 3)  # rewards whose sums are not exact in binary
+EXTREME = 800.0  # a log-ratio whose exponential no float holds
 WIDE = {"loss": "grpo_clip", "clip_eps": 1.0, "clip_eps_high": 1e9, "dual_clip": 0.0}  # the plain ratio times A
 
 
@@ -109,7 +111,7 @@ def flat_groups(cfg: GrpoConfig) -> Check:
     name = "a group of equal rewards has advantages of exactly 0"
     if ":" in cfg.advantage or (cfg.advantage == "group_relative" and cfg.baseline == "none"):
         return Check(name, True, "not asked of an advantage without the group's baseline")
-    found = _advantages(cfg, [0.1 + 0.2] * 8)
+    found = [a for reward in FLAT for size in (3, 7, 8) for a in _advantages(cfg, [reward] * size)]
     return Check(name, not any(found), f"largest {max(map(abs, found)):.1g}")
 
 
@@ -242,16 +244,16 @@ def skipped_rows(cfg: GrpoConfig) -> Check:
     return Check("rows that are skipped have no gradient", largest == 0, f"{len(left_out)} skipped")
 
 
-def _probe(cfg: GrpoConfig, ratios: Sequence[float], advantage: float) -> tuple[torch.Tensor, Batch, torch.Tensor]:
+def _probe(cfg: GrpoConfig, log_ratios: Sequence[float], advantage: float) -> tuple[torch.Tensor, Batch, torch.Tensor]:
     """Responses of one token with these ratios: -d loss / d logp of each, the batch, and the log-probabilities."""
     old = math.log(0.1)
     row = Datum((1, 2, 1), (0, 0, 1), (0.0, 0.0, old), (0.0, 0.0, advantage), (0.0, 0.0, old), (0.0, 0.0, 1.0))
-    batch = make_batch([row] * len(ratios))
-    logp = (batch.old_logprobs.double() + torch.tensor(ratios, dtype=torch.float64).log().unsqueeze(1)) * batch.mask
+    batch = make_batch([row] * len(log_ratios))
+    logp = (batch.old_logprobs.double() + torch.tensor(log_ratios, dtype=torch.float64).unsqueeze(1)) * batch.mask
     leaf = logp.requires_grad_()
     loss = (per_token_loss(leaf, batch, Objective(grpo.objective_of(cfg).loss)) * batch.weights).sum()
     if not loss.requires_grad:
-        return torch.zeros(len(ratios)), batch, leaf
+        return torch.zeros(len(log_ratios)), batch, leaf
     return -torch.autograd.grad(loss, leaf)[0][:, -1], batch, leaf
 
 
@@ -260,7 +262,7 @@ def direction(cfg: GrpoConfig) -> Check:
     name, wrong = "the loss pushes along the advantage, and pulls back what moved against it", []
     limit = cfg.dual_clip or math.inf
     for sign in (1.0, -1.0):
-        found = _probe(cfg, RATIOS, sign)[0].tolist()
+        found = _probe(cfg, list(map(math.log, RATIOS)), sign)[0].tolist()
         for at, push in zip(RATIOS, found, strict=True):
             against = at < 1 if sign > 0 else 1 < at < min(2.0, limit)
             if push * sign < 0:
@@ -278,7 +280,7 @@ def clip(cfg: GrpoConfig) -> Check:
     high = getattr(inner, "clip_eps_high", getattr(inner, "clip_eps", math.inf)) if has_range else math.inf
     if not 1 + high < RATIOS[-1]:
         return Check(name, True, "it has no clip range" if not has_range else "its range has no upper end")
-    push, batch, logp = _probe(cfg, RATIOS, 1.0)
+    push, batch, logp = _probe(cfg, list(map(math.log, RATIOS)), 1.0)
     if float(push[-1]) > 1 + high + 1e-9:
         return Check(name, False, f"A > 0 at a ratio of {RATIOS[-1]:g}: a push of {float(push[-1]):g}")
     if float(push.max() - push.min()) < 1e-9:
@@ -292,12 +294,12 @@ def clip(cfg: GrpoConfig) -> Check:
 
 def extremes(cfg: GrpoConfig) -> Check:
     """Loss and gradient are finite at any ratio, of old policy and of reference."""
-    wrong = []
+    wrong, both = [], (-EXTREME, EXTREME)
     for sign in (1.0, -1.0):
-        for at, push in zip((1e-30, 1e30), _probe(cfg, (1e-30, 1e30), sign)[0].tolist(), strict=True):
+        for at, push in zip(both, _probe(cfg, both, sign)[0].tolist(), strict=True):
             if not math.isfinite(push):
-                wrong.append(f"A = {sign:g} at a ratio of {at:g}: {push}")
-    return Check("extreme ratios stay finite", not wrong, "; ".join(wrong) or "at 1e-30 and 1e30")
+                wrong.append(f"A = {sign:g} at a ratio of e^{at:g}: {push}")
+    return Check("extreme ratios stay finite", not wrong, "; ".join(wrong) or f"at e^{EXTREME:g} and its inverse")
 
 
 def loss_alone(cfg: GrpoConfig) -> Check:

@@ -6,6 +6,7 @@ Advantages, rows, weights, log-probabilities and loss are those of training: `gr
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections import Counter
@@ -56,6 +57,7 @@ def neutral(cfg: GrpoConfig, **parts: Any) -> GrpoConfig:
     return replace(cfg, **{**NEUTRAL, **parts})
 
 
+@functools.lru_cache(maxsize=256)
 def moments(cfg: GrpoConfig, world: World, together: bool = True) -> Moments:
     """The exact moments of the gradient that training with `cfg` has in this world.
 

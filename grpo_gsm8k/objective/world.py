@@ -109,7 +109,7 @@ class Sampled:
     grade: Grade
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class World:
     """A live policy, the policy that samples, and the reference model.
 
