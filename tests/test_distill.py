@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo_gsm8k import cli, config, distill, report, sft
+from grpo_gsm8k import cli, config, distill, grpo, pipeline, report, sft
 from grpo_gsm8k.datatypes import Datum
 from grpo_gsm8k.errors import CheckpointError, ConfigError, ModelError
 from grpo_gsm8k.runs import diagnosis
@@ -316,6 +316,32 @@ def test_a_student_that_does_not_move_is_told_why_and_not_of_its_groups():
 
 def test_its_settings_have_all_layers():
     cfg = config.resolve("distill", preset="tiny", flags={"teacher": "t"}, sets=["distill.reward_coef=0.5"])
-    assert (cfg.rollouts_per_step, cfg.aggregation, cfg.group_size, cfg.reward_coef) == (192, "token", 4, 0.5)
+    assert (cfg.rollouts_per_step, cfg.aggregation, cfg.group_size, cfg.reward_coef) == (128, "token", 4, 0.5)
     assert config.resolve("distill", preset="tiny").max_new_tokens == 96  # of [common]
     assert config.resolve("grpo").aggregation == "sequence"
+
+
+# ------------------------------------------------------------------------------------------------------ the toy
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_a_student_learns_faster_from_the_demos_grpo_model_than_by_grpo_alone(tmp_path):
+    """From the demo's SFT model, the same prompts, eight steps of 128 completions, three seeds."""
+    demo = pipeline.run(config.build(config.PipelineConfig, {"preset": "tiny", "out_dir": str(tmp_path / "demo")}))
+    models = {stage["name"]: stage["model"] for stage in demo["stages"]}
+    where = {"model_id": models["sft"], "data": demo["data"], "rollouts_per_step": 128, "group_size": 8}
+    where |= {"max_steps": 8, "eval_every": 4, "eval_examples": 200, "lr": 2e-4}
+    for seed in range(3):
+        found = {}
+        for stage, module in (("distill", distill), ("grpo", grpo)):
+            out = tmp_path / f"{stage}-{seed}"
+            own = {"teacher": models["grpo"]} if stage == "distill" else {}
+            flags = {**where, **own, "seed": seed, "out_dir": str(out)}
+            module.run(config.resolve(stage, preset="tiny", flags=flags))
+            found[stage] = metrics_of(out)
+        first = [found[stage][0]["reward/mean"] for stage in found]
+        assert first[0] == first[1]  # the same samples, from the same weights
+        for measure in ("outcome/right_frac", "val/accuracy"):
+            taught, alone = (sum(row.get(measure, 0.0) for row in found[stage][1:]) for stage in ("distill", "grpo"))
+            assert taught > alone, (seed, measure)
