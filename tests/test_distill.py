@@ -308,8 +308,8 @@ def test_a_student_that_does_not_move_is_told_why_and_not_of_its_groups():
     row |= {"policy/grad_norm": 1.0, "outcome/right_frac": 0.0, "outcome/wrong_frac": 1.0}
     rows = [{"step": k, **row, "distill/reverse_kl": 2 - k / 20, "policy/update_to_weight": 1e-3} for k in range(20)]
     assert diagnosis.diagnose(rows, {"teacher": "t", "lr": 1e-3}) == []
-    names = {finding.name for finding in diagnosis.diagnose(rows, {"lr": 1e-3})}
-    assert "flat_groups" in names
+    of_grpo = [{name: value for name, value in r.items() if not name.startswith("distill/")} for r in rows]
+    assert "flat_groups" in {finding.name for finding in diagnosis.diagnose(of_grpo, {"lr": 1e-3})}
     still = [{**r, "policy/update_to_weight": 0.0, "distill/reverse_kl": 2.0} for r in rows]
     assert [f.name for f in diagnosis.diagnose(still, {"teacher": "t", "lr": 0.0})] == ["frozen"]
 
@@ -327,11 +327,14 @@ def test_its_settings_have_all_layers():
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_a_student_learns_faster_from_the_demos_grpo_model_than_by_grpo_alone(tmp_path):
-    """From the demo's SFT model, the same prompts, eight steps of 128 completions, three seeds."""
+    """From the demo's SFT model, the same prompts, eight steps of 128 completions, three seeds.
+
+    Each at the learning rate of the preset: GRPO's was tuned for the demo.
+    """
     demo = pipeline.run(config.build(config.PipelineConfig, {"preset": "tiny", "out_dir": str(tmp_path / "demo")}))
     models = {stage["name"]: stage["model"] for stage in demo["stages"]}
     where = {"model_id": models["sft"], "data": demo["data"], "rollouts_per_step": 128, "group_size": 8}
-    where |= {"max_steps": 8, "eval_every": 4, "eval_examples": 200, "lr": 2e-4}
+    where |= {"max_steps": 8, "eval_every": 4, "eval_examples": 200}
     for seed in range(3):
         found = {}
         for stage, module in (("distill", distill), ("grpo", grpo)):
