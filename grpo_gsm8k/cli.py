@@ -6,6 +6,7 @@ traceback. stdout is data, stderr is talk; `--json` prints exactly one JSON obje
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import importlib
@@ -92,16 +93,18 @@ def register(
     into: typer.Typer = app,
     panel: str | None = None,
     reads: typing.Iterable[str] = (),
+    lasts: bool = False,
 ) -> None:
     """A command whose flags are the fields of `cls`, which prints what `call(flags, **layers)` returns.
 
     `table` names the function of `evals.tables` that prints it for a person. `call`'s docstring is the command's
-    help; its keyword parameters are flags too. `reads` are variables of the environment.
+    help; its keyword parameters are flags too. `reads` are variables of the environment. One that `lasts` until it is
+    told to end shows by itself what it is waiting for.
     """
 
     def command(as_json: bool, help_all: bool = False, **given: Any) -> None:
         layers = {key: given.pop(key) for key in inspect.signature(call).parameters if key != "flags"}
-        with progress.doing(name):
+        with contextlib.nullcontext() if lasts else progress.doing(name):
             result = call({key: value for key, value in given.items() if value is not None}, **layers)
         show(result, as_json, table)
 
@@ -464,7 +467,7 @@ def _serve(
     return serve.run(config.build(serve_settings.ServeConfig, flags), status)
 
 
-register("serve", serve_settings.ServeConfig, _serve, panel=MACHINE, reads=(*HUB, *SERVICE))
+register("serve", serve_settings.ServeConfig, _serve, panel=MACHINE, reads=(*HUB, *SERVICE), lasts=True)
 
 
 PIPELINE = dict.fromkeys(("pipeline", "demo"), ("sft", "ei", "grpo", "eval"))
@@ -646,7 +649,7 @@ def _run(argv: list[str] | None) -> int:
     try:
         with streams.stdout_errors():
             environment.load()
-            code = app(argv, prog_name="grpo-gsm8k", standalone_mode=False) or 0
+            code = app.tree(argv, prog_name="grpo-gsm8k", standalone_mode=False) or 0
         if code != 130:  # what typer makes of a KeyboardInterrupt
             return int(code)
         _say(interrupts.LINE)

@@ -230,14 +230,23 @@ class EngineConfig(ModelConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.vllm_device or self.vllm_devices:  # so that the config says it, and a resumed run is held to it
+        device = self.vllm_devices or self.vllm_device
+        if device and self.engine == "auto":  # so that the config says it, and a resumed run is held to it
             object.__setattr__(self, "engine", "vllm")
+        elif device and self.engine in ("hf", "tinker"):
+            flag = "--vllm_devices" if self.vllm_devices else "--vllm_device"
+            raise ConfigError(
+                f"{flag} {device} with --engine {self.engine}: only vLLM runs there; give --engine vllm, or leave "
+                f"{flag} out"
+            )
         elif at_service(self.model_id) and self.engine == "auto":
             object.__setattr__(self, "engine", "tinker")
         if self.engine not in ("auto", *ENGINES) and not is_users(self.engine):
             raise ConfigError(f"engine = {self.engine!r}: must be auto, {', '.join(ENGINES)}, or package.module:Class")
         if at_service(self.model_id) and self.engine != "tinker":
-            raise ConfigError(f"{self.model_id} is at a training service, which samples itself: leave --engine out")
+            raise ConfigError(
+                f"{self.model_id} is at a training service, which samples itself: leave --engine and vLLM's flags out"
+            )
 
     @property
     def uses_vllm(self) -> bool:
@@ -246,8 +255,8 @@ class EngineConfig(ModelConfig):
 
     @property
     def unread(self) -> list[str]:
-        """vLLM's settings, as `--name value`, that were given and that the embedded engine does not read."""
-        if self.engine != "hf":
+        """vLLM's settings, as `--name value`, that were given and that another engine of ours does not read."""
+        if self.engine not in ("hf", "tinker"):
             return []
         given = [f for f in dataclasses.fields(self) if f.name in self.ONLY_VLLM and getattr(self, f.name) != f.default]
         return [f"--{field.name} {getattr(self, field.name)}" for field in given]
@@ -1023,7 +1032,7 @@ def _coerce(cls: type, key: str, value: Any, said: str) -> Any:
         raise refuse("must be UTF-8 text without NUL")
     if typing.get_origin(hint) is Literal:
         if value not in typing.get_args(hint):
-            raise refuse(f"must be one of {', '.join(typing.get_args(hint))}")
+            raise refuse(f"must be one of {', '.join(choice or '(empty)' for choice in typing.get_args(hint))}")
         return value
     if hint is bool and isinstance(value, str):
         if value.lower() not in ("true", "false"):

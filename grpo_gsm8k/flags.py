@@ -6,8 +6,10 @@ completion spell a flag `--model_id`, as the docs do; `--model-id` is the same f
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import re
 import shutil
@@ -129,16 +131,28 @@ def help_all(expert: Iterable[str]) -> inspect.Parameter:
 
     def show(context: typer.Context, value: bool) -> None:
         if value and not context.resilient_parsing:
-            for parameter in context.command.params:
-                if parameter.name in names:
-                    parameter.hidden = False  # type: ignore[attr-defined]
-            typer.echo(context.get_help())
+            shown = [parameter for parameter in context.command.params if parameter.name in names]
+            with _set_for_now(shown, "hidden", False):
+                typer.echo(context.get_help())
             raise typer.Exit
 
     text = f"also show the {len(names)} flags for experts, and exit"
     option = typer.Option("--help_all", help=text, is_eager=True, callback=show)
     kind = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter("help_all", kind, default=False, annotation=Annotated[bool, option])
+
+
+@contextlib.contextmanager
+def _set_for_now(parameters: Iterable[Any], name: str, value: object) -> Iterator[None]:
+    """Set an attribute of each parameter while its help is drawn; the next command line finds the old one."""
+    before = [(parameter, getattr(parameter, name)) for parameter in parameters]
+    try:
+        for parameter, _ in before:
+            setattr(parameter, name, value)
+        yield
+    finally:
+        for parameter, old in before:
+            setattr(parameter, name, old)
 
 
 def epilog(variables: Iterable[str], switches: bool = True) -> str:
@@ -157,13 +171,13 @@ class Command(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help, as typer does where the terminal has room for its columns."""
-        for parameter in self.params:
-            if isinstance(parameter, TyperOption):
-                parameter.secondary_opts = []  # the parser has them already
-        if (width := shutil.get_terminal_size().columns) >= NARROW:
-            super().format_help(ctx, formatter)
-        else:
-            formatter.write("\n".join(self._narrow(ctx, width)))
+        switches = [parameter for parameter in self.params if isinstance(parameter, TyperOption)]
+        width = shutil.get_terminal_size().columns
+        with _set_for_now(switches, "secondary_opts", []):
+            if width >= NARROW:
+                super().format_help(ctx, formatter)
+            else:
+                formatter.write("\n".join(self._narrow(ctx, width)))
 
     def _narrow(self, ctx: Any, width: int) -> Iterator[str]:
         """The help, each text under its flag."""
@@ -192,6 +206,11 @@ class App(typer.Typer):
     def command(self, name: str | None = None, **settings: Any) -> Callable[[F], F]:
         """As typer's, with another default for `cls`."""
         return super().command(name, **{"cls": Command, **settings})
+
+    @functools.cached_property
+    def tree(self) -> Any:
+        """The commands as click has them, built once: a process may run many command lines."""
+        return typer.main.get_command(self)
 
 
 class Commands(TyperGroup):

@@ -212,8 +212,8 @@ def _of_an_interrupt(fault: BaseException | None) -> bool:
     return False
 
 
-def _exit() -> None:
-    say(LINE)
+def _exit(why: str = "") -> None:
+    say(LINE + why)
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     os._exit(exit_code())
@@ -226,9 +226,15 @@ def say(line: str) -> None:
 
 
 def _at_the_top(kind: type[BaseException], fault: BaseException, trace: TracebackType | None) -> None:
-    """Print a line, not a traceback, for an interrupt that no command caught, as during an import."""
+    """Print a line, not a traceback, for an interrupt that no command caught, as during an import.
+
+    Native code may drop the interrupt and fail a moment later, at a module that is half imported: that error has no
+    trace of it, and is named behind the line.
+    """
     if issubclass(kind, KeyboardInterrupt) or (_state.received and _of_an_interrupt(fault)):
         _exit()
+    if _state.raised:
+        _exit(f" ({kind.__name__}: {fault})")
     sys.__excepthook__(kind, fault, trace)
 
 

@@ -14,7 +14,6 @@ import sys
 import traceback
 
 import pytest
-import typer
 
 from grpo_gsm8k import bench, cli, r1_traces
 
@@ -69,7 +68,7 @@ def commands():
             flags.pop("--help", None)
             yield words, flags, sum(p.param_type_name == "argument" for p in command.params)
 
-    for words, flags, arguments in walk(typer.main.get_command(cli.app), []):
+    for words, flags, arguments in walk(cli.app.tree, []):
         if words == ["bench"]:
             subs = next(a for a in bench.parser()._actions if a.dest == "command").choices
             for name, sub in subs.items():

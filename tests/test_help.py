@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 
 from grpo_gsm8k import bench, cli, config, flags
 from grpo_gsm8k.errors import ConfigError
@@ -44,7 +43,7 @@ def call(capsys, monkeypatch):
 
 def commands(group=None, words=()):
     """Every command of the application, by its words."""
-    group = group or typer.main.get_command(cli.app)
+    group = group or cli.app.tree
     for name, command in group.commands.items():
         yield [*words, name], command
         if hasattr(command, "commands"):
