@@ -7,7 +7,7 @@ the student with one advantage per token:
 
 Under the student's own samples the mean of -A_t without the task is the reverse KL(student || teacher) of the next
 token, so the update descends on that KL, at the places where the student goes. GRPO has one number for a whole
-response; here each token has its own, which is why far fewer samples suffice.
+response, and none where a group's rewards are equal; here each token has its own.
 
 Simplified on purpose: only the sampled token is scored, not the vocabulary (an unbiased estimate, with more noise: no
 logits of the teacher leave it); a token answers for its own KL alone, not for that of the tokens behind it (a discount
@@ -38,7 +38,8 @@ from grpo_gsm8k.tasks.render import task_of
 from grpo_gsm8k.tasks.rewards import Grader, make_reward
 from grpo_gsm8k.trainer import loop
 from grpo_gsm8k.trainer.data import Values
-from grpo_gsm8k.trainer.teacher import CachedTeacher, check_same_teacher, check_teacher, load_teacher
+from grpo_gsm8k.trainer.estimate import estimate
+from grpo_gsm8k.trainer.teacher import CachedTeacher, check_same_teacher, check_tokenizer, load_teacher
 from grpo_gsm8k.workbench import Workbench, open_workbench
 
 MIB = 1 << 20
@@ -102,8 +103,8 @@ def check(cfg: DistillConfig) -> None:
         raise ConfigError("resample_zero_variance: groups of equal rewards learn from the teacher; leave it at 0")
     if cfg.curriculum_unbiased:
         raise ConfigError("curriculum_unbiased: weighs the task's advantages, and not a teacher's; leave it out")
-    no_group = {"advantage": "group_relative", "baseline": "none", "std_norm": False}  # nothing is relative to a group
-    grpo.check(cfg if cfg.reward_coef else replace(cfg, **no_group))
+    # Without the task's reward nothing is relative to a group.
+    grpo.check(cfg if cfg.reward_coef else replace(cfg, advantage="group_relative", baseline="none", std_norm=False))
 
 
 def taught(rows: Sequence[Datum], scores: Values, reward_coef: float = 0.0) -> list[Datum]:
@@ -144,7 +145,9 @@ def teacher_metrics(rows: Sequence[Datum], scores: Values) -> dict[str, float]:
 def run(cfg: DistillConfig) -> dict[str, Any]:
     """The stage as a command: load student and teacher, train, and return the result."""
     check(cfg)
-    check_teacher(cfg)  # before the student is loaded
+    if cfg.estimate:
+        return estimate(cfg, cfg.estimate)
+    check_tokenizer(cfg)  # before the student is loaded
     source, task = Path(cfg.data) / "train.jsonl", task_of(cfg)
     examples, reward = load_split(task, cfg.data, "train"), make_reward(cfg.reward)
     buffer = round(cfg.overlong_buffer * cfg.max_new_tokens)

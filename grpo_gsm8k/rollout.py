@@ -4,7 +4,8 @@ on_policy     step k samples with the weights of k - 1 updates; the learner wait
 one_step_off  step k trains on rollouts that were sampled during step k - 1, with the weights of k - 2 updates.
               The first step is on-policy. Sampler and learner work side by side, so the slower one sets the pace.
 
-A checkpoint stores the rollouts that were sampled ahead, so a resumed run trains on the same ids.
+Its prompts are a shuffled stream, or those that the curriculum draws (`curriculum.py`). A checkpoint stores the
+rollouts that were sampled ahead, so a resumed run trains on the same ids.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class FrozenTeacher:
         return unshifted(out, batch.lengths)
 
 
-def check_teacher(cfg: DistillConfig) -> None:
+def check_tokenizer(cfg: DistillConfig) -> None:
     """Raise `ModelError` if there is no such teacher, or its vocabulary is not the student's. Loads no weights."""
     check_vocabulary(load_tokenizer(cfg), load_tokenizer(_config_of(cfg)), cfg.teacher)
 
@@ -112,8 +112,8 @@ def load_teacher(cfg: DistillConfig, longest: int) -> FrozenTeacher:
 def _config_of(cfg: DistillConfig) -> DistillConfig:
     """The student's config with its teacher in the student's place."""
     device = cfg.teacher_device or cfg.device
-    own = {"model_id": cfg.teacher, "revision": cfg.teacher_revision, "tokenizer_id": "", "device": device}
-    return replace(cfg, **own, learner="torch", engine="hf")  # wherever the student is trained
+    own = replace(cfg, model_id=cfg.teacher, revision=cfg.teacher_revision, tokenizer_id="", device=device)
+    return replace(own, learner="torch", engine="hf")  # wherever the student is trained
 
 
 def check_vocabulary(student: Any, teacher: Any, name: str) -> None:
