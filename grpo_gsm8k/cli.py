@@ -204,6 +204,7 @@ register("pipeline", config.PipelineConfig, _pipeline, "print_pipeline", panel=S
 _stage("sft", "sft", "Supervised fine-tuning on worked solutions.")
 _stage("ei", "ei", "Expert iteration: sample, keep what is right, fine-tune, again.")
 _stage("grpo", "grpo", "Group relative policy optimisation.")
+_stage("distill", "distill", "On-policy distillation: a teacher scores the tokens that the student samples.")
 _stage("eval", "fast_eval_vllm", "Accuracy of a model on a file of problems.", "print_eval", "command")
 _stage(
     "prep-eval",

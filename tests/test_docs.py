@@ -49,6 +49,7 @@ OTHER_FLAGS = {"--help", "--extra", "--group", "--torch-backend", "--runslow", "
 OTHER_FLAGS |= {"--generation-config"}  # vLLM's
 OTHER_FLAGS |= {"--gpus", "--shm-size", "--max-restarts", "--shutdown-timeout"}  # docker's and torchrun's
 METRICS = "time|perf|policy|mismatch|staleness|sync|eval|groups|outcome|length|reward|ei|diversity|val"
+METRICS += "|distill|curriculum"
 NOT_HERE = {"mine.py", "config.toml", "/pre_start.sh", "/post_start.sh", "gsm8k.yaml"}  # the user's, lm-eval's
 
 

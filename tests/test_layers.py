@@ -36,8 +36,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("trainer", "engines"),
     ("evals",),
     ("preflight",),
-    ("rollout", "workbench"),
-    ("data_prep", "hub_datasets", "pretokenize", "sft", "ei", "grpo", "fast_eval_vllm"),
+    ("curriculum", "rollout", "workbench"),
+    ("data_prep", "hub_datasets", "pretokenize", "sft", "ei", "grpo", "distill", "fast_eval_vllm"),
     ("report", "pipeline", "serve", "launch", "doctor", "bench*", "objective"),
     ("flags", "cli", "__main__"),
 )
