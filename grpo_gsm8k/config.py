@@ -295,6 +295,13 @@ class RunConfig(LearnerConfig):
         ge=0,
     )
     save_every: int = opt(20, "steps between checkpoints", runtime=True, ge=1)
+    async_save: bool = opt(
+        True,
+        "write checkpoints while training goes on, from a copy in main memory; not where several ranks or a service "
+        "train, or where the copy does not fit",
+        runtime=True,
+        expert=True,
+    )
     keep_last: int = opt(2, "checkpoints kept, besides the best one on validation", runtime=True, ge=1, expert=True)
 
 
