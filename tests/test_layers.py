@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evals",),
     ("preflight",),
     ("rollout", "workbench"),
-    ("data_prep", "hub_datasets", "pretokenize", "sft", "ei", "grpo", "fast_eval_vllm"),
+    ("data_prep", "eval_sets", "hub_datasets", "pretokenize", "sft", "ei", "grpo", "fast_eval_vllm"),
     ("report", "pipeline", "serve", "launch", "doctor", "bench*"),
     ("flags", "cli", "__main__"),
 )
