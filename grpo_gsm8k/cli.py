@@ -230,6 +230,9 @@ def data(
     source: Annotated[str, typer.Option(help="hub, or a folder with train.jsonl and test.jsonl")] = "hub",
     eval_n: Annotated[int, typer.Option(min=1, max=config.MOST, help="validation problems reserved from train")] = 512,
     seed: Annotated[int, typer.Option(min=0, max=config.MOST, help="of the reservation")] = 31415,
+    dataset: Annotated[
+        str, typer.Option(metavar="NAME", help=f"a set by name instead: {', '.join(config.DATASETS)}")
+    ] = "",
     task: Annotated[str, typer.Option(help="gsm8k, another task's name, or package.module:Class")] = "gsm8k",
     train_n: Annotated[
         int, typer.Option(min=1, max=config.MOST, help="training examples of a task that makes its own data")
@@ -245,6 +248,14 @@ def data(
     """GSM8K, pinned and split: train, validation, test, and a manifest; or another task's data."""
     from grpo_gsm8k import data_prep
 
+    if dataset:
+        from grpo_gsm8k import eval_sets
+
+        if task not in ("gsm8k", wanted := eval_sets.named(dataset).task):
+            raise ConfigError(f"--task {task} with --dataset {dataset}: its task is {wanted}; leave --task out")
+        how: dict[str, Any] = {"eval_n": eval_n, "seed": seed, "revision": revision or "", "cache_dir": cache_dir}
+        show(eval_sets.prepare(dataset, out_dir, source, snapshot_dir=snapshot_dir, **how), as_json)
+        return
     if task != "gsm8k":
         folder, sizes = ("" if source == "hub" else source), {"train": train_n, "val": eval_n, "test": test_n}
         made = data_prep.prepare_task(load_task(task), out_dir, folder, sizes, seed)

@@ -40,6 +40,8 @@ PRESETS = Path(__file__).parent / "presets"
 STAGES = ("base", "sft", "ei", "grpo")
 ENGINES = ("hf", "vllm", "tinker")
 SERVICE, SERVICE_FILE = "tinker://", "service.json"  # a checkpoint's name there, and the file that holds it here
+DATASETS = ("gsm8k", "gsm8k_platinum", "gsm_plus", "gsm_symbolic", "math", "math500")
+EVAL_SETS = "artifacts/sets"  # a folder for each of them but GSM8K
 DATA, OTHER_DATA = "artifacts/data", "artifacts/gsm8k"  # where data lie that nobody names: the first that is there
 MOST = 2**63 - 1  # of any whole number: what a seed of torch and a tensor's size can be
 
@@ -54,6 +56,7 @@ def opt(
     also: str = "",
     env: str = "",
     metavar: str = "",
+    many: bool = False,
     ge: float | None = None,
     gt: float | None = None,
     le: float | None = None,
@@ -68,12 +71,13 @@ def opt(
         also: a second flag.
         env: an environment variable that sets it, weaker than a flag.
         metavar: what the help calls a value that is text, such as PATH.
+        many: the flag may be given several times; the values are joined by commas.
         ge, gt, le, lt: bounds of a number, from whichever layer it comes.
     """
     bounds = {"at least": ge, "above": gt, "at most": le, "below": lt}
     range_ = {words: bound for words, bound in bounds.items() if bound is not None}
     told = {"help": help, "runtime": runtime, "settled": settled, "expert": expert, "also": also, "env": env}
-    return dataclasses.field(default=default, metadata={**told, "metavar": metavar, "range": range_})
+    return dataclasses.field(default=default, metadata={**told, "metavar": metavar, "many": many, "range": range_})
 
 
 def out_of_range(value: float, range_: Mapping[str, float]) -> str:
@@ -304,6 +308,13 @@ class RunConfig(LearnerConfig):
         ge=0,
     )
     save_every: int = opt(20, "steps between checkpoints", runtime=True, ge=1)
+    async_save: bool = opt(
+        True,
+        "write checkpoints while training goes on, from a copy in main memory; not where several ranks or a service "
+        "train, or where the copy does not fit",
+        runtime=True,
+        expert=True,
+    )
     keep_last: int = opt(2, "checkpoints kept, besides the best one on validation", runtime=True, ge=1, expert=True)
 
 
@@ -655,8 +666,15 @@ class EvalConfig(EngineConfig):
 
     eval_path: str = opt(
         "artifacts/data/test.jsonl",
-        "problems, or the rows that prep-eval writes; GSM8K is fetched where there is none",
+        "problems, or the rows that prep-eval writes; several with commas between; GSM8K is fetched if there is none",
         metavar="PATH",
+        many=True,
+    )
+    dataset: str = opt(
+        "",
+        f"sets by name, separated by commas, fetched into {EVAL_SETS} where they are not there: {', '.join(DATASETS)}",
+        metavar="NAME",
+        many=True,
     )
     eval_n: int = opt(
         0, "validation problems that are reserved when the data are fetched; 0 for 512", ge=0, expert=True
@@ -1023,6 +1041,8 @@ def _coerce(cls: type, key: str, value: Any, said: str) -> Any:
         said: how the value was given, for the message: `--lr`, or `recipe.toml: [sft] lr =`.
     """
     hint, field = _hints(cls)[key], cls.__dataclass_fields__[key]  # type: ignore[attr-defined]
+    if field.metadata.get("many") and isinstance(value, list) and all(isinstance(part, str) for part in value):
+        value = ",".join(value)
 
     def refuse(why: str) -> ConfigError:
         return ConfigError(f"{said} {_SHORT.repr(value)}: {why}")

@@ -23,7 +23,10 @@ Result = Mapping[str, Any]
 
 
 def print_eval(result: Result) -> None:
-    """Figures, intervals and the spread of an evaluation."""
+    """Figures, intervals and the spread of an evaluation; of several sets a table."""
+    if "sets" in result:
+        _print_sets(result)
+        return
     out, k, intervals = _console(), result["samples"], result["intervals"]
     seeds = len(result["by_seed"])
     how = "greedy" if result["temperature"] == 0 else f"{k} x {seeds} at temperature {result['temperature']:g}"
@@ -58,6 +61,32 @@ def print_eval(result: Result) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _print_sets(result: Result) -> None:
+    """A row for each set, and what rewritten problems cost against their originals."""
+    out, sets = _console(), result["sets"]
+    how = "greedy" if result["temperature"] == 0 else f"{result['samples']} at temperature {result['temperature']:g}"
+    out.print(f"{escape(result['model_id'])}, {how}; {result['grading']} grading", highlight=False, soft_wrap=True)
+    table = _table("set", "problems", "accuracy", "95 % interval", "in the asked form", "cut off", "tokens")
+    for one in sets:
+        right = one["accuracy"] is not None
+        cells = (_percent(one["accuracy"]), _interval(one["ci95"])) if right else (f"reward {one['reward']:.3f}", "")
+        more = (_percent(one["format_accuracy"]), _percent(one["truncated"]), f"{one['mean_tokens']:.0f}")
+        table.add_row(escape(one["name"]), f"{one['n']:,}", *cells, *more)
+    out.print(table)
+    for drop in result["drops"]:
+        head = f"{drop['set']} against {drop['originals']}: {drop['seeds']:,} originals, {drop['problems']:,} forms"
+        missing = f"; of {drop['unpaired']:,} more the original was not evaluated" if drop["unpaired"] else ""
+        out.print(f"{escape(head)}, paired{missing}", highlight=False, soft_wrap=True)
+        falls = _table("", "originals", "rewritten", "drop in points", "95 % interval", "forms")
+        for name, part in (("all", drop), *drop["by_perturbation"].items()):
+            shares = (_percent(part["original"]), _percent(part["perturbed"]))
+            falls.add_row(escape(name), *shares, _points(part["drop"]), _points(part["ci95"]), f"{part['problems']:,}")
+        out.print(falls)
+    for one in sets:
+        out.print(f"{escape(one['name'])}: rows in {escape(one['results_path'])}", highlight=False, soft_wrap=True)
+    out.print(f"machine, code and inputs in {escape(result['run_dir'])}", highlight=False, soft_wrap=True)
 
 
 def print_pipeline(result: Result) -> None:

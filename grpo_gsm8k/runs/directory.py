@@ -38,6 +38,7 @@ from grpo_gsm8k.runs.files import (
     write_jsonl,
 )
 from grpo_gsm8k.runs.progress import say
+from grpo_gsm8k.runs.writer import Writer
 
 RUNS = Path("artifacts/runs")
 OWN = frozenset(
@@ -55,6 +56,7 @@ class Run:
         self.checkpoints = path / "checkpoints"
         self.complete = self.updated = 0  # the last step that ended, and the last that moved the weights
         self.state: Callable[[], dict[str, Any]] = dict  # what a checkpoint stores of the stage, see trainer/loop.py
+        self.writer = Writer()  # of checkpoints, while training goes on
         self._wandb: wandb_sink.WandbSink | None = None
         self._rows: list[dict[str, Any]] | None = None  # of metrics.jsonl, once they were read
 
@@ -120,7 +122,8 @@ class Run:
         return result
 
     def close(self) -> None:
-        """Let go of W&B."""
+        """Wait for a checkpoint that is being written, and let go of W&B."""
+        self.writer.close()
         if self._wandb:
             self._wandb.close()
 
