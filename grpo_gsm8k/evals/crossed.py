@@ -75,6 +75,13 @@ class Noise:
         return 2 * self.seed_sd**2, self.lasting * self.disagree, (1 - self.lasting) * self.disagree
 
 
+def student(level: float, n: int) -> float:
+    """The two-sided quantile of Student's t for a mean of n values."""
+    from scipy.special import stdtrit
+
+    return -float(stdtrit(n - 1, level / 2))
+
+
 @dataclass(frozen=True)
 class Squares:
     """What decides: `of_seeds` and `of_problems` are the two parts of seeds * problems * variance of the mean."""
@@ -87,11 +94,10 @@ class Squares:
 
     def bound(self, level: float) -> float:
         """How far from 0 the mean must be at this level; half the width of the interval."""
-        from scipy.stats import t
-
-        total = 0.0
-        for part, n in ((self.of_seeds, self.seeds), (self.of_problems, self.problems)):
-            total += float(t.ppf(1 - level / 2, n - 1)) ** 2 * part
+        total = sum(
+            student(level, n) ** 2 * part
+            for part, n in ((self.of_seeds, self.seeds), (self.of_problems, self.problems))
+        )
         return math.sqrt(total / (self.seeds * self.problems))
 
     @property
@@ -145,17 +151,17 @@ def crossed(values_S_P: Any, level: float = LEVEL) -> Crossed:
 def power(effect: float, noise: Noise, seeds: int, problems: int, level: float = LEVEL) -> float:
     """Chance that a true difference of `effect` is found: over the chi-square of MS_s, the rest at its mean."""
     import numpy as np
-    from scipy.stats import chi2, norm, t
+    from scipy.special import chdtri, ndtr
 
     of_seeds, of_problems, rest = noise.variances
     ms_seeds, lasting = problems * of_seeds + rest, seeds * of_problems
     deviation = math.sqrt((ms_seeds + lasting) / (seeds * problems))
     if deviation == 0:
         return float(effect != 0)
-    drawn = ms_seeds * chi2.ppf((np.arange(GRID) + 0.5) / GRID, seeds - 1) / (seeds - 1)
-    wide, narrow = (float(t.ppf(1 - level / 2, n - 1)) ** 2 for n in (seeds, problems))
+    drawn = ms_seeds * chdtri(seeds - 1, (np.arange(GRID) + 0.5) / GRID) / (seeds - 1)
+    wide, narrow = (student(level, n) ** 2 for n in (seeds, problems))
     bounds = np.sqrt((wide * drawn + narrow * lasting) / (seeds * problems))
-    return float(norm.sf((bounds - abs(effect)) / deviation).mean())
+    return float(ndtr((abs(effect) - bounds) / deviation).mean())
 
 
 def seeds_needed(effect: float, noise: Noise, problems: int, level: float = LEVEL, goal: float = POWER) -> int | None:

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 OFF_BUDGET = 0.1  # share by which an arm may miss its budget before the page says so
 METHOD = (
     "Differences are taken problem by problem and seed by seed, and fitted by a mixed model in which seeds and "
-    "problems are both random: an interval says what other seeds and problems could have given. The part of its variance "
-    "that comes from seeds and the part that comes from problems each get their own quantile of Student's t (Banerjee "
-    "1961), which keeps the error rate with few seeds, where a bootstrap does not. P-values are corrected by Holm over "
-    "the arms; intervals are not."
+    "problems are both random: an interval says what other seeds and other problems could have given. The part of its "
+    "variance that comes from seeds and the part that comes from problems each get their own quantile of Student's t "
+    "(Banerjee 1961), which keeps the error rate with few seeds, where a bootstrap does not. P-values are corrected by "
+    "Holm over the arms; intervals are not."
 )
 
 

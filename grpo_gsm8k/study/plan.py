@@ -265,6 +265,11 @@ def _keys_but(table: Mapping[str, Any], cls: type = StartConfig) -> list[str]:
 def _arms(path: Path, names: Any, tables: Mapping[str, Any]) -> tuple[Arm, ...]:
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ConfigError(f'{path}: arms is missing: a list of names, as in arms = ["grpo", "random", "base", "ei"]')
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"{path}: arms: {twice!r} stands twice")
+    if len(names) < 2:
+        raise ConfigError(f"{path}: arms: at least two, or there is nothing to compare")
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise ConfigError(f"{path}: [arm] {name}: an arm stands in a table such as [arm.{name}]")
@@ -275,11 +280,6 @@ def _arms(path: Path, names: Any, tables: Mapping[str, Any]) -> tuple[Arm, ...]:
         config.check_known(name or "grpo", known, f"{path}: unknown arm")
     if unused := sorted(set(tables) - {*names, *(table.get("like") for table in tables.values())}):
         raise ConfigError(f"{path}: [arm.{unused[0]}] is in no list: add {unused[0]!r} to arms")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ConfigError(f"{path}: arms: {twice!r} stands twice")
-    if len(names) < 2:
-        raise ConfigError(f"{path}: arms: at least two, or there is nothing to compare")
     found = {name: _merged(path, name, tables, ()) for name in names}
     first = next((name for name in names if name not in CONTROLS and _stage(found[name]) == "grpo"), "grpo")
     for name in CONTROLS:  # once the arm that they control is known
