@@ -389,6 +389,38 @@ def report(
         _browse(page)
 
 
+@app.command(rich_help_panel=AFTER)
+def study(
+    plan: Annotated[Path, typer.Argument(help="the plan: arms, seeds, problems, in TOML")],
+    out_dir: Annotated[
+        Path | None, typer.Option(help="the study's folder; empty for artifacts/studies/<name of the plan>")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the study that is there")] = False,
+    jobs: Annotated[int, typer.Option(min=1, max=1024, help="runs at a time")] = 1,
+    max_runs: Annotated[int, typer.Option(min=0, max=config.MOST, help="start so many runs at most; 0: all")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry_run", help="show runs, tokens, time and cost; make nothing")] = False,
+    simulate: Annotated[
+        int, typer.Option(min=0, max=1_000_000, help="instead, simulate so many studies and count wrong verdicts")
+    ] = 0,
+    browse: Browse = False,
+    as_json: Json = False,
+) -> None:
+    """Arms × seeds by a plan: runs, a paired analysis, and one page with the answer."""
+    from grpo_gsm8k import study as studies
+
+    with progress.doing("study"):
+        if dry_run:
+            result, table = studies.dry_run(plan, out_dir), "print_dry_run"
+        elif simulate:
+            result, table = studies.simulate(plan, simulate), "print_simulated"
+        else:
+            result = studies.run(plan, out_dir, resume=resume, jobs=jobs, max_runs=max_runs)
+            table = "print_study"
+    show(result, as_json, table)
+    if browse and not (dry_run or simulate):
+        _browse(Path(result["path"]))
+
+
 @app.command(rich_help_panel=START)
 def doctor(
     model_id: Annotated[str, typer.Option(help="also try what every stage tries of this model before it starts")] = "",

@@ -834,12 +834,12 @@ def _check_tables(tables: Mapping[str, Any], path: Path, before: str) -> None:
     """Raise `ConfigError` for a table or a key that is not known."""
     everywhere = {name for cls in SECTIONS.values() for name in _fields(cls)}
     for table, values in tables.items():
-        _known(table, [*SECTIONS, "common"], f"{path}: unknown table" + (f" in [{before[:-1]}]" if before else ""))
+        check_known(table, [*SECTIONS, "common"], f"{path}: unknown table" + (f" in [{before[:-1]}]" if before else ""))
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: {table!r} must stand in a table such as [{before}grpo] or [{before}common]")
         known = everywhere if table == "common" else _fields(SECTIONS[table])
         for key, value in values.items():
-            _known(key, known, f"{path}: [{before}{table}] unknown key")
+            check_known(key, known, f"{path}: [{before}{table}] unknown key")
             for cls in SECTIONS.values() if table == "common" else [SECTIONS[table]]:
                 if key in _fields(cls):
                     _coerce(cls, key, value, f"{path}: [{before}{table}] {key} =")
@@ -903,7 +903,7 @@ def layers(
         ConfigError: for an unknown preset, key or value.
     """
     if preset:
-        _known(preset, preset_names(), "unknown preset")
+        check_known(preset, preset_names(), "unknown preset")
     flags, typed = dict(flags or {}), _sets(section, sets)
     task = task or str({**flags, **typed}.get("task", ""))
     paths = [path for path in (preset and preset_path(preset, task), config_file) if path]
@@ -931,11 +931,11 @@ def _sets(section: str, sets: typing.Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise ConfigError(f"--set {item}: must read key=value")
         if dot:
-            _known(table, [*SECTIONS, "common"], f"--set {item}: unknown section")
+            check_known(table, [*SECTIONS, "common"], f"--set {item}: unknown section")
             known = [key for stage in SECTIONS.values() for key in _fields(stage)]
-            _known(name, known if table == "common" else _fields(SECTIONS[table]), f"--set {item}: unknown key")
+            check_known(name, known if table == "common" else _fields(SECTIONS[table]), f"--set {item}: unknown key")
         else:
-            _known(name, _fields(cls), f"--set {item}: unknown key")
+            check_known(name, _fields(cls), f"--set {item}: unknown key")
         if not dot or table == section or (table == "common" and name in _fields(cls)):
             owner = SECTIONS.get(table, cls)
             typed[name] = _coerce(owner, name, text.strip(), f"--set {key.strip()} =")
@@ -964,8 +964,22 @@ def _environment(cls: type) -> list[Layer]:
 def build(cls: type[C], values: Mapping[str, Any]) -> C:
     """`cls(**values)` with every key known and every value of its field's type and in its range."""
     for key in values:
-        _known(key, _fields(cls), "unknown key")
+        check_known(key, _fields(cls), "unknown key")
     return cls(**{key: _coerce(cls, key, value, f"--{key}") for key, value in values.items()})
+
+
+def of_table(cls: type[C], values: Mapping[str, Any], where: str, also: typing.Iterable[str] = ()) -> C:
+    """A config from a table of a TOML file, every key known and every value checked; keys in `also` are left out.
+
+    Args:
+        where: the file and the table, for the message, as in `plan.toml: [power]`.
+    """
+    skipped, found = set(also), dict[str, Any]()
+    for key, value in values.items():
+        check_known(key, [*_fields(cls), *skipped], f"{where} unknown key".lstrip())
+        if key not in skipped:
+            found[key] = _coerce(cls, key, value, f"{where} {key} =")
+    return cls(**found)
 
 
 def to_toml(config: Any, table: str, origin: Mapping[str, tuple[str, str]] | None = None) -> str:
@@ -1017,11 +1031,12 @@ def _over_algorithm(*layers: Layer) -> list[Layer]:
     naming = [layer for layer in layers if "algorithm" in layer.values]
     if not naming or not (name := naming[-1].values["algorithm"]):
         return list(layers)
-    _known(str(name), ALGORITHMS, "unknown algorithm")
+    check_known(str(name), ALGORITHMS, "unknown algorithm")
     return [Layer(naming[-1].kind, f"algorithm {name}, {naming[-1].where}", ALGORITHMS[name]), *layers]
 
 
-def _known(name: str, names: typing.Iterable[str], message: str) -> None:
+def check_known(name: str, names: typing.Iterable[str], message: str) -> None:
+    """Raise `ConfigError` for a name that is not one of `names`, with the nearest of them."""
     names = sorted(names)
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
