@@ -296,6 +296,13 @@ class RunConfig(LearnerConfig):
     )
     save_every: int = opt(20, "steps between checkpoints", runtime=True, ge=1)
     keep_last: int = opt(2, "checkpoints kept, besides the best one on validation", runtime=True, ge=1, expert=True)
+    keep_rollouts: int = opt(
+        -1,
+        "GRPO and expert iteration: steps whose rollouts are kept on disk, the newest; -1 for all, 0 for none",
+        runtime=True,
+        ge=-1,
+        expert=True,
+    )
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.losses import Objective
 from grpo_gsm8k.trainer.ranks import world
 
+HASHED_BYTES = 1 << 28  # of weights that are hashed after every step: it takes 0.2 s at most
 TORCHRUN_S = 2.0  # torchrun forwards the Ctrl-C that its ranks got from the terminal already
 
 
@@ -65,6 +66,7 @@ def steps(run: Run, learner: Learner, total: int, state: StageState) -> Iterator
         for step in range(first + 1, last + 1):
             yield step
             run.complete = step
+            seal(run, learner, step)
             bar.update(step, ", ".join(filter(None, [state.note, _validated(run)])))
             if step % cfg.save_every == 0 or step == last or received:
                 save(run, learner, step, state.as_json())
@@ -94,7 +96,19 @@ def resume(run: Run, learner: Learner, state: StageState) -> int:
         state.restore(stored)
         say(f"{run.stage}: continuing from step {step} in {run.path}")
     run.rewind(step)
+    if run.cfg.learner == "torch":  # a service would keep a copy of the weights for each hash
+        run.weights = {step: learner.publish(step).sha256}
+    run.begin_chain(step)
     return step
+
+
+def seal(run: Run, learner: Learner, step: int) -> None:
+    """Append a complete step to the hash chain, with the hash of its weights where that costs little."""
+    if step not in run.weights and run.cfg.learner == "torch":
+        size = sum(tensor.numel() * tensor.element_size() for _, tensor in learner.weights())
+        if world().size == 1 and size <= HASHED_BYTES:
+            run.weights[step] = learner.publish(step).sha256
+    run.seal("step", step)
 
 
 def save(run: Run, learner: Learner, step: int, state: Mapping[str, Any]) -> Path:
@@ -107,6 +121,7 @@ def save(run: Run, learner: Learner, step: int, state: Mapping[str, Any]) -> Pat
     kept = [s for s in checkpoint.steps_present(run.checkpoints) if s in scores]
     best = max(kept, key=lambda s: (scores[s], s), default=None)
     checkpoint.retain(run.checkpoints, run.cfg.keep_last, best, learner.forget)
+    run.seal("checkpoint", step)
     return folder
 
 
