@@ -847,7 +847,7 @@ def layers(
     """
     if preset:
         _known(preset, preset_names(), "unknown preset")
-    flags, typed = dict(flags or {}), _sets(section, sets)
+    flags, typed = dict(flags or {}), set_values(section, sets)
     task = task or str({**flags, **typed}.get("task", ""))
     paths = [path for path in (preset and preset_path(preset, task), config_file) if path]
     tables = {path: read_toml(path) for path in paths}
@@ -865,7 +865,7 @@ def layers(
     return found + _over_algorithm(*by_flag, *by_set)
 
 
-def _sets(section: str, sets: typing.Sequence[str]) -> dict[str, Any]:
+def set_values(section: str, sets: typing.Sequence[str]) -> dict[str, Any]:
     """The values of `--set` that are for this section."""
     cls, typed = SECTIONS[section], dict[str, Any]()
     for item in sets:

@@ -59,10 +59,9 @@ def round_rows(
     cfg: EiConfig, bench: Workbench, prompts: Sequence[Prompt], done: int, fresh: bool
 ) -> tuple[list[Datum], list[list[Rollout]], dict[str, float]]:
     """The rows of a round, what was sampled for it, and its `ei/` metrics; a resumed run reads the rows back."""
-    path = bench.run.path / "rounds" / f"round_{done + 1:02d}.jsonl"
+    path = bench.run.path / round_name(done)
     if not fresh:
-        stored = [row for _, row in read_jsonl(path)] if path.stat().st_size else []
-        return [Datum(tuple(row["token_ids"]), tuple(row["mask"])) for row in stored], [], {}
+        return stored_rows(path), [], {}
     synced = bench.sync(done * cfg.steps_per_round)
     order = shuffled(len(prompts), derive_seed(cfg.seed, "ei-prompts", done))
     chosen = [prompts[i] for i in order[: cfg.prompts_per_round]]
@@ -74,12 +73,23 @@ def round_rows(
     if any(grade.correct is None for grades in grades_P_G for grade in grades):
         raise ConfigError(f"task {cfg.task!r} has no right answers, which expert iteration keeps: use grpo instead")
     groups, kept = choose(cfg, sampled_P_G, grades_P_G)
-    rows = [_row(rollout) for rollout in kept]
+    rows = [solution_row(rollout) for rollout in kept]
     write_jsonl(path, rows)
     metrics = yield_metrics(kept, len(chosen), len(chosen) * cfg.samples_per_prompt, done) | synced
     note = "nothing to learn from" if not kept else f"{metrics['ei/solved_frac']:.0%} of problems solved"
     say(f"ei: round {done + 1}: {len(kept)} right and distinct solutions of {len(chosen)} problems, {note}")
     return [Datum(tuple(row["token_ids"]), tuple(row["mask"])) for row in rows], groups, metrics
+
+
+def round_name(done: int) -> str:
+    """The file of the rows of a round, below the run directory; `done` rounds came before it."""
+    return f"rounds/round_{done + 1:02d}.jsonl"
+
+
+def stored_rows(path: Path) -> list[Datum]:
+    """The rows of a round that was sampled before."""
+    stored = [row for _, row in read_jsonl(path)] if path.stat().st_size else []
+    return [Datum(tuple(row["token_ids"]), tuple(row["mask"])) for row in stored]
 
 
 def choose(
@@ -129,7 +139,7 @@ def run(cfg: EiConfig) -> dict[str, Any]:
         return bench.finish()
 
 
-def _row(rollout: Rollout) -> dict[str, Any]:
+def solution_row(rollout: Rollout) -> dict[str, Any]:
     row, trajectory = sampled_datum(rollout.trajectory), rollout.trajectory
     return {
         "id": trajectory.prompt.example.id,

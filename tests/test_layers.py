@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("preflight",),
     ("rollout", "workbench"),
     ("data_prep", "hub_datasets", "pretokenize", "sft", "ei", "grpo", "fast_eval_vllm"),
-    ("report", "pipeline", "serve", "launch", "doctor", "bench*"),
+    ("report", "pipeline", "audit", "serve", "launch", "doctor", "bench*"),
     ("flags", "cli", "__main__"),
 )
 NETWORK = {

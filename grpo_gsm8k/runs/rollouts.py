@@ -155,19 +155,15 @@ def _groups(columns: dict[str, list[Any]], rows: list[Any], examples: Mapping[st
     groups: list[list[Rollout]] = []
     prompts = _cut(columns["prompt_ids"], columns["prompt_lengths"])
     lengths = columns["lengths"]
-    parts = {name: _cut(columns[name], lengths) for name in ("token_ids", "mask", "logprobs")}
+    ids, masks, logprobs = (_cut(columns[name], lengths) for name in ("token_ids", "mask", "logprobs"))
     for r, row in enumerate(rows):
         number = columns["group"][r]
         if number == len(groups):
             groups.append([])
         prompt = Prompt(examples.get(row["id"], Example(row["id"], "")), prompts[number], row["opened"])
-        trajectory = Trajectory(
-            prompt,
-            **{name: part[r] for name, part in parts.items()},
-            policy_version=columns["policy_versions"][r],
-            seed=columns["seeds"][r],
-            **{name: row[name] for name in ("text", "finish_reason", "turns")},
-        )
+        version, seed = columns["policy_versions"][r], columns["seeds"][r]
+        said = (row["finish_reason"], version, seed, row["text"], row["turns"])
+        trajectory = Trajectory(prompt, ids[r], masks[r], logprobs[r], *said)
         grade = Grade(reward=columns["rewards"][r], **row["grade"])
         groups[number].append(Rollout(trajectory, grade, columns["advantages"][r]))
     return groups
