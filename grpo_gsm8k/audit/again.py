@@ -116,6 +116,12 @@ class Again:
         sha256 = self.bench.learner.publish(step).sha256
         return Trained(step, sha256, self.run.weights.get(step, ""), metrics)
 
+    def weights_of(self, checkpoint: Path, step: int) -> str:
+        """The sha256 of a checkpoint's weights. The learner holds them afterwards."""
+        self.bench.learner.load(checkpoint)
+        self.step = step
+        return self.bench.learner.publish(step).sha256
+
     def rollouts(self, step: int, examples: bool = False) -> Stored:
         """The rollouts of a step. Raises `DataError` where the run has not kept them."""
         path = self.run.folder / rollouts.name_of(step)

@@ -44,9 +44,14 @@ class Checked:
 
 
 def check(folder: Path) -> Checked:
-    """Compare all files of one run directory with its chain; those of a pipeline's stages are not among them."""
+    """Compare all files of one run directory with its chain; those of a pipeline's stages are not among them.
+
+    Where the chain itself is damaged, that is all that can be told.
+    """
     links, faults = chain.read(folder)
-    damage = [Damage(chain.NAME, fault.step, fault.what) for fault in faults]
+    head, damage = links[-1]["hash"] if links else "", list[Damage]()
+    if faults or not links:  # what a damaged link said is not known, and a later link may have replaced it
+        return Checked(0, head, [Damage(chain.NAME, fault.step, fault.what) for fault in faults], [])
     live: dict[str, tuple[str, int | None]] = {}
     for link in links:
         for name, digest in link.get("files", {}).items():
@@ -60,9 +65,9 @@ def check(folder: Path) -> Checked:
             known |= {f"{name}/{file}" for file in (*manifest_of(folder / name), chain.MANIFEST)}
         elif what := _difference(folder / name, digest):
             damage.append(Damage(name, step, what))
-    damage += check_log(folder, links) if not faults else []
+    damage += check_log(folder, links)
     free = [name for name in all_files(folder) if name not in known]
-    return Checked(len(known), links[-1]["hash"] if links else "", damage, free)
+    return Checked(len(known), head, damage, free)
 
 
 def step_of(name: str, link: chain.Link) -> int | None:

@@ -195,7 +195,7 @@ def _check_bytes(folder: Path, part: Found, head: str) -> None:
         part.unchecked.append(f"no byte of it: {folder} has no {chain.NAME}, as runs of older versions have none")
         return
     part.unchecked += [f"{name}: the chain says nothing about it" for name in checked.free]
-    if head and head not in {link["hash"] for link in chain.read(folder)[0]}:
+    if head and not part.damage and head not in {link["hash"] for link in chain.read(folder)[0]}:
         part.damage.append(
             Damage(chain.NAME, None, f"no link has the hash {head}: this is not the chain that ended in it")
         )
@@ -220,6 +220,7 @@ def _check_meaning(folder: Path, part: Found, options: Options) -> None:
             _check_grades(learner, part)
             _check_evaluations(learner, part)
             _check_steps(learner, part, options)
+            _check_checkpoints(learner, part)
     except RunDirError:
         raise
     except CheckpointError as fault:
@@ -284,6 +285,21 @@ def _check_evaluations(learner: Any, part: Found) -> None:
 def _steps_with_rollouts(run: StoredRun) -> list[int]:
     paths = (run.folder / rollouts.FOLDER).glob("step_*.safetensors")
     return sorted(int(path.stem.removeprefix("step_")) for path in paths)
+
+
+def _check_checkpoints(learner: Any, part: Found) -> None:
+    """The weights in each checkpoint, against the hash that its step left in the chain."""
+    from grpo_gsm8k.trainer.checkpoint import steps_present
+
+    run: StoredRun = learner.run
+    known = [step for step in steps_present(run.checkpoints) if step in run.weights]
+    before = len(part.damage)
+    for step in known:
+        name = f"{chain.CHECKPOINTS}/step_{step:06d}"
+        if learner.weights_of(run.folder / name, step) != run.weights[step]:
+            part.damage.append(Damage(name, step, "does not have the weights that the run had after this step"))
+    if known and len(part.damage) == before:
+        part.bitwise.append(f"{len(known)} checkpoints have the weights that their steps left")
 
 
 # ---------------------------------------------------------------------------------------------------- some steps
