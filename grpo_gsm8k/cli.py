@@ -363,11 +363,11 @@ def report(
     as_json: Json = False,
 ) -> None:
     """One self-contained HTML page about one run or several."""
-    from grpo_gsm8k.report import write_report
+    from grpo_gsm8k.report import parted, write_report
 
     with progress.doing("report"):
-        page = write_report(runs, out)
-    show({"path": str(page)}, as_json)
+        page, words = write_report(runs, out), parted(runs)
+    show({"path": str(page), **({"parted": words} if words else {})}, as_json)
     if browse:
         _browse(page)
 

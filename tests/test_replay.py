@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -11,7 +12,9 @@ from grpo_gsm8k.audit.fork import fork
 from grpo_gsm8k.audit.replay import replay
 from grpo_gsm8k.audit.verify import Options, verify
 from grpo_gsm8k.errors import ConfigError, RunDirError
+from grpo_gsm8k.report import parted, write_report
 from grpo_gsm8k.runs import rollouts
+from scripts.fork_variance import measure
 from tests.test_chain import config_of
 
 EI = {
@@ -99,3 +102,29 @@ def test_a_fork_that_cannot_be_is_one_line(runs, tmp_path, at, sets, what):
     with pytest.raises(ConfigError, match=what):
         fork(runs / "grpo", at, sets, tmp_path / "fork")
     assert not (tmp_path / "fork").exists()
+
+
+def test_the_report_of_a_fork_says_where_it_left_its_origin(runs, tmp_path):
+    shutil.copytree(runs / "grpo", tmp_path / "origin")
+    fork(tmp_path / "origin", 2, [], tmp_path / "same")
+    fork(tmp_path / "origin", 2, ["lr=0.02"], tmp_path / "faster")
+    (same,) = parted([tmp_path / "same", tmp_path / "origin"])
+    assert (
+        same
+        == "same was forked at step 2 with nothing changed. All 4 steps are the same, bit for bit, metrics and weights."
+    )
+    (other,) = parted([tmp_path / "faster", tmp_path / "origin"])
+    assert other.startswith("faster was forked at step 2 with lr 0.01 → 0.02. faster and origin are the same, bit for ")
+    assert "up to step 2; step 3 is the first that differs, in loss, policy/" in other
+    assert "What they sample is the same up to step 3, and first differs at step 4." in other
+    page = write_report([tmp_path / "faster", tmp_path / "origin"]).read_text()
+    assert "step 3 is the first that differs" in page and "Where they part" in page
+    assert parted([tmp_path / "same"]) == []
+
+
+@pytest.mark.slow
+def test_common_random_numbers_halve_the_variance_of_a_difference_at_least(tiny, tmp_path):
+    grpo.run(config_of(tiny, tmp_path / "origin", rollouts_per_step=16, steps=6, eval_every=0, lr=3e-3))
+    how = {"seeds": 10, "out": tmp_path / "forks", "metric": "reward/mean", "max_steps": 0}
+    found = measure(tmp_path / "origin", 2, ["lr=4e-3"], **how)
+    assert found["ratio"] <= 0.5 and found["ci95"][1] <= 0.5, found

@@ -67,8 +67,9 @@ class Again:
         self.renderer = Renderer(load_tokenizer(self.cfg), task_of(self.cfg), date=date_of(self.cfg))
         prepare_to_save(model, end_ids(self.renderer))
         learner = make_learner(self.cfg, model, self.renderer)
-        tools = (Run(scratch, run.stage, self.cfg), learner, NoSampler(), self.renderer, [])
-        self.bench = Workbench(*tools, context_length(model), embeddings_of(model))
+        made = Run(scratch, run.stage, self.cfg)
+        sizes = (context_length(model), embeddings_of(model))
+        self.bench = Workbench(made, learner, NoSampler(), self.renderer, [], *sizes)
         self.model, self.step = model, 0
 
     @cached_property

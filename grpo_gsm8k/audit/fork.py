@@ -20,6 +20,7 @@ from typing import Any
 
 from grpo_gsm8k import config, repro
 from grpo_gsm8k.audit.stored import StoredRun, open_run
+from grpo_gsm8k.config import TrainConfig
 from grpo_gsm8k.errors import ConfigError, RunDirError
 from grpo_gsm8k.runs import chain, lock
 from grpo_gsm8k.runs.directory import new_path
@@ -44,14 +45,14 @@ def fork(folder: Path, at: int, sets: Sequence[str], out_dir: Path | None, max_s
         RunDirError: the fork's directory exists.
     """
     run = open_run(folder)
-    cfg, changed = changed_config(run, sets)
+    settings, changed = changed_config(run, sets)
     checkpoint = find_checkpoint(run, at)
     out = out_dir or new_path()
     with disk_errors(out):
         if out.exists():
             raise RunDirError(f"{out}: exists already; pick another --out_dir")
     lock.refuse_if_held(folder)
-    cfg = replace(cfg, out_dir=str(out), resume=True, max_steps=max_steps)
+    cfg: TrainConfig = replace(settings, out_dir=str(out), resume=True, max_steps=max_steps)
     origin = {"origin": str(folder), "at": at, "stage": run.stage, "weights_sha256": run.weights.get(at, "")}
     origin |= {"origin_chain": _head_at(run, at), "changed": {key: list(pair) for key, pair in changed.items()}}
     with atomic_folder(out) as unfinished:

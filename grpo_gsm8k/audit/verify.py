@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo_gsm8k.audit import files
 from grpo_gsm8k.audit.files import Damage
@@ -36,6 +36,10 @@ from grpo_gsm8k.errors import CheckpointError, ConfigError, DataError, RunDirErr
 from grpo_gsm8k.runs import chain, rollouts
 from grpo_gsm8k.runs.files import read_json
 from grpo_gsm8k.runs.progress import doing, progress
+
+if TYPE_CHECKING:
+    from grpo_gsm8k.audit.again import Again, Trained
+    from grpo_gsm8k.audit.sampling import Drawn
 
 
 @dataclass(frozen=True)
@@ -229,7 +233,7 @@ def _check_meaning(folder: Path, part: Found, options: Options) -> None:
         part.unchecked.append(f"what follows in this list was not tried: {fault}")
 
 
-def _check_grades(learner: Any, part: Found) -> None:
+def _check_grades(learner: Again, part: Found) -> None:
     """All rollouts that were kept, graded again."""
     from grpo_gsm8k.audit import grades
 
@@ -254,11 +258,11 @@ def _check_grades(learner: Any, part: Found) -> None:
         )
 
 
-def _judged(learner: Any) -> bool:
+def _judged(learner: Again) -> bool:
     return learner.renderer.task.spec == "chat" and learner.cfg.preference == "judge"
 
 
-def _check_evaluations(learner: Any, part: Found) -> None:
+def _check_evaluations(learner: Again, part: Found) -> None:
     """The validations of a run, from their rows."""
     from grpo_gsm8k.audit import grades
     from grpo_gsm8k.tasks.base import load_examples
@@ -287,7 +291,7 @@ def _steps_with_rollouts(run: StoredRun) -> list[int]:
     return sorted(int(path.stem.removeprefix("step_")) for path in paths)
 
 
-def _check_checkpoints(learner: Any, part: Found) -> None:
+def _check_checkpoints(learner: Again, part: Found) -> None:
     """The weights in each checkpoint, against the hash that its step left in the chain."""
     from grpo_gsm8k.trainer.checkpoint import steps_present
 
@@ -305,7 +309,7 @@ def _check_checkpoints(learner: Any, part: Found) -> None:
 # ---------------------------------------------------------------------------------------------------- some steps
 
 
-def _check_steps(learner: Any, part: Found, options: Options) -> None:
+def _check_steps(learner: Again, part: Found, options: Options) -> None:
     """Sample and train the drawn steps again, in one way forward through the run."""
     run: StoredRun = learner.run
     kept = _steps_with_rollouts(run)
@@ -350,12 +354,12 @@ def _step_of_rollouts(run: StoredRun, step: int) -> int:
     return step if run.stage != "ei" else step - (step - 1) % run.cfg.steps_per_round
 
 
-def _sampled_by(learner: Any, step: int) -> int:
+def _sampled_by(learner: Again, step: int) -> int:
     """The version of the weights that sampled a step's rollouts."""
     return min(one.trajectory.policy_version for group in learner.rollouts(step).groups for one in group)
 
 
-def _holds(run: StoredRun, one: Any, part: Found, drawn: bool) -> bool:
+def _holds(run: StoredRun, one: Trained, part: Found, drawn: bool) -> bool:
     """Whether a step that was trained again is the run's, or near enough to go on."""
     from grpo_gsm8k.audit.again import differing
 
@@ -377,7 +381,7 @@ def _holds(run: StoredRun, one: Any, part: Found, drawn: bool) -> bool:
     return verdict != "different"
 
 
-def _sample_at(learner: Any, steps: Sequence[int], part: Found) -> None:
+def _sample_at(learner: Again, steps: Sequence[int], part: Found) -> None:
     """Sample the rollouts of these steps again; the learner has the weights that sampled them."""
     from grpo_gsm8k.audit import sampling
 
@@ -394,7 +398,7 @@ def _sample_at(learner: Any, steps: Sequence[int], part: Found) -> None:
         _judge_samples(learner.run, step, found, part)
 
 
-def _judge_samples(run: StoredRun, step: int, found: Any, part: Found) -> None:
+def _judge_samples(run: StoredRun, step: int, found: Drawn, part: Found) -> None:
     from grpo_gsm8k.audit.sampling import LOGPROB_TOLERANCE
 
     if found.unmatched:

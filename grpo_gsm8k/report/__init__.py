@@ -16,7 +16,7 @@ from os.path import commonpath, realpath
 from pathlib import Path
 
 from grpo_gsm8k.errors import RunDirError
-from grpo_gsm8k.report import page
+from grpo_gsm8k.report import page, parting
 from grpo_gsm8k.report.read import read_run
 from grpo_gsm8k.runs import chain, lock
 from grpo_gsm8k.runs.files import write_atomic
@@ -28,6 +28,12 @@ def labels(paths: Sequence[Path]) -> list[str]:
         return [paths[0].name]
     common = commonpath([p.parent for p in paths])
     return [p.relative_to(common).as_posix() for p in paths]
+
+
+def parted(runs: Sequence[Path]) -> list[str]:
+    """Where two runs part, in words; see `parting.parting`."""
+    paths = list(dict.fromkeys(Path(realpath(run)) for run in runs))
+    return parting.parting(dict(zip(labels(paths), map(read_run, paths), strict=True)))
 
 
 def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:

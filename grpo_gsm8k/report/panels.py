@@ -15,7 +15,7 @@ Row = Mapping[str, float]
 
 
 SERIES = ("c1", "c2", "c3", "c4", "c5", "c6", "mute")
-TIMES = ("save_weights", "sampling", "compute_rewards", "build_data", "training", "keep_rollouts", "eval")
+TIMES = ("save_weights", "sampling", "compute_rewards", "build_data", "training", "eval")
 
 
 @dataclass(frozen=True)
