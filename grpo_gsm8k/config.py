@@ -8,8 +8,8 @@ A layer that names an `algorithm` lays that paper's settings down first and its 
 `--set` count as one layer in this, so whatever is typed is stronger.
 An unknown key is an error that names the nearest known one.
 
-A TOML file has a table per stage (`[sft]`, `[ei]`, `[grpo]`, `[eval]`, `[prep-eval]`, `[pairs]`, `[tokenize]`,
-`[tiny_model]`, `[toy]`)
+A TOML file has a table per stage (`[sft]`, `[ei]`, `[grpo]`, `[distill]`, `[eval]`, `[prep-eval]`, `[pairs]`,
+`[tokenize]`, `[tiny_model]`, `[toy]`)
 and a table `[common]` whose keys go to every stage that knows them.
 """
 
@@ -230,14 +230,23 @@ class EngineConfig(ModelConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.vllm_device or self.vllm_devices:  # so that the config says it, and a resumed run is held to it
+        device = self.vllm_devices or self.vllm_device
+        if device and self.engine == "auto":  # so that the config says it, and a resumed run is held to it
             object.__setattr__(self, "engine", "vllm")
+        elif device and self.engine in ("hf", "tinker"):
+            flag = "--vllm_devices" if self.vllm_devices else "--vllm_device"
+            raise ConfigError(
+                f"{flag} {device} with --engine {self.engine}: only vLLM runs there; give --engine vllm, or leave "
+                f"{flag} out"
+            )
         elif at_service(self.model_id) and self.engine == "auto":
             object.__setattr__(self, "engine", "tinker")
         if self.engine not in ("auto", *ENGINES) and not is_users(self.engine):
             raise ConfigError(f"engine = {self.engine!r}: must be auto, {', '.join(ENGINES)}, or package.module:Class")
         if at_service(self.model_id) and self.engine != "tinker":
-            raise ConfigError(f"{self.model_id} is at a training service, which samples itself: leave --engine out")
+            raise ConfigError(
+                f"{self.model_id} is at a training service, which samples itself: leave --engine and vLLM's flags out"
+            )
 
     @property
     def uses_vllm(self) -> bool:
@@ -246,8 +255,8 @@ class EngineConfig(ModelConfig):
 
     @property
     def unread(self) -> list[str]:
-        """vLLM's settings, as `--name value`, that were given and that the embedded engine does not read."""
-        if self.engine != "hf":
+        """vLLM's settings, as `--name value`, that were given and that another engine of ours does not read."""
+        if self.engine not in ("hf", "tinker"):
             return []
         given = [f for f in dataclasses.fields(self) if f.name in self.ONLY_VLLM and getattr(self, f.name) != f.default]
         return [f"--{field.name} {getattr(self, field.name)}" for field in given]
@@ -589,6 +598,16 @@ class GrpoConfig(TrainConfig):
     resample_zero_variance: int = opt(
         0, "times that groups with equal rewards are replaced by fresh prompts", ge=0, expert=True
     )
+    curriculum: str = opt(
+        "none",
+        "which prompts are sampled: none, each once per epoch; target:T, more often those whose solve rate is near T",
+    )
+    curriculum_half_life: float = opt(
+        50.0, "steps after which what a prompt's completions have shown counts half", gt=0, le=1e9, expert=True
+    )
+    curriculum_unbiased: bool = opt(
+        False, "weigh each group so that the objective stays that of uniform prompts", expert=True
+    )
     temperature: float = opt(1.0, "sampling temperature", ge=0)
     top_p: float = opt(1.0, "nucleus mass; below 1 it is refused, since ratios would be wrong", gt=0, le=1, expert=True)
     reward: str = opt("default", "default: the task's; random (the control); or package.module:function")
@@ -609,6 +628,32 @@ class GrpoConfig(TrainConfig):
     def frozen_pass(self) -> bool:
         """Whether old log-probabilities take a pass of their own. A step's only update finds what it would find."""
         return self.old_logprobs == "recompute" and self.epochs * self.minibatches > 1
+
+
+@dataclass(frozen=True)
+class DistillConfig(GrpoConfig):
+    """On-policy distillation: a teacher scores every token that the student samples; the rest is GRPO's."""
+
+    teacher: str = opt(
+        "", "who scores the student's samples: a model folder, or a name on the hub; same vocabulary", metavar="MODEL"
+    )
+    teacher_revision: str = opt("", "revision of a teacher on the hub; empty for its default branch", expert=True)
+    teacher_device: str = opt("", "where the teacher computes, as in cuda:1; empty: where the student is trained")
+    teacher_cache_mb: int = opt(
+        256,
+        "scores of the teacher that are kept, in MiB, in the run directory and in memory; what does not fit is scored "
+        "again; 0: none",
+        ge=0,
+        le=1 << 20,
+        expert=True,
+    )
+    reward_coef: float = opt(0.0, "weight of the task's advantage beside the teacher's; 0: the teacher alone", ge=0)
+    group_size: int = opt(4, "completions per prompt", ge=1)
+    aggregation: Literal["sequence", "token", "constant"] = opt(
+        "token",
+        "mean over all tokens; over a response then over responses (GRPO); or over max_new_tokens",
+        expert=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -726,6 +771,7 @@ SECTIONS: dict[str, type] = {
     "sft": SftConfig,
     "ei": EiConfig,
     "grpo": GrpoConfig,
+    "distill": DistillConfig,
     "eval": EvalConfig,
     "prep-eval": PrepEvalConfig,
     "pairs": PairsConfig,
@@ -993,7 +1039,7 @@ def _coerce(cls: type, key: str, value: Any, said: str) -> Any:
         raise refuse("must be UTF-8 text without NUL")
     if typing.get_origin(hint) is Literal:
         if value not in typing.get_args(hint):
-            raise refuse(f"must be one of {', '.join(typing.get_args(hint))}")
+            raise refuse(f"must be one of {', '.join(choice or '(empty)' for choice in typing.get_args(hint))}")
         return value
     if hint is bool and isinstance(value, str):
         if value.lower() not in ("true", "false"):

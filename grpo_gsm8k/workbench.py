@@ -33,7 +33,7 @@ from grpo_gsm8k.runs.directory import Run, continued, open_run
 from grpo_gsm8k.runs.files import atomic_folder
 from grpo_gsm8k.runs.progress import say
 from grpo_gsm8k.tasks import contamination
-from grpo_gsm8k.tasks.base import Task, load_examples
+from grpo_gsm8k.tasks.base import Task, load_examples, load_split
 from grpo_gsm8k.tasks.render import Renderer, check_lengths, date_of, task_of
 from grpo_gsm8k.trainer import adapter, checkpoint, loop, ranks
 from grpo_gsm8k.trainer.learner import TorchLearner
@@ -188,7 +188,7 @@ def open_workbench(
     warn_of_unread(cfg)
     eval_path = Path(cfg.eval_set_path or Path(cfg.data) / "val.jsonl")
     task = task_of(cfg)
-    examples = load_examples(task, eval_path)
+    examples = load_examples(task, eval_path) if cfg.eval_set_path else load_split(task, cfg.data, "val")
     evaluates_apart(cfg, stage)  # refuses here
     if cfg.uses_vllm:
         placements(cfg, gpus=torch.cuda.device_count())
@@ -290,7 +290,7 @@ def validated(examples: Sequence[Example], cfg: TrainConfig) -> list[Example]:
 
 
 def warn_of_unread(cfg: EngineConfig) -> None:
-    """Name the settings that are vLLM's alone and were given to the embedded engine."""
+    """Name the settings that are vLLM's alone and were given to another engine."""
     if cfg.unread:
         say(f"{', '.join(cfg.unread)}: only vLLM reads this, and --engine is {cfg.engine}")
 
@@ -485,9 +485,9 @@ def evaluate_model(
 ) -> Evaluation:
     """Load a model, evaluate it on `examples` (with each of `seeds`, after `shots`), let it go."""
     how: dict[str, Any] = {"samples": samples, "seeds": seeds, "title": title}
+    warn_of_unread(cfg)
     if cfg.engine == "tinker":
         return _evaluate_at_service(cfg, task, examples, params, source, shots, how)
-    warn_of_unread(cfg)
     repro.set_deterministic(cfg.deterministic)
     # An engine gets the weights from a copy on the CPU, as in training, so their hash names what was evaluated.
     if cfg.uses_vllm:

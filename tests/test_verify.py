@@ -304,7 +304,7 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, whole):
     for folder, what in [
         (tmp_path / "nowhere", "no such directory"),
         (tmp_path / "empty", "has no config.toml"),
-        (tmp_path / "odd", "is a run of eval, not of sft, ei or grpo"),
+        (tmp_path / "odd", "is a run of eval, not of sft, ei, grpo, distill"),
     ]:
         with pytest.raises(RunDirError, match=what):
             verify(folder, Options())

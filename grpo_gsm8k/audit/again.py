@@ -149,6 +149,9 @@ class Again:
         lr = lr_at(step, total, self.cfg)
         return sft.fit_step(self.cfg, self.bench, self._sft_rows, step, lr, seed=self.cfg.seed)
 
+    def _distill(self, step: int) -> dict[str, float]:
+        raise ConfigError(f"step {step}: distillation is not trained again: its teacher's scores are not kept")
+
     @cached_property
     def _sft_rows(self) -> list[Datum]:
         cfg = self.cfg

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ Groups = Sequence[Sequence[Rollout]]
 def grader_of(again: Again) -> Grader:
     """The grader that the run had."""
     cfg = again.cfg
-    if again.run.stage != "grpo":
+    if again.run.stage == "ei":
         return Grader(again.renderer.task)
     buffer = round(cfg.overlong_buffer * cfg.max_new_tokens)
     overlong = (cfg.max_new_tokens, buffer) if buffer else None
@@ -51,16 +51,17 @@ def check_rollouts(again: Again, step: int, grader: Grader) -> Iterator[Damage]:
             yield Damage(name, step, f"rollout {number} (example {one.trajectory.prompt.example.id}): {what}")
             return
     fresh = [
-        [Rollout(t, grade) for t, grade in zip(group, own, strict=True)]
-        for group, own in zip(taken, grades, strict=True)
+        [replace(one, grade=grade) for one, grade in zip(group, own, strict=True)]
+        for group, own in zip(stored.groups, grades, strict=True)
     ]
-    derived = {"grpo": _check_grpo, "ei": _check_ei}[again.run.stage]
+    derived = _check_ei if again.run.stage == "ei" else _check_grpo
     yield from derived(again, step, fresh, stored.groups)
 
 
 def _check_grpo(again: Again, step: int, fresh: Groups, stored: Groups) -> Iterator[Damage]:
     """Advantages, the step's metrics and its samples, from the fresh grades."""
-    groups = grpo.with_advantages(again.cfg, fresh)
+    taught_alone = again.run.stage == "distill" and not again.cfg.reward_coef  # by the teacher
+    groups = fresh if taught_alone else grpo.with_advantages(again.cfg, fresh)
     yield from _check_advantages(groups, stored, step)
     if what := _unlike(again.run.metrics.get(step, {}), rollout_metrics(groups), only_second=True):
         yield Damage("metrics.jsonl", step, f"does not follow from the rollouts: {what}")

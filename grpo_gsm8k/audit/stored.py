@@ -22,8 +22,8 @@ from grpo_gsm8k.runs import chain
 from grpo_gsm8k.runs.files import read_json, read_jsonl, real_path, sha256_file
 from grpo_gsm8k.tasks.render import remembered
 
-STAGES = ("sft", "ei", "grpo")
-PLACES = ("model_id", "data", "data_path", "eval_set_path", "tokenizer_id")  # settings that name files
+STAGES = ("sft", "ei", "grpo", "distill")
+PLACES = ("model_id", "data", "data_path", "eval_set_path", "tokenizer_id", "teacher")  # settings that name files
 SAME = ("torch", "machine", "cpu_model", "cpu_capability", "torch_threads")
 """What decides the order of sums, so far as a program can tell."""
 
@@ -128,7 +128,7 @@ def open_run(folder: Path, data: str = "", model_id: str = "") -> StoredRun:
         raise RunDirError(f"{file}: cannot be read: {fault}") from None
     stage = next((name for name in STAGES if isinstance(tables.get(name), dict)), "")
     if not stage:
-        raise RunDirError(f"{folder}: is a run of {', '.join(tables) or 'nothing'}, not of sft, ei or grpo")
+        raise RunDirError(f"{folder}: is a run of {', '.join(tables) or 'nothing'}, not of {', '.join(STAGES)}")
     moved = {"data": data, "model_id": model_id}
     cfg = _config(file, stage, tables[stage], {key: value for key, value in moved.items() if value})
     return StoredRun(folder, stage, cfg, chain.read(folder)[0])

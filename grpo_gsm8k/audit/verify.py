@@ -343,7 +343,7 @@ def _can_train(run: StoredRun, step: int, kept: Sequence[int]) -> bool:
     """Whether the rollouts of a step are there, and those of the steps between it and the checkpoint before it."""
     from grpo_gsm8k.trainer.checkpoint import steps_present
 
-    if run.stage != "grpo":
+    if run.stage not in ("grpo", "distill"):
         return True
     before = max((found for found in steps_present(run.checkpoints) if found < step), default=0)
     return set(range(before + 1, step + 1)) <= set(kept)

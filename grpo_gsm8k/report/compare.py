@@ -15,7 +15,7 @@ from grpo_gsm8k.report.panels import OVERLAYS, Curves, overlay_lines
 from grpo_gsm8k.report.parting import parting_section
 from grpo_gsm8k.report.read import Evaluated, Run, evaluations
 from grpo_gsm8k.report.training import figure
-from grpo_gsm8k.report.words import LONG_NAMES, STAGES, duration, label, number, p_value, pair, percent, points
+from grpo_gsm8k.report.words import LONG_NAMES, NAMES, STAGES, duration, label, number, p_value, pair, percent, points
 
 Runs = Mapping[str, Run]
 RUNTIME = {  # of each stage: settings that say where and how a run is done, not what it learns
@@ -101,7 +101,7 @@ def _shown(run: Run, key: str) -> str:
 def score_table(runs: Runs) -> Html:
     """Each run's accuracy by stage and how its training went; columns that no run fills are left out."""
     shared = [kind for kind in LONG_NAMES if all(kind in run.parts for run in runs.values())]
-    kind = next((kind for kind in reversed(list(STAGES)) if kind in shared), "")
+    kind = next((kind for kind in reversed(list(NAMES)) if kind in shared), "")
     of = f" of {label(kind)}" if kind else ""
     head = ("run", *(f"{name}, test" for name in STAGES.values()),
             f"last validation{of}", f"reward{of}", f"steps{of}", "time")  # fmt: skip

@@ -5,7 +5,7 @@ prompt each hold `R` rollouts in all, with `T` tokens; prompts have `P` tokens i
 
     prompt_ids (P)  prompt_lengths (G)  group (R)
     token_ids (T)   mask (T)   logprobs (T)   lengths (R)
-    rewards (R)   advantages (R)   policy_versions (R)   seeds (R)
+    rewards (R)   advantages (R)   weights (R)   policy_versions (R)   seeds (R)
     rows (bytes)    the rest of each rollout as deflated JSON: the example's id, text, finish reason, turns, grade
 
 The header has the format's version, the stage, the step, and the sha256 of the weights before and after it. Numbers
@@ -113,6 +113,7 @@ def _columns(groups: Sequence[Sequence[Rollout]]) -> dict[str, Any]:
         "lengths": _whole([len(one.token_ids) for one in taken]),
         "rewards": _real([one.grade.reward for one in each]),
         "advantages": _real([one.advantage for one in each]),
+        "weights": _real([one.weight for one in each]),
         "policy_versions": _whole([one.policy_version for one in taken]),
         "seeds": _whole([one.seed for one in taken]),
         "rows": np.frombuffer(zlib.compress(json.dumps(rows, ensure_ascii=False).encode(), 6), np.uint8),
@@ -165,7 +166,7 @@ def _groups(columns: dict[str, list[Any]], rows: list[Any], examples: Mapping[st
         said = (row["finish_reason"], version, seed, row["text"], row["turns"])
         trajectory = Trajectory(prompt, ids[r], masks[r], logprobs[r], *said)
         grade = Grade(reward=columns["rewards"][r], **row["grade"])
-        groups[number].append(Rollout(trajectory, grade, columns["advantages"][r]))
+        groups[number].append(Rollout(trajectory, grade, columns["advantages"][r], columns["weights"][r]))
     return groups
 
 
