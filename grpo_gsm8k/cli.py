@@ -380,11 +380,11 @@ def report(
     as_json: Json = False,
 ) -> None:
     """One self-contained HTML page about one run or several."""
-    from grpo_gsm8k.report import write_report
+    from grpo_gsm8k.report import parted, write_report
 
     with progress.doing("report"):
-        page = write_report(runs, out)
-    show({"path": str(page)}, as_json)
+        page, words = write_report(runs, out), parted(runs)
+    show({"path": str(page), **({"parted": words} if words else {})}, as_json)
     if browse:
         _browse(page)
 
@@ -419,6 +419,80 @@ def study(
     show(result, as_json, table)
     if browse and not (dry_run or simulate):
         _browse(Path(result["path"]))
+
+
+RunDir = Annotated[Path, typer.Argument(help="directory of a training run")]
+OwnCode = Annotated[
+    bool, typer.Option("--own_code", help="import the reward, task or loss that the run names, from this directory")
+]
+DataNow = Annotated[str, typer.Option(help="where the run's data are now, if they moved without it")]
+ModelNow = Annotated[str, typer.Option(help="where the model is now that the run began with")]
+
+
+@app.command(rich_help_panel=AFTER)
+def replay(
+    run: RunDir,
+    step: Annotated[int, typer.Option(min=1, max=config.MOST, help="the step to train again")],
+    own_code: OwnCode = False,
+    data: DataNow = "",
+    model_id: ModelNow = "",
+    as_json: Json = False,
+) -> None:
+    """Train a step of a run again, from its checkpoint and rollouts: the weights must be the same."""
+    from grpo_gsm8k.audit.replay import replay as train_again
+
+    with progress.doing("replay"):
+        result = train_again(run, step, own_code, data, model_id)
+    show(result, as_json)
+    if result["verdict"] == "different":
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=AFTER)
+def fork(
+    run: RunDir,
+    at: Annotated[int, typer.Option(min=0, max=config.MOST, help="step of the checkpoint to go on from; 0: its start")],
+    sets: Sets = None,
+    out_dir: Annotated[
+        Path | None, typer.Option(help="the fork's directory; empty for artifacts/runs/<UTC stamp>_<git sha>")
+    ] = None,
+    max_steps: Annotated[int, typer.Option(min=0, max=config.MOST, help="stop after this many steps; 0 for all")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Go on from a checkpoint with other settings: the same prompts and draws until the policies part."""
+    from grpo_gsm8k.audit.fork import fork as go_on
+
+    with progress.doing("fork"):
+        result = go_on(run, at, sets or (), out_dir, max_steps)
+    show(result, as_json)
+
+
+@app.command(rich_help_panel=AFTER)
+def verify(
+    run: Annotated[Path, typer.Argument(help="directory of a training run, or of a pipeline")],
+    steps: Annotated[
+        int,
+        typer.Option(min=0, max=config.MOST, help="steps of each training stage that are sampled and trained again"),
+    ] = 3,
+    seed: Annotated[int, typer.Option(min=0, max=config.MOST, help="draws these steps")] = 0,
+    head: Annotated[str, typer.Option(help="last hash of the run's chain, as its author published it")] = "",
+    own_code: OwnCode = False,
+    data: DataNow = "",
+    model_id: ModelNow = "",
+    as_json: Json = False,
+) -> None:
+    """Hold a run to its word: every byte, every grade, and some steps sampled and trained again."""
+    from grpo_gsm8k.audit import verify as audit
+
+    asked = audit.Options(steps, seed, own_code, data, model_id, head)
+    with progress.doing("verify"):
+        result = audit.verify(run, asked)
+    if as_json:
+        show(result, True)
+    else:
+        print(printable("\n".join(audit.lines_of(result))))
+    if not result["ok"]:
+        raise typer.Exit(1)
 
 
 @app.command(rich_help_panel=START)

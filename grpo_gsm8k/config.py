@@ -316,6 +316,13 @@ class RunConfig(LearnerConfig):
         expert=True,
     )
     keep_last: int = opt(2, "checkpoints kept, besides the best one on validation", runtime=True, ge=1, expert=True)
+    keep_rollouts: int = opt(
+        -1,
+        "GRPO and expert iteration: steps whose rollouts are kept on disk, the newest; -1 for all, 0 for none",
+        runtime=True,
+        ge=-1,
+        expert=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -904,7 +911,7 @@ def layers(
     """
     if preset:
         check_known(preset, preset_names(), "unknown preset")
-    flags, typed = dict(flags or {}), _sets(section, sets)
+    flags, typed = dict(flags or {}), set_values(section, sets)
     task = task or str({**flags, **typed}.get("task", ""))
     paths = [path for path in (preset and preset_path(preset, task), config_file) if path]
     tables = {path: read_toml(path) for path in paths}
@@ -922,7 +929,7 @@ def layers(
     return found + _over_algorithm(*by_flag, *by_set)
 
 
-def _sets(section: str, sets: typing.Sequence[str]) -> dict[str, Any]:
+def set_values(section: str, sets: typing.Sequence[str]) -> dict[str, Any]:
     """The values of `--set` that are for this section."""
     cls, typed = SECTIONS[section], dict[str, Any]()
     for item in sets:

@@ -64,6 +64,8 @@ def train(
             timer.lap("teacher")
             metrics |= rollout_metrics(groups) | grpo.update(cfg, bench, taught(rows, scores, cfg.reward_coef), step)
             timer.lap("training")
+            bench.keep_rollouts(step, groups)
+            timer.lap("keep_rollouts")
             if bench.due(step, cfg.steps):
                 source.settle()
                 bench.run.samples(step, (sample_row(bench, r, k) for k, group in enumerate(groups) for r in group))

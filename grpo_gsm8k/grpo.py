@@ -67,6 +67,8 @@ def train(cfg: GrpoConfig, bench: Workbench, prompts: Sequence[Prompt], grader: 
             timer.lap("build_data")
             metrics |= rollout_metrics(groups) | update(cfg, bench, rows, step)
             timer.lap("training")
+            bench.keep_rollouts(step, groups)
+            timer.lap("keep_rollouts")
             if bench.due(step, cfg.steps):
                 source.settle()
                 bench.run.samples(step, (sample_row(bench, r, k) for k, group in enumerate(groups) for r in group))

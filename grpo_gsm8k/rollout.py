@@ -327,7 +327,7 @@ class StepTimer:
     def __init__(self, sampler: Sampler) -> None:
         self.started = self.last = time.perf_counter()
         self.sampler, self.busy_before = sampler, sampler.busy_s
-        self.laps = dict.fromkeys(("build_data", "training", "eval"), 0.0)
+        self.laps = dict.fromkeys(("build_data", "training", "keep_rollouts", "eval"), 0.0)
 
     def restart(self) -> None:
         """Restart the lap timer without recording."""

@@ -17,7 +17,7 @@ import torch
 
 from grpo_gsm8k import preflight, repro
 from grpo_gsm8k.config import ENGINES, EngineConfig, EvalConfig, GrpoConfig, ModelConfig, TrainConfig
-from grpo_gsm8k.datatypes import Evaluator, Example, Learner, Prompt, Sampler, SamplingParams, WeightsRef
+from grpo_gsm8k.datatypes import Evaluator, Example, Learner, Prompt, Rollout, Sampler, SamplingParams, WeightsRef
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.engines.probe import TOLERANCE, probe
 from grpo_gsm8k.engines.process import C, Engine, ProcessSampler, placements, settle, trained_on
@@ -90,8 +90,7 @@ class Workbench:
 
     def _handed_over(self, version: int) -> tuple[WeightsRef, dict[str, float]]:
         cfg, apart = self.run.cfg, isinstance(self.sampler, ProcessSampler)
-        hashed = not isinstance(self.sampler, ProcessSampler) or self.sampler.proves_by_file
-        ref = self.learner.publish(version) if hashed else WeightsRef(version)
+        ref = self.learner.publish(version) if self._hashes else WeightsRef(version)
         if ref.same_as(self._held):
             return ref, {}
         self.sampler.load(ref, self.learner.weights)
@@ -101,6 +100,20 @@ class Workbench:
         tolerance = cfg.probe_tolerance or TOLERANCE[dtype_name(self.learner.weights())]
         prompts = self.val[: cfg.probe_prompts]
         return ref, probe(self.sampler, self.learner, prompts, version, tolerance)
+
+    def keep_rollouts(self, step: int, groups: Sequence[Sequence[Rollout]]) -> None:
+        """Keep what this step trained on, with the hash of its weights before and after.
+
+        The hash costs nothing more where the next hand-over to the sampler needs it, too.
+        """
+        if self._hashes:
+            self.run.weights[step] = self.learner.publish(step).sha256
+        self.run.keep_rollouts(step, groups)
+
+    @property
+    def _hashes(self) -> bool:
+        """Whether a hand-over to the sampler hashes the weights. Those that never leave a GPU are not."""
+        return not isinstance(self.sampler, ProcessSampler) or self.sampler.proves_by_file
 
     def validate(self, step: int, total: int, metrics: dict[str, float]) -> None:
         """Submit this step's weights if a validation is due, and log the results that have arrived.

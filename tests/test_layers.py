@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("preflight",),
     ("curriculum", "rollout", "workbench"),
     ("data_prep", "eval_sets", "hub_datasets", "pretokenize", "sft", "ei", "grpo", "distill", "fast_eval_vllm"),
-    ("report", "pipeline", "serve", "launch", "doctor", "bench*", "objective", "study"),
+    ("report", "pipeline", "audit", "serve", "launch", "doctor", "bench*", "objective", "study"),
     ("flags", "cli", "__main__"),
 )
 NETWORK = {

@@ -12,6 +12,7 @@ from grpo_gsm8k.evals.stats import Comparison
 from grpo_gsm8k.report.markup import Html, fold, join, section, table, tag
 from grpo_gsm8k.report.names import data_hash, home_relative, public
 from grpo_gsm8k.report.panels import OVERLAYS, Curves, overlay_lines
+from grpo_gsm8k.report.parting import parting_section
 from grpo_gsm8k.report.read import Evaluated, Run, evaluations
 from grpo_gsm8k.report.training import figure
 from grpo_gsm8k.report.words import LONG_NAMES, NAMES, STAGES, duration, label, number, p_value, pair, percent, points
@@ -27,7 +28,8 @@ ABSENT = "–"
 
 def comparison_page(runs: Runs) -> Html:
     """The body of the page about several runs, what differs first."""
-    parts = [settings_section(runs), section("result", "Side by side", score_table(runs), paired_table(runs))]
+    parts = [settings_section(runs), parting_section(runs)]
+    parts += [section("result", "Side by side", score_table(runs), paired_table(runs))]
     for kind, panels_ in OVERLAYS.items():
         curves_of = {title: run.parts[kind] for title, run in runs.items() if kind in run.parts}
         drawn = [figure(p, lines) for p in panels_ if (lines := overlay_lines(p, curves_of))]
