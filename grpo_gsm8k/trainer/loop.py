@@ -119,8 +119,8 @@ def save(run: Run, learner: Learner, step: int, state: Mapping[str, Any], wait: 
     """Write the checkpoint of a complete step, and delete old ones.
 
     Keeps the best one on validation: by accuracy, or by reward if the task has no right answers. Without `wait` a
-    thread writes it from a copy in memory, if the learner can make one; the checkpoint before it is waited for. The hash
-    chain takes in such a checkpoint with its next link.
+    thread writes it from a copy in memory, if the learner can make one; the checkpoint before it is waited for. The
+    hash chain takes in such a checkpoint with its next link.
     """
     run.writer.wait()
     scores = run.metric_history("val/accuracy") or run.metric_history("val/reward")
