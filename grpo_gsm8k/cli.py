@@ -107,6 +107,8 @@ def register(
         with contextlib.nullcontext() if lasts else progress.doing(name):
             result = call({key: value for key, value in given.items() if value is not None}, **layers)
         show(result, as_json, table)
+        if result.get("ok") is False:
+            raise typer.Exit(1)
 
     own = list(inspect.signature(call, eval_str=True).parameters.values())[1:]
     json_flag = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
@@ -470,6 +472,44 @@ def _serve(
 register("serve", serve_settings.ServeConfig, _serve, panel=MACHINE, reads=(*HUB, *SERVICE), lasts=True)
 
 
+objective_app = App(cls=Commands, help="Losses and advantages, judged exactly.", no_args_is_help=True)
+app.add_typer(objective_app, name="objective", rich_help_panel=AFTER)
+
+OF_AN_OBJECTIVE = {
+    *("algorithm", "advantage_eps", "old_logprobs", "importance_correction", "importance_cap", "importance_cap_low"),
+    *("temperature", "top_p", "epochs", "minibatches", *config.ALGORITHMS["grpo"]),
+}
+"""Fields of GRPO's config that say what an update's gradient is."""
+
+
+def _objective_check(
+    flags: Mapping[str, Any],
+    own: Annotated[str, typer.Argument(metavar="[LOSS]", help="the loss, as --loss takes it")] = "",
+    preset: Preset = None,
+    config_file: Recipe = None,
+    sets: Sets = None,
+    group_size: Annotated[int, typer.Option(help="completions per prompt, from 2 to 6")] = 4,
+    every: Annotated[bool, typer.Option("--all", help="a table of every shipped algorithm instead")] = False,
+) -> Mapping[str, Any]:
+    """Exact bias and variance of an objective's gradient, on a task that can be enumerated; exit code 1 for a bug."""
+    from grpo_gsm8k import objective
+
+    if every:
+        return objective.table(group_size)
+    flags = {**flags, **({"loss": own} if own else {})}
+    cfg = config.resolve("grpo", preset=preset, config_file=config_file, flags=flags, sets=sets or ())
+    return objective.check(cfg, group_size)
+
+
+register(
+    "check",
+    config.GrpoConfig,
+    _objective_check,
+    "print_objective",
+    skip=tuple(f.name for f in dataclasses.fields(config.GrpoConfig) if f.name not in OF_AN_OBJECTIVE),
+    into=objective_app,
+)
+
 PIPELINE = dict.fromkeys(("pipeline", "demo"), ("sft", "ei", "grpo", "eval"))
 """Commands of several stages, each with settings of its own."""
 
@@ -648,7 +688,8 @@ def _run(argv: list[str] | None) -> int:
     """The command's exit code; what a person can mend becomes one line."""
     try:
         with streams.stdout_errors():
-            environment.load()
+            for wrong in environment.load():
+                _say(wrong)
             code = app.tree(argv, prog_name="grpo-gsm8k", standalone_mode=False) or 0
         if code != 130:  # what typer makes of a KeyboardInterrupt
             return int(code)

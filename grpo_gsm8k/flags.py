@@ -21,6 +21,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
+from grpo_gsm8k import originals
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 METAVARS = {
@@ -210,7 +212,10 @@ class App(typer.Typer):
     @functools.cached_property
     def tree(self) -> Any:
         """The commands as click has them, built once: a process may run many command lines."""
-        return typer.main.get_command(self)
+        group = typer.main.get_command(self)
+        for parameter in group.params:  # typer has added those of completion behind ours
+            _show_in_our_words(parameter)
+        return group
 
 
 class Commands(TyperGroup):
@@ -233,7 +238,9 @@ class Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that is named first; an error names the nearest one."""
         if not self.get_command(ctx, args[0]) and not args[0].startswith("-") and not ctx.resilient_parsing:
-            ctx.fail(f"no such command: {args[0]}{nearest(args[0], self.commands)}")
+            here = originals.COMMANDS.get(args[0].replace("_", "-"))
+            known = f" (here: {here})" if here in self.commands else nearest(args[0], self.commands)
+            ctx.fail(f"no such command: {args[0]}{known}")
         return super().resolve_command(ctx, args)
 
 

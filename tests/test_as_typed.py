@@ -358,11 +358,33 @@ def test_validation_asks_what_the_seed_draws():
         ("launch up --max-steps 500", "behind --"),
         ("pipeline --mode all", "each stage is a command"),
         ("pipeline --config tiny", "the preset is --preset tiny"),
+        ("eval --batch_size 8", "an evaluation has --sample_rows"),
+        ("grpo --num-generations 4", "is --group_size here"),
+        ("sft --lora_dropout 0.1", "dropout is off in every pass"),
+        ("serve --api_key=K", "is --api_key_env here, the name of a variable"),
+        ("unified_eval --eval_suites gsm8k", "no such command: unified_eval (here: eval)"),
+        ("deploy", "no such command: deploy (here: export)"),
+        ("launch deploy", "no such command: deploy; see `grpo-gsm8k launch --help`"),
     ],
 )
 def test_a_name_that_means_something_else_here_says_the_new_one(call, words, says):
     code, out, err = call(*words.split())
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err
+
+
+def test_a_line_of_an_env_file_that_sets_nothing_is_named(call, monkeypatch):
+    monkeypatch.setenv("GOOD", "x")  # so that it is put back
+    monkeypatch.delenv("GOOD")
+    Path(".env").write_text("# keys\nGOOD=1\nBAD LINE hf_secret\n")
+    assert call("validate", "--data", "nowhere") == (
+        *(2, "", ".env:3: is no NAME=value, and sets nothing\nerror: nowhere: does not exist\n"),
+    )
+    assert os.environ["GOOD"] == "1"
+
+
+def test_every_name_of_another_command_leads_to_one_that_is_there():
+    assert set(originals.COMMANDS.values()) <= cli.app.tree.commands.keys()
+    assert not originals.COMMANDS.keys() & cli.app.tree.commands.keys()
 
 
 def test_an_env_file_is_read_and_never_over_the_environment(tmp_path, monkeypatch, capsys):

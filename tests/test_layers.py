@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("preflight",),
     ("curriculum", "rollout", "workbench"),
     ("data_prep", "hub_datasets", "pretokenize", "sft", "ei", "grpo", "distill", "fast_eval_vllm"),
-    ("report", "pipeline", "serve", "launch", "doctor", "bench*"),
+    ("report", "pipeline", "serve", "launch", "doctor", "bench*", "objective"),
     ("flags", "cli", "__main__"),
 )
 NETWORK = {

@@ -1,4 +1,4 @@
-"""What `eval`, `compare` and `contamination` print for a person: their results as tables."""
+"""What `eval`, `compare`, `contamination` and `objective check` print for a person: their results as tables."""
 
 from __future__ import annotations
 
@@ -129,6 +129,65 @@ def print_contamination(result: Result) -> None:
                 highlight=False,
                 soft_wrap=True,
             )
+
+
+def print_objective(result: Result) -> None:
+    """An objective's exact gradient, part by part, and its checks; or the Markdown table of all algorithms."""
+    if "algorithms" in result:
+        print("\n".join(objective_lines(result["algorithms"])))
+        return
+    out, settings = _console(), result["objective"]
+    shown = "  ".join(f"{key}={value}" for key, value in settings.items() if value != "")
+    out.print(f"{escape(shown)}; groups of {result['group_size']}", highlight=False, soft_wrap=True)
+    table = _table("gradient of", "", "scale", "sideways", "bias", "noise", "")
+    for where, row in result["gradient"].items():
+        table.add_row("the objective", _where(where), *_exact(row), row["verdict"])
+    for row in result["parts"]:
+        table.add_row(
+            f"{row['part']} {escape(row['setting'])} alone", _where(row["where"]), *_exact(row), row["verdict"]
+        )
+    for row in result["baselines"]:
+        table.add_row(f"REINFORCE, baseline {row['baseline']}", "on-policy", *_exact(row), row["verdict"])
+    for row in result["corrections"]:
+        name = f"old_logprobs recompute, correction {row['correction']}"
+        table.add_row(name, "off-policy", *_exact(row), row["verdict"])
+    out.print(table)
+    for where, row in result["kl"].items():
+        out.print(f"KL term, {_where(where)}: pulls along {row['pulls_along']}", highlight=False, soft_wrap=True)
+    for row in result["checks"]:
+        mark = "[green]ok[/]  " if row["ok"] else "[red]FAIL[/]"
+        out.print(f"{mark} {escape(row['name'])}: {escape(row['detail'])}", highlight=False, soft_wrap=True)
+
+
+def objective_lines(rows: Iterable[Result]) -> list[str]:
+    """The algorithms as a Markdown table; docs/objective-check.md holds it."""
+    head = (
+        "`--algorithm`",
+        "on-policy",
+        "scale",
+        "sideways",
+        "noise",
+        "off-policy: scale",
+        "sideways",
+        "noise",
+        "biased by",
+    )
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        on, off = row["on_policy"], row["off_policy"]
+        figures = [_exact(one)[k] for one in (on, off) for k in (0, 1, 3)]
+        named = ", ".join(f"`{part}`" for part in row["biased_by"])
+        lines.append(f"| `{row['algorithm']}` | {on['verdict']} | {' | '.join(figures)} | {named} |")
+    return lines
+
+
+def _where(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _exact(row: Result) -> tuple[str, ...]:
+    """Scale, direction, bias and noise; rounding is 0."""
+    return tuple(f"{row[key] if abs(row[key]) > 1e-6 else 0:.3f}" for key in ("scale", "sideways", "bias", "noise"))
 
 
 def _spread(result: Result) -> str:
