@@ -107,8 +107,19 @@ def verb(words):
     if name == "data" and not flags & {"--task", "--source"}:
         return "parsed", name
     name = "grpo-gsm8k export" if name == "export" else name  # the shell has one, too
-    runs = name in ("data", "doctor", "validate", "compare", "contamination", "report", "launch sky", "env", "config", "objective")
-    return ("run", name) if runs else ("parsed", name)
+    runs = (
+        "data",
+        "doctor",
+        "validate",
+        "compare",
+        "contamination",
+        "report",
+        "launch sky",
+        "env",
+        "config",
+        "objective",
+    )
+    return ("run", name) if name in runs else ("parsed", name)
 
 
 FOUND = [
