@@ -56,7 +56,7 @@ MAY_USE_THE_NETWORK = {"data_prep", "hub_datasets", "judge", "r1_traces", "launc
 IN_ONE_MODULE_ONLY = ("vllm", "wandb", "datasets", "tinker")
 PRIVATE = {
     f"{PACKAGE}.trainer.batch": ("trainer", "serve", "objective")
-}  # a learner is given data; tensors are its own affair
+}  # a learner is given data; the tensors are its own affair
 MAY_CATCH_EVERYTHING = {"plugins"}  # a user's own function can raise anything; it becomes one line
 HEAVY = {"torch", "transformers", "vllm", "datasets", "wandb", "matplotlib", "scipy", "tinker"}
 

@@ -107,7 +107,7 @@ def verb(words):
     if name == "data" and not flags & {"--task", "--source"}:
         return "parsed", name
     name = "grpo-gsm8k export" if name == "export" else name  # the shell has one, too
-    runs = name in (
+    runs = (
         "data",
         "doctor",
         "validate",
@@ -119,7 +119,7 @@ def verb(words):
         "config",
         "objective",
     )
-    return ("run", name) if runs else ("parsed", name)
+    return ("run", name) if name in runs else ("parsed", name)
 
 
 FOUND = [
