@@ -73,7 +73,8 @@ def changed_config(run: StoredRun, sets: Sequence[str]) -> tuple[Any, dict[str, 
     if kept := [key for key in typed if key in KEPT]:
         raise ConfigError(f"--set {kept[0]}: a fork keeps model, data and task of its origin; start a run of its own")
     values = {**vars(run.cfg), **config.ALGORITHMS.get(str(typed.get("algorithm", "")), {}), **typed}
-    cfg, before = config.build(config.SECTIONS[run.stage], values), vars(run.cfg)
+    cfg: config.TrainConfig = config.build(config.SECTIONS[run.stage], values)
+    before = vars(run.cfg)
     return cfg, {key: (before[key], value) for key, value in vars(cfg).items() if before[key] != value}
 
 
