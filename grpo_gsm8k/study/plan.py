@@ -340,9 +340,7 @@ def _check(plan: Plan) -> None:
     for key, value in plan.tables.get("common", {}).items():
         if key in SET_HERE:
             raise ConfigError(f"{path}: [common] {key}: stands at the top of the plan, or is the study's to set")
-        config.check_known(
-            key, {k for c in config.SECTIONS.values() for k in vars(c())}, f"{path}: [common] unknown key"
-        )
+        config.check_known(key, known, f"{path}: [common] unknown key")
         for cls in config.SECTIONS.values():
             if key in vars(cls()):
                 config.of_table(cls, {key: value}, f"{path}: [common]")
