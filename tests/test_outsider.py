@@ -61,6 +61,10 @@ NEEDS = {
     "launch logs": "a key",
     "launch reap": "a key",
     "push": "a key",
+    "replay": "a run of its own; test_replay.py and test_verify.py replay some",
+    "fork": "a run of its own; test_replay.py forks some",
+    "verify": "a run of its own; test_verify.py verifies some",
+    "python scripts/fork_variance.py": "minutes; test_replay.py runs it on a toy",
     "merge": "an adapter of a run of hours; test_adapter.py merges one",
     "grpo-gsm8k export": "a checkpoint of a run of hours; test_deploy.py exports one",
 }
