@@ -87,7 +87,7 @@ def _owner(cls: type, name: str) -> type:
 def _flag(cls: type, field: dataclasses.Field[Any], panel: str) -> inspect.Parameter:
     hint, told = typing.get_type_hints(cls)[field.name], field.metadata
     choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-    kind: Any = str if choices else hint  # choices are checked with all other values, in config.py
+    kind: Any = str if choices else list[str] if told["many"] else hint  # config.py checks choices, and joins lists
     shown = "|".join(choices)
     option = typer.Option(
         f"--{field.name}/--no_{field.name}" if hint is bool else f"--{field.name}",

@@ -89,6 +89,7 @@ def base_of(words, model, data):
         "sft": [*train, "--batch_size", "2"],
         "ei": [*train, "--prompts_per_round", "2", "--samples_per_prompt", "2", "--batch_size", "2"],
         "grpo": [*train, *(word for key, value in small.items() for word in (f"--{key}", str(value)))],
+        "distill": [*train, "--teacher", model, *(w for key, value in small.items() for w in (f"--{key}", str(value)))],
         "eval": [*common, "--eval_path", f"{data}/test.jsonl", "--limit", "2", "--out_dir", "out"],
         "prep-eval": ["--model_id", model, "--data", data, "--out", "prepared.jsonl"],
         "tokenize": ["--model_id", model, "--data_path", "pairs.jsonl", "--out_dir", "shards"],
