@@ -28,11 +28,9 @@ from grpo_gsm8k.runs.progress import say
 NAME, METRICS, MANIFEST, CHECKPOINTS = "chain.jsonl", "metrics.jsonl", "manifest.json", "checkpoints"
 JUDGE = "judge.jsonl"  # verdicts of a judge; it grows until the run ends
 FORMAT = 1
-FOLDERS = ("samples", "evals", "rounds", "rollouts")  # a step adds files to them
-APART = frozenset(
-    {NAME, METRICS, JUDGE, ".lock", "teacher", "wandb", "handover", "engine.log", "evaluator.log", CHECKPOINTS}
-)
-"""What a sweep leaves out: what has a place of its own in the chain, caches, and what is written to the very end."""
+FOLDERS = ("samples", "evals", "rounds", "rollouts", "teacher")  # a step adds files to them
+APART = frozenset({NAME, METRICS, JUDGE, ".lock", "wandb", "handover", "engine.log", "evaluator.log", CHECKPOINTS})
+"""What a sweep leaves out: what has a place of its own in the chain, and what is written to the very end."""
 
 Link = dict[str, Any]
 
