@@ -384,7 +384,8 @@ def main(argv: Sequence[str] | None = None, **settings: Any) -> int:
     options = vars(flags().parse_args([] if settings else argv)) | settings
     as_json = options.pop("json")
     try:
-        environment.load()
+        for wrong in environment.load():
+            print(wrong, file=sys.stderr)
         summary = prepare(**options)
     except GrpoError as error:
         print(f"error: {error}", file=sys.stderr)

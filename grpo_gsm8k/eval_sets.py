@@ -199,7 +199,7 @@ def prepare(
     if before and not revision and source == "hub" and before.provenance.get("dataset") == name:
         revision = str(before.provenance.get("revision", ""))
     origin = _folder(Path(source), wanted) if source != "hub" else _hub(wanted, revision, cache_dir)
-    provenance = {"dataset": name, "source": origin.name, "revision": origin.revision}
+    provenance: dict[str, Any] = {"dataset": name, "source": origin.name, "revision": origin.revision}
     provenance |= {"licence": wanted.licence, "task": wanted.task}
     if "train" in wanted.files:
         provenance |= {"seed": seed, "eval_n": eval_n}

@@ -17,7 +17,7 @@ import torch
 
 from grpo_gsm8k import preflight, repro
 from grpo_gsm8k.config import ENGINES, EngineConfig, EvalConfig, GrpoConfig, ModelConfig, TrainConfig
-from grpo_gsm8k.datatypes import Evaluator, Example, Learner, Prompt, Sampler, SamplingParams, WeightsRef
+from grpo_gsm8k.datatypes import Evaluator, Example, Learner, Prompt, Rollout, Sampler, SamplingParams, WeightsRef
 from grpo_gsm8k.engines.hf import HFSampler
 from grpo_gsm8k.engines.probe import TOLERANCE, probe
 from grpo_gsm8k.engines.process import C, Engine, ProcessSampler, placements, settle, trained_on
@@ -33,7 +33,7 @@ from grpo_gsm8k.runs.directory import Run, continued, open_run
 from grpo_gsm8k.runs.files import atomic_folder
 from grpo_gsm8k.runs.progress import say
 from grpo_gsm8k.tasks import contamination
-from grpo_gsm8k.tasks.base import Task, load_examples
+from grpo_gsm8k.tasks.base import Task, load_examples, load_split
 from grpo_gsm8k.tasks.render import Renderer, check_lengths, date_of, task_of
 from grpo_gsm8k.trainer import adapter, checkpoint, loop, ranks
 from grpo_gsm8k.trainer.learner import TorchLearner
@@ -90,8 +90,7 @@ class Workbench:
 
     def _handed_over(self, version: int) -> tuple[WeightsRef, dict[str, float]]:
         cfg, apart = self.run.cfg, isinstance(self.sampler, ProcessSampler)
-        hashed = not isinstance(self.sampler, ProcessSampler) or self.sampler.proves_by_file
-        ref = self.learner.publish(version) if hashed else WeightsRef(version)
+        ref = self.learner.publish(version) if self._hashes else WeightsRef(version)
         if ref.same_as(self._held):
             return ref, {}
         self.sampler.load(ref, self.learner.weights)
@@ -101,6 +100,20 @@ class Workbench:
         tolerance = cfg.probe_tolerance or TOLERANCE[dtype_name(self.learner.weights())]
         prompts = self.val[: cfg.probe_prompts]
         return ref, probe(self.sampler, self.learner, prompts, version, tolerance)
+
+    def keep_rollouts(self, step: int, groups: Sequence[Sequence[Rollout]]) -> None:
+        """Keep what this step trained on, with the hash of its weights before and after.
+
+        The hash costs nothing more where the next hand-over to the sampler needs it, too.
+        """
+        if self._hashes:
+            self.run.weights[step] = self.learner.publish(step).sha256
+        self.run.keep_rollouts(step, groups)
+
+    @property
+    def _hashes(self) -> bool:
+        """Whether a hand-over to the sampler hashes the weights. Those that never leave a GPU are not."""
+        return not isinstance(self.sampler, ProcessSampler) or self.sampler.proves_by_file
 
     def validate(self, step: int, total: int, metrics: dict[str, float]) -> None:
         """Submit this step's weights if a validation is due, and log the results that have arrived.
@@ -175,7 +188,7 @@ def open_workbench(
     warn_of_unread(cfg)
     eval_path = Path(cfg.eval_set_path or Path(cfg.data) / "val.jsonl")
     task = task_of(cfg)
-    examples = load_examples(task, eval_path)
+    examples = load_examples(task, eval_path) if cfg.eval_set_path else load_split(task, cfg.data, "val")
     evaluates_apart(cfg, stage)  # refuses here
     if cfg.uses_vllm:
         placements(cfg, gpus=torch.cuda.device_count())
@@ -277,7 +290,7 @@ def validated(examples: Sequence[Example], cfg: TrainConfig) -> list[Example]:
 
 
 def warn_of_unread(cfg: EngineConfig) -> None:
-    """Name the settings that are vLLM's alone and were given to the embedded engine."""
+    """Name the settings that are vLLM's alone and were given to another engine."""
     if cfg.unread:
         say(f"{', '.join(cfg.unread)}: only vLLM reads this, and --engine is {cfg.engine}")
 
@@ -474,10 +487,10 @@ def evaluate_model(
 ) -> Generator[Evaluation, None, None]:
     """Load a model, evaluate it on each set (with each of `seeds`), let it go. Every prompt is checked at the start."""
     how: dict[str, Any] = {"samples": samples, "seeds": seeds}
+    warn_of_unread(cfg)
     if cfg.engine == "tinker":
         yield from _evaluate_at_service(cfg, jobs, params, how)
         return
-    warn_of_unread(cfg)
     repro.set_deterministic(cfg.deterministic)
     # An engine gets the weights from a copy on the CPU, as in training, so their hash names what was evaluated.
     if cfg.uses_vllm:

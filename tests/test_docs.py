@@ -22,7 +22,6 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 import yaml
 
 from grpo_gsm8k import bench, cli, config, data_prep, r1_traces
@@ -50,6 +49,7 @@ OTHER_FLAGS = {"--help", "--extra", "--group", "--torch-backend", "--runslow", "
 OTHER_FLAGS |= {"--generation-config"}  # vLLM's
 OTHER_FLAGS |= {"--gpus", "--shm-size", "--max-restarts", "--shutdown-timeout"}  # docker's and torchrun's
 METRICS = "time|perf|policy|mismatch|staleness|sync|eval|groups|outcome|length|reward|ei|diversity|val"
+METRICS += "|distill|curriculum"
 NOT_HERE = {"mine.py", "config.toml", "/pre_start.sh", "/post_start.sh", "gsm8k.yaml"}  # the user's, lm-eval's
 
 
@@ -204,14 +204,9 @@ def split_at(words: Sequence[str], mark: str) -> tuple[list[str], list[str]]:
     return list(words[:at]), list(words[at + 1 :])
 
 
-@functools.cache
-def root_command() -> Any:
-    return typer.main.get_command(cli.app)
-
-
 def parsed(words: list[str]) -> tuple[str, dict[str, Any]]:
     """The command that these words name, and its parameters."""
-    command = root_command()
+    command = cli.app.tree
     context, names = None, []
     while hasattr(command, "commands"):
         context = command.make_context("grpo-gsm8k", [], parent=context, resilient_parsing=True)
@@ -253,7 +248,7 @@ def all_flags() -> frozenset[str]:
         for below in getattr(command, "commands", {}).values():
             walk(below)
 
-    walk(root_command())
+    walk(cli.app.tree)
     found.update(f"--{field.name}" for field in r1_traces.fields(r1_traces.Settings))
     for path in [
         *PACKAGE.glob("bench/**/*.py"),

@@ -664,8 +664,9 @@ def test_a_job_that_ends_while_it_is_looked_at_is_not_lost(tmp_path, files, kill
 
 WANDB_JOB = """
 from pathlib import Path
+from grpo_gsm8k.runs.sinks import Place
 from grpo_gsm8k.runs.wandb_sink import WandbSink
-sink = WandbSink("project", "run", Path("artifacts/run"), {"data": "/home/alice/secret.jsonl", "lr": 1.0})
+sink = WandbSink(Place("project", "run", Path("artifacts/run"), {"data": "/home/alice/secret.jsonl", "lr": 1.0}))
 sink.log(1, {"loss": 1.0})
 sink.close()
 Path("artifacts/model.safetensors").write_bytes(b"weights")
@@ -863,15 +864,10 @@ def test_without_a_job_the_model_is_trained_with_think_only_prompts(flags, words
 
 def parsed_settings(words):
     """The config that a stage's command line makes."""
-    import typer
-
     from grpo_gsm8k import cli
 
-    command = typer.main.get_command(cli.app).commands[words[0]]
-    command.context_settings = cli.app.info.context_settings
-    given = {
-        key: value for key, value in command.make_context(words[0], list(words[1:])).params.items() if value is not None
-    }
+    asked = cli.app.tree.commands[words[0]].make_context(words[0], list(words[1:]), **cli.app.info.context_settings)
+    given = {key: value for key, value in asked.params.items() if value is not None}
     return config.resolve(words[0], flags={key: given[key] for key in given if key not in ("as_json", "sets")})
 
 

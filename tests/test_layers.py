@@ -36,9 +36,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("trainer", "engines"),
     ("evals",),
     ("preflight",),
-    ("rollout", "workbench"),
-    ("data_prep", "eval_sets", "hub_datasets", "pretokenize", "sft", "ei", "grpo", "fast_eval_vllm"),
-    ("report", "pipeline", "serve", "launch", "doctor", "bench*"),
+    ("curriculum", "rollout", "workbench"),
+    ("data_prep", "eval_sets", "hub_datasets", "pretokenize", "sft", "ei", "grpo", "distill", "fast_eval_vllm"),
+    ("report", "pipeline", "audit", "serve", "launch", "doctor", "bench*", "objective", "study"),
     ("flags", "cli", "__main__"),
 )
 NETWORK = {
@@ -54,7 +54,9 @@ NETWORK = {
 }
 MAY_USE_THE_NETWORK = {"data_prep", "hub_datasets", "judge", "r1_traces", "launch", "serve"}  # and a function of doctor
 IN_ONE_MODULE_ONLY = ("vllm", "wandb", "datasets", "tinker", "trackio", "tensorboard")
-PRIVATE = {f"{PACKAGE}.trainer.batch": ("trainer", "serve")}  # a learner is given data; the tensors are its own affair
+PRIVATE = {
+    f"{PACKAGE}.trainer.batch": ("trainer", "serve", "objective")
+}  # a learner is given data; the tensors are its own affair
 MAY_CATCH_EVERYTHING = {"plugins"}  # a user's own function can raise anything; it becomes one line
 HEAVY = {
     "torch",

@@ -24,7 +24,7 @@ from tests.test_docs import PAGES, ROOT, blocks, check, commands, split_at
 from tests.toys import cli as command_line
 from tests.toys import make_data, make_model
 
-STAGES = ("sft", "ei", "grpo", "eval", "prep-eval", "pairs", "tokenize")
+STAGES = ("sft", "ei", "grpo", "distill", "eval", "prep-eval", "pairs", "tokenize")
 ELSEWHERE = {"--vllm_device", "--vllm_devices", "--estimate", "--judge_base_url", "--base_url"}  # a GPU or a network
 NEEDS = {
     "git": "network",
@@ -107,8 +107,19 @@ def verb(words):
     if name == "data" and not flags & {"--task", "--source"}:
         return "parsed", name
     name = "grpo-gsm8k export" if name == "export" else name  # the shell has one, too
-    runs = name in ("data", "doctor", "validate", "compare", "contamination", "report", "launch sky", "env", "config")
-    return ("run", name) if runs else ("parsed", name)
+    runs = (
+        "data",
+        "doctor",
+        "validate",
+        "compare",
+        "contamination",
+        "report",
+        "launch sky",
+        "env",
+        "config",
+        "objective",
+    )
+    return ("run", name) if name in runs else ("parsed", name)
 
 
 FOUND = [
@@ -191,6 +202,7 @@ SMALL = {
     "sft": ["--batch_size", "2", "--max_steps", "1", "--eval_examples", "2"],
     "ei": ["--prompts_per_round", "2", "--steps_per_round", "1", "--max_steps", "1", "--eval_examples", "2"],
     "grpo": ["--rollouts_per_step", "4", "--group_size", "2", "--max_steps", "1", "--eval_examples", "2"],
+    "distill": ["--rollouts_per_step", "4", "--max_steps", "1", "--eval_examples", "2", "--teacher", "tiny"],
     "eval": ["--limit", "2"],
 }
 TINY = ["toy.train=40", "toy.val=6", "toy.test=10", "tiny_model.hidden_size=32", "tiny_model.layers=1"]

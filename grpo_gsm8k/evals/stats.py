@@ -53,11 +53,23 @@ def bootstrap_mean(values: Sequence[float], weights: Sequence[float] | None = No
 def rate_interval(outcomes: Sequence[Sequence[bool]]) -> tuple[float, float]:
     """95 % interval of the share of true outcomes, given a problem's outcomes each.
 
-    Wilson's for one completion a problem; for several a bootstrap over problems.
+    Wilson's for one completion a problem; for several see `share_interval`.
     """
     if all(len(one) == 1 for one in outcomes):
         return wilson(sum(one[0] for one in outcomes), len(outcomes))
-    return bootstrap_mean([sum(one) / len(one) for one in outcomes], [len(one) for one in outcomes])
+    return share_interval([sum(one) / len(one) for one in outcomes], [len(one) for one in outcomes])
+
+
+def share_interval(values: Sequence[float], weights: Sequence[float] | None = None) -> tuple[float, float]:
+    """95 % interval of the mean of shares, one a problem: a bootstrap over problems.
+
+    Where all are equal, as with a model that gets nothing right, a bootstrap would claim certainty. There it is
+    Wilson's, each problem counted as one trial: too wide rather than too narrow, whatever varies within a problem.
+    """
+    if len(set(values)) > 1:
+        return bootstrap_mean(values, weights)
+    n, right = len(values), values[0] * len(values)
+    return wilson(math.floor(right), n)[0], wilson(math.ceil(right), n)[1]
 
 
 def difference_interval(

@@ -1,4 +1,4 @@
-"""What `eval`, `compare` and `contamination` print for a person: their results as tables."""
+"""What `eval`, `compare`, `contamination`, `objective check` and `study` print for a person."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from grpo_gsm8k.runs.files import real_path
+from grpo_gsm8k.runs.progress import duration
 
 STAGES = {"base": "base", "sft": "SFT", "ei": "EI", "grpo": "GRPO"}
 WIDTH = 130  # where stdout is no terminal
@@ -158,6 +159,121 @@ def print_contamination(result: Result) -> None:
                 highlight=False,
                 soft_wrap=True,
             )
+
+
+def print_objective(result: Result) -> None:
+    """An objective's exact gradient, part by part, and its checks; or the Markdown table of all algorithms."""
+    if "algorithms" in result:
+        print("\n".join(objective_lines(result["algorithms"])))
+        return
+    out, settings = _console(), result["objective"]
+    shown = "  ".join(f"{key}={value}" for key, value in settings.items() if value != "")
+    out.print(f"{escape(shown)}; groups of {result['group_size']}", highlight=False, soft_wrap=True)
+    table = _table("gradient of", "", "scale", "sideways", "bias", "noise", "")
+    for where, row in result["gradient"].items():
+        table.add_row("the objective", _where(where), *_exact(row), row["verdict"])
+    for row in result["parts"]:
+        table.add_row(
+            f"{row['part']} {escape(row['setting'])} alone", _where(row["where"]), *_exact(row), row["verdict"]
+        )
+    for row in result["baselines"]:
+        table.add_row(f"REINFORCE, baseline {row['baseline']}", "on-policy", *_exact(row), row["verdict"])
+    for row in result["corrections"]:
+        name = f"old_logprobs recompute, correction {row['correction']}"
+        table.add_row(name, "off-policy", *_exact(row), row["verdict"])
+    out.print(table)
+    for where, row in result["kl"].items():
+        out.print(f"KL term, {_where(where)}: pulls along {row['pulls_along']}", highlight=False, soft_wrap=True)
+    for row in result["checks"]:
+        mark = "[green]ok[/]  " if row["ok"] else "[red]FAIL[/]"
+        out.print(f"{mark} {escape(row['name'])}: {escape(row['detail'])}", highlight=False, soft_wrap=True)
+
+
+def objective_lines(rows: Iterable[Result]) -> list[str]:
+    """The algorithms as a Markdown table; docs/objective-check.md holds it."""
+    head = (
+        "`--algorithm`",
+        "on-policy",
+        "scale",
+        "sideways",
+        "noise",
+        "off-policy: scale",
+        "sideways",
+        "noise",
+        "biased by",
+    )
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        on, off = row["on_policy"], row["off_policy"]
+        figures = [_exact(one)[k] for one in (on, off) for k in (0, 1, 3)]
+        named = ", ".join(f"`{part}`" for part in row["biased_by"])
+        lines.append(f"| `{row['algorithm']}` | {on['verdict']} | {' | '.join(figures)} | {named} |")
+    return lines
+
+
+def _where(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _exact(row: Result) -> tuple[str, ...]:
+    """Scale, direction, bias and noise; rounding is 0."""
+    return tuple(f"{row[key] if abs(row[key]) > 1e-6 else 0:.3f}" for key in ("scale", "sideways", "bias", "noise"))
+
+
+def print_dry_run(result: Result) -> None:
+    """What a study will take, and what it can find."""
+    out, power = _console(), result["power"]
+    table = _table("arm", "stage", "runs", "tokens", "time", "dollars")
+    for row in [*result["arms"], {**result, "label": "all", "stage": ""}]:
+        time = "unknown" if row["seconds"] is None else duration(row["seconds"])
+        dollars = "unknown" if row["dollars"] is None else f"{row['dollars']:,.2f}"
+        table.add_row(escape(row["label"]), row["stage"], f"{row['runs']}", f"{row['tokens']:,}", time, dollars)
+    out.print(table)
+    _line(
+        out, f"tokens are the most that the settings allow; time by {result['basis']}; {result['done']} runs are done"
+    )
+    size, share = _points(power["effect"], sign=False), power["power"]
+    chance = "unknown, since the number of problems is" if share is None else f"{100 * share:.0f} %"
+    over = f"{power['seeds']} seeds on {power['problems'] or '?'} problems, {power['comparisons']} comparisons"
+    _line(out, f"chance to find a difference of {size} points with {over}: {chance}")
+    needed = ", ".join(f"{n or 'more than 64'} on {size}" for size, n in power["seeds_needed"].items())
+    _line(out, f"seeds that {100 * power['goal']:g} % of finding it need, by problems: {needed}")
+    _line(out, f"plan: sha256 {result['plan_sha256']}")
+
+
+def print_simulated(result: Result) -> None:
+    """How often simulated studies of a plan were wrong, and how often they found the planted effect."""
+    out, false, planted = _console(), result["false_winners"], result["planted"]
+    over = f"{result['seeds']} seeds, {result['problems']:,} problems, {result['comparisons']} comparisons"
+    _line(out, f"{result['studies']:,} simulated studies of each kind; {over}, {result['looks']} looks")
+    table = _table("", "studies", "share", "95 % interval")
+    none = ("no difference: a false winner", false["studies"], false)
+    real = (f"a difference of {_points(planted['effect'])} points: found", planted["found"], planted)
+    for label, count, row in (none, real):
+        table.add_row(label, f"{count:,}", _percent(row["rate"]), _interval(row["ci95"]))
+    out.print(table)
+
+
+def print_study(result: Result) -> None:
+    """The answer of a study, its arms, and the line that opens its page."""
+    out = _console()
+    _line(out, f"{result['answer']}.")
+    for sentence in result["sentences"]:
+        _line(out, f"  {sentence}")
+    table = _table("arm", "accuracy", "95 % interval", "runs", "tokens a run", "seconds a run")
+    for row in result["arms"]:
+        mean = "" if row["mean"] is None else _percent(row["mean"])
+        width = _interval(row["ci"]) if row["ci"] else ""
+        spent = (f"{row['tokens']:,.0f}", f"{row['seconds']:,.0f}")
+        table.add_row(escape(row["label"]), mean, width, str(len(row["seeds"])), *spent)
+    out.print(table)
+    if result["plan_changed"]:
+        _line(out, "the plan was changed after results existed, see the page")
+    print(f"open the page: {open_command(result['path'])}")
+
+
+def _line(out: Console, text: str) -> None:
+    out.print(escape(text), highlight=False, soft_wrap=True)
 
 
 def _spread(result: Result) -> str:

@@ -85,8 +85,8 @@ class Ledger:
         """Accept a request: its id, once it is on disk.
 
         Args:
-            body: see `work.pack`.
-            key: of a request that may be sent again.
+            body: see `bodies.pack`.
+            key: of a request that may be sent again. With another body it is a new request, which fails.
             patience_s: how long it waits for smaller numbers, at most `--gap_s`.
             changes: written together with it.
             then: called when that is done.
@@ -94,20 +94,43 @@ class Ledger:
         Raises:
             DiskError: the disk is full, and nothing was accepted.
         """
+        sent = Entry(uuid.uuid4().hex, kind, owner, body, seq, key, patience_s=patience_s)
         with self._lock:
             entry = self._keys.get(key or "")
-            if entry is None and key and (known := self.store.read("SELECT id FROM requests WHERE key = ?", key)):
+            known = self.store.read("SELECT id, digest FROM requests WHERE key = ?", key) if key and not entry else []
+            if (entry and entry.digest != sent.digest) or (known and known[0]["digest"] != sent.digest):
+                entry, known = self._reused(sent), []
+            if known:
                 return str(known[0]["id"])
             if entry is None:
                 if len(self._live) >= MOST_WAITING:
                     raise Refusal(f"{MOST_WAITING} requests are waiting; try again later", 429)
-                entry = Entry(uuid.uuid4().hex, kind, owner, body, seq, key, patience_s=patience_s)
+                entry = sent
                 self._register(entry)
                 self.store.write(functools.partial(_insert_request, entry, tuple(changes))).add_done_callback(
                     functools.partial(self._accepted, entry, then)
                 )
         await entry.accepted.get()
         return entry.id
+
+    def _reused(self, sent: Entry) -> Entry:
+        """A request under a number that another one has: it fails, and changes nothing."""
+        what = f"seq_id {sent.seq}" if sent.seq is not None else "this number"
+        why = f"{what} was given to another request already; a request that is sent again must be the same"
+        entry = Entry(sent.id, sent.kind, sent.owner, b"")
+        self._register(entry)
+
+        def accepted(written: Future[Any]) -> None:
+            if error := written.exception():
+                with self._lock:
+                    self._forget(entry)
+                entry.accepted.fail(error)
+                return
+            self._finish(entry, Result(entry.kind, error=why), Outcome(None), False)
+            entry.accepted.set(None)
+
+        self.store.write(functools.partial(_insert_request, entry, ())).add_done_callback(accepted)
+        return entry
 
     async def result(self, request_id: str, timeout: float) -> Result | None:
         """How a request ended; None if it has not within `timeout` seconds. Raises `Refusal` 404 for an unknown id."""
@@ -231,5 +254,5 @@ def _insert_request(
 ) -> None:
     for change in changes:
         change(db)
-    fields = {name: getattr(entry, name) for name in ("id", "kind", "owner", "seq", "key", "body", "created")}
+    fields = {name: getattr(entry, name) for name in ("id", "kind", "owner", "seq", "key", "digest", "body", "created")}
     insert(db, "requests", **fields, state="waiting")

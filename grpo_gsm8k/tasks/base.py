@@ -67,7 +67,10 @@ def tag_pattern(tag: str) -> str:
 def make_tags(think_open: str, think_close: str, answer_open: str, answer_close: str) -> Tags:
     """Tags from configured strings; empty answer tags mean think-only. Raises `ConfigError` for half a pair."""
     if not think_open or not think_close or bool(answer_open) != bool(answer_close):
-        raise ConfigError("tags come in pairs: think_open with think_close, answer_open with answer_close")
+        raise ConfigError(
+            "tags come in pairs: --think_open with --think_close (--reasoning_tag with --reasoning_end_tag), "
+            "--answer_open with --answer_close (--answer_tag with --answer_end_tag)"
+        )
     given = [tag for tag in (think_open, think_close, answer_open, answer_close) if tag]
     if len(set(given)) < len(given):
         raise ConfigError(f"tags must differ from each other: {', '.join(given)}")

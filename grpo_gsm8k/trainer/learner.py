@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from grpo_gsm8k.config import PromptConfig, TrainConfig
 from grpo_gsm8k.datatypes import Datum, WeightsRef
-from grpo_gsm8k.errors import CheckpointError, ConfigError, NonFiniteError
+from grpo_gsm8k.errors import CheckpointError, NonFiniteError
 from grpo_gsm8k.runs.progress import say
 from grpo_gsm8k.trainer import adapter, architecture, costs, dcp, memory, packing, pretrained, snapshot
 from grpo_gsm8k.trainer.batch import Batch, make_batch, unshifted
@@ -51,7 +51,7 @@ class TorchLearner:
         self.device: torch.device = next(model.parameters()).device
         architecture.compute_all_of_attention(model)
         choose_attention(model)
-        self.packs = self._packs(model.eval())
+        self.packs = packing.chosen(model.eval(), cfg.packing)
         check_head(model)
         adapted = adapter.has_adapter(model)
         self.origin_sha256 = weights_sha256(model.named_parameters()) if reference or adapted else ""
@@ -310,16 +310,6 @@ class TorchLearner:
             return load_file(folder / adapter.WEIGHTS_FILE)
         stored = pretrained.read_model(PromptConfig(model_id=str(folder)), self.model.dtype)
         return dict(stored.named_parameters())
-
-    def _packs(self, model: Any) -> bool:
-        wanted = self.cfg.packing
-        blocks = self.device.type != "cpu" and not packing.reads_varlen(model)  # not measured there without a compiler
-        if wanted == "off" or (wanted == "auto" and blocks):
-            return False
-        able = packing.enable(model)
-        if wanted == "on" and not able:
-            raise ConfigError("--packing on: this model does not read packed rows as it reads others; leave it at auto")
-        return able
 
     # Hooks that `ShardedLearner` overrides.
 

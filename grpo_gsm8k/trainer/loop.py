@@ -31,6 +31,7 @@ from grpo_gsm8k.trainer.batch import make_batch
 from grpo_gsm8k.trainer.losses import Objective
 from grpo_gsm8k.trainer.ranks import world
 
+HASHED_BYTES = 1 << 28  # of weights that are hashed after every step: it takes 0.2 s at most
 TORCHRUN_S = 2.0  # torchrun forwards the Ctrl-C that its ranks got from the terminal already
 
 
@@ -66,6 +67,7 @@ def steps(run: Run, learner: Learner, total: int, state: StageState) -> Iterator
         for step in range(first + 1, last + 1):
             yield step
             run.complete = step
+            seal(run, learner, step)
             bar.update(step, ", ".join(filter(None, [state.note, _validated(run)])))
             run.writer.check()
             if step == last or received:
@@ -98,14 +100,27 @@ def resume(run: Run, learner: Learner, state: StageState) -> int:
         state.restore(stored)
         say(f"{run.stage}: continuing from step {step} in {run.path}")
     run.rewind(step)
+    if run.cfg.learner == "torch":  # a service would keep a copy of the weights for each hash
+        run.weights = {step: learner.publish(step).sha256}
+    run.begin_chain(step)
     return step
+
+
+def seal(run: Run, learner: Learner, step: int) -> None:
+    """Append a complete step to the hash chain, with the hash of its weights where that costs little."""
+    if step not in run.weights and run.cfg.learner == "torch":
+        size = sum(tensor.numel() * tensor.element_size() for _, tensor in learner.weights())
+        if world().size == 1 and size <= HASHED_BYTES:
+            run.weights[step] = learner.publish(step).sha256
+    run.seal("step", step)
 
 
 def save(run: Run, learner: Learner, step: int, state: Mapping[str, Any], wait: bool = True) -> None:
     """Write the checkpoint of a complete step, and delete old ones.
 
     Keeps the best one on validation: by accuracy, or by reward if the task has no right answers. Without `wait` a
-    thread writes it from a copy in memory, if the learner can make one; the checkpoint before it is waited for.
+    thread writes it from a copy in memory, if the learner can make one; the checkpoint before it is waited for. The
+    hash chain takes in such a checkpoint with its next link.
     """
     run.writer.wait()
     scores = run.metric_history("val/accuracy") or run.metric_history("val/reward")
@@ -122,6 +137,7 @@ def save(run: Run, learner: Learner, step: int, state: Mapping[str, Any], wait: 
         run.writer.start(step, job)
     else:
         job()
+        run.seal("checkpoint", step)
 
 
 def rescue(run: Run, learner: Learner) -> int:

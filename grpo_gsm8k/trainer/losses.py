@@ -10,8 +10,9 @@ here and enter it in `LOSSES`, or keep it in a file of your own and pass `--loss
         clip_eps: float = 0.2  # filled from the run's config, where it has a field of this name
 
         def __call__(self, logp, batch):  # (B, T)
-            ratio = (logp - batch.old_logprobs).exp()
-            return -ratio.clamp(max=1 + self.clip_eps) * batch.advantages
+            ratio = importance_ratio(logp, batch)
+            capped = ratio.clamp(max=1 + self.clip_eps)
+            return -torch.minimum(ratio * batch.advantages, capped * batch.advantages)
 """
 
 from __future__ import annotations
