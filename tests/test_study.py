@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import re
@@ -18,6 +19,7 @@ from grpo_gsm8k.study import ahead, job, page, registry, runs
 from grpo_gsm8k.study.analysis import analyse, decide, is_decided
 from grpo_gsm8k.study.jobs import answers, jobs_of, material_of, spent
 from grpo_gsm8k.study.plan import read_plan
+from tests import browser
 from tests.toys import REPOSITORY, make_data
 from tests.toys import cli as command_line
 
@@ -124,6 +126,10 @@ def fabricate(jobs, accuracy, problems=12, only=None):
         (("[arm.ei]", '[arm.ei]\nlr_schedule = "cosine"'), "its end is not known before"),
         (("[arm.ei]", '[arm.ei]\nlike = "ei"'), "is like itself"),
         (("question = ", "question "), "not a TOML file"),
+        (("[arm.ei]", '[common]\nlr = "a"\n[arm.ei]'), "[common] lr = 'a': must be float"),
+        (("[arm.ei]", "[eval]\nsamples = 4\n[arm.ei]"), "[eval] samples = 4: several need a temperature above 0"),
+        (("group_size = 4", "group_size = 3"), "[arm.grpo] rollouts_per_step = 8 must be a multiple of group_size = 3"),
+        (("group_size = 4", 'algorithm = "dap"'), "[arm.grpo] unknown algorithm 'dap'; did you mean 'dapo'?"),
         ((PLAN, 'arms = ["grpo"]\nseeds = 2'), "at least two"),
     ],
     ids=str,
@@ -492,7 +498,8 @@ def test_simulated_studies_of_a_plan(text, write, capsys):
 @pytest.mark.parametrize("stopping", ["fixed", "always_valid"])
 def test_two_hundred_simulated_studies(stopping, write):
     """At most 5 % false winners within the interval's reach, and the planned effect in at least 80 %."""
-    path = write("problems = 12", f'problems = 400\nstopping = "{stopping}"', "[0, 1, 2]", '"auto"')
+    changes = ("[0, 1, 2]", '"auto"', "effect = 0.2", "effect = 0.08")
+    path = write("problems = 12", f'problems = 400\nstopping = "{stopping}"', *changes)
     found = ahead.simulate(read_plan(path), 200)
     assert found["false_winners"]["rate"] <= 0.05 and found["planted"]["rate"] >= 0.8, found
 
@@ -501,6 +508,25 @@ def test_the_example_is_a_plan():
     plan = read_plan(REPOSITORY / "examples/study.toml")
     assert [arm.name for arm in plan.arms] == ["grpo", "random", "base", "ei"] and len(plan.seeds) == 3
     assert ahead.power_of(plan, plan.problems)["power"] >= 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not browser.PROGRAM, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [1200, 390])
+def test_the_page_fits_the_screen_and_fetches_nothing(width, write, tmp_path):
+    plan, jobs = planned(write(), tmp_path / "s")
+    registry.register(plan, tmp_path / "s", False)
+    fabricate(jobs, lambda arm, seed: {"grpo": 0.8, "base": 0.0}.get(arm, 0.5))
+    url = Path(study.run(write("effect = 0.2", "effect = 0.1"), tmp_path / "s", resume=True)["path"]).as_uri()
+
+    async def look():
+        async with browser.opened(url, tmp_path / "profile", width, 900) as tab:
+            assert await tab.value("document.documentElement.scrollWidth") <= width
+            assert await tab.value("document.querySelectorAll('section, figure').length") == 9
+            assert [event["request"]["url"] for event in tab.of("Network.requestWillBeSent")] == [url]
+            assert not tab.of("Log.entryAdded")
+
+    asyncio.run(look())
 
 
 SMALL = """

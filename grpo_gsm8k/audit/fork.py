@@ -52,7 +52,7 @@ def fork(folder: Path, at: int, sets: Sequence[str], out_dir: Path | None, max_s
         if out.exists():
             raise RunDirError(f"{out}: exists already; pick another --out_dir")
     lock.refuse_if_held(folder)
-    cfg: TrainConfig = replace(settings, out_dir=str(out), resume=True, max_steps=max_steps)
+    cfg = replace(settings, out_dir=str(out), resume=True, max_steps=max_steps)
     origin = {"origin": str(folder), "at": at, "stage": run.stage, "weights_sha256": run.weights.get(at, "")}
     origin |= {"origin_chain": _head_at(run, at), "changed": {key: list(pair) for key, pair in changed.items()}}
     with atomic_folder(out) as unfinished:
@@ -63,7 +63,7 @@ def fork(folder: Path, at: int, sets: Sequence[str], out_dir: Path | None, max_s
     return {**result, "forked_from": str(folder), "at": at, "changed": origin["changed"]}
 
 
-def changed_config(run: StoredRun, sets: Sequence[str]) -> tuple[Any, dict[str, tuple[Any, Any]]]:
+def changed_config(run: StoredRun, sets: Sequence[str]) -> tuple[TrainConfig, dict[str, tuple[Any, Any]]]:
     """The run's config with what `--set` changes, and each change as (before, now).
 
     Raises:
@@ -73,7 +73,7 @@ def changed_config(run: StoredRun, sets: Sequence[str]) -> tuple[Any, dict[str, 
     if kept := [key for key in typed if key in KEPT]:
         raise ConfigError(f"--set {kept[0]}: a fork keeps model, data and task of its origin; start a run of its own")
     values = {**vars(run.cfg), **config.ALGORITHMS.get(str(typed.get("algorithm", "")), {}), **typed}
-    cfg: config.TrainConfig = config.build(config.SECTIONS[run.stage], values)
+    cfg: TrainConfig = config.build(config.SECTIONS[run.stage], values)
     before = vars(run.cfg)
     return cfg, {key: (before[key], value) for key, value in vars(cfg).items() if before[key] != value}
 

@@ -66,11 +66,12 @@ def _sentences(plan: Plan, analysis: Analysis) -> Html:
 
 
 def _facts(plan: Plan, analysis: Analysis, folder: Path) -> Html:
-    first = registered(folder)[0]
+    last = registered(folder)[-1]
+    when = f"after {last.results} results" if last.results else "before any result"
     stopping = "one look, when all runs are done" if plan.looks == 1 else f"always valid, {plan.looks} looks"
     facts = (
         ("plan (sha256)", plan.sha256),
-        ("registered", f"{first.at}, before any result"),
+        ("registered", f"{last.at}, {when}"),
         ("arms", len(plan.arms)),
         ("seeds", listed([str(seed) for seed in plan.seeds])),
         ("problems", f"{analysis.problems:,}" if analysis.problems else "all"),
@@ -287,9 +288,9 @@ def _comparisons(plan: Plan, analysis: Analysis) -> Html:
     if not analysis.verdicts:
         return Html()
     head = ("arm", "difference", f"{100 - 5 / plan.looks:.4g} % interval", "p", "p Holm", "verdict",
-            "sd of seeds", "sd of problems", "sd of the rest", "expected power")  # fmt: skip
+            "sd of seeds", "sd of problems", "sd of the rest")  # fmt: skip
     words = {1: "better", -1: "worse", 0: "not told apart"}
-    planned = power_of(plan, analysis.problems)["power"]
+    planned = power_of(plan, analysis.problems)["power"] or 0.0
     rows = [
         (
             tag("b", plan.arm(name).label),
@@ -298,14 +299,13 @@ def _comparisons(plan: Plan, analysis: Analysis) -> Html:
             *(p_value(p).removeprefix("=\u00a0") for p in (one.p_value, one.p_holm)),
             words[one.sign],
             *(f"{value:.3f}" for value in (one.found.seed_sd, one.found.problem_sd, one.found.rest_sd)),
-            "–" if planned is None else f"{100 * planned:.0f} %",
         )
         for name, one in analysis.verdicts.items()
     ]
     seeds = next(iter(analysis.verdicts.values())).found.seeds
     caption = f"Each arm against {plan.reference.label}, {seeds} seeds on {analysis.problems:,} problems"
     effect = gap(analysis, plan.power.effect).lstrip("+")
-    note = f"The expected power is the plan's, for a true difference of {effect}."
+    note = f"By the plan's assumptions, a true difference of {effect} is found with a chance of {100 * planned:.0f} %."
     return join([table(caption, head, rows), tag("p", f"{METHOD} {note}", class_="mute")])
 
 

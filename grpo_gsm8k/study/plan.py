@@ -336,18 +336,20 @@ def _check(plan: Plan) -> None:
     config.check_known(top.reference or plan.arms[0].name, [arm.name for arm in plan.arms], f"{path}: unknown arm")
     if plan.start:
         _check_settings(plan.start.stage, plan.start_settings, f"{path}: [start]", tuple(vars(plan.start)))
-    everywhere = {key for cls in config.SECTIONS.values() for key in vars(cls())}
-    for key in plan.tables.get("common", {}):
+    known = {key for cls in config.SECTIONS.values() for key in vars(cls())}
+    for key, value in plan.tables.get("common", {}).items():
         if key in SET_HERE:
             raise ConfigError(f"{path}: [common] {key}: stands at the top of the plan, or is the study's to set")
-        config.check_known(key, everywhere, f"{path}: [common] unknown key")
+        config.check_known(key, known, f"{path}: [common] unknown key")
+        for cls in config.SECTIONS.values():
+            if key in vars(cls()):
+                config.of_table(cls, {key: value}, f"{path}: [common]")
     for section in ("eval", *MADE):
-        values = plan.tables.get(section, {})
-        _check_section(plan, section, values)
+        _check_section(plan, section, plan.tables.get(section, {}))
     for arm in plan.arms:
         _check_arm(plan, arm)
     if plan.start:
-        plan.settings(plan.start.stage, plan.start_settings)
+        _resolved(plan, plan.start.stage, plan.start_settings, f"{path}: [start]")
     most = 2 * plan.power.accuracy * (1 - plan.power.accuracy)
     if plan.power.disagree > most + 1e-9:
         raise ConfigError(
@@ -363,12 +365,27 @@ def _check_section(plan: Plan, section: str, values: Mapping[str, Any]) -> None:
         if key in SET_HERE:
             raise ConfigError(f"{plan.path}: [{section}] {key}: is the study's to set")
     config.of_table(config.SECTIONS[section], values, f"{plan.path}: [{section}]")
-    plan.settings(section, {})
+    asked = _resolved(plan, section, {}, f"{plan.path}: [{section}]")
+    if section == "eval" and asked["samples"] > 1 and asked["temperature"] == 0:
+        raise ConfigError(f"{plan.path}: [eval] samples = {asked['samples']}: several need a temperature above 0")
+
+
+def _resolved(plan: Plan, stage: str, settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A stage's config as values. Raises `ConfigError` as the stage itself would, before anything is made."""
+    from grpo_gsm8k import grpo
+
+    try:
+        values = plan.settings(stage, settings)
+        if stage == "grpo":
+            grpo.check(config.build(config.GrpoConfig, values))
+    except ConfigError as fault:
+        raise ConfigError(f"{where} {fault}") from None
+    return values
 
 
 def _check_arm(plan: Plan, arm: Arm) -> None:
-    settings = plan.settings(arm.stage, arm.settings)
     where = f"{plan.path}: [arm.{arm.name}]"
+    settings = _resolved(plan, arm.stage, arm.settings, where)
     if not arm.equal:
         return
     if arm.name == plan.reference.name or plan.reference.equal:
@@ -389,7 +406,7 @@ def _sized(plan: Plan, values: Mapping[str, Any]) -> Plan:
     path, seeds, problems = plan.path, values.get("seeds"), values.get("problems", 0)
     if seeds is None:
         raise ConfigError(f'{path}: seeds is missing: a list such as [0, 1, 2], a number, or "auto"')
-    if problems != AUTO and (not _is_whole(problems) or problems < 0 or problems == 1):
+    if problems != AUTO and (not _is_whole(problems) or problems == 1 or not 0 <= problems <= crossed.MOST_PROBLEMS):
         raise ConfigError(f'{path}: problems = {problems!r}: must be a number from 2 on, 0 for all, or "auto"')
     if seeds == AUTO:
         return _with_seeds(plan, problems)
