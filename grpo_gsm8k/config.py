@@ -40,6 +40,7 @@ PRESETS = Path(__file__).parent / "presets"
 STAGES = ("base", "sft", "ei", "grpo")
 ENGINES = ("hf", "vllm", "tinker")
 SERVICE, SERVICE_FILE = "tinker://", "service.json"  # a checkpoint's name there, and the file that holds it here
+LOGGERS = ("wandb", "tensorboard", "trackio")
 DATASETS = ("gsm8k", "gsm8k_platinum", "gsm_plus", "gsm_symbolic", "math", "math500")
 EVAL_SETS = "artifacts/sets"  # a folder for each of them but GSM8K
 DATA, OTHER_DATA = "artifacts/data", "artifacts/gsm8k"  # where data lie that nobody names: the first that is there
@@ -158,7 +159,7 @@ class PreferenceConfig(PromptConfig):
 
 @dataclass(frozen=True)
 class ModelConfig(PreferenceConfig):
-    """Device, length, seed, W&B."""
+    """Device, length, seed, loggers."""
 
     device: str = opt("auto", "cpu, cuda, cuda:0, or auto")
     dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "auto: bfloat16 on a GPU, else float32")
@@ -184,9 +185,17 @@ class ModelConfig(PreferenceConfig):
     )
     seed: int = opt(0, "decides every random draw", ge=0)
     deterministic: bool = opt(False, "bitwise repeatable kernels, TF32 off")
+    log: str = opt(
+        "",
+        f"where metrics and samples go besides metrics.jsonl: {', '.join(LOGGERS)}, several separated by commas; W&B "
+        "also without it, when WANDB_API_KEY is set or WANDB_MODE=offline",
+        runtime=True,
+        metavar="NAME",
+        many=True,
+    )
     wandb_project: str = opt(
         "grpo-gsm8k",
-        "W&B project; used when WANDB_API_KEY is set or WANDB_MODE=offline",
+        "project in W&B and Trackio",
         runtime=True,
         env="WANDB_PROJECT",
     )
@@ -247,6 +256,11 @@ class EngineConfig(ModelConfig):
             object.__setattr__(self, "engine", "tinker")
         if self.engine not in ("auto", *ENGINES) and not is_users(self.engine):
             raise ConfigError(f"engine = {self.engine!r}: must be auto, {', '.join(ENGINES)}, or package.module:Class")
+        unknown = [name for name in self.log.split(",") if self.log and name.strip() not in LOGGERS]
+        if unknown:
+            raise ConfigError(
+                f"--log {self.log}: must be {', '.join(LOGGERS)}, with commas between; not {unknown[0]!r}"
+            )
         if at_service(self.model_id) and self.engine != "tinker":
             raise ConfigError(
                 f"{self.model_id} is at a training service, which samples itself: leave --engine and vLLM's flags out"
