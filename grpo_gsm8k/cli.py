@@ -6,6 +6,7 @@ traceback. stdout is data, stderr is talk; `--json` prints exactly one JSON obje
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import importlib
@@ -92,16 +93,18 @@ def register(
     into: typer.Typer = app,
     panel: str | None = None,
     reads: typing.Iterable[str] = (),
+    lasts: bool = False,
 ) -> None:
     """A command whose flags are the fields of `cls`, which prints what `call(flags, **layers)` returns.
 
     `table` names the function of `evals.tables` that prints it for a person. `call`'s docstring is the command's
-    help; its keyword parameters are flags too. `reads` are variables of the environment.
+    help; its keyword parameters are flags too. `reads` are variables of the environment. One that `lasts` until it is
+    told to end shows by itself what it is waiting for.
     """
 
     def command(as_json: bool, help_all: bool = False, **given: Any) -> None:
         layers = {key: given.pop(key) for key in inspect.signature(call).parameters if key != "flags"}
-        with progress.doing(name):
+        with contextlib.nullcontext() if lasts else progress.doing(name):
             result = call({key: value for key, value in given.items() if value is not None}, **layers)
         show(result, as_json, table)
         if result.get("ok") is False:
@@ -201,6 +204,7 @@ register("pipeline", config.PipelineConfig, _pipeline, "print_pipeline", panel=S
 _stage("sft", "sft", "Supervised fine-tuning on worked solutions.")
 _stage("ei", "ei", "Expert iteration: sample, keep what is right, fine-tune, again.")
 _stage("grpo", "grpo", "Group relative policy optimisation.")
+_stage("distill", "distill", "On-policy distillation: a teacher scores the tokens that the student samples.")
 _stage("eval", "fast_eval_vllm", "Accuracy of a model on a file of problems.", "print_eval", "command")
 _stage(
     "prep-eval",
@@ -226,6 +230,9 @@ def data(
     source: Annotated[str, typer.Option(help="hub, or a folder with train.jsonl and test.jsonl")] = "hub",
     eval_n: Annotated[int, typer.Option(min=1, max=config.MOST, help="validation problems reserved from train")] = 512,
     seed: Annotated[int, typer.Option(min=0, max=config.MOST, help="of the reservation")] = 31415,
+    dataset: Annotated[
+        str, typer.Option(metavar="NAME", help=f"a set by name instead: {', '.join(config.DATASETS)}")
+    ] = "",
     task: Annotated[str, typer.Option(help="gsm8k, another task's name, or package.module:Class")] = "gsm8k",
     train_n: Annotated[
         int, typer.Option(min=1, max=config.MOST, help="training examples of a task that makes its own data")
@@ -241,6 +248,14 @@ def data(
     """GSM8K, pinned and split: train, validation, test, and a manifest; or another task's data."""
     from grpo_gsm8k import data_prep
 
+    if dataset:
+        from grpo_gsm8k import eval_sets
+
+        if task not in ("gsm8k", wanted := eval_sets.named(dataset).task):
+            raise ConfigError(f"--task {task} with --dataset {dataset}: its task is {wanted}; leave --task out")
+        how: dict[str, Any] = {"eval_n": eval_n, "seed": seed, "revision": revision or "", "cache_dir": cache_dir}
+        show(eval_sets.prepare(dataset, out_dir, source, snapshot_dir=snapshot_dir, **how), as_json)
+        return
     if task != "gsm8k":
         folder, sizes = ("" if source == "hub" else source), {"train": train_n, "val": eval_n, "test": test_n}
         made = data_prep.prepare_task(load_task(task), out_dir, folder, sizes, seed)
@@ -365,13 +380,119 @@ def report(
     as_json: Json = False,
 ) -> None:
     """One self-contained HTML page about one run or several."""
-    from grpo_gsm8k.report import write_report
+    from grpo_gsm8k.report import parted, write_report
 
     with progress.doing("report"):
-        page = write_report(runs, out)
-    show({"path": str(page)}, as_json)
+        page, words = write_report(runs, out), parted(runs)
+    show({"path": str(page), **({"parted": words} if words else {})}, as_json)
     if browse:
         _browse(page)
+
+
+@app.command(rich_help_panel=AFTER)
+def study(
+    plan: Annotated[Path, typer.Argument(help="the plan: arms, seeds, problems, in TOML")],
+    out_dir: Annotated[
+        Path | None, typer.Option(help="the study's folder; empty for artifacts/studies/<name of the plan>")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the study that is there")] = False,
+    jobs: Annotated[int, typer.Option(min=1, max=1024, help="runs at a time")] = 1,
+    max_runs: Annotated[int, typer.Option(min=0, max=config.MOST, help="start so many runs at most; 0: all")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry_run", help="show runs, tokens, time and cost; make nothing")] = False,
+    simulate: Annotated[
+        int, typer.Option(min=0, max=1_000_000, help="instead, simulate so many studies and count wrong verdicts")
+    ] = 0,
+    browse: Browse = False,
+    as_json: Json = False,
+) -> None:
+    """Arms × seeds by a plan: runs, a paired analysis, and one page with the answer."""
+    from grpo_gsm8k import study as studies
+
+    with progress.doing("study"):
+        if dry_run:
+            result, table = studies.dry_run(plan, out_dir), "print_dry_run"
+        elif simulate:
+            result, table = studies.simulate(plan, simulate), "print_simulated"
+        else:
+            result = studies.run(plan, out_dir, resume=resume, jobs=jobs, max_runs=max_runs)
+            table = "print_study"
+    show(result, as_json, table)
+    if browse and not (dry_run or simulate):
+        _browse(Path(result["path"]))
+
+
+RunDir = Annotated[Path, typer.Argument(help="directory of a training run")]
+OwnCode = Annotated[
+    bool, typer.Option("--own_code", help="import the reward, task or loss that the run names, from this directory")
+]
+DataNow = Annotated[str, typer.Option(help="where the run's data are now, if they moved without it")]
+ModelNow = Annotated[str, typer.Option(help="where the model is now that the run began with")]
+
+
+@app.command(rich_help_panel=AFTER)
+def replay(
+    run: RunDir,
+    step: Annotated[int, typer.Option(min=1, max=config.MOST, help="the step to train again")],
+    own_code: OwnCode = False,
+    data: DataNow = "",
+    model_id: ModelNow = "",
+    as_json: Json = False,
+) -> None:
+    """Train a step of a run again, from its checkpoint and rollouts: the weights must be the same."""
+    from grpo_gsm8k.audit.replay import replay as train_again
+
+    with progress.doing("replay"):
+        result = train_again(run, step, own_code, data, model_id)
+    show(result, as_json)
+    if result["verdict"] == "different":
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=AFTER)
+def fork(
+    run: RunDir,
+    at: Annotated[int, typer.Option(min=0, max=config.MOST, help="step of the checkpoint to go on from; 0: its start")],
+    sets: Sets = None,
+    out_dir: Annotated[
+        Path | None, typer.Option(help="the fork's directory; empty for artifacts/runs/<UTC stamp>_<git sha>")
+    ] = None,
+    max_steps: Annotated[int, typer.Option(min=0, max=config.MOST, help="stop after this many steps; 0 for all")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Go on from a checkpoint with other settings: the same prompts and draws until the policies part."""
+    from grpo_gsm8k.audit.fork import fork as go_on
+
+    with progress.doing("fork"):
+        result = go_on(run, at, sets or (), out_dir, max_steps)
+    show(result, as_json)
+
+
+@app.command(rich_help_panel=AFTER)
+def verify(
+    run: Annotated[Path, typer.Argument(help="directory of a training run, or of a pipeline")],
+    steps: Annotated[
+        int,
+        typer.Option(min=0, max=config.MOST, help="steps of each training stage that are sampled and trained again"),
+    ] = 3,
+    seed: Annotated[int, typer.Option(min=0, max=config.MOST, help="draws these steps")] = 0,
+    head: Annotated[str, typer.Option(help="last hash of the run's chain, as its author published it")] = "",
+    own_code: OwnCode = False,
+    data: DataNow = "",
+    model_id: ModelNow = "",
+    as_json: Json = False,
+) -> None:
+    """Hold a run to its word: every byte, every grade, and some steps sampled and trained again."""
+    from grpo_gsm8k.audit import verify as audit
+
+    asked = audit.Options(steps, seed, own_code, data, model_id, head)
+    with progress.doing("verify"):
+        result = audit.verify(run, asked)
+    if as_json:
+        show(result, True)
+    else:
+        print(printable("\n".join(audit.lines_of(result))))
+    if not result["ok"]:
+        raise typer.Exit(1)
 
 
 @app.command(rich_help_panel=START)
@@ -465,7 +586,7 @@ def _serve(
     return serve.run(config.build(serve_settings.ServeConfig, flags), status)
 
 
-register("serve", serve_settings.ServeConfig, _serve, panel=MACHINE, reads=(*HUB, *SERVICE))
+register("serve", serve_settings.ServeConfig, _serve, panel=MACHINE, reads=(*HUB, *SERVICE), lasts=True)
 
 
 objective_app = App(cls=Commands, help="Losses and advantages, judged exactly.", no_args_is_help=True)
@@ -684,8 +805,9 @@ def _run(argv: list[str] | None) -> int:
     """The command's exit code; what a person can mend becomes one line."""
     try:
         with streams.stdout_errors():
-            environment.load()
-            code = app(argv, prog_name="grpo-gsm8k", standalone_mode=False) or 0
+            for wrong in environment.load():
+                _say(wrong)
+            code = app.tree(argv, prog_name="grpo-gsm8k", standalone_mode=False) or 0
         if code != 130:  # what typer makes of a KeyboardInterrupt
             return int(code)
         _say(interrupts.LINE)

@@ -8,8 +8,8 @@ A layer that names an `algorithm` lays that paper's settings down first and its 
 `--set` count as one layer in this, so whatever is typed is stronger.
 An unknown key is an error that names the nearest known one.
 
-A TOML file has a table per stage (`[sft]`, `[ei]`, `[grpo]`, `[eval]`, `[prep-eval]`, `[pairs]`, `[tokenize]`,
-`[tiny_model]`, `[toy]`)
+A TOML file has a table per stage (`[sft]`, `[ei]`, `[grpo]`, `[distill]`, `[eval]`, `[prep-eval]`, `[pairs]`,
+`[tokenize]`, `[tiny_model]`, `[toy]`)
 and a table `[common]` whose keys go to every stage that knows them.
 """
 
@@ -40,6 +40,8 @@ PRESETS = Path(__file__).parent / "presets"
 STAGES = ("base", "sft", "ei", "grpo")
 ENGINES = ("hf", "vllm", "tinker")
 SERVICE, SERVICE_FILE = "tinker://", "service.json"  # a checkpoint's name there, and the file that holds it here
+DATASETS = ("gsm8k", "gsm8k_platinum", "gsm_plus", "gsm_symbolic", "math", "math500")
+EVAL_SETS = "artifacts/sets"  # a folder for each of them but GSM8K
 DATA, OTHER_DATA = "artifacts/data", "artifacts/gsm8k"  # where data lie that nobody names: the first that is there
 MOST = 2**63 - 1  # of any whole number: what a seed of torch and a tensor's size can be
 
@@ -54,6 +56,7 @@ def opt(
     also: str = "",
     env: str = "",
     metavar: str = "",
+    many: bool = False,
     ge: float | None = None,
     gt: float | None = None,
     le: float | None = None,
@@ -68,12 +71,13 @@ def opt(
         also: a second flag.
         env: an environment variable that sets it, weaker than a flag.
         metavar: what the help calls a value that is text, such as PATH.
+        many: the flag may be given several times; the values are joined by commas.
         ge, gt, le, lt: bounds of a number, from whichever layer it comes.
     """
     bounds = {"at least": ge, "above": gt, "at most": le, "below": lt}
     range_ = {words: bound for words, bound in bounds.items() if bound is not None}
     told = {"help": help, "runtime": runtime, "settled": settled, "expert": expert, "also": also, "env": env}
-    return dataclasses.field(default=default, metadata={**told, "metavar": metavar, "range": range_})
+    return dataclasses.field(default=default, metadata={**told, "metavar": metavar, "many": many, "range": range_})
 
 
 def out_of_range(value: float, range_: Mapping[str, float]) -> str:
@@ -230,14 +234,23 @@ class EngineConfig(ModelConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.vllm_device or self.vllm_devices:  # so that the config says it, and a resumed run is held to it
+        device = self.vllm_devices or self.vllm_device
+        if device and self.engine == "auto":  # so that the config says it, and a resumed run is held to it
             object.__setattr__(self, "engine", "vllm")
+        elif device and self.engine in ("hf", "tinker"):
+            flag = "--vllm_devices" if self.vllm_devices else "--vllm_device"
+            raise ConfigError(
+                f"{flag} {device} with --engine {self.engine}: only vLLM runs there; give --engine vllm, or leave "
+                f"{flag} out"
+            )
         elif at_service(self.model_id) and self.engine == "auto":
             object.__setattr__(self, "engine", "tinker")
         if self.engine not in ("auto", *ENGINES) and not is_users(self.engine):
             raise ConfigError(f"engine = {self.engine!r}: must be auto, {', '.join(ENGINES)}, or package.module:Class")
         if at_service(self.model_id) and self.engine != "tinker":
-            raise ConfigError(f"{self.model_id} is at a training service, which samples itself: leave --engine out")
+            raise ConfigError(
+                f"{self.model_id} is at a training service, which samples itself: leave --engine and vLLM's flags out"
+            )
 
     @property
     def uses_vllm(self) -> bool:
@@ -246,8 +259,8 @@ class EngineConfig(ModelConfig):
 
     @property
     def unread(self) -> list[str]:
-        """vLLM's settings, as `--name value`, that were given and that the embedded engine does not read."""
-        if self.engine != "hf":
+        """vLLM's settings, as `--name value`, that were given and that another engine of ours does not read."""
+        if self.engine not in ("hf", "tinker"):
             return []
         given = [f for f in dataclasses.fields(self) if f.name in self.ONLY_VLLM and getattr(self, f.name) != f.default]
         return [f"--{field.name} {getattr(self, field.name)}" for field in given]
@@ -295,7 +308,21 @@ class RunConfig(LearnerConfig):
         ge=0,
     )
     save_every: int = opt(20, "steps between checkpoints", runtime=True, ge=1)
+    async_save: bool = opt(
+        True,
+        "write checkpoints while training goes on, from a copy in main memory; not where several ranks or a service "
+        "train, or where the copy does not fit",
+        runtime=True,
+        expert=True,
+    )
     keep_last: int = opt(2, "checkpoints kept, besides the best one on validation", runtime=True, ge=1, expert=True)
+    keep_rollouts: int = opt(
+        -1,
+        "GRPO and expert iteration: steps whose rollouts are kept on disk, the newest; -1 for all, 0 for none",
+        runtime=True,
+        ge=-1,
+        expert=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -582,6 +609,16 @@ class GrpoConfig(TrainConfig):
     resample_zero_variance: int = opt(
         0, "times that groups with equal rewards are replaced by fresh prompts", ge=0, expert=True
     )
+    curriculum: str = opt(
+        "none",
+        "which prompts are sampled: none, each once per epoch; target:T, more often those whose solve rate is near T",
+    )
+    curriculum_half_life: float = opt(
+        50.0, "steps after which what a prompt's completions have shown counts half", gt=0, le=1e9, expert=True
+    )
+    curriculum_unbiased: bool = opt(
+        False, "weigh each group so that the objective stays that of uniform prompts", expert=True
+    )
     temperature: float = opt(1.0, "sampling temperature", ge=0)
     top_p: float = opt(1.0, "nucleus mass; below 1 it is refused, since ratios would be wrong", gt=0, le=1, expert=True)
     reward: str = opt("default", "default: the task's; random (the control); or package.module:function")
@@ -605,13 +642,46 @@ class GrpoConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
+class DistillConfig(GrpoConfig):
+    """On-policy distillation: a teacher scores every token that the student samples; the rest is GRPO's."""
+
+    teacher: str = opt(
+        "", "who scores the student's samples: a model folder, or a name on the hub; same vocabulary", metavar="MODEL"
+    )
+    teacher_revision: str = opt("", "revision of a teacher on the hub; empty for its default branch", expert=True)
+    teacher_device: str = opt("", "where the teacher computes, as in cuda:1; empty: where the student is trained")
+    teacher_cache_mb: int = opt(
+        256,
+        "scores of the teacher that are kept, in MiB, in the run directory and in memory; what does not fit is scored "
+        "again; 0: none",
+        ge=0,
+        le=1 << 20,
+        expert=True,
+    )
+    reward_coef: float = opt(0.0, "weight of the task's advantage beside the teacher's; 0: the teacher alone", ge=0)
+    group_size: int = opt(4, "completions per prompt", ge=1)
+    aggregation: Literal["sequence", "token", "constant"] = opt(
+        "token",
+        "mean over all tokens; over a response then over responses (GRPO); or over max_new_tokens",
+        expert=True,
+    )
+
+
+@dataclass(frozen=True)
 class EvalConfig(EngineConfig):
     """Accuracy of a model on a file of problems."""
 
     eval_path: str = opt(
         "artifacts/data/test.jsonl",
-        "problems, or the rows that prep-eval writes; GSM8K is fetched where there is none",
+        "problems, or the rows that prep-eval writes; several with commas between; GSM8K is fetched if there is none",
         metavar="PATH",
+        many=True,
+    )
+    dataset: str = opt(
+        "",
+        f"sets by name, separated by commas, fetched into {EVAL_SETS} where they are not there: {', '.join(DATASETS)}",
+        metavar="NAME",
+        many=True,
     )
     eval_n: int = opt(
         0, "validation problems that are reserved when the data are fetched; 0 for 512", ge=0, expert=True
@@ -719,6 +789,7 @@ SECTIONS: dict[str, type] = {
     "sft": SftConfig,
     "ei": EiConfig,
     "grpo": GrpoConfig,
+    "distill": DistillConfig,
     "eval": EvalConfig,
     "prep-eval": PrepEvalConfig,
     "pairs": PairsConfig,
@@ -770,12 +841,12 @@ def _check_tables(tables: Mapping[str, Any], path: Path, before: str) -> None:
     """Raise `ConfigError` for a table or a key that is not known."""
     everywhere = {name for cls in SECTIONS.values() for name in _fields(cls)}
     for table, values in tables.items():
-        _known(table, [*SECTIONS, "common"], f"{path}: unknown table" + (f" in [{before[:-1]}]" if before else ""))
+        check_known(table, [*SECTIONS, "common"], f"{path}: unknown table" + (f" in [{before[:-1]}]" if before else ""))
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: {table!r} must stand in a table such as [{before}grpo] or [{before}common]")
         known = everywhere if table == "common" else _fields(SECTIONS[table])
         for key, value in values.items():
-            _known(key, known, f"{path}: [{before}{table}] unknown key")
+            check_known(key, known, f"{path}: [{before}{table}] unknown key")
             for cls in SECTIONS.values() if table == "common" else [SECTIONS[table]]:
                 if key in _fields(cls):
                     _coerce(cls, key, value, f"{path}: [{before}{table}] {key} =")
@@ -839,8 +910,8 @@ def layers(
         ConfigError: for an unknown preset, key or value.
     """
     if preset:
-        _known(preset, preset_names(), "unknown preset")
-    flags, typed = dict(flags or {}), _sets(section, sets)
+        check_known(preset, preset_names(), "unknown preset")
+    flags, typed = dict(flags or {}), set_values(section, sets)
     task = task or str({**flags, **typed}.get("task", ""))
     paths = [path for path in (preset and preset_path(preset, task), config_file) if path]
     tables = {path: read_toml(path) for path in paths}
@@ -858,7 +929,7 @@ def layers(
     return found + _over_algorithm(*by_flag, *by_set)
 
 
-def _sets(section: str, sets: typing.Sequence[str]) -> dict[str, Any]:
+def set_values(section: str, sets: typing.Sequence[str]) -> dict[str, Any]:
     """The values of `--set` that are for this section."""
     cls, typed = SECTIONS[section], dict[str, Any]()
     for item in sets:
@@ -867,11 +938,11 @@ def _sets(section: str, sets: typing.Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise ConfigError(f"--set {item}: must read key=value")
         if dot:
-            _known(table, [*SECTIONS, "common"], f"--set {item}: unknown section")
+            check_known(table, [*SECTIONS, "common"], f"--set {item}: unknown section")
             known = [key for stage in SECTIONS.values() for key in _fields(stage)]
-            _known(name, known if table == "common" else _fields(SECTIONS[table]), f"--set {item}: unknown key")
+            check_known(name, known if table == "common" else _fields(SECTIONS[table]), f"--set {item}: unknown key")
         else:
-            _known(name, _fields(cls), f"--set {item}: unknown key")
+            check_known(name, _fields(cls), f"--set {item}: unknown key")
         if not dot or table == section or (table == "common" and name in _fields(cls)):
             owner = SECTIONS.get(table, cls)
             typed[name] = _coerce(owner, name, text.strip(), f"--set {key.strip()} =")
@@ -900,8 +971,22 @@ def _environment(cls: type) -> list[Layer]:
 def build(cls: type[C], values: Mapping[str, Any]) -> C:
     """`cls(**values)` with every key known and every value of its field's type and in its range."""
     for key in values:
-        _known(key, _fields(cls), "unknown key")
+        check_known(key, _fields(cls), "unknown key")
     return cls(**{key: _coerce(cls, key, value, f"--{key}") for key, value in values.items()})
+
+
+def of_table(cls: type[C], values: Mapping[str, Any], where: str, also: typing.Iterable[str] = ()) -> C:
+    """A config from a table of a TOML file, every key known and every value checked; keys in `also` are left out.
+
+    Args:
+        where: the file and the table, for the message, as in `plan.toml: [power]`.
+    """
+    skipped, found = set(also), dict[str, Any]()
+    for key, value in values.items():
+        check_known(key, [*_fields(cls), *skipped], f"{where} unknown key".lstrip())
+        if key not in skipped:
+            found[key] = _coerce(cls, key, value, f"{where} {key} =")
+    return cls(**found)
 
 
 def to_toml(config: Any, table: str, origin: Mapping[str, tuple[str, str]] | None = None) -> str:
@@ -953,11 +1038,12 @@ def _over_algorithm(*layers: Layer) -> list[Layer]:
     naming = [layer for layer in layers if "algorithm" in layer.values]
     if not naming or not (name := naming[-1].values["algorithm"]):
         return list(layers)
-    _known(str(name), ALGORITHMS, "unknown algorithm")
+    check_known(str(name), ALGORITHMS, "unknown algorithm")
     return [Layer(naming[-1].kind, f"algorithm {name}, {naming[-1].where}", ALGORITHMS[name]), *layers]
 
 
-def _known(name: str, names: typing.Iterable[str], message: str) -> None:
+def check_known(name: str, names: typing.Iterable[str], message: str) -> None:
+    """Raise `ConfigError` for a name that is not one of `names`, with the nearest of them."""
     names = sorted(names)
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
@@ -977,6 +1063,8 @@ def _coerce(cls: type, key: str, value: Any, said: str) -> Any:
         said: how the value was given, for the message: `--lr`, or `recipe.toml: [sft] lr =`.
     """
     hint, field = _hints(cls)[key], cls.__dataclass_fields__[key]  # type: ignore[attr-defined]
+    if field.metadata.get("many") and isinstance(value, list) and all(isinstance(part, str) for part in value):
+        value = ",".join(value)
 
     def refuse(why: str) -> ConfigError:
         return ConfigError(f"{said} {_SHORT.repr(value)}: {why}")
@@ -986,7 +1074,7 @@ def _coerce(cls: type, key: str, value: Any, said: str) -> Any:
         raise refuse("must be UTF-8 text without NUL")
     if typing.get_origin(hint) is Literal:
         if value not in typing.get_args(hint):
-            raise refuse(f"must be one of {', '.join(typing.get_args(hint))}")
+            raise refuse(f"must be one of {', '.join(choice or '(empty)' for choice in typing.get_args(hint))}")
         return value
     if hint is bool and isinstance(value, str):
         if value.lower() not in ("true", "false"):

@@ -247,11 +247,16 @@ named `completions`, of the whole group → a list of these. May be async. A com
 
 @dataclass(frozen=True)
 class Rollout:
-    """A trajectory and its verdict; `advantage` is set by the algorithm."""
+    """A trajectory and its verdict; `advantage` is set by the algorithm.
+
+    Attributes:
+        weight: of its group, which multiplies the advantages; not 1 where prompts are not drawn alike (`curriculum`).
+    """
 
     trajectory: Trajectory
     grade: Grade
     advantage: float = 0.0
+    weight: float = 1.0
 
 
 class Sampler(Protocol):

@@ -11,11 +11,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from grpo_gsm8k.config import EiConfig
-from grpo_gsm8k.datatypes import Datum, Prompt, Rollout, SamplingParams
+from grpo_gsm8k.datatypes import Datum, Grade, Prompt, Rollout, SamplingParams, Trajectory
 from grpo_gsm8k.engines.probe import sampled_datum
 from grpo_gsm8k.engines.trajectories import sample_trajectories
 from grpo_gsm8k.errors import ConfigError
@@ -39,13 +40,16 @@ def train(cfg: EiConfig, bench: Workbench, prompts: Sequence[Prompt]) -> None:
         started = time.perf_counter()
         done, k = divmod(step - 1, cfg.steps_per_round)
         metrics: dict[str, float] = {"progress/ei_step": step, "progress/done_frac": step / total}
+        sampled: list[list[Rollout]] = []
         if k == 0 or not rows:  # a new round, or a run that was resumed inside one
-            rows, found = round_rows(cfg, bench, prompts, done, fresh=k == 0)
+            rows, sampled, found = round_rows(cfg, bench, prompts, done, fresh=k == 0)
             metrics |= found
         if rows:
             seed = derive_seed(cfg.seed, "ei", done)
             lr, start = lr_at(step, total, cfg), done * cfg.steps_per_round
             metrics |= fit_step(cfg, bench, rows, step, lr, seed=seed, start=start)
+        if sampled:
+            bench.keep_rollouts(step, sampled)
         bench.validate(step, total, metrics)
         bench.run.log(step, metrics | {"time/total": time.perf_counter() - started})
         state.note = f"round {done + 1}, {len(rows)} solutions"
@@ -53,12 +57,11 @@ def train(cfg: EiConfig, bench: Workbench, prompts: Sequence[Prompt]) -> None:
 
 def round_rows(
     cfg: EiConfig, bench: Workbench, prompts: Sequence[Prompt], done: int, fresh: bool
-) -> tuple[list[Datum], dict[str, float]]:
-    """The rows of a round and its `ei/` metrics: sampled at its start, or read back by a resumed run."""
-    path = bench.run.path / "rounds" / f"round_{done + 1:02d}.jsonl"
+) -> tuple[list[Datum], list[list[Rollout]], dict[str, float]]:
+    """The rows of a round, what was sampled for it, and its `ei/` metrics; a resumed run reads the rows back."""
+    path = bench.run.path / round_name(done)
     if not fresh:
-        stored = [row for _, row in read_jsonl(path)] if path.stat().st_size else []
-        return [Datum(tuple(row["token_ids"]), tuple(row["mask"])) for row in stored], {}
+        return stored_rows(path), [], {}
     synced = bench.sync(done * cfg.steps_per_round)
     order = shuffled(len(prompts), derive_seed(cfg.seed, "ei-prompts", done))
     chosen = [prompts[i] for i in order[: cfg.prompts_per_round]]
@@ -69,17 +72,38 @@ def round_rows(
     grades_P_G = Grader(bench.renderer.task).grade(sampled_P_G)
     if any(grade.correct is None for grades in grades_P_G for grade in grades):
         raise ConfigError(f"task {cfg.task!r} has no right answers, which expert iteration keeps: use grpo instead")
-    kept = [
-        rollout
-        for group, grades in zip(sampled_P_G, grades_P_G, strict=True)
-        for rollout in keep_right(cfg, [Rollout(one, grade) for one, grade in zip(group, grades, strict=True)])
-    ]
-    rows = [_row(rollout) for rollout in kept]
+    groups, kept = choose(cfg, sampled_P_G, grades_P_G)
+    rows = [solution_row(rollout) for rollout in kept]
     write_jsonl(path, rows)
     metrics = yield_metrics(kept, len(chosen), len(chosen) * cfg.samples_per_prompt, done) | synced
+    metrics["ei/sampled_tokens"] = sum(sum(one.mask) for group in sampled_P_G for one in group)
     note = "nothing to learn from" if not kept else f"{metrics['ei/solved_frac']:.0%} of problems solved"
     say(f"ei: round {done + 1}: {len(kept)} right and distinct solutions of {len(chosen)} problems, {note}")
-    return [Datum(tuple(row["token_ids"]), tuple(row["mask"])) for row in rows], metrics
+    return [Datum(tuple(row["token_ids"]), tuple(row["mask"])) for row in rows], groups, metrics
+
+
+def round_name(done: int) -> str:
+    """The file of the rows of a round, below the run directory; `done` rounds came before it."""
+    return f"rounds/round_{done + 1:02d}.jsonl"
+
+
+def stored_rows(path: Path) -> list[Datum]:
+    """The rows of a round that was sampled before."""
+    stored = [row for _, row in read_jsonl(path)] if path.stat().st_size else []
+    return [Datum(tuple(row["token_ids"]), tuple(row["mask"])) for row in stored]
+
+
+def choose(
+    cfg: EiConfig, sampled_P_G: Sequence[Sequence[Trajectory]], grades_P_G: Sequence[Sequence[Grade]]
+) -> tuple[list[list[Rollout]], list[Rollout]]:
+    """All rollouts of a round, with advantage 1 where they are kept and 0 elsewhere; and those that are kept."""
+    groups, kept = list[list[Rollout]](), list[Rollout]()
+    for sampled, grades in zip(sampled_P_G, grades_P_G, strict=True):
+        group = [Rollout(one, grade) for one, grade in zip(sampled, grades, strict=True)]
+        chosen = keep_right(cfg, group)
+        groups.append([replace(one, advantage=float(any(one is other for other in chosen))) for one in group])
+        kept += chosen
+    return groups, kept
 
 
 def keep_right(cfg: EiConfig, group: Sequence[Rollout]) -> list[Rollout]:
@@ -116,7 +140,7 @@ def run(cfg: EiConfig) -> dict[str, Any]:
         return bench.finish()
 
 
-def _row(rollout: Rollout) -> dict[str, Any]:
+def solution_row(rollout: Rollout) -> dict[str, Any]:
     row, trajectory = sampled_datum(rollout.trajectory), rollout.trajectory
     return {
         "id": trajectory.prompt.example.id,

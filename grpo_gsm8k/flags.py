@@ -6,8 +6,10 @@ completion spell a flag `--model_id`, as the docs do; `--model-id` is the same f
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import re
 import shutil
@@ -18,6 +20,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
+
+from grpo_gsm8k import originals
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -83,7 +87,7 @@ def _owner(cls: type, name: str) -> type:
 def _flag(cls: type, field: dataclasses.Field[Any], panel: str) -> inspect.Parameter:
     hint, told = typing.get_type_hints(cls)[field.name], field.metadata
     choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-    kind: Any = str if choices else hint  # choices are checked with all other values, in config.py
+    kind: Any = str if choices else list[str] if told["many"] else hint  # config.py checks choices, and joins lists
     shown = "|".join(choices)
     option = typer.Option(
         f"--{field.name}/--no_{field.name}" if hint is bool else f"--{field.name}",
@@ -129,16 +133,28 @@ def help_all(expert: Iterable[str]) -> inspect.Parameter:
 
     def show(context: typer.Context, value: bool) -> None:
         if value and not context.resilient_parsing:
-            for parameter in context.command.params:
-                if parameter.name in names:
-                    parameter.hidden = False  # type: ignore[attr-defined]
-            typer.echo(context.get_help())
+            shown = [parameter for parameter in context.command.params if parameter.name in names]
+            with _set_for_now(shown, "hidden", False):
+                typer.echo(context.get_help())
             raise typer.Exit
 
     text = f"also show the {len(names)} flags for experts, and exit"
     option = typer.Option("--help_all", help=text, is_eager=True, callback=show)
     kind = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter("help_all", kind, default=False, annotation=Annotated[bool, option])
+
+
+@contextlib.contextmanager
+def _set_for_now(parameters: Iterable[Any], name: str, value: object) -> Iterator[None]:
+    """Set an attribute of each parameter while its help is drawn; the next command line finds the old one."""
+    before = [(parameter, getattr(parameter, name)) for parameter in parameters]
+    try:
+        for parameter, _ in before:
+            setattr(parameter, name, value)
+        yield
+    finally:
+        for parameter, old in before:
+            setattr(parameter, name, old)
 
 
 def epilog(variables: Iterable[str], switches: bool = True) -> str:
@@ -157,13 +173,13 @@ class Command(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help, as typer does where the terminal has room for its columns."""
-        for parameter in self.params:
-            if isinstance(parameter, TyperOption):
-                parameter.secondary_opts = []  # the parser has them already
-        if (width := shutil.get_terminal_size().columns) >= NARROW:
-            super().format_help(ctx, formatter)
-        else:
-            formatter.write("\n".join(self._narrow(ctx, width)))
+        switches = [parameter for parameter in self.params if isinstance(parameter, TyperOption)]
+        width = shutil.get_terminal_size().columns
+        with _set_for_now(switches, "secondary_opts", []):
+            if width >= NARROW:
+                super().format_help(ctx, formatter)
+            else:
+                formatter.write("\n".join(self._narrow(ctx, width)))
 
     def _narrow(self, ctx: Any, width: int) -> Iterator[str]:
         """The help, each text under its flag."""
@@ -193,6 +209,14 @@ class App(typer.Typer):
         """As typer's, with another default for `cls`."""
         return super().command(name, **{"cls": Command, **settings})
 
+    @functools.cached_property
+    def tree(self) -> Any:
+        """The commands as click has them, built once: a process may run many command lines."""
+        group = typer.main.get_command(self)
+        for parameter in group.params:  # typer has added those of completion behind ours
+            _show_in_our_words(parameter)
+        return group
+
 
 class Commands(TyperGroup):
     """A group of commands that spells flags in one way and knows its commands by either spelling."""
@@ -214,7 +238,9 @@ class Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that is named first; an error names the nearest one."""
         if not self.get_command(ctx, args[0]) and not args[0].startswith("-") and not ctx.resilient_parsing:
-            ctx.fail(f"no such command: {args[0]}{nearest(args[0], self.commands)}")
+            here = originals.COMMANDS.get(args[0].replace("_", "-"))
+            known = f" (here: {here})" if here in self.commands else nearest(args[0], self.commands)
+            ctx.fail(f"no such command: {args[0]}{known}")
         return super().resolve_command(ctx, args)
 
 

@@ -25,7 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from grpo_gsm8k import plugins
+from grpo_gsm8k import curriculum, plugins
 from grpo_gsm8k.config import GrpoConfig
 from grpo_gsm8k.datatypes import Datum, Grade, Learner, Prompt, Rollout
 from grpo_gsm8k.engines.probe import sampled_datum
@@ -67,6 +67,8 @@ def train(cfg: GrpoConfig, bench: Workbench, prompts: Sequence[Prompt], grader: 
             timer.lap("build_data")
             metrics |= rollout_metrics(groups) | update(cfg, bench, rows, step)
             timer.lap("training")
+            bench.keep_rollouts(step, groups)
+            timer.lap("keep_rollouts")
             if bench.due(step, cfg.steps):
                 source.settle()
                 bench.run.samples(step, (sample_row(bench, r, k) for k, group in enumerate(groups) for r in group))
@@ -121,6 +123,7 @@ def check(cfg: GrpoConfig) -> None:
         raise ConfigError(
             f"loss {cfg.loss!r} does not use advantages: it is for fine-tuning, and GRPO would learn nothing"
         )
+    curriculum.check(cfg)
     if unread := unread_settings(cfg.loss, vars(cfg), vars(GrpoConfig())):
         raise ConfigError(f"{unread[0]} = {getattr(cfg, unread[0])}: --loss {cfg.loss} does not read it; leave it out")
     if cfg.kl_coef and cfg.kl_estimator == "k1" and not cfg.kl_bias_correction:
@@ -135,7 +138,7 @@ def with_advantages(cfg: GrpoConfig, groups: Sequence[Sequence[Rollout]]) -> lis
     found = []
     for group in groups:
         values = advantages_of(cfg, [rollout.grade for rollout in group])
-        found.append([replace(rollout, advantage=value) for rollout, value in zip(group, values, strict=True)])
+        found.append([replace(r, advantage=value * r.weight) for r, value in zip(group, values, strict=True)])
     return found
 
 

@@ -29,9 +29,12 @@ NUMBERS = (signal.SIGINT, signal.SIGTERM)
 GRACE_S = 8.0
 EXIT_S = 2.0  # seconds for threads that the interpreter waits for
 POLL_S = 0.1
-LINE = "interrupted; what was complete is kept: sft, ei, grpo, pipeline and demo continue with --resume"
+LINE = "interrupted; what was complete is kept: sft, ei, grpo, distill, pipeline and demo continue with --resume"
 COMMANDS = frozenset(
-    {"bench", "cli", "data_prep", "ei", "fast_eval_vllm", "gsm8k.pairs", "grpo", "pretokenize", "sft", "__main__"}
+    {
+        *("bench", "cli", "data_prep", "distill", "ei", "fast_eval_vllm", "grpo", "pretokenize", "sft"),
+        *("study.job", "__main__"),
+    }
 )
 """Modules that users start with `python -m`; engines and the watchdog end in their own ways."""
 
@@ -200,8 +203,8 @@ def _of_an_interrupt(fault: BaseException | None) -> bool:
     return False
 
 
-def _exit() -> None:
-    say(LINE)
+def _exit(why: str = "") -> None:
+    say(LINE + why)
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     os._exit(exit_code())
@@ -214,9 +217,15 @@ def say(line: str) -> None:
 
 
 def _at_the_top(kind: type[BaseException], fault: BaseException, trace: TracebackType | None) -> None:
-    """Print a line, not a traceback, for an interrupt that no command caught, as during an import."""
+    """Print a line, not a traceback, for an interrupt that no command caught, as during an import.
+
+    Native code may drop the interrupt and fail a moment later, at a module that is half imported: that error has no
+    trace of it, and is named behind the line.
+    """
     if issubclass(kind, KeyboardInterrupt) or (_state.received and _of_an_interrupt(fault)):
         _exit()
+    if _state.raised:
+        _exit(f" ({kind.__name__}: {fault})")
     sys.__excepthook__(kind, fault, trace)
 
 

@@ -20,12 +20,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from grpo_gsm8k import config
+from grpo_gsm8k import config, repro
 from grpo_gsm8k.config import STAGES, EvalConfig, PipelineConfig, TinyModelConfig, ToyConfig
 from grpo_gsm8k.datatypes import Example
 from grpo_gsm8k.errors import ConfigError, DataError, RunDirError
 from grpo_gsm8k.repro import derive_seed, shuffled
 from grpo_gsm8k.runs import lock
+from grpo_gsm8k.runs.chain import JUDGE, Chain, read
 from grpo_gsm8k.runs.directory import RUNS, new_path
 from grpo_gsm8k.runs.files import disk_errors, make_folder, read_json, sha256_file, write_json
 from grpo_gsm8k.runs.progress import doing, part, say
@@ -93,6 +94,7 @@ def _stages(cfg: PipelineConfig, folder: Path, planned: Sequence[str], resolve: 
     task = task_of(first)
     with doing("preparing data and model"):
         data, model = _prepare(cfg, folder, task, first, resolve)
+    chain, sealed = _chain(folder)
     result: dict[str, Any] = {
         "run_dir": str(folder),
         "data": str(data),
@@ -114,10 +116,32 @@ def _stages(cfg: PipelineConfig, folder: Path, planned: Sequence[str], resolve: 
         result["seconds"] = round(time.monotonic() - began, 1)
         if len(result["stages"]) > len(finished) or result["stages"] != finished[: len(result["stages"])]:
             write_json(folder / "pipeline.json", result)  # never shorter than it was: a kill must not lose a stage
+            sealed.discard(stage)
+        if stage not in sealed:
+            _seal(chain, folder, stage)
         say(f"{number}/{len(planned)} {stage}: {_outcome(row)}")
     with doing("writing the report"):
         result["report"] = str(report.write_report([folder]))
+    chain.seal("end", 0, files=["report.html"])
     return result
+
+
+def _chain(folder: Path) -> tuple[Chain, set[str]]:
+    """The pipeline's own hash chain, over data, model and the chains of its stages; and the stages that are in it."""
+    chain = Chain(folder)
+    if chain.path.is_file():
+        chain.resume_at_end()
+    else:
+        chain.open(0, code=repro.git_commit(), stage="pipeline")
+    return chain, {link["stage"] for link in read(folder)[0] if link["kind"] == "stage"}
+
+
+def _seal(chain: Chain, folder: Path, stage: str) -> None:
+    """Link a finished stage: its evaluation, and the end of its own chain."""
+    links, _ = read(folder / stage)
+    ends = {stage: links[-1]["hash"]} if links else {}
+    files = ["pipeline.json", f"evals/{stage}.jsonl", f"evals/{stage}.json", f"evals/{JUDGE}"]
+    chain.seal("stage", 0, files=files, stage=stage, chains=ends)
 
 
 def _prepare(cfg: PipelineConfig, folder: Path, task: Task, first: Any, resolve: Resolve) -> tuple[Path, str]:

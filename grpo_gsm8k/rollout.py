@@ -4,7 +4,8 @@ on_policy     step k samples with the weights of k - 1 updates; the learner wait
 one_step_off  step k trains on rollouts that were sampled during step k - 1, with the weights of k - 2 updates.
               The first step is on-policy. Sampler and learner work side by side, so the slower one sets the pace.
 
-A checkpoint stores the rollouts that were sampled ahead, so a resumed run trains on the same ids.
+Its prompts are a shuffled stream, or those that the curriculum draws (`curriculum.py`). A checkpoint stores the
+rollouts that were sampled ahead, so a resumed run trains on the same ids.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from grpo_gsm8k.config import GrpoConfig
+from grpo_gsm8k.curriculum import Curriculum, Evidence, Outcomes, outcomes_of
 from grpo_gsm8k.datatypes import Grade, Prompt, Rollout, Sampler, SamplingParams, Trajectory
 from grpo_gsm8k.engines.trajectories import sample_trajectories
 from grpo_gsm8k.errors import EngineError, PluginError
@@ -35,45 +37,57 @@ class Collected:
 
     Attributes:
         cursor: how many prompts the stream has yielded so far.
+        outcomes: how often each prompt was solved, those of groups that were replaced included.
         seconds: the time of sampling and of grading.
     """
 
     groups: list[list[Rollout]]
     cursor: int
+    outcomes: Outcomes = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class SourceState:
-    """The state of a `RolloutSource`: its position in the stream of prompts, and the rollouts sampled ahead."""
+    """The state of a `RolloutSource`: its position in the stream of prompts, the curriculum's, and the rollouts sampled
+    ahead."""
 
     cursor: int = 0
     ahead: Collected | None = None
+    evidence: Evidence = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """For a checkpoint. JSON keeps every bit of a float."""
-        ahead = self.ahead and {"cursor": self.ahead.cursor, "groups": [list(map(_row, g)) for g in self.ahead.groups]}
-        return {"cursor": self.cursor, "ahead": ahead}
+        ahead = self.ahead and {
+            "cursor": self.ahead.cursor,
+            "groups": [list(map(_row, g)) for g in self.ahead.groups],
+            "outcomes": self.ahead.outcomes,
+        }
+        return {"cursor": self.cursor, "ahead": ahead, "evidence": self.evidence}
 
     @staticmethod
     def of_json(stored: Mapping[str, Any], prompts: Sequence[Prompt]) -> SourceState:
         """Undo `as_json`, given the run's prompts."""
         ahead, by_id = stored["ahead"], {prompt.example.id: prompt for prompt in prompts}
+        evidence = {id_: tuple(counts) for id_, counts in stored.get("evidence", {}).items()}
         if not ahead:
-            return SourceState(stored["cursor"])
+            return SourceState(stored["cursor"], None, evidence)
         groups = [[_rollout(row, by_id) for row in group] for group in ahead["groups"]]
-        return SourceState(stored["cursor"], Collected(groups, ahead["cursor"]))
+        outcomes = {id_: tuple(counts) for id_, counts in ahead.get("outcomes", outcomes_of(groups)).items()}
+        return SourceState(stored["cursor"], Collected(groups, ahead["cursor"], outcomes), evidence)
 
 
 def _row(rollout: Rollout) -> dict[str, Any]:
     trajectory = {name: value for name, value in vars(rollout.trajectory).items() if name != "prompt"}
-    return {"id": rollout.trajectory.prompt.example.id, "trajectory": trajectory, "grade": asdict(rollout.grade)}
+    id_ = rollout.trajectory.prompt.example.id
+    return {"id": id_, "trajectory": trajectory, "grade": asdict(rollout.grade), "weight": rollout.weight}
 
 
 def _rollout(row: Mapping[str, Any], by_id: Mapping[str, Prompt]) -> Rollout:
     fields = dict[str, Any](row["trajectory"])
     fields |= {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-    return Rollout(Trajectory(prompt=by_id[row["id"]], **fields), Grade(**row["grade"]))
+    weight = row.get("weight", 1.0)
+    return Rollout(Trajectory(prompt=by_id[row["id"]], **fields), Grade(**row["grade"]), weight=weight)
 
 
 class RolloutSource:
@@ -82,7 +96,8 @@ class RolloutSource:
     def __init__(self, cfg: GrpoConfig, bench: Workbench, prompts: Sequence[Prompt], grader: Grader) -> None:
         self.cfg, self.bench, self.prompts, self.grader = cfg, bench, prompts, grader
         self.cursor = 0
-        self._taking = self._before = 0  # the current step, and the cursor at its start
+        self.curriculum = Curriculum(cfg, prompts) if cfg.curriculum != "none" else None
+        self._taking, self._before = 0, SourceState()  # the current step, and the state at its start
         self._taken: Future[Collected] | None = None  # its rollouts, if they were sampled ahead
         self._ahead: Future[Collected] | None = None
         self._pool = ThreadPoolExecutor(1)
@@ -94,7 +109,7 @@ class RolloutSource:
             EngineError: the sampler failed, or its weights are too old.
         """
         metrics, began = dict[str, float](), time.perf_counter()
-        self._taking, self._before, self._taken = step, self.cursor, None
+        self._taking, self._before, self._taken = step, SourceState(self.cursor, None, self._evidence()), None
         if self._ahead is None:
             metrics |= self.bench.sync(step - 1)
             self._begin(step)
@@ -108,6 +123,9 @@ class RolloutSource:
         if self.cfg.mode == "one_step_off":
             self._taken = ahead
         self.cursor = ready.cursor
+        if self.curriculum:
+            metrics |= self.curriculum.metrics(ready.outcomes, step)
+            self.curriculum.observe(ready.outcomes, step)
         if self.cfg.mode == "one_step_off" and step < self.cfg.steps:
             metrics |= self.bench.sync(step - 1)
             self._begin(step + 1)
@@ -126,21 +144,23 @@ class RolloutSource:
         When the last complete step is saved in the middle of the next one, this is the state at its start.
         """
         halfway = self._taking > self.bench.run.complete
-        cursor = self._before if halfway else self.cursor
+        now = self._before if halfway else SourceState(self.cursor, None, self._evidence())
         future = (self._taken or self._ahead) if halfway else self._ahead
         if halfway and not (self.cfg.mode == "one_step_off" and future and future.done()):
             future = None  # a run that is ending does not wait for samples; the resumed run draws them again
         try:
-            return SourceState(cursor, future.result() if future else None)
+            return replace(now, ahead=future.result() if future else None)
         except (
             EngineError,
             PluginError,
         ):  # why this checkpoint is written; the resumed run samples again
-            return SourceState(cursor)
+            return now
 
     def restore(self, state: SourceState) -> None:
         """Restore a checkpoint's state."""
         self.cursor, self._ahead = state.cursor, None
+        if self.curriculum:
+            self.curriculum.evidence = state.evidence
         if state.ahead:
             self._ahead = Future()
             self._ahead.set_result(state.ahead)
@@ -155,7 +175,11 @@ class RolloutSource:
         self._pool.shutdown(wait=not isinstance(sys.exc_info()[1], KeyboardInterrupt), cancel_futures=True)
 
     def _begin(self, step: int) -> None:
-        self._ahead = self._pool.submit(collect, self.cfg, self.bench, self.prompts, self.grader, step, self.cursor)
+        asked = self.cfg, self.bench, self.prompts, self.grader, step, self.cursor, self.curriculum
+        self._ahead = self._pool.submit(collect, *asked)
+
+    def _evidence(self) -> Evidence:
+        return self.curriculum.evidence if self.curriculum else {}
 
     def _staleness(self, step: int, groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
         """Updates between the sampling and the trained weights. Raises `EngineError` above the mode's bound."""
@@ -170,32 +194,46 @@ class RolloutSource:
 
 
 def collect(
-    cfg: GrpoConfig, bench: Workbench, prompts: Sequence[Prompt], grader: Grader, step: int, cursor: int
+    cfg: GrpoConfig,
+    bench: Workbench,
+    prompts: Sequence[Prompt],
+    grader: Grader,
+    step: int,
+    cursor: int,
+    curriculum: Curriculum | None = None,
 ) -> Collected:
     """Sample and grade the groups of one step, in order; replace groups without variance as often as configured."""
     wanted = cfg.rollouts_per_step // cfg.group_size
     groups: list[list[Rollout]] = []
     spare: list[list[Rollout]] = []  # without variance: used if the replacements do not suffice
+    tried: list[list[Rollout]] = []
     seconds = {"time/sampling": 0.0, "time/compute_rewards": 0.0}
     params = sampling_params(cfg, bench)
     for attempt in range(cfg.resample_zero_variance + 1):
         missing = wanted - len(groups)
-        asked = [prompt_at(prompts, cursor + i, cfg.seed) for i in range(missing)]
+        if curriculum:
+            drawn = curriculum.draw(missing, step, attempt)
+        else:
+            drawn = [(prompt_at(prompts, cursor + i, cfg.seed), 1.0) for i in range(missing)]
+        asked = [prompt for prompt, _ in drawn]
         cursor += missing
         began = time.perf_counter()
         seed = derive_seed(cfg.seed, "grpo", step, attempt)  # so a resumed run draws the same
         how = {"n": cfg.group_size, "seed": seed, "context": bench.context}
         sampled_P_G = sample_trajectories(bench.sampler, bench.renderer, asked, params, **how)
         sampled = time.perf_counter()
-        for group, grades in zip(sampled_P_G, grader.grade(sampled_P_G), strict=True):
-            rollouts = [Rollout(trajectory, grade) for trajectory, grade in zip(group, grades, strict=True)]
+        for (_, weight), group, grades in zip(drawn, sampled_P_G, grader.grade(sampled_P_G), strict=True):
+            rollouts = [Rollout(t, grade, weight=weight) for t, grade in zip(group, grades, strict=True)]
+            tried.append(rollouts)
             flat = len({grade.reward for grade in grades}) == 1
             (spare if flat and cfg.resample_zero_variance else groups).append(rollouts)
         seconds["time/sampling"] += sampled - began
         seconds["time/compute_rewards"] += time.perf_counter() - sampled
         if len(groups) == wanted:
             break
-    return Collected(groups + spare[: wanted - len(groups)], cursor, seconds)
+    return Collected(
+        groups + spare[: wanted - len(groups)], cursor, outcomes_of(tried, cfg.reward != "default"), seconds
+    )
 
 
 def prompt_at(prompts: Sequence[Prompt], k: int, seed: int) -> Prompt:
@@ -289,7 +327,7 @@ class StepTimer:
     def __init__(self, sampler: Sampler) -> None:
         self.started = self.last = time.perf_counter()
         self.sampler, self.busy_before = sampler, sampler.busy_s
-        self.laps = dict.fromkeys(("build_data", "training", "eval"), 0.0)
+        self.laps = dict.fromkeys(("build_data", "training", "keep_rollouts", "eval"), 0.0)
 
     def restart(self) -> None:
         """Restart the lap timer without recording."""
@@ -298,7 +336,7 @@ class StepTimer:
     def lap(self, name: str) -> None:
         """Record the time since the last lap."""
         now = time.perf_counter()
-        self.laps[name] += now - self.last
+        self.laps[name] = self.laps.get(name, 0.0) + now - self.last
         self.last = now
 
     def metrics(self, waited: float) -> dict[str, float]:

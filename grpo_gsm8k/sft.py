@@ -78,26 +78,39 @@ def run(cfg: SftConfig) -> dict[str, Any]:
     if not cfg.eval_every:
         raise ConfigError("eval_every = 0: fine-tuning is always evaluated; give the steps between evaluations")
     source = local_path(cfg.data_path, cfg.out_dir) if cfg.data_path else Path(cfg.data) / "train.jsonl"
-    if sharded := bool(cfg.data_path) and source.is_dir():
-        read_manifest(source)
-    examples: Sequence[Conversation | Example] = []
-    if not sharded:
-        examples = load_pairs(source) if cfg.data_path else load_split(task_of(cfg), cfg.data, "train")
+    sharded, examples = read_source(cfg, source)
     with open_workbench(cfg, "sft", {"train": source / MANIFEST if sharded else source}) as bench:
-        rows = (
-            load_rows(source, bench.renderer.made_with(), cfg.train_on)
-            if sharded
-            else [render(cfg, bench, item) for item in examples]
-        )
-        longest = min(cfg.max_length, bench.context)
-        fitting = [row for row in rows if len(row.token_ids) <= longest]
-        if not fitting:
-            raise DataError(source, f"no example fits into {longest} tokens; raise --max_length")
-        if left_out := len(rows) - len(fitting):
-            say(f"sft: {left_out} of {len(rows)} examples are longer than {longest} tokens and are left out")
-        check_rows(fitting, bench.embeddings, source)
-        train(cfg, bench, fitting)
-        return {**bench.finish(), "examples": len(fitting), "left_out": left_out}
+        rows, left_out = fitting_rows(cfg, bench, source, examples)
+        if left_out:
+            longest, of = min(cfg.max_length, bench.context), left_out + len(rows)
+            say(f"sft: {left_out} of {of} examples are longer than {longest} tokens and are left out")
+        train(cfg, bench, rows)
+        return {**bench.finish(), "examples": len(rows), "left_out": left_out}
+
+
+def read_source(cfg: SftConfig, source: Path) -> tuple[bool, Sequence[Conversation | Example]]:
+    """Whether the data are shards of token ids, and the examples where they are not."""
+    if cfg.data_path and source.is_dir():
+        read_manifest(source)
+        return True, []
+    return False, load_pairs(source) if cfg.data_path else load_split(task_of(cfg), cfg.data, "train")
+
+
+def fitting_rows(
+    cfg: SftConfig, bench: Workbench, source: Path, examples: Sequence[Conversation | Example]
+) -> tuple[list[Datum], int]:
+    """The rows to train on, and how many examples are too long. Without examples, the rows are read from shards."""
+    rows = (
+        [render(cfg, bench, item) for item in examples]
+        if examples
+        else load_rows(source, bench.renderer.made_with(), cfg.train_on)
+    )
+    longest = min(cfg.max_length, bench.context)
+    fitting = [row for row in rows if len(row.token_ids) <= longest]
+    if not fitting:
+        raise DataError(source, f"no example fits into {longest} tokens; raise --max_length")
+    check_rows(fitting, bench.embeddings, source)
+    return fitting, len(rows) - len(fitting)
 
 
 def render(cfg: SftConfig, bench: Workbench, item: Conversation | Example) -> Datum:

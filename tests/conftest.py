@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+_REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Before anything imports torch or the hub's libraries, and inherited by the processes that tests start.
 os.environ.update(
@@ -21,10 +24,12 @@ os.environ.update(
 os.environ.pop("WANDB_API_KEY", None)
 # Toy models gain nothing from threads, and one thread gives the same bits whatever the number of cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests start some hundred processes that import torch and transformers: compiling those takes most of their time.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    sys.dont_write_bytecode = False
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(_REPOSITORY / ".pytest_cache" / "bytecode")
 # A shell starts its background jobs with Ctrl-C ignored, and so would be every process that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-_REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 
 from grpo_gsm8k import cli, config, data_prep, environment, originals, workbench
 from grpo_gsm8k.errors import ConfigError
@@ -127,6 +126,7 @@ def test_an_unknown_engine_is_refused_by_name():
         ({"gpu_mem_util": 0.8, "tp_size": 2}, "--tp_size 2, --gpu_mem_util 0.8: only vLLM"),
         ({"max_model_len": 99}, "--max_model_len 99: only vLLM"),
         ({"weight_transfer": "nccl"}, "--weight_transfer nccl: only vLLM"),
+        ({"tp_size": 2, "engine": "tinker", "learner": "tinker"}, "--tp_size 2: only vLLM"),
         ({}, ""),
         ({"gpu_mem_util": 0.8, "engine": "vllm"}, ""),
         ({"gpu_mem_util": 0.8, "engine": "mine:Engine"}, ""),
@@ -135,6 +135,17 @@ def test_an_unknown_engine_is_refused_by_name():
 def test_what_only_vllm_reads_is_named_under_another_engine(flags, named, capsys):
     workbench.warn_of_unread(config.resolve("grpo", flags={"engine": "hf"} | flags))
     assert named in capsys.readouterr().err if named else capsys.readouterr().err == ""
+
+
+def test_a_device_of_vllm_under_another_engine_is_refused():
+    for stage in ("eval", "sft", "grpo"):
+        with pytest.raises(ConfigError, match=r"--vllm_device cuda:1 with --engine hf: .*give --engine vllm, or leave"):
+            config.resolve(stage, flags={"engine": "hf", "vllm_device": "cuda:1"})
+        with pytest.raises(ConfigError, match="--vllm_devices cuda:1,cuda:2 with --engine hf"):
+            config.resolve(stage, flags={"engine": "hf"}, sets=["vllm_devices=cuda:1,cuda:2"])
+        assert config.resolve(stage, flags={"vllm_device": "cuda:1"}).engine == "vllm"
+        own = config.resolve(stage, flags={"engine": "mine:Engine", "vllm_device": "cuda:1"})
+        assert (own.engine, own.vllm_device) == ("mine:Engine", "cuda:1")  # a user's class reads what it likes
 
 
 # ------------------------------------------------------------------------------------------- data and shards
@@ -196,6 +207,22 @@ def test_the_scripts_of_the_first_readme_one_after_the_other(call, tiny):
     assert json.loads(out.splitlines()[-1])["step"] == 1  # behind what the scripts printed
 
 
+def test_sft_without_a_valid_evaluation_set_halts_before_it_loads_a_model(call):
+    Path("pairs.jsonl").write_text(json.dumps({"prompt": "1 + 1?", "response": "2"}) + "\n")
+    Path("empty.jsonl").touch()
+    Path("bad.jsonl").write_text('{"prompt": "1 + 1?"}\n')
+    said = {
+        "": "artifacts/data: does not exist; make it with `grpo-gsm8k data --out_dir artifacts/data`",
+        "nowhere.jsonl": "nowhere.jsonl: does not exist",
+        "empty.jsonl": "empty.jsonl: is empty",
+        "bad.jsonl": "bad.jsonl:1: 'gold' is missing",
+    }
+    for path, why in said.items():
+        words = ["--eval_set_path", path] if path else []
+        code, out, err = call("sft", "--model_id", "nowhere", "--data_path", "pairs.jsonl", *words, "--out_dir", "run")
+        assert (code, out) == (2, "") and f"error: {why}" in err and not Path("run").exists()
+
+
 # ------------------------------------------------------------------------------------------- where data lie
 
 
@@ -228,7 +255,7 @@ def options():
         for below in getattr(command, "commands", {}).values():
             yield from walk(below)
 
-    return set(walk(typer.main.get_command(cli.app)))
+    return set(walk(cli.app.tree))
 
 
 def test_another_name_of_a_flag_stands_for_one_and_hides_none():
@@ -241,9 +268,8 @@ def test_names_of_grpo_with_tinker_are_understood():
     words = """--model_name M --n_grpo_steps=5 --learning_rate=2e-5 --group_size=2 --advantage_eps=1e-5
         --use_std_normalization --cliprange=0.3 --sampling_temperature=0.7 --sampling_max_tokens=512 --log_path=d
         --lora_rank 4 --save_every=2 --eval_every=3 --wandb_project=p --wandb_name=w"""
-    command = typer.main.get_command(cli.app).commands["grpo"]
-    command.context_settings = cli.app.info.context_settings
-    given = command.make_context("grpo", words.split()).params
+    command = cli.app.tree.commands["grpo"]
+    given = command.make_context("grpo", words.split(), **cli.app.info.context_settings).params
     expected = {"model_id": "M", "steps": 5, "lr": 2e-5, "group_size": 2, "advantage_eps": 1e-5, "std_norm": True}
     expected |= {"clip_eps": 0.3, "temperature": 0.7, "max_new_tokens": 512, "out_dir": "d", "lora_rank": 4}
     expected |= {"save_every": 2, "eval_every": 3, "wandb_project": "p", "run_name": "w"}
@@ -259,9 +285,8 @@ def translated(words, monkeypatch):
     monkeypatch.setattr(cli, "main", typed.append)
     script("grpo_train_tinker.py", *words.split())
     *before, (stage, *flags) = typed
-    command = typer.main.get_command(cli.app).commands[stage]
-    command.context_settings = cli.app.info.context_settings
-    given = command.make_context(stage, flags).params
+    command = cli.app.tree.commands[stage]
+    given = command.make_context(stage, flags, **cli.app.info.context_settings).params
     cfg = config.resolve(
         stage, flags={k: v for k, v in given.items() if v is not None and k not in ("as_json", "sets")}
     )
@@ -333,11 +358,33 @@ def test_validation_asks_what_the_seed_draws():
         ("launch up --max-steps 500", "behind --"),
         ("pipeline --mode all", "each stage is a command"),
         ("pipeline --config tiny", "the preset is --preset tiny"),
+        ("eval --batch_size 8", "an evaluation has --sample_rows"),
+        ("grpo --num-generations 4", "is --group_size here"),
+        ("sft --lora_dropout 0.1", "dropout is off in every pass"),
+        ("serve --api_key=K", "is --api_key_env here, the name of a variable"),
+        ("unified_eval --eval_suites gsm8k", "no such command: unified_eval (here: eval)"),
+        ("deploy", "no such command: deploy (here: export)"),
+        ("launch deploy", "no such command: deploy; see `grpo-gsm8k launch --help`"),
     ],
 )
 def test_a_name_that_means_something_else_here_says_the_new_one(call, words, says):
     code, out, err = call(*words.split())
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err
+
+
+def test_a_line_of_an_env_file_that_sets_nothing_is_named(call, monkeypatch):
+    monkeypatch.setenv("GOOD", "x")  # so that it is put back
+    monkeypatch.delenv("GOOD")
+    Path(".env").write_text("# keys\nGOOD=1\nBAD LINE hf_secret\n")
+    assert call("validate", "--data", "nowhere") == (
+        *(2, "", ".env:3: is no NAME=value, and sets nothing\nerror: nowhere: does not exist\n"),
+    )
+    assert os.environ["GOOD"] == "1"
+
+
+def test_every_name_of_another_command_leads_to_one_that_is_there():
+    assert set(originals.COMMANDS.values()) <= cli.app.tree.commands.keys()
+    assert not originals.COMMANDS.keys() & cli.app.tree.commands.keys()
 
 
 def test_an_env_file_is_read_and_never_over_the_environment(tmp_path, monkeypatch, capsys):

@@ -62,10 +62,11 @@ def test_every_config_field_is_a_flag_and_every_fixed_command_is_there():
         "sft",
         "ei",
         "grpo",
+        "distill",
         "report",
         "doctor",
     }
-    for name in ("sft", "ei", "grpo", "eval", "prep-eval", "pairs", "tokenize"):
+    for name in ("sft", "ei", "grpo", "distill", "eval", "prep-eval", "pairs", "tokenize"):
         flags = inspect.signature(commands[name]).parameters
         assert set(config._fields(config.SECTIONS[name])) <= set(flags)
 

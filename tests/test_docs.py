@@ -22,13 +22,13 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 import yaml
 
 from grpo_gsm8k import bench, cli, config, data_prep, r1_traces
 from grpo_gsm8k.datatypes import Completion, Grade, Prompt, Trajectory
 from grpo_gsm8k.grpo import advantages_of
 from grpo_gsm8k.runs import diagnosis
+from grpo_gsm8k.study.plan import read_plan
 from grpo_gsm8k.tasks import load_task
 from grpo_gsm8k.tasks.rewards import Grader, make_reward
 from grpo_gsm8k.trainer.batch import make_batch
@@ -50,6 +50,7 @@ OTHER_FLAGS = {"--help", "--extra", "--group", "--torch-backend", "--runslow", "
 OTHER_FLAGS |= {"--generation-config"}  # vLLM's
 OTHER_FLAGS |= {"--gpus", "--shm-size", "--max-restarts", "--shutdown-timeout"}  # docker's and torchrun's
 METRICS = "time|perf|policy|mismatch|staleness|sync|eval|groups|outcome|length|reward|ei|diversity|val"
+METRICS += "|distill|curriculum"
 NOT_HERE = {"mine.py", "config.toml", "/pre_start.sh", "/post_start.sh", "gsm8k.yaml"}  # the user's, lm-eval's
 
 
@@ -204,14 +205,9 @@ def split_at(words: Sequence[str], mark: str) -> tuple[list[str], list[str]]:
     return list(words[:at]), list(words[at + 1 :])
 
 
-@functools.cache
-def root_command() -> Any:
-    return typer.main.get_command(cli.app)
-
-
 def parsed(words: list[str]) -> tuple[str, dict[str, Any]]:
     """The command that these words name, and its parameters."""
-    command = root_command()
+    command = cli.app.tree
     context, names = None, []
     while hasattr(command, "commands"):
         context = command.make_context("grpo-gsm8k", [], parent=context, resilient_parsing=True)
@@ -253,7 +249,7 @@ def all_flags() -> frozenset[str]:
         for below in getattr(command, "commands", {}).values():
             walk(below)
 
-    walk(root_command())
+    walk(cli.app.tree)
     found.update(f"--{field.name}" for field in r1_traces.fields(r1_traces.Settings))
     for path in [
         *PACKAGE.glob("bench/**/*.py"),
@@ -400,7 +396,7 @@ def test_other_blocks_can_be_read(page, tmp_path, monkeypatch):
     for language, text, _ in blocks(page):
         if language == "toml":
             (tmp_path / "recipe.toml").write_text(text)
-            config.read_toml(tmp_path / "recipe.toml")
+            (read_plan if "arms = " in text else config.read_toml)(tmp_path / "recipe.toml")
         elif language == "yaml":
             yaml.safe_load(text)
         elif language == "python":

@@ -57,7 +57,15 @@ def test_an_estimate_of_the_full_recipe(tmp_path):
     for minibatches, share in [(1, 4 / 3), (2, 5 / 3)]:
         frozen = estimate(replace(passes, minibatches=minibatches), "H200")["update_seconds_at_peak"]
         assert frozen == pytest.approx(share * found["update_seconds_at_peak"], abs=0.02)
+    taught = stage_config("distill", model_id=str(tmp_path), teacher=str(tmp_path), aggregation="sequence", **sizes)
+    pass_more = estimate(taught, "H200")["update_seconds_at_peak"]
+    assert pass_more == pytest.approx(4 / 3 * found["update_seconds_at_peak"], abs=0.02)
     small = replace(cfg, max_tokens_per_microbatch=4096)
+    taught = replace(taught, max_tokens_per_microbatch=4096)
+    weights = (
+        estimate(taught, "H200")["peak_gb"] - estimate(replace(taught, teacher_device="cuda:1"), "H200")["peak_gb"]
+    )
+    assert weights == pytest.approx(2 * 1.543714304, abs=0.02)
     peak = estimate(small, "H200")["peak_gb"]
     saved = {"optimizer_device": 12 * 1.5437, "engine": 2 * 1.5437 + 256 * 350 * 28672 / 1e9}
     for name, value in {"optimizer_device": "cpu", "engine": "vllm"}.items():

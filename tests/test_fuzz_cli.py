@@ -14,7 +14,6 @@ import sys
 import traceback
 
 import pytest
-import typer
 
 from grpo_gsm8k import bench, cli, r1_traces
 
@@ -69,7 +68,7 @@ def commands():
             flags.pop("--help", None)
             yield words, flags, sum(p.param_type_name == "argument" for p in command.params)
 
-    for words, flags, arguments in walk(typer.main.get_command(cli.app), []):
+    for words, flags, arguments in walk(cli.app.tree, []):
         if words == ["bench"]:
             subs = next(a for a in bench.parser()._actions if a.dest == "command").choices
             for name, sub in subs.items():
@@ -90,6 +89,7 @@ def base_of(words, model, data):
         "sft": [*train, "--batch_size", "2"],
         "ei": [*train, "--prompts_per_round", "2", "--samples_per_prompt", "2", "--batch_size", "2"],
         "grpo": [*train, *(word for key, value in small.items() for word in (f"--{key}", str(value)))],
+        "distill": [*train, "--teacher", model, *(w for key, value in small.items() for w in (f"--{key}", str(value)))],
         "eval": [*common, "--eval_path", f"{data}/test.jsonl", "--limit", "2", "--out_dir", "out"],
         "prep-eval": ["--model_id", model, "--data", data, "--out", "prepared.jsonl"],
         "tokenize": ["--model_id", model, "--data_path", "pairs.jsonl", "--out_dir", "shards"],

@@ -93,6 +93,14 @@ def test_an_import_that_turns_it_into_an_error_ends_with_the_line(tmp_path):
     assert end.code == 130 and "--resume" in end.err and "Traceback" not in end.err
 
 
+def test_an_import_that_drops_it_and_then_fails_ends_with_the_line(tmp_path):
+    """As torch does, whose native code imports numpy and does not mind that this fails; the next import of it does."""
+    body = "import time\ntry:\n    time.sleep(30)\nexcept BaseException:\n    pass\nraise RuntimeError('half there')\n"
+    (tmp_path / "drops.py").write_text(body)
+    end = pressed(python(f"sys.path.insert(0, {str(tmp_path)!r})\nimport drops"), [0.5])
+    assert end.code == 130 and "--resume" in end.err and "half there" in end.err and "Traceback" not in end.err
+
+
 def grpo(tiny, run, steps=400):
     flags = ["--model_id", tiny.model, "--data", tiny.data, "--out_dir", run, "--device", "cpu", "--steps", steps]
     flags += ["--prompt_style", "gsm8k", "--max_new_tokens", 8, "--rollouts_per_step", 8, "--group_size", 4]

@@ -863,15 +863,10 @@ def test_without_a_job_the_model_is_trained_with_think_only_prompts(flags, words
 
 def parsed_settings(words):
     """The config that a stage's command line makes."""
-    import typer
-
     from grpo_gsm8k import cli
 
-    command = typer.main.get_command(cli.app).commands[words[0]]
-    command.context_settings = cli.app.info.context_settings
-    given = {
-        key: value for key, value in command.make_context(words[0], list(words[1:])).params.items() if value is not None
-    }
+    asked = cli.app.tree.commands[words[0]].make_context(words[0], list(words[1:]), **cli.app.info.context_settings)
+    given = {key: value for key, value in asked.params.items() if value is not None}
     return config.resolve(words[0], flags={key: given[key] for key in given if key not in ("as_json", "sets")})
 
 

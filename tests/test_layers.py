@@ -36,9 +36,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("trainer", "engines"),
     ("evals",),
     ("preflight",),
-    ("rollout", "workbench"),
-    ("data_prep", "hub_datasets", "pretokenize", "sft", "ei", "grpo", "fast_eval_vllm"),
-    ("report", "pipeline", "serve", "launch", "doctor", "bench*", "objective"),
+    ("curriculum", "rollout", "workbench"),
+    ("data_prep", "eval_sets", "hub_datasets", "pretokenize", "sft", "ei", "grpo", "distill", "fast_eval_vllm"),
+    ("report", "pipeline", "audit", "serve", "launch", "doctor", "bench*", "objective", "study"),
     ("flags", "cli", "__main__"),
 )
 NETWORK = {

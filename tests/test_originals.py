@@ -209,7 +209,7 @@ def show(request, capsys):
 
 def is_there(words: Sequence[str]) -> bool:
     """Whether the command and its options exist in this version."""
-    command = test_docs.root_command().commands.get(words[1])
+    command = cli.app.tree.commands.get(words[1])
     known = {option.replace("_", "-") for parameter in getattr(command, "params", ()) for option in parameter.opts}
     return (
         command is not None

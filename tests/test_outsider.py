@@ -24,7 +24,7 @@ from tests.test_docs import PAGES, ROOT, blocks, check, commands, split_at
 from tests.toys import cli as command_line
 from tests.toys import make_data, make_model
 
-STAGES = ("sft", "ei", "grpo", "eval", "prep-eval", "pairs", "tokenize")
+STAGES = ("sft", "ei", "grpo", "distill", "eval", "prep-eval", "pairs", "tokenize")
 ELSEWHERE = {"--vllm_device", "--vllm_devices", "--estimate", "--judge_base_url", "--base_url"}  # a GPU or a network
 NEEDS = {
     "git": "network",
@@ -51,6 +51,8 @@ NEEDS = {
     "python grpo_gsm8k/r1_traces.py": "a teacher's key; test_traces.py runs it",
     "python -m tests.test_golden": "would write the goldens anew",
     "python -m tests.test_parity": "minutes; test_parity.py runs the same",
+    "python -m tests.study_errors": "minutes; test_crossed.py runs the same",
+    "study": "minutes of training; test_study.py runs one, and reads the plan",
     "data": "network",
     "doctor --gpu": "a GPU",
     "doctor --model_id": "network",
@@ -59,6 +61,10 @@ NEEDS = {
     "launch logs": "a key",
     "launch reap": "a key",
     "push": "a key",
+    "replay": "a run of its own; test_replay.py and test_verify.py replay some",
+    "fork": "a run of its own; test_replay.py forks some",
+    "verify": "a run of its own; test_verify.py verifies some",
+    "python scripts/fork_variance.py": "minutes; test_replay.py runs it on a toy",
     "merge": "an adapter of a run of hours; test_adapter.py merges one",
     "grpo-gsm8k export": "a checkpoint of a run of hours; test_deploy.py exports one",
 }
@@ -202,6 +208,7 @@ SMALL = {
     "sft": ["--batch_size", "2", "--max_steps", "1", "--eval_examples", "2"],
     "ei": ["--prompts_per_round", "2", "--steps_per_round", "1", "--max_steps", "1", "--eval_examples", "2"],
     "grpo": ["--rollouts_per_step", "4", "--group_size", "2", "--max_steps", "1", "--eval_examples", "2"],
+    "distill": ["--rollouts_per_step", "4", "--max_steps", "1", "--eval_examples", "2", "--teacher", "tiny"],
     "eval": ["--limit", "2"],
 }
 TINY = ["toy.train=40", "toy.val=6", "toy.test=10", "tiny_model.hidden_size=32", "tiny_model.layers=1"]

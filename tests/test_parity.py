@@ -11,9 +11,11 @@ table of docs/algorithms.md:
 from __future__ import annotations
 
 import functools
+import math
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -22,12 +24,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from grpo_gsm8k import distill
 from grpo_gsm8k.datatypes import Datum
 from grpo_gsm8k.trainer.batch import Batch, make_batch
 from grpo_gsm8k.trainer.data import ImportanceCorrection, Values, weighted, with_old_logprobs, with_ref_logprobs
 from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.logprobs import token_logprobs
 from grpo_gsm8k.trainer.losses import KL_ESTIMATORS, GrpoClip, Objective, Reinforce, make_loss, per_token_loss
+from grpo_gsm8k.trainer.teacher import FrozenTeacher
 from tests.test_losses import POLICY, REFERENCE, STALE, exact_kl, expected_kl_term, numeric_gradient
 from tests.toys import datum, gradient, make_data, make_model, tensor_of, train_config, values_of
 
@@ -257,6 +261,69 @@ def against_trl_rloo(folder: Path) -> float:
     return relative(gradient(learner), theirs)
 
 
+def teacher_of(at: Setting) -> Any:
+    """The same architecture with weights a random step away."""
+    model = AutoModelForCausalLM.from_pretrained(at.model, dtype=torch.float32)
+    noise = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=noise))
+    return model
+
+
+def against_trl_distillation(folder: Path) -> tuple[float, float]:
+    """Distillation on the sampled tokens: TRL's IW-OPD with its importance weights off is the same loss."""
+    trainer = pytest.importorskip("trl.experimental.iw_opd.iw_opd_trainer", reason=NO_GROUP).IWOPDTrainer
+    at = setting(folder)
+    data, learner, teacher = update_of(at, "token", on_policy=False), learner_of(at), teacher_of(at)
+    scores = FrozenTeacher(teacher).logprobs(data, TEMPERATURE)
+    model, batch = AutoModelForCausalLM.from_pretrained(at.model, dtype=torch.float32), make_batch(data)
+    state = SimpleNamespace(
+        temperature=TEMPERATURE,
+        iw_opd_gamma=0.0,
+        iw_opd_epsilon=1e-8,
+        model=model,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+    )
+    theirs = trainer._compute_iw_opd_loss(
+        state,
+        model(input_ids=batch.input_ids).logits,
+        batch.targets,
+        torch.where(batch.mask.bool(), batch.targets, -100),
+        tensor_of(scores),
+        batch.old_logprobs,
+    )
+    theirs.backward()
+    metrics = learner.forward_backward(distill.taught(data, scores), Objective(Reinforce(), TEMPERATURE))
+    error = abs(metrics["loss"] - float(theirs.detach())) / abs(float(theirs.detach()))
+    return error, relative(gradient(learner), {name: p.grad for name, p in model.named_parameters()})
+
+
+def against_trl_gkd(folder: Path) -> float:
+    """Our gradient, in expectation over each next token, against TRL's of the reverse KL over the vocabulary (GKD)."""
+    gkd = pytest.importorskip("trl.experimental.gkd.gkd_trainer", reason=NO_GROUP).GKDTrainer
+    at, teacher = setting(folder), teacher_of(setting(folder))
+    model, learner = AutoModelForCausalLM.from_pretrained(at.model, dtype=torch.float32), learner_of(at)
+    rows = at.rows[:2]
+    batch = make_batch(rows)
+    logits = model(input_ids=batch.input_ids).logits
+    with torch.no_grad():
+        their_logits = teacher(input_ids=batch.input_ids).logits
+    labels = torch.where(batch.mask.bool(), batch.targets, -100)
+    gkd.generalized_jsd_loss(logits, their_logits, labels, beta=1.0, temperature=TEMPERATURE).backward()
+    own = (logits.detach() / TEMPERATURE).log_softmax(-1)
+    every, positions = [], int(batch.mask.sum())
+    for b, row in enumerate(rows):
+        for t in (t for t, trained in enumerate(row.mask) if trained):
+            zeros = (0.0,) * t
+            for token, logp in enumerate(own[b, t - 1].tolist()):
+                one = Datum((*row.token_ids[:t], token), (*(0,) * t, 1), (*zeros, logp), (*zeros, 0.0))
+                every.append(replace(one, weights=(*zeros, math.exp(logp) / positions)))
+    data = distill.taught(every, FrozenTeacher(teacher).logprobs(every, TEMPERATURE))
+    learner.forward_backward(data, Objective(Reinforce(), TEMPERATURE))
+    return relative(gradient(learner), {name: p.grad for name, p in model.named_parameters()})
+
+
 def against_transformers(folder: Path) -> tuple[float, float]:
     """Cross-entropy against the loss of transformers' model."""
     at = setting(folder)
@@ -352,6 +419,14 @@ def test_rloo_has_the_gradient_of_trls(folder):
     assert against_trl_rloo(folder) <= LIMIT
 
 
+def test_distillation_is_trls_on_the_sampled_tokens(folder):
+    assert max(against_trl_distillation(folder)) <= LIMIT
+
+
+def test_distillation_is_trls_gkd_in_expectation(folder):
+    assert against_trl_gkd(folder) <= LIMIT
+
+
 def test_cross_entropy_is_that_of_transformers(folder):
     assert max(against_transformers(folder)) <= LIMIT
 
@@ -366,6 +441,8 @@ def table(folder: Path) -> Iterator[str]:
     for kind in CORRECTIONS:
         yield "| {} | TRL | {:.1e} | {:.1e} |".format(kind, *against_trl_corrected(kind, folder))
     yield f"| RLOO | TRL | | {against_trl_rloo(folder):.1e} |"
+    yield "| distillation | TRL's IW-OPD, gamma 0 | {:.1e} | {:.1e} |".format(*against_trl_distillation(folder))
+    yield f"| distillation, all next tokens | TRL's GKD, beta 1 | | {against_trl_gkd(folder):.1e} |"
     yield "| cross-entropy | transformers | {:.1e} | {:.1e} |".format(*against_transformers(folder))
     exact = torch.tensor(numeric_gradient(lambda p: exact_kl(p, REFERENCE)))
     for estimator in KL_ESTIMATORS:

@@ -126,3 +126,13 @@ def what_stays(text):
         elif part[0] not in "\r\x1b":
             lines[row] += part
     return [line.rstrip() for line in lines if line.strip()]
+
+
+def test_a_server_shows_no_bar_while_it_serves(monkeypatch):
+    """It lasts for days, and a line every 20 seconds would fill its log."""
+    from grpo_gsm8k import cli, serve
+
+    shown = []
+    monkeypatch.setattr(serve, "run", lambda cfg, status: shown.append([*progress._screen.open]) or {})
+    cli.main(["serve", "--model_id", "x"])
+    assert shown == [[]]

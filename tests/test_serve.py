@@ -250,6 +250,19 @@ def test_resuming_gives_the_same_next_loss(client: Client) -> None:
     assert found[0] == expected[0] and found[2] != expected[2]  # Adam began anew
 
 
+def test_a_checkpoint_is_loaded_into_a_model_while_another_one_is_at_work(client: Client) -> None:
+    """Older clients make a model and load into it, and another client's request may come between."""
+    model = client.model()
+    client.learn(model, [datum(IDS)])
+    client.step(model)
+    path = client.train("save_weights", model, path="mid")["path"]
+    expected = client.learn(model, [datum(IDS)])["metrics"]
+    late, other = client.model(), client.model()
+    client.learn(other, [datum(IDS)])
+    client.train("load_weights", late, path=path, optimizer=True)
+    assert client.learn(late, [datum(IDS)])["metrics"] == expected
+
+
 def test_a_taken_name_is_refused(client: Client) -> None:
     model = client.model()
     client.train("save_weights", model, path="x")
@@ -430,6 +443,41 @@ def test_a_repeated_request_is_done_once(client: Client) -> None:
     assert client.post("create_model", body) == client.post("create_model", body)
     sampler = client.sampler(session)
     assert client.submit_sample(sampler, IDS, 9) == client.submit_sample(sampler, IDS, 9)
+
+
+def test_a_number_that_another_request_has_is_a_future_that_fails(client: Client) -> None:
+    """While the first one waits, when it is done, and when its bytes are gone; in each case nothing is applied."""
+    model, other, waits = client.model(), client.model(), client.model()
+    client.submit("optim_step", waits, 2, adam_params={"learning_rate": 1e-2})
+    with pytest.raises(Failed, match="seq_id 2 was given"):
+        client.result(client.submit("optim_step", waits, 2, adam_params={"learning_rate": 1.0}))
+    first = client.submit("forward_backward", model, 1, **loss_input([datum(IDS)]))
+    client.result(first)
+    for op, fields in (("optim_step", {}), ("forward_backward", loss_input([datum(IDS[2:])]))):
+        again = client.submit(op, model, 1, **fields)
+        assert again["request_id"] != first["request_id"]
+        with pytest.raises(Failed, match="seq_id 1 was given to another request already") as failed:
+            client.result(again)
+        assert failed.value.category == "user"
+    client.learn(other, [datum(IDS)])
+    step = client.result(client.submit("optim_step", model, 2, adam_params={"learning_rate": 1e-2}))
+    assert step["metrics"]["grad_norm"] == client.step(other, lr=1e-2)["metrics"]["grad_norm"]
+    forward = {"forward_input": loss_input([datum(IDS)])["forward_backward_input"]}
+    client.result(client.submit("forward", model, 3, **forward))
+    with pytest.raises(Failed, match="seq_id 3"):
+        client.result(client.submit("optim_step", model, 3, adam_params={}))
+    session = client.session()
+    body = {"session_id": session, "model_seq_id": 0, "base_model": NAME, "lora_config": {"rank": 4}}
+    client.result(client.post("create_model", body))
+    with pytest.raises(Failed, match="this number was given to another"):
+        client.result(client.post("create_model", {**body, "lora_config": {"rank": 8}}))
+    sampler = client.sampler(session)
+    client.sample(sampler, IDS, 9)
+    with pytest.raises(Failed, match="seq_id 9"):
+        client.sample(sampler, IDS[1:], 9)
+    path = client.result(client.submit("save_weights_for_sampler", model, 4, path="x"))["path"]
+    other_weights = {"session_id": session, "sampling_session_seq_id": 100, "model_path": path}
+    client.post("create_sampling_session", other_weights, status=400)
 
 
 def test_requests_wait_for_their_turn(client: Client) -> None:

@@ -260,20 +260,41 @@ def test_the_key_is_asked_for_in_each_header(served):
         assert answer.status_code == 401 and set(answer.json()["error"]) >= {"type", "message"}
 
 
-def test_an_update_that_fails_drops_its_groups_and_the_run_goes_on(client, served, monkeypatch):
-    from grpo_gsm8k.serve.jobs import Refusal
+@pytest.mark.parametrize("fails", ["forward_backward", "optim_step"])
+def test_an_update_that_fails_drops_its_groups_and_the_run_goes_on(client, monkeypatch, fails):
+    """The failure is in the journal too, and the next batch of the same version is not taken for a repetition."""
+    from grpo_gsm8k.errors import NonFiniteError
+    from grpo_gsm8k.serve.learn import Trained
 
-    async def fails(*args, **kwargs):
-        raise Refusal("the loss is not finite")
+    def not_finite(self, *args):
+        raise NonFiniteError("the loss is not finite")
 
     first, second = rollouts(client)
     with monkeypatch.context() as patched:
-        patched.setattr(served.service, "forward_backward", fails)
+        patched.setattr(Trained, fails, not_finite)
         found = reward(client, [*first, *second], code=409)["error"]
     assert found["type"] == "update_failed" and "the loss is not finite" in found["message"]
     assert status(client)["complete_groups"] == 0 and status(client)["model_version"][1] == 0
     assert reward(client, first, code=409)["error"]["type"] == "duplicate_reward"
     assert reward(client, [i for group in rollouts(client) for i in group])["updates"] == 1
+
+
+def test_weights_that_find_no_room_are_saved_with_the_next_request(client, monkeypatch):
+    """The step was taken, and is not taken twice."""
+    from grpo_gsm8k.errors import DiskError
+    from grpo_gsm8k.serve.learn import Trained
+
+    def full(self, folder, optimizer):
+        raise DiskError("no space left")
+
+    first, second = rollouts(client)
+    with monkeypatch.context() as patched:
+        patched.setattr(Trained, "save", full)
+        assert reward(client, [*first, *second])["updates"] == 0
+    assert status(client)["complete_groups"] == 2
+    assert reward(client, first[:1], code=409)["error"]["type"] == "duplicate_reward"
+    found = status(client)
+    assert found["complete_groups"] == 0 and found["model_version"][1] == 1 and found["last_update"]["step"] == 1
 
 
 # -------------------------------------------------------------------------------------------------- what is trained

@@ -20,6 +20,7 @@ from grpo_gsm8k.evals.stats import (
     maj_at_k,
     problems_needed,
     rate_interval,
+    share_interval,
     sign_flip,
     spread,
     wilson,
@@ -109,6 +110,17 @@ def test_several_completions_of_one_problem_are_no_new_evidence():
     assert eight[1] - eight[0] == pytest.approx(once[1] - once[0], rel=0.05)
     low, high = rate_interval([[True]] * 50 + [[False] * 9] * 50)  # 50 of 500 completions
     assert low < 0.1 < high < 0.2
+
+
+def test_what_never_varied_is_no_certainty():
+    """Six problems, all wrong: no interval may be the point 0, however many completions each has."""
+    for right in (0, 6):
+        expected = proportion_confint(right, 6, method="wilson")
+        assert rate_interval([[right > 0] * 2] * 6) == pytest.approx(expected, abs=1e-9)
+        assert share_interval([right / 6] * 6) == pytest.approx(expected, abs=1e-9)
+    low, high = rate_interval([[True, False, False]])  # one problem says next to nothing
+    assert low == pytest.approx(0, abs=1e-9) and high == pytest.approx(1, abs=1e-9)
+    assert share_interval([0.0, 1.0] * 8) == bootstrap_mean([0.0, 1.0] * 8)
 
 
 def test_a_weighted_bootstrap_is_that_of_a_ratio():

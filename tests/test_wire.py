@@ -287,5 +287,5 @@ def test_who_trains_at_a_service_samples_there():
     for flags in ({"engine": "tinker"}, *vllm):
         with pytest.raises(ConfigError, match="samples from the weights that it trains"):
             config.resolve("grpo", flags=flags)
-    with pytest.raises(ConfigError, match="which samples itself: leave --engine out"):
+    with pytest.raises(ConfigError, match="which samples itself: leave --engine and"):
         config.resolve("eval", flags={"model_id": "tinker://run/weights/x", "engine": "vllm"})

@@ -14,7 +14,7 @@ from typing import Any
 from grpo_gsm8k.datatypes import Prompt, Rollout, Sampler, SamplingParams
 from grpo_gsm8k.engines.trajectories import sample_trajectories
 from grpo_gsm8k.errors import DataError
-from grpo_gsm8k.evals.stats import bootstrap_mean, maj_at_k, pass_at_k, rate_interval, spread
+from grpo_gsm8k.evals.stats import bootstrap_mean, maj_at_k, pass_at_k, rate_interval, share_interval, spread
 from grpo_gsm8k.repro import derive_seed
 from grpo_gsm8k.runs.files import read_jsonl
 from grpo_gsm8k.runs.progress import progress
@@ -39,8 +39,8 @@ class Evaluation:
     Attributes:
         accuracy: share of right answers; with several completions per problem, their mean (avg@k). None for a task
             without right answers.
-        ci95: of the accuracy: Wilson for one completion per problem, bootstrap over problems for several. Of the mean
-            reward if there is no accuracy.
+        ci95: of the accuracy: Wilson for one completion per problem, bootstrap over problems for several, see
+            `stats.share_interval`. Of the mean reward if there is no accuracy.
         reward: mean reward.
         strict_accuracy, flexible_accuracy: the same completions graded in both modes; `accuracy` is one of the two.
         format_accuracy, truncated: shares of completions in the requested form, and cut at the token limit.
@@ -162,7 +162,7 @@ def figures(rows: list[Row], samples: int, seconds: float, vote: Callable[[str |
         intervals["reward"] = bootstrap_mean([fmean(own) for own in rewards_P])
     if samples > 1 and graded:
         for name, values in (("pass", passed), ("maj", voted)):
-            intervals |= {f"{name}@{k}": bootstrap_mean(own) for k, own in values.items()}
+            intervals |= {f"{name}@{k}": share_interval(own) for k, own in values.items()}
     seeds = list(dict.fromkeys(row.get("seed") for row in rows))
     right_S_P = [
         [sum(bool(r["correct"]) for r in own if r.get("seed") == s) for own in by_problem.values()] for s in seeds
@@ -224,6 +224,7 @@ def record(rollout: Rollout, renderer: Renderer) -> Row:
         "finish_reason": trajectory.finish_reason,
         "tokens": sum(trajectory.mask),
         **({"turns": trajectory.turns} if trajectory.turns > 1 else {}),
+        **{key: example.meta[key] for key in ("seed_id", "perturbation") if key in example.meta},
     }
 
 

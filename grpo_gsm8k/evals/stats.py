@@ -53,11 +53,23 @@ def bootstrap_mean(values: Sequence[float], weights: Sequence[float] | None = No
 def rate_interval(outcomes: Sequence[Sequence[bool]]) -> tuple[float, float]:
     """95 % interval of the share of true outcomes, given a problem's outcomes each.
 
-    Wilson's for one completion a problem; for several a bootstrap over problems.
+    Wilson's for one completion a problem; for several see `share_interval`.
     """
     if all(len(one) == 1 for one in outcomes):
         return wilson(sum(one[0] for one in outcomes), len(outcomes))
-    return bootstrap_mean([sum(one) / len(one) for one in outcomes], [len(one) for one in outcomes])
+    return share_interval([sum(one) / len(one) for one in outcomes], [len(one) for one in outcomes])
+
+
+def share_interval(values: Sequence[float], weights: Sequence[float] | None = None) -> tuple[float, float]:
+    """95 % interval of the mean of shares, one a problem: a bootstrap over problems.
+
+    Where all are equal, as with a model that gets nothing right, a bootstrap would claim certainty. There it is
+    Wilson's, each problem counted as one trial: too wide rather than too narrow, whatever varies within a problem.
+    """
+    if len(set(values)) > 1:
+        return bootstrap_mean(values, weights)
+    n, right = len(values), values[0] * len(values)
+    return wilson(math.floor(right), n)[0], wilson(math.ceil(right), n)[1]
 
 
 def difference_interval(
@@ -193,6 +205,47 @@ def compare(a: Mapping[str, float], b: Mapping[str, float], gain: float | None =
         significant=p_mid < LEVEL,
         gain=claimed,
         problems_needed=problems_needed(claimed, squares / n),
+    )
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Accuracy on original problems against that on rewritten forms of them.
+
+    Attributes:
+        drop: `original` - `perturbed`; positive where the rewritten problems are harder for the model.
+        ci95: its interval, a paired bootstrap over the originals: forms of one problem are not independent.
+        original, perturbed: accuracies over the paired originals, each of which counts the same, however many forms
+            it has.
+        seeds: number of paired originals; `problems` of their forms.
+    """
+
+    drop: float
+    ci95: tuple[float, float]
+    original: float
+    perturbed: float
+    seeds: int
+    problems: int
+
+
+def paired_drop(originals: Mapping[str, float], variants: Mapping[str, Sequence[float]]) -> Drop:
+    """Pair each original with its rewritten forms.
+
+    Args:
+        originals: id of an original → accuracy on it.
+        variants: the same id → accuracy on each form. What has no partner is left out.
+    """
+    paired = sorted(originals.keys() & variants.keys())
+    means = [sum(variants[key]) / len(variants[key]) for key in paired]
+    before = [originals[key] for key in paired]
+    differences = [a - b for a, b in zip(before, means, strict=True)]
+    return Drop(
+        drop=sum(differences) / len(paired),
+        ci95=bootstrap_mean(differences),
+        original=sum(before) / len(paired),
+        perturbed=sum(means) / len(paired),
+        seeds=len(paired),
+        problems=sum(len(variants[key]) for key in paired),
     )
 
 

@@ -128,7 +128,7 @@ def asked_of(command: Sequence[str]) -> dict[str, str]:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             found[originals.name_here(name)] = value if equals else after
-        elif word in ("sft", "ei", "grpo", "pipeline", "demo") and "stage" not in found:
+        elif word in ("sft", "ei", "grpo", "distill", "pipeline", "demo") and "stage" not in found:
             found["stage"] = word
     return found
 

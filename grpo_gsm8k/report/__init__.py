@@ -10,13 +10,15 @@ came from a file is escaped, and the same files give the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from os.path import commonpath, realpath
 from pathlib import Path
 
 from grpo_gsm8k.errors import RunDirError
-from grpo_gsm8k.report import page
+from grpo_gsm8k.report import page, parting
 from grpo_gsm8k.report.read import read_run
+from grpo_gsm8k.runs import chain, lock
 from grpo_gsm8k.runs.files import write_atomic
 
 
@@ -26,6 +28,12 @@ def labels(paths: Sequence[Path]) -> list[str]:
         return [paths[0].name]
     common = commonpath([p.parent for p in paths])
     return [p.relative_to(common).as_posix() for p in paths]
+
+
+def parted(runs: Sequence[Path]) -> list[str]:
+    """Where two runs part, in words; see `parting.parting`."""
+    paths = list(dict.fromkeys(Path(realpath(run)) for run in runs))
+    return parting.parting(dict(zip(labels(paths), map(read_run, paths), strict=True)))
 
 
 def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
@@ -44,4 +52,15 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     found = dict(zip(labels(paths), (read_run(path) for path in paths), strict=True))
     target = out or paths[0] / ("report.html" if len(paths) == 1 else "comparison.html")
     write_atomic(target, page.page(found).encode(errors="replace"))
+    _record(target)
     return target
+
+
+def _record(page: Path) -> None:
+    """Add the page to the hash chain of the run that it lies in, unless a process is at work there: that one will."""
+    if not (page.parent / chain.NAME).is_file():
+        return
+    with contextlib.suppress(RunDirError), lock.hold(page.parent, "report"):
+        links = chain.Chain(page.parent)
+        links.resume_at_end()
+        links.seal("report", links.step, files=[page.name])

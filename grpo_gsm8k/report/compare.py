@@ -12,9 +12,10 @@ from grpo_gsm8k.evals.stats import Comparison
 from grpo_gsm8k.report.markup import Html, fold, join, section, table, tag
 from grpo_gsm8k.report.names import data_hash, home_relative, public
 from grpo_gsm8k.report.panels import OVERLAYS, Curves, overlay_lines
+from grpo_gsm8k.report.parting import parting_section
 from grpo_gsm8k.report.read import Evaluated, Run, evaluations
 from grpo_gsm8k.report.training import figure
-from grpo_gsm8k.report.words import LONG_NAMES, STAGES, duration, label, number, p_value, pair, percent, points
+from grpo_gsm8k.report.words import LONG_NAMES, NAMES, STAGES, duration, label, number, p_value, pair, percent, points
 
 Runs = Mapping[str, Run]
 RUNTIME = {  # of each stage: settings that say where and how a run is done, not what it learns
@@ -27,7 +28,8 @@ ABSENT = "–"
 
 def comparison_page(runs: Runs) -> Html:
     """The body of the page about several runs, what differs first."""
-    parts = [settings_section(runs), section("result", "Side by side", score_table(runs), paired_table(runs))]
+    parts = [settings_section(runs), parting_section(runs)]
+    parts += [section("result", "Side by side", score_table(runs), paired_table(runs))]
     for kind, panels_ in OVERLAYS.items():
         curves_of = {title: run.parts[kind] for title, run in runs.items() if kind in run.parts}
         drawn = [figure(p, lines) for p in panels_ if (lines := overlay_lines(p, curves_of))]
@@ -99,7 +101,7 @@ def _shown(run: Run, key: str) -> str:
 def score_table(runs: Runs) -> Html:
     """Each run's accuracy by stage and how its training went; columns that no run fills are left out."""
     shared = [kind for kind in LONG_NAMES if all(kind in run.parts for run in runs.values())]
-    kind = next((kind for kind in reversed(list(STAGES)) if kind in shared), "")
+    kind = next((kind for kind in reversed(list(NAMES)) if kind in shared), "")
     of = f" of {label(kind)}" if kind else ""
     head = ("run", *(f"{name}, test" for name in STAGES.values()),
             f"last validation{of}", f"reward{of}", f"steps{of}", "time")  # fmt: skip

@@ -44,15 +44,13 @@ def window_for(n: int) -> int:
     return max(3, n // 20) if n > 20 else 1
 
 
-def _tick(value: float, percent: bool = False) -> str:
+def tick(value: float, percent: bool = False) -> str:
     if percent:
         return f"{100 * value:g} %"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}".replace("e-0", "e-")
 
 
-def _svg(
-    name: str, size: tuple[float, float], paint: Callable[[Axes], None], said: str = "", left: float = 0.47
-) -> str:
+def svg(name: str, size: tuple[float, float], paint: Callable[[Axes], None], said: str = "", left: float = 0.47) -> str:
     """What `paint` draws, as an inline SVG. `said` is what a screen reader reads in its place; `name` by default."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -137,13 +135,13 @@ def draw(
             axes.fill_between(xs, low, high, color=COLOURS[lines[0].colour], alpha=0.18, lw=0)
         axes.grid(axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: tick(v)))
         if len({x for line in lines for x in line.xs}) == 1:
             axes.set_xlim(lines[0].xs[0] - 1, lines[0].xs[0] + 1)
         axes.set_xlabel("round" if panel.x == "ei/round" else "step", labelpad=2)
         _scale(axes, panel, lines)
 
-    return _svg(panel.title, (5.0, 2.5) if panel.wide else (3.6, 2.2), paint, said)
+    return svg(panel.title, (5.0, 2.5) if panel.wide else (3.6, 2.2), paint, said)
 
 
 def _scale(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
@@ -161,7 +159,7 @@ def _scale(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
         if len(values) == 1 and min(values) >= 0:  # a constant: around it there is nothing to zoom into
             axes.set_ylim(0, 1.5 * max(values) or 1)
         axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v, panel.percent)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: tick(v, panel.percent)))
     if panel.kind == "stack":
         axes.margins(0)
     if panel.percent:
@@ -193,12 +191,12 @@ def draw_stages(rows: Sequence[tuple[str, float, float, float]]) -> str:
         axes.grid(axis="x")
         axes.set(xlim=(-0.06, 1.06), ylim=(len(rows) - 0.5, -0.7), xticks=[0, 0.25, 0.5, 0.75, 1])
         axes.set_yticks(range(len(rows)), [row[0] for row in rows], color=COLOURS["ink"])
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v, True)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: tick(v, True)))
 
     said = "; ".join(
         f"{name} {100 * value:.1f} %, {100 * low:.1f} to {100 * high:.1f}" for name, value, low, high in rows
     )
-    return _svg("Accuracy by stage", (5.0, 0.7 + 0.5 * len(rows)), paint, f"Accuracy by stage: {said}")
+    return svg("Accuracy by stage", (5.0, 0.7 + 0.5 * len(rows)), paint, f"Accuracy by stage: {said}")
 
 
 def draw_bars(title: str, rows: Sequence[tuple[str, float, str]]) -> str:
@@ -213,7 +211,7 @@ def draw_bars(title: str, rows: Sequence[tuple[str, float, str]]) -> str:
         axes.spines["bottom"].set_visible(False)
 
     said = "; ".join(f"{name} {text}" for name, _, text in rows)
-    return _svg(title, (5.0, 2.5), paint, f"{title}: {said}")
+    return svg(title, (5.0, 2.5), paint, f"{title}: {said}")
 
 
 def sparkline(ys: Sequence[float]) -> str:

@@ -36,15 +36,15 @@ class Reading:
     text: str
 
 
-def findings(run: Run) -> list[Finding]:
-    """What holds the reward of its GRPO stage back, with examples from the last step that kept its samples."""
-    curves = run.parts.get("grpo", Curves(()))
+def findings(run: Run, kind: str = "grpo") -> list[Finding]:
+    """What holds its GRPO stage (or a distillation) back, with examples from the last step that kept its samples."""
+    curves = run.parts.get(kind, Curves(()))
     if not curves.rows:
         return []
-    folder = run.folders["grpo"]
-    config = read_config(folder, run.notes, run.path).get("grpo", {})
+    folder = run.folders[kind]
+    config = read_config(folder, run.notes, run.path).get(kind, {})
     kept = sorted(folder.glob("samples/step_*.jsonl"))
-    samples = read_lines(kept[-1], run.notes, run.path, "grpo/samples/") if kept else []
+    samples = read_lines(kept[-1], run.notes, run.path, f"{kind}/samples/") if kept else []
     return diagnosis.diagnose(curves.rows, config, samples)
 
 
@@ -52,7 +52,7 @@ def readings(run: Run, kind: str = "grpo", found: Collection[str] = ()) -> list[
     """What the curves of a training run say, what needs a look first.
 
     Args:
-        kind: sft, ei or grpo.
+        kind: sft, ei, grpo or distill.
         found: names of the findings; what is judged there is not judged again here.
     """
     curves, validated = run.parts[kind], validation_change(run, kind)
@@ -69,6 +69,10 @@ def readings(run: Run, kind: str = "grpo", found: Collection[str] = ()) -> list[
             None if "mismatch" in found else agreement(curves),
             None if "cut_off" in found else cut_off(curves),
         ]
+    elif kind == "distill":
+        near = distance(curves)
+        closer = near is not None and near.tone == "better"
+        said = [near, *validation(validated), length(curves, closer), agreement(curves), cut_off(curves)]
     else:
         said = [*validation(validated), loss(curves)]
     order = list(TONES)
@@ -90,6 +94,18 @@ def reward(curves: Curves) -> Reading | None:
         return Reading("noise", f"The reward went {span}, no more than its steps differ: {_interval(change)}.")
     tone, way = ("better", "rose") if change.size > 0 else ("worse", "fell")
     return Reading(tone, f"The reward {_moved(way, change)}.")
+
+
+def distance(curves: Curves) -> Reading | None:
+    """Whether a student came nearer to its teacher by more than its steps differ from each other."""
+    change = over_steps(curves.series("distill/reverse_kl")[1])
+    if not change:
+        return None
+    if not change.clear:
+        span = f"from {change.before:.3g} to {change.after:.3g}"
+        return Reading("noise", f"The reverse KL went {span}, no more than its steps differ: {_interval(change)}.")
+    tone, way = ("better", "fell") if change.size < 0 else ("worse", "rose")
+    return Reading(tone, f"The reverse KL to the teacher {_moved(way, change)}.")
 
 
 def validation(found: Validated | None) -> list[Reading]:

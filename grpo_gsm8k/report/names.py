@@ -17,7 +17,7 @@ _QUOTED = re.compile(r"""(["'])/(?=[^"'\n]*/)[^"'\n]*\1""")  # an absolute path 
 _PATH = re.compile(r"(?<![\w./~…])(?:/[\w.+@%-]+){2,}/?")
 _HOME = re.compile(r"(?<![\w/])~[A-Za-z_][\w.-]*(?=/)")
 _ADDRESS = re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)*")
-_CHECKPOINT = re.compile(r"(?:(?P<run>[^/]+)/)?(?P<stage>sft|ei|grpo)?/?checkpoints/step_0*(?P<step>\d+)/?$")
+_CHECKPOINT = re.compile(r"(?:(?P<run>[^/]+)/)?(?P<stage>sft|ei|grpo|distill)?/?checkpoints/step_0*(?P<step>\d+)/?$")
 _SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{7,40})/?$")
 _MADE = {  # a manifest's `source` for what this package makes by itself
     "toy": "made-up word problems",

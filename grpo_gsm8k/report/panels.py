@@ -15,7 +15,7 @@ Row = Mapping[str, float]
 
 
 SERIES = ("c1", "c2", "c3", "c4", "c5", "c6", "mute")
-TIMES = ("save_weights", "sampling", "compute_rewards", "build_data", "training", "eval")
+TIMES = ("save_weights", "sampling", "compute_rewards", "build_data", "teacher", "training", "eval")
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,25 @@ GRPO_PANELS = (
         "Relative size of a step; about 0.001 is large, far less moves nothing.",
     ),
 )
+DISTILL_PANELS = (
+    Panel(
+        "Distance from the teacher, nats per token",
+        (("distill/reverse_kl", "reverse KL"),),
+        "log p of the student less that of the teacher, on the student's own samples; it should fall.",
+        wide=True,
+    ),
+    Panel(
+        "Distance from the teacher, nats per response",
+        (("distill/response_kl", "reverse KL"),),
+        "The same, summed over each response.",
+    ),
+    Panel(
+        "Largest surprise of the teacher, nats",
+        (("distill/surprise_max", "nats"),),
+        "The token of each step that the teacher found least likely, against the student.",
+    ),
+    *(panel for panel in GRPO_PANELS if panel.title not in ("Groups by outcome", "Diversity of a group's samples")),
+)
 SFT_PANELS = (_LOSS, _val(), _VAL_REWARD, _GRAD, _LR, _SPEED)
 EI_PANELS = (
     Panel(
@@ -186,13 +205,13 @@ EI_PANELS = (
     *SFT_PANELS,
 )
 TIME_PANEL = Panel(
-    "Seconds per GRPO step",
+    "Seconds per step",
     (*((f"time/{t}", t.replace("_", " ")) for t in TIMES), ("time/other", "other")),
     "Where a step's time goes; other is the total less the named parts.",
     kind="stack",
     wide=True,
 )
-PANELS = {"grpo": GRPO_PANELS, "sft": SFT_PANELS, "ei": EI_PANELS}
+PANELS = {"grpo": GRPO_PANELS, "distill": DISTILL_PANELS, "sft": SFT_PANELS, "ei": EI_PANELS}
 OVERLAID = {
     *(
         "reward/mean",
@@ -203,7 +222,14 @@ OVERLAID = {
         "policy/grad_norm",
         "policy/clip_frac",
     ),
-    *("mismatch/logp_abs_mean", "loss", "ei/yield", "diversity/unique_frac", "diversity/repeated_4grams"),
+    *(
+        "mismatch/logp_abs_mean",
+        "loss",
+        "distill/reverse_kl",
+        "ei/yield",
+        "diversity/unique_frac",
+        "diversity/repeated_4grams",
+    ),
 }
 _MIXED = Panel("Mixed groups", (("groups/mixed_frac", "mixed groups"),), "", percent=True)
 OVERLAYS = {

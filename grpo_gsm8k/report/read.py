@@ -152,6 +152,8 @@ def _is_run(path: Path) -> bool:
 
 def _kind(curves: Curves) -> str:
     names = curves.names()
+    if any(n.startswith(("progress/distill", "distill/")) for n in names):
+        return "distill"
     if any(n.startswith(("progress/grpo", "groups/", "reward/")) for n in names):
         return "grpo"
     return "ei" if any(n.startswith(("ei/", "progress/ei")) for n in names) else "sft"

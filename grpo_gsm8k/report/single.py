@@ -16,8 +16,13 @@ from grpo_gsm8k.report.panels import TIME_PANEL, Curves, panel_lines
 from grpo_gsm8k.report.read import Run, read_text
 from grpo_gsm8k.report.samples import samples_section, training_samples
 from grpo_gsm8k.report.training import calm, diagnosis_section, figure, panels, reading_list, signals
-from grpo_gsm8k.report.words import LONG_NAMES, STAGES, duration, label, number, pair, percent
+from grpo_gsm8k.report.words import LONG_NAMES, duration, label, number, pair, percent
 
+SAMPLING = {
+    "grpo": "GRPO: is it learning, and from what",
+    "distill": "Distillation: does the student come nearer to its teacher",
+}
+"""The parts that sample as they train, and the titles of their sections."""
 TEXTS = {".txt", ".toml", ".json", ".diff", ".md", ""}
 
 
@@ -77,21 +82,21 @@ def reward_table(stages: Sequence[Mapping[str, Any]]) -> Html:
 
 
 def time_section(run: Run) -> Html:
-    """Seconds per stage, and where the seconds of a GRPO step go."""
+    """Seconds per stage, and where the seconds of a step go that samples."""
     stages = [s for s in run.stages if number(s.get("seconds"))]
     parts = []
     if stages:
         bars = [(label(s["name"]), float(s["seconds"]), duration(s["seconds"])) for s in stages]
         svg = Html(figures.draw_bars("Time per stage", bars))
         parts.append(frame("Time per stage", svg, "Wall-clock time as the pipeline recorded it."))
-    curves = run.parts.get("grpo", Curves(()))
+    curves = next((run.parts[kind] for kind in SAMPLING if kind in run.parts), Curves(()))
     if lines := panel_lines(TIME_PANEL, curves):
         parts.append(figure(TIME_PANEL, lines))
     totals = Html()
     if lines:
         whole = sum(sum(line.ys) for line in lines)
         rows = [(line.label, duration(sum(line.ys)), percent(sum(line.ys) / (whole or 1))) for line in lines]
-        title = "Totals over all GRPO steps"
+        title = "Totals over all steps"
         totals = fold(title, table(title, ("part", "time", "share"), rows))
     return section("time", "Time", tag("div", *parts, class_="grid"), totals) if parts else Html()
 
@@ -120,7 +125,7 @@ def facts(run: Run) -> list[tuple[str, object]]:
         found[name] = public(str(run.summary.get(name, run.first_setting(name))), run)
     found["time"] = duration(run.summary["seconds"]) if number(run.summary.get("seconds")) else ""
     for kind, curves in run.parts.items():
-        found[f"{STAGES[kind]} steps"] = f"{len(curves.rows):,}" if curves.rows else ""
+        found[f"{label(kind)} steps"] = f"{len(curves.rows):,}" if curves.rows else ""
     folders = (run.path, *run.folders.values())
     begins = [read_text(folder / "code.diff", run.path)[:200] for folder in folders]  # "# commit 0123abcd…"
     commits = [re.search(r"^# .*?commit ([0-9a-f]{7,8})", text) for text in begins]
@@ -133,14 +138,15 @@ def facts(run: Run) -> list[tuple[str, object]]:
 
 def run_page(run: Run) -> Html:
     """The body of the page for one run."""
-    grpo = run.parts.get("grpo")
     parts = [result_section(run)]
-    if grpo and grpo.rows:
-        found = findings(run)
+    for kind, title in SAMPLING.items():
+        if not (curves := run.parts.get(kind)) or not curves.rows:
+            continue
+        found = findings(run, kind)
         parts.append(diagnosis_section(found) if found else Html())
-        said = readings(run, "grpo", {finding.name for finding in found})
-        story = (signals(grpo, said), Html() if found else calm(grpo, said), panels(grpo, "grpo"))
-        parts.append(section("grpo", "GRPO: is it learning, and from what", *story))
+        said = readings(run, kind, {finding.name for finding in found})
+        story = (signals(curves, said), Html() if found else calm(curves, said), panels(curves, kind))
+        parts.append(section(kind, title, *story))
     for kind in ("sft", "ei"):
         if kind in run.parts and run.parts[kind].rows:
             words = reading_list(readings(run, kind))

@@ -14,6 +14,7 @@ from grpo_gsm8k.report.words import LONG_NAMES, number, percent
 from grpo_gsm8k.runs.diagnosis import WINDOW, Finding, loss_note
 
 SIGNALS = (  # (label, metric, is a share, what it tells)
+    ("Reverse KL to the teacher", "distill/reverse_kl", False, "nats per token; should fall"),
     ("Mean reward", "reward/mean", False, "what is optimised; should rise"),
     ("Right answers", "outcome/right_frac", True, "of the sampled training responses"),
     ("Mixed groups", "groups/mixed_frac", True, "the only ones with a gradient"),
@@ -117,7 +118,8 @@ def diagnosis_section(found: Sequence[Finding]) -> Html:
 
 def calm(curves: Curves, said: Sequence[Reading]) -> Html:
     """One line for a run that gives no reason to worry."""
-    note, uneasy = loss_note(curves.rows), any(one.tone in ("worse", "watch") for one in said)
+    note = None if curves.series("distill/reverse_kl")[1] else loss_note(curves.rows)
+    uneasy = any(one.tone in ("worse", "watch") for one in said)
     words = ["Nothing is seen that holds the reward back."] if len(curves.rows) >= WINDOW and not uneasy else []
     words += [note.seen] if note else []
     return tag("p", " ".join(words), class_="mute") if words else Html()

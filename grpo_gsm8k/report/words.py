@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 STAGES = {"base": "Base", "sft": "SFT", "ei": "EI", "grpo": "GRPO"}
-LONG_NAMES = {"grpo": "GRPO", "sft": "Supervised fine-tuning", "ei": "Expert iteration"}
+NAMES = {**STAGES, "distill": "Distillation"}  # of training runs, too, that are no stage of a pipeline
+LONG_NAMES = {
+    "grpo": "GRPO",
+    "sft": "Supervised fine-tuning",
+    "ei": "Expert iteration",
+    "distill": "On-policy distillation",
+}
 LARGEST = 1e100
 
 
@@ -36,7 +42,7 @@ def signed(value: float, form: str = "{:+.3g}") -> str:
 
 def label(stage: object) -> str:
     """A stage as the page calls it."""
-    return STAGES.get(str(stage), str(stage))
+    return NAMES.get(str(stage), str(stage))
 
 
 def pair(value: object) -> tuple[float, float] | None:

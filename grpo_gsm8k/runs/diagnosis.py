@@ -68,8 +68,9 @@ class Case:
 
     @property
     def stuck(self) -> bool:
-        """Whether the reward does not rise although it could."""
-        rising = trend(self.values("reward/mean", RECENT)) >= RISING
+        """Whether the reward does not rise although it could; of a student, whether its teacher stays as far away."""
+        goal = [-kl for kl in self.values("distill/reverse_kl", RECENT)] or self.values("reward/mean", RECENT)
+        rising = trend(goal) >= RISING
         return not rising and not self.mean("outcome/right_frac") >= SOLVED
 
     def values(self, name: str, last: int = WINDOW) -> list[float]:
@@ -109,8 +110,11 @@ def diagnose(rows: Sequence[Row], cfg: Mapping[str, Any], samples: Sequence[Row]
     case = Case(rows, cfg, samples)
     if len(rows) < WINDOW:
         return []
-    checks = [check for check in CHECKS if case.stuck or check in ALWAYS]
+    taught = "teacher" in cfg
+    checks = [check for check in (TAUGHT if taught else CHECKS) if case.stuck or check in ALWAYS]
     found = [finding for check in checks if (finding := check(case))]
+    if taught:
+        return found
     if not found and (finding := stalled(case)):
         found = [finding]
     note = loss_note(rows) if any(finding.alarm for finding in found) else None
@@ -451,4 +455,5 @@ CHECKS: tuple[Check, ...] = (  # heaviest first: what makes all else pointless b
     *(frozen, mismatch, control, blind_reward, flat_groups, cut_off, format_errors, wrong_answers),
     *(small_steps, clip, kl_penalty, entropy, fell, too_easy),
 )
+TAUGHT: tuple[Check, ...] = (frozen, mismatch, small_steps, clip)  # the others speak of learning from rewards
 ALWAYS: tuple[Check, ...] = (frozen, mismatch, control, cut_off, too_easy)

@@ -4,7 +4,8 @@ config.toml    resolved config              metrics.jsonl               one obje
 command.txt    as it was typed              samples/step_000020.jsonl   graded completions
 code.diff      what was not committed       checkpoints/step_000020/    see trainer/checkpoint.py
 sys/           packages, machine            evals/                      see evals/accuracy.py
-data.json      sha256 of every input        result.json                 written when the run is done
+data.json      sha256 of every input        rollouts/                   see runs/rollouts.py
+chain.jsonl    see runs/chain.py            result.json                 written when the run is done
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import shutil
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,8 +24,9 @@ from typing import Any
 
 from grpo_gsm8k import config, repro
 from grpo_gsm8k.config import TrainConfig
+from grpo_gsm8k.datatypes import Rollout
 from grpo_gsm8k.errors import DataError, RunDirError
-from grpo_gsm8k.runs import lock, wandb_sink
+from grpo_gsm8k.runs import chain, lock, rollouts, wandb_sink
 from grpo_gsm8k.runs.files import (
     SOURCE_SUFFIX,
     append_jsonl,
@@ -38,6 +40,7 @@ from grpo_gsm8k.runs.files import (
     write_jsonl,
 )
 from grpo_gsm8k.runs.progress import say
+from grpo_gsm8k.runs.writer import Writer
 
 RUNS = Path("artifacts/runs")
 OWN = frozenset(
@@ -55,6 +58,9 @@ class Run:
         self.checkpoints = path / "checkpoints"
         self.complete = self.updated = 0  # the last step that ended, and the last that moved the weights
         self.state: Callable[[], dict[str, Any]] = dict  # what a checkpoint stores of the stage, see trainer/loop.py
+        self.writer = Writer()  # of checkpoints, while training goes on
+        self.weights: dict[int, str] = {}  # step → sha256 of the weights after it, where they were hashed
+        self.chain, self._grades = chain.Chain(path), ""
         self._wandb: wandb_sink.WandbSink | None = None
         self._rows: list[dict[str, Any]] | None = None  # of metrics.jsonl, once they were read
 
@@ -74,6 +80,30 @@ class Run:
         if sink := self._sink():
             sink.table(step, "val/samples" if folder == "evals" else folder, rows)
 
+    def keep_rollouts(self, step: int, groups: Sequence[Sequence[Rollout]]) -> None:
+        """Write what a step trained on, and delete what is older than `--keep_rollouts` allows."""
+        self._grades = rollouts.grades_sha256(groups)
+        if not (keep := self.cfg.keep_rollouts):
+            return
+        before, after = self.weights.get(step - 1, ""), self.weights.get(step, "")
+        rollouts.write(self.path, rollouts.Stored(self.stage, step, before, after, list(map(list, groups))))
+        for path in sorted(self.rollout_files())[:-keep] if keep > 0 else ():
+            path.unlink()
+
+    def rollout_files(self) -> list[Path]:
+        """The rollouts that are kept."""
+        return list((self.path / rollouts.FOLDER).glob("step_*.safetensors"))
+
+    def begin_chain(self, step: int) -> None:
+        """Begin the hash chain, or continue it from `step`."""
+        code = {"code": repro.git_commit(), "stage": self.stage, "weights": self.weights.get(step, "")}
+        self.chain.open(step, **code)
+
+    def seal(self, kind: str, step: int, **more: Any) -> None:
+        """Append what is new to the hash chain; see `Chain.seal`."""
+        grades, self._grades = self._grades, ""
+        self.chain.seal(kind, step, weights=self.weights.get(step, ""), grades=grades, **more)
+
     def _sink(self) -> wandb_sink.WandbSink | None:
         """W&B, from the first thing that is logged on: only then is it a run worth a page there."""
         if self._wandb is None and wandb_sink.wanted():
@@ -91,7 +121,7 @@ class Run:
         if log.is_file() and log.stat().st_size:
             write_jsonl(log, [row for _, row in read_jsonl(log) if row["step"] <= step])
         self._rows = None
-        for folder in ("samples", "evals", "evals/pending"):
+        for folder in ("samples", "evals", "evals/pending", rollouts.FOLDER):
             for path in (self.path / folder).glob("step_*"):
                 if int(path.stem.removeprefix("step_")) > step:
                     path.unlink()
@@ -115,12 +145,15 @@ class Run:
             "step": step,
             "weights_sha256": weights_sha256,
             "seconds": round(time.monotonic() - self.started, 3),
+            "rollouts_bytes": sum(path.stat().st_size for path in self.rollout_files()),
         }
         write_json(self.path / "result.json", result)
+        self.seal("end", step, files=["result.json", chain.JUDGE], sweep=True)
         return result
 
     def close(self) -> None:
-        """Let go of W&B."""
+        """Wait for a checkpoint that is being written, and let go of W&B."""
+        self.writer.close()
         if self._wandb:
             self._wandb.close()
 

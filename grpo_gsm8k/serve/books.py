@@ -5,6 +5,7 @@ Each record has a row in `store.SCHEMA`. A change is written first; what is in m
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sqlite3
@@ -40,6 +41,11 @@ class Entry:
     patience_s: float = 1e9  # for a gap before it
     accepted: Promise[None] = field(default_factory=Promise)
     done: Promise[Result] = field(default_factory=Promise)
+
+    @property
+    def digest(self) -> bytes:
+        """What the request asked for, to tell its repetition from another request under its number."""
+        return hashlib.sha256(self.kind.encode() + b"|" + self.body).digest()
 
 
 @dataclass

@@ -249,8 +249,8 @@ class Service(Ledger):
         def take() -> None:
             self.books.models[model_id] = model
 
-        kind = "load_weights" if load else "create_model"
-        return await self.submit(kind, model_id, _json_body(load or {}), key=key, changes=[write], then=take), model_id
+        kind, body = ("load_weights", load) if load else ("create_model", {"spec": model.spec, "metadata": metadata})
+        return await self.submit(kind, model_id, _json_body(body), key=key, changes=[write], then=take), model_id
 
     async def train(
         self, kind: str, model_id: str, body: bytes, seq: int | None = None, *, key: str = "", patience_s: float = 1e9

@@ -57,6 +57,7 @@ class Trained:
         self._fresh_optimizer()
 
     def _fresh_optimizer(self) -> None:
+        self.model()  # only the adapter that is active has parameters that learn
         owner: Any = SimpleNamespace(named_parameters=self.parameters.items)
         self.optimizer = MasterAdamW(owner, TrainConfig(grad_clip=0.0))
 

@@ -6,6 +6,7 @@ told.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
 import itertools
@@ -85,8 +86,8 @@ class Ledger:
         """Accept a request: its id, once it is on disk.
 
         Args:
-            body: see `work.pack`.
-            key: of a request that may be sent again.
+            body: see `bodies.pack`.
+            key: of a request that may be sent again. With another body it is a new request, which fails.
             patience_s: how long it waits for smaller numbers, at most `--gap_s`.
             changes: written together with it.
             then: called when that is done.
@@ -94,20 +95,40 @@ class Ledger:
         Raises:
             DiskError: the disk is full, and nothing was accepted.
         """
+        sent = Entry(uuid.uuid4().hex, kind, owner, body, seq, key, patience_s=patience_s)
         with self._lock:
             entry = self._keys.get(key or "")
-            if entry is None and key and (known := self.store.read("SELECT id FROM requests WHERE key = ?", key)):
+            known = self.store.read("SELECT id, digest FROM requests WHERE key = ?", key) if key and not entry else []
+            other = (entry and entry.digest != sent.digest) or (known and known[0]["digest"] != sent.digest)
+            if known and not other:
                 return str(known[0]["id"])
-            if entry is None:
+            if entry is None and not known:
                 if len(self._live) >= MOST_WAITING:
                     raise Refusal(f"{MOST_WAITING} requests are waiting; try again later", 429)
-                entry = Entry(uuid.uuid4().hex, kind, owner, body, seq, key, patience_s=patience_s)
+                entry = sent
                 self._register(entry)
                 self.store.write(functools.partial(_insert_request, entry, tuple(changes))).add_done_callback(
                     functools.partial(self._accepted, entry, then)
                 )
+        if other or entry is None:
+            await self._fail_reused(sent)
+            return sent.id
         await entry.accepted.get()
         return entry.id
+
+    async def _fail_reused(self, sent: Entry) -> None:
+        """Write a request that bears another one's number: it has failed, and changes nothing."""
+        what = f"seq_id {sent.seq}" if sent.seq is not None else "this number"
+        why = f"{what} was given to another request already; a request that is sent again must be the same"
+        result, now = Result(sent.kind, error=why), time.time()
+        ended = {"state": "failed", "error": why, "category": result.category, "finished": now}
+
+        def write(db: sqlite3.Connection) -> None:
+            names = {"id": sent.id, "kind": sent.kind, "owner": sent.owner, "created": now}
+            insert(db, "requests", **names, **ended, number=next(self._numbers))
+
+        await asyncio.wrap_future(self.store.write(write))
+        self.note(sent, result)
 
     async def result(self, request_id: str, timeout: float) -> Result | None:
         """How a request ended; None if it has not within `timeout` seconds. Raises `Refusal` 404 for an unknown id."""
@@ -231,5 +252,5 @@ def _insert_request(
 ) -> None:
     for change in changes:
         change(db)
-    fields = {name: getattr(entry, name) for name in ("id", "kind", "owner", "seq", "key", "body", "created")}
+    fields = {name: getattr(entry, name) for name in ("id", "kind", "owner", "seq", "key", "digest", "body", "created")}
     insert(db, "requests", **fields, state="waiting")

@@ -18,7 +18,7 @@ from grpo_gsm8k import __version__, config
 from grpo_gsm8k.errors import CheckpointError, ConfigError, RunDirError
 from grpo_gsm8k.runs.clean import printable
 from grpo_gsm8k.runs.files import disk_errors, make_folder
-from grpo_gsm8k.runs.progress import say
+from grpo_gsm8k.runs.progress import doing, say
 from grpo_gsm8k.serve import watch
 from grpo_gsm8k.serve.settings import ServeConfig
 
@@ -40,8 +40,10 @@ def run(cfg: ServeConfig) -> None:
         from grpo_gsm8k.serve import auth
 
         keeper, minted = auth.open_keys(folder, given, cfg.rate)
-        with opened(cfg, folder) as service:
-            serving = _server(service, keeper)
+        with contextlib.ExitStack() as stack:
+            with doing("loading the model"):
+                service = stack.enter_context(opened(cfg, folder))
+                serving = _server(service, keeper)
             announce(cfg, service, listening.getsockname()[1], minted)
             serving.run(sockets=[listening])
     say("the server has ended; start it with the same --out_dir to go on")

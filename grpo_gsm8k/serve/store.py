@@ -32,8 +32,8 @@ CREATE TABLE models(
     snapshot TEXT NOT NULL DEFAULT '', snapshot_seq INTEGER NOT NULL DEFAULT 0, steps INTEGER NOT NULL DEFAULT 0,
     ended REAL);
 CREATE TABLE requests(
-    id TEXT PRIMARY KEY, kind TEXT NOT NULL, owner TEXT NOT NULL, seq INTEGER, key TEXT UNIQUE, body BLOB,
-    state TEXT NOT NULL, applied INTEGER NOT NULL DEFAULT 0, result BLOB, error TEXT, category TEXT,
+    id TEXT PRIMARY KEY, kind TEXT NOT NULL, owner TEXT NOT NULL, seq INTEGER, key TEXT UNIQUE, digest BLOB,
+    body BLOB, state TEXT NOT NULL, applied INTEGER NOT NULL DEFAULT 0, result BLOB, error TEXT, category TEXT,
     created REAL NOT NULL, finished REAL, number INTEGER);
 CREATE INDEX requests_of_owner ON requests(owner, seq);
 CREATE INDEX unfinished ON requests(created) WHERE state = 'waiting';
@@ -45,7 +45,7 @@ CREATE TABLE checkpoints(
     size INTEGER NOT NULL, public INTEGER NOT NULL DEFAULT 0, expires REAL, metadata TEXT,
     PRIMARY KEY(owner, kind, name));
 """
-FORMAT = "1"
+FORMAT = "2"
 _DISK = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
 MOST_AT_ONCE = 256  # changes of one commit
 RETRY_S = 0.5

@@ -67,7 +67,10 @@ def tag_pattern(tag: str) -> str:
 def make_tags(think_open: str, think_close: str, answer_open: str, answer_close: str) -> Tags:
     """Tags from configured strings; empty answer tags mean think-only. Raises `ConfigError` for half a pair."""
     if not think_open or not think_close or bool(answer_open) != bool(answer_close):
-        raise ConfigError("tags come in pairs: think_open with think_close, answer_open with answer_close")
+        raise ConfigError(
+            "tags come in pairs: --think_open with --think_close (--reasoning_tag with --reasoning_end_tag), "
+            "--answer_open with --answer_close (--answer_tag with --answer_end_tag)"
+        )
     given = [tag for tag in (think_open, think_close, answer_open, answer_close) if tag]
     if len(set(given)) < len(given):
         raise ConfigError(f"tags must differ from each other: {', '.join(given)}")
@@ -300,6 +303,11 @@ def text_of(row: Mapping[str, Any], key: str) -> str:
 def id_of(row: Mapping[str, Any], identity: str) -> str:
     """A row's id, or a hash of `identity`, so that the same question has the same id on every machine."""
     return text_of(row, "id") if "id" in row else hashlib.sha256(identity.encode()).hexdigest()[:12]
+
+
+def seed_id(question: str) -> str:
+    """The id under which the rewritten forms of a question name it: a hash that does not depend on blanks."""
+    return f"seed-{hashlib.sha256(' '.join(question.split()).encode()).hexdigest()[:12]}"
 
 
 def messages_of(value: Any) -> tuple[Message, ...]:

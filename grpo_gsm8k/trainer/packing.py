@@ -29,6 +29,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from grpo_gsm8k.datatypes import Datum
+from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.trainer.architecture import trunk
 from grpo_gsm8k.trainer.batch import Batch, make_batch
 
@@ -307,6 +308,17 @@ def packed_batch(sequences: Sequence[Sequence[int]]) -> Batch:
     rows = [Datum(tuple(ids), (1,) * len(ids)) for ids in sequences]
     padded = make_batch(rows)
     return replace(padded, shared=tuple(_in_common(padded, range(len(rows)))))
+
+
+def chosen(model: Any, wanted: str) -> bool:
+    """Switch the model to packed batches if `--packing` asks for it. Raises `ConfigError` where it cannot read them."""
+    blocks = model.device.type != "cpu" and not reads_varlen(model)  # not measured there without a compiler
+    if wanted == "off" or (wanted == "auto" and blocks):
+        return False
+    able = enable(model)
+    if wanted == "on" and not able:
+        raise ConfigError("--packing on: this model does not read packed rows as it reads others; leave it at auto")
+    return able
 
 
 def enable(model: Any) -> bool:

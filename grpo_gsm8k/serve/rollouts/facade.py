@@ -269,21 +269,24 @@ class Rollouts:
         return made
 
     async def _update(self, run: Run, batch: list[Group]) -> None:
-        """One step on a batch. Its requests have keys of their own, so after a crash they are found, not repeated."""
-        began, key, service = time.monotonic(), f"rollouts:{run.id}:{run.version}", self.service
+        """One step on a batch. Its requests have keys of their own, so after a crash they are found, not repeated.
+
+        A group is trained or dropped once, so the first one's number tells a batch from one that failed before it.
+        """
+        began, service = time.monotonic(), self.service
+        key, after = f"rollouts:{run.id}:{run.version}:{batch[0].number}", replace(run, version=run.version + 1)
         try:
             data, adam = data_of(batch, run.settings), {**ADAM, "learning_rate": run.settings.learning_rate}
             request = await service.forward_backward(run.model_id, data, run.settings.loss_fn, key=f"{key}:gradient")
             gradient = await service.wait(request)
             step = await service.wait(await service.optim_step(run.model_id, adam, key=f"{key}:step"))
-            after = replace(run, version=run.version + 1)
-            after.weights = await self._published(after)
         except Refusal as refusal:
             if refusal.status in (429, 503):  # the server ends, or is too busy: the same batch is trained later
                 raise
             await self._commit(run, batch, {})
             service.refuse(f"update {run.version + 1} of the run {run.id}: {refusal}", "rollouts")
             raise Rejected(409, "update_failed", f"the update failed, its groups are dropped: {refusal}") from None
+        after.weights = await self._published(after)
         rewards = [cast(float, sample.reward) for group in batch for sample in group.samples]
         after.last_update = {
             "version": after.version,
@@ -302,9 +305,17 @@ class Rollouts:
         await self._commit(after, batch, after.last_update)
 
     async def _published(self, run: Run) -> str:
-        """Weights to sample from, of the model as it is now."""
-        request = await self.service.save_for_sampler(run.model_id, key=f"rollouts:{run.id}:{run.version}:weights")
-        return str((await self.service.wait(request))["sampling_session_id"])
+        """Weights to sample from, of the model as it is now. Raises `DiskError` where they cannot be written.
+
+        This has no key: where it failed or was interrupted, it is done again.
+        """
+        request = await self.service.save_for_sampler(run.model_id)
+        try:
+            return str((await self.service.wait(request))["sampling_session_id"])
+        except Refusal as refusal:
+            if refusal.status in (429, 503):
+                raise
+            raise DiskError(f"the weights of version {run.version} were not saved: {refusal}") from None
 
     async def _commit(self, after: Run, batch: Sequence[Group], update: Mapping[str, float]) -> None:
         """The run as it is after an update, and what has become of the groups, in one transaction."""

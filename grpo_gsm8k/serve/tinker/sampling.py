@@ -51,6 +51,8 @@ async def create_sampling_session(body: SamplingSession, request: Request) -> An
         row = SamplerRow(sampler_id, body.session_id, body.model_path, folder, "", time.time())
         await service.write(lambda db: insert(db, "samplers", or_ignore=True, **vars(row)))
         service.books.samplers.setdefault(sampler_id, row)
+    if service.books.samplers[sampler_id].path != body.model_path:
+        raise Refusal(f"sampling session {body.sampling_session_seq_id} of this session samples from other weights")
     return {"type": "create_sampling_session", "sampling_session_id": sampler_id}
 
 
