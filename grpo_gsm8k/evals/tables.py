@@ -217,7 +217,8 @@ def _where(name: str) -> str:
 
 def _exact(row: Result) -> tuple[str, ...]:
     """Scale, direction, bias and noise; rounding is 0."""
-    return tuple(f"{row[key] if abs(row[key]) > 1e-6 else 0:.3f}" for key in ("scale", "sideways", "bias", "noise"))
+    figures = [row[key] for key in ("scale", "sideways", "bias", "noise")]
+    return tuple("" if value is None else f"{value if abs(value) > 1e-6 else 0:.3f}" for value in figures)
 
 
 def print_dry_run(result: Result) -> None:
