@@ -451,7 +451,8 @@ def test_what_would_have_gone_wrong_on_a_gpu_has_its_tests():
 
 NO_DEFAULT_OF_SPEED = {
     *("grading", "max_new_tokens", "seed", "log", "wandb_project", "run_name", "engine_patience_s", "data", "out_dir"),
-    *("resume", "max_steps", "save_every", "keep_last", "eval_every", "eval_examples", "eval_set_path", "eval_device"),
+    *("resume", "max_steps", "save_every", "keep_last", "keep_rollouts", "eval_every", "eval_examples"),
+    *("eval_set_path", "eval_device"),
     *("lora_rank", "lora_alpha", "lora_targets", "grader_processes", "grader_timeout_s", "eval_draw"),
     *("learner", "wire_loss"),
     *("eval_backlog", "probe_tolerance", "lr", "lr_schedule", "warmup_steps", "weight_decay", "beta1", "beta2"),

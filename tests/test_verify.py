@@ -13,6 +13,7 @@ import pytest
 
 from grpo_gsm8k import config, grpo, pipeline
 from grpo_gsm8k.audit.files import manifest_of
+from grpo_gsm8k.audit.fork import fork
 from grpo_gsm8k.audit.replay import replay
 from grpo_gsm8k.audit.verify import Options, lines_of, verify
 from grpo_gsm8k.errors import ConfigError, DataError, RunDirError
@@ -323,3 +324,23 @@ def test_the_commands_print_one_object_and_end_with_their_code(one, tmp_path):
     (run / "command.txt").write_text("another")
     done = cli("verify", run)
     assert done.returncode == 1 and "DAMAGED: command.txt: was changed" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_demo_is_what_it_says_it_is(tmp_path):
+    """All of docs/replay.md on the demo: verified in time, replayed, forked, and a hundred bytes changed."""
+    run, draw = tmp_path / "demo", random.Random(0)
+    pipeline.run(config.build(config.PipelineConfig, {"out_dir": str(run)}), sets=["common.keep_last=9"])
+    found = verify(run, Options())
+    assert found["ok"] and not any(part["close"] or part["unchecked"] for part in found["parts"])
+    assert found["seconds"] <= found["recorded_seconds"] + 30, found["seconds"]
+    print("\n".join(lines_of(found)))
+    steps = draw.sample(range(1, 51), 10)
+    assert [replay(run / "grpo", step)["verdict"] for step in steps] == ["bitwise"] * 10
+    for stage, at in [("grpo", 0), ("grpo", 20), ("grpo", 40), ("grpo", 50), ("sft", 2000)]:
+        ended = json.loads((run / stage / "result.json").read_text())["weights_sha256"]
+        assert fork(run / stage, at, [], tmp_path / f"{stage}{at}")["weights_sha256"] == ended
+    for _ in range(100):
+        path, before = change_a_byte(run, draw)
+        assert located(verify(run, Options(steps=0)), run) == {path}
+        path.write_bytes(before)
