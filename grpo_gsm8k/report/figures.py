@@ -96,7 +96,7 @@ def svg(name: str, size: tuple[float, float], paint: Callable[[Axes], None], sai
         axes.patch.set_visible(False)
         paint(axes)
         texts = axes.yaxis.get_major_formatter().format_ticks(list(axes.yaxis.get_majorticklocs()))
-        left = left or min(width / 2, max(0.47, *(0.06 + _breadth(text) for text in texts)))  # mostly alike
+        left = left or min(width / 2, max([0.47, *(0.06 + _breadth(text) for text in texts)]))  # mostly alike
         axes.set_position((left / width, 0.4 / height, 1 - (left + 0.12) / width, 1 - 0.5 / height))
         out = io.StringIO()
         fig.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
