@@ -46,6 +46,7 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=IDS)
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS, GROUPS = set(PYPROJECT["project"]["optional-dependencies"]), set(PYPROJECT["dependency-groups"])
 OTHER_TOOLS = {"bash", "git", "cd", "export", "ssh", "ruff", "mypy", "mkdocs", "pre-commit", "uvx", "curl"}
+OTHER_TOOLS |= {"tensorboard", "trackio"}
 OTHER_FLAGS = {"--help", "--extra", "--group", "--torch-backend", "--runslow", "--strict", "--apply-chat-template"}
 OTHER_FLAGS |= {"--generation-config"}  # vLLM's
 OTHER_FLAGS |= {"--gpus", "--shm-size", "--max-restarts", "--shutdown-timeout"}  # docker's and torchrun's
