@@ -261,10 +261,13 @@ def print_study(result: Result) -> None:
     _line(out, f"{result['answer']}.")
     for sentence in result["sentences"]:
         _line(out, f"  {sentence}")
-    table = _table("arm", "accuracy", "95 % interval", "runs", "tokens a run", "seconds a run")
+    graded = result["graded"]
+    head = ("arm", "accuracy" if graded else "reward", "95 % interval", "runs", "tokens a run", "seconds a run")
+    table = _table(*head)
     for row in result["arms"]:
-        mean = "" if row["mean"] is None else _percent(row["mean"])
-        width = _interval(row["ci"]) if row["ci"] else ""
+        ends, form = row["ci"] or (), "{:.3f}"
+        mean = "" if row["mean"] is None else _percent(row["mean"]) if graded else form.format(row["mean"])
+        width = _interval(ends) if ends and graded else " to ".join(map(form.format, ends))
         spent = (f"{row['tokens']:,.0f}", f"{row['seconds']:,.0f}")
         table.add_row(escape(row["label"]), mean, width, str(len(row["seeds"])), *spent)
     out.print(table)
