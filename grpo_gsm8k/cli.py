@@ -113,7 +113,7 @@ def register(
     own = list(inspect.signature(call, eval_str=True).parameters.values())[1:]
     json_flag = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
     parameters = [*(p.replace(kind=p.KEYWORD_ONLY) for p in own), json_flag]
-    if expert := [field.name for field in dataclasses.fields(cls) if field.metadata["expert"]]:
+    if expert := [f.name for f in dataclasses.fields(cls) if f.metadata["expert"] and f.name not in skip]:
         parameters.append(help_all(expert))
     parameters += flags_of(cls, skip)
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -230,6 +230,9 @@ def data(
     source: Annotated[str, typer.Option(help="hub, or a folder with train.jsonl and test.jsonl")] = "hub",
     eval_n: Annotated[int, typer.Option(min=1, max=config.MOST, help="validation problems reserved from train")] = 512,
     seed: Annotated[int, typer.Option(min=0, max=config.MOST, help="of the reservation")] = 31415,
+    dataset: Annotated[
+        str, typer.Option(metavar="NAME", help=f"a set by name instead: {', '.join(config.DATASETS)}")
+    ] = "",
     task: Annotated[str, typer.Option(help="gsm8k, another task's name, or package.module:Class")] = "gsm8k",
     train_n: Annotated[
         int, typer.Option(min=1, max=config.MOST, help="training examples of a task that makes its own data")
@@ -245,6 +248,14 @@ def data(
     """GSM8K, pinned and split: train, validation, test, and a manifest; or another task's data."""
     from grpo_gsm8k import data_prep
 
+    if dataset:
+        from grpo_gsm8k import eval_sets
+
+        if task not in ("gsm8k", wanted := eval_sets.named(dataset).task):
+            raise ConfigError(f"--task {task} with --dataset {dataset}: its task is {wanted}; leave --task out")
+        how: dict[str, Any] = {"eval_n": eval_n, "seed": seed, "revision": revision or "", "cache_dir": cache_dir}
+        show(eval_sets.prepare(dataset, out_dir, source, snapshot_dir=snapshot_dir, **how), as_json)
+        return
     if task != "gsm8k":
         folder, sizes = ("" if source == "hub" else source), {"train": train_n, "val": eval_n, "test": test_n}
         made = data_prep.prepare_task(load_task(task), out_dir, folder, sizes, seed)
@@ -376,6 +387,38 @@ def report(
     show({"path": str(page), **({"parted": words} if words else {})}, as_json)
     if browse:
         _browse(page)
+
+
+@app.command(rich_help_panel=AFTER)
+def study(
+    plan: Annotated[Path, typer.Argument(help="the plan: arms, seeds, problems, in TOML")],
+    out_dir: Annotated[
+        Path | None, typer.Option(help="the study's folder; empty for artifacts/studies/<name of the plan>")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the study that is there")] = False,
+    jobs: Annotated[int, typer.Option(min=1, max=1024, help="runs at a time")] = 1,
+    max_runs: Annotated[int, typer.Option(min=0, max=config.MOST, help="start so many runs at most; 0: all")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry_run", help="show runs, tokens, time and cost; make nothing")] = False,
+    simulate: Annotated[
+        int, typer.Option(min=0, max=1_000_000, help="instead, simulate so many studies and count wrong verdicts")
+    ] = 0,
+    browse: Browse = False,
+    as_json: Json = False,
+) -> None:
+    """Arms × seeds by a plan: runs, a paired analysis, and one page with the answer."""
+    from grpo_gsm8k import study as studies
+
+    with progress.doing("study"):
+        if dry_run:
+            result, table = studies.dry_run(plan, out_dir), "print_dry_run"
+        elif simulate:
+            result, table = studies.simulate(plan, simulate), "print_simulated"
+        else:
+            result = studies.run(plan, out_dir, resume=resume, jobs=jobs, max_runs=max_runs)
+            table = "print_study"
+    show(result, as_json, table)
+    if browse and not (dry_run or simulate):
+        _browse(Path(result["path"]))
 
 
 RunDir = Annotated[Path, typer.Argument(help="directory of a training run")]
@@ -558,7 +601,7 @@ OF_AN_OBJECTIVE = {
 
 def _objective_check(
     flags: Mapping[str, Any],
-    own: Annotated[str, typer.Argument(metavar="[LOSS]", help="the loss, as --loss takes it")] = "",
+    own: Annotated[str, typer.Argument(metavar="LOSS", help="the loss, as --loss takes it")] = "",
     preset: Preset = None,
     config_file: Recipe = None,
     sets: Sets = None,

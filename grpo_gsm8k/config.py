@@ -40,6 +40,9 @@ PRESETS = Path(__file__).parent / "presets"
 STAGES = ("base", "sft", "ei", "grpo")
 ENGINES = ("hf", "vllm", "tinker")
 SERVICE, SERVICE_FILE = "tinker://", "service.json"  # a checkpoint's name there, and the file that holds it here
+LOGGERS = ("wandb", "tensorboard", "trackio")
+DATASETS = ("gsm8k", "gsm8k_platinum", "gsm_plus", "gsm_symbolic", "math", "math500")
+EVAL_SETS = "artifacts/sets"  # a folder for each of them but GSM8K
 DATA, OTHER_DATA = "artifacts/data", "artifacts/gsm8k"  # where data lie that nobody names: the first that is there
 MOST = 2**63 - 1  # of any whole number: what a seed of torch and a tensor's size can be
 
@@ -54,6 +57,7 @@ def opt(
     also: str = "",
     env: str = "",
     metavar: str = "",
+    many: bool = False,
     ge: float | None = None,
     gt: float | None = None,
     le: float | None = None,
@@ -68,12 +72,13 @@ def opt(
         also: a second flag.
         env: an environment variable that sets it, weaker than a flag.
         metavar: what the help calls a value that is text, such as PATH.
+        many: the flag may be given several times; the values are joined by commas.
         ge, gt, le, lt: bounds of a number, from whichever layer it comes.
     """
     bounds = {"at least": ge, "above": gt, "at most": le, "below": lt}
     range_ = {words: bound for words, bound in bounds.items() if bound is not None}
     told = {"help": help, "runtime": runtime, "settled": settled, "expert": expert, "also": also, "env": env}
-    return dataclasses.field(default=default, metadata={**told, "metavar": metavar, "range": range_})
+    return dataclasses.field(default=default, metadata={**told, "metavar": metavar, "many": many, "range": range_})
 
 
 def out_of_range(value: float, range_: Mapping[str, float]) -> str:
@@ -154,7 +159,7 @@ class PreferenceConfig(PromptConfig):
 
 @dataclass(frozen=True)
 class ModelConfig(PreferenceConfig):
-    """Device, length, seed, W&B."""
+    """Device, length, seed, loggers."""
 
     device: str = opt("auto", "cpu, cuda, cuda:0, or auto")
     dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "auto: bfloat16 on a GPU, else float32")
@@ -180,9 +185,17 @@ class ModelConfig(PreferenceConfig):
     )
     seed: int = opt(0, "decides every random draw", ge=0)
     deterministic: bool = opt(False, "bitwise repeatable kernels, TF32 off")
+    log: str = opt(
+        "",
+        f"where metrics and samples go besides metrics.jsonl: {', '.join(LOGGERS)}, several separated by commas; W&B "
+        "also without it, when WANDB_API_KEY is set or WANDB_MODE=offline",
+        runtime=True,
+        metavar="NAME",
+        many=True,
+    )
     wandb_project: str = opt(
         "grpo-gsm8k",
-        "W&B project; used when WANDB_API_KEY is set or WANDB_MODE=offline",
+        "project in W&B and Trackio",
         runtime=True,
         env="WANDB_PROJECT",
     )
@@ -243,6 +256,11 @@ class EngineConfig(ModelConfig):
             object.__setattr__(self, "engine", "tinker")
         if self.engine not in ("auto", *ENGINES) and not is_users(self.engine):
             raise ConfigError(f"engine = {self.engine!r}: must be auto, {', '.join(ENGINES)}, or package.module:Class")
+        unknown = [name for name in self.log.split(",") if self.log and name.strip() not in LOGGERS]
+        if unknown:
+            raise ConfigError(
+                f"--log {self.log}: must be {', '.join(LOGGERS)}, with commas between; not {unknown[0]!r}"
+            )
         if at_service(self.model_id) and self.engine != "tinker":
             raise ConfigError(
                 f"{self.model_id} is at a training service, which samples itself: leave --engine and vLLM's flags out"
@@ -304,6 +322,13 @@ class RunConfig(LearnerConfig):
         ge=0,
     )
     save_every: int = opt(20, "steps between checkpoints", runtime=True, ge=1)
+    async_save: bool = opt(
+        True,
+        "write checkpoints while training goes on, from a copy in main memory; not where several ranks or a service "
+        "train, or where the copy does not fit",
+        runtime=True,
+        expert=True,
+    )
     keep_last: int = opt(2, "checkpoints kept, besides the best one on validation", runtime=True, ge=1, expert=True)
     keep_rollouts: int = opt(
         -1,
@@ -662,8 +687,15 @@ class EvalConfig(EngineConfig):
 
     eval_path: str = opt(
         "artifacts/data/test.jsonl",
-        "problems, or the rows that prep-eval writes; GSM8K is fetched where there is none",
+        "problems, or the rows that prep-eval writes; several with commas between; GSM8K is fetched if there is none",
         metavar="PATH",
+        many=True,
+    )
+    dataset: str = opt(
+        "",
+        f"sets by name, separated by commas, fetched into {EVAL_SETS} where they are not there: {', '.join(DATASETS)}",
+        metavar="NAME",
+        many=True,
     )
     eval_n: int = opt(
         0, "validation problems that are reserved when the data are fetched; 0 for 512", ge=0, expert=True
@@ -823,12 +855,12 @@ def _check_tables(tables: Mapping[str, Any], path: Path, before: str) -> None:
     """Raise `ConfigError` for a table or a key that is not known."""
     everywhere = {name for cls in SECTIONS.values() for name in _fields(cls)}
     for table, values in tables.items():
-        _known(table, [*SECTIONS, "common"], f"{path}: unknown table" + (f" in [{before[:-1]}]" if before else ""))
+        check_known(table, [*SECTIONS, "common"], f"{path}: unknown table" + (f" in [{before[:-1]}]" if before else ""))
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: {table!r} must stand in a table such as [{before}grpo] or [{before}common]")
         known = everywhere if table == "common" else _fields(SECTIONS[table])
         for key, value in values.items():
-            _known(key, known, f"{path}: [{before}{table}] unknown key")
+            check_known(key, known, f"{path}: [{before}{table}] unknown key")
             for cls in SECTIONS.values() if table == "common" else [SECTIONS[table]]:
                 if key in _fields(cls):
                     _coerce(cls, key, value, f"{path}: [{before}{table}] {key} =")
@@ -892,7 +924,7 @@ def layers(
         ConfigError: for an unknown preset, key or value.
     """
     if preset:
-        _known(preset, preset_names(), "unknown preset")
+        check_known(preset, preset_names(), "unknown preset")
     flags, typed = dict(flags or {}), set_values(section, sets)
     task = task or str({**flags, **typed}.get("task", ""))
     paths = [path for path in (preset and preset_path(preset, task), config_file) if path]
@@ -920,11 +952,11 @@ def set_values(section: str, sets: typing.Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise ConfigError(f"--set {item}: must read key=value")
         if dot:
-            _known(table, [*SECTIONS, "common"], f"--set {item}: unknown section")
+            check_known(table, [*SECTIONS, "common"], f"--set {item}: unknown section")
             known = [key for stage in SECTIONS.values() for key in _fields(stage)]
-            _known(name, known if table == "common" else _fields(SECTIONS[table]), f"--set {item}: unknown key")
+            check_known(name, known if table == "common" else _fields(SECTIONS[table]), f"--set {item}: unknown key")
         else:
-            _known(name, _fields(cls), f"--set {item}: unknown key")
+            check_known(name, _fields(cls), f"--set {item}: unknown key")
         if not dot or table == section or (table == "common" and name in _fields(cls)):
             owner = SECTIONS.get(table, cls)
             typed[name] = _coerce(owner, name, text.strip(), f"--set {key.strip()} =")
@@ -953,8 +985,22 @@ def _environment(cls: type) -> list[Layer]:
 def build(cls: type[C], values: Mapping[str, Any]) -> C:
     """`cls(**values)` with every key known and every value of its field's type and in its range."""
     for key in values:
-        _known(key, _fields(cls), "unknown key")
+        check_known(key, _fields(cls), "unknown key")
     return cls(**{key: _coerce(cls, key, value, f"--{key}") for key, value in values.items()})
+
+
+def of_table(cls: type[C], values: Mapping[str, Any], where: str, also: typing.Iterable[str] = ()) -> C:
+    """A config from a table of a TOML file, every key known and every value checked; keys in `also` are left out.
+
+    Args:
+        where: the file and the table, for the message, as in `plan.toml: [power]`.
+    """
+    skipped, found = set(also), dict[str, Any]()
+    for key, value in values.items():
+        check_known(key, [*_fields(cls), *skipped], f"{where} unknown key".lstrip())
+        if key not in skipped:
+            found[key] = _coerce(cls, key, value, f"{where} {key} =")
+    return cls(**found)
 
 
 def to_toml(config: Any, table: str, origin: Mapping[str, tuple[str, str]] | None = None) -> str:
@@ -1006,11 +1052,12 @@ def _over_algorithm(*layers: Layer) -> list[Layer]:
     naming = [layer for layer in layers if "algorithm" in layer.values]
     if not naming or not (name := naming[-1].values["algorithm"]):
         return list(layers)
-    _known(str(name), ALGORITHMS, "unknown algorithm")
+    check_known(str(name), ALGORITHMS, "unknown algorithm")
     return [Layer(naming[-1].kind, f"algorithm {name}, {naming[-1].where}", ALGORITHMS[name]), *layers]
 
 
-def _known(name: str, names: typing.Iterable[str], message: str) -> None:
+def check_known(name: str, names: typing.Iterable[str], message: str) -> None:
+    """Raise `ConfigError` for a name that is not one of `names`, with the nearest of them."""
     names = sorted(names)
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
@@ -1030,6 +1077,8 @@ def _coerce(cls: type, key: str, value: Any, said: str) -> Any:
         said: how the value was given, for the message: `--lr`, or `recipe.toml: [sft] lr =`.
     """
     hint, field = _hints(cls)[key], cls.__dataclass_fields__[key]  # type: ignore[attr-defined]
+    if field.metadata.get("many") and isinstance(value, list) and all(isinstance(part, str) for part in value):
+        value = ",".join(value)
 
     def refuse(why: str) -> ConfigError:
         return ConfigError(f"{said} {_SHORT.repr(value)}: {why}")

@@ -60,7 +60,7 @@ PINNED_SHA256 = {
 EVAL_N = 512
 SEED = 31415
 
-_REMOTE = {"train": "main/train-00000-of-00001.parquet", "test": "main/test-00000-of-00001.parquet"}
+REMOTE = {"train": "main/train-00000-of-00001.parquet", "test": "main/test-00000-of-00001.parquet"}
 _NOT_THE_HUB = (
     "use --source DIR with a folder that has train.jsonl and test.jsonl, set HF_ENDPOINT to a mirror, "
     "or let --cache-dir name a hub cache that holds the data"
@@ -145,51 +145,12 @@ class _Origin:
 
 def _hub(revision: str, cache_dir: Path | None) -> _Origin:
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
-        revision = _resolve(revision)
+        revision = resolve(REPO, revision)
     return _Origin(REPO, revision, lambda: _download(revision, cache_dir))
 
 
-def _resolve(revision: str) -> str:
-    """The commit that a branch, a tag or a short hash stands for now; fails at once without a network."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RevisionNotFoundError
-
-    try:
-        sha = HfApi().dataset_info(REPO, revision=revision).sha
-    except RevisionNotFoundError:
-        raise UserError(f"{REPO} has no revision {revision!r} on the hub") from None
-    except _hub_errors() as error:
-        raise _unreachable(revision, error) from error
-    assert sha is not None, "the hub answered without a commit"
-    return sha
-
-
 def _download(commit: str, cache_dir: Path | None) -> dict[str, Path]:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    def get(name: str, local_files_only: bool) -> Path:
-        return Path(
-            hf_hub_download(
-                REPO,
-                name,
-                repo_type="dataset",
-                revision=commit,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-            )
-        )
-
-    try:
-        files = {split: get(name, local_files_only=True) for split, name in _REMOTE.items()}
-    except LocalEntryNotFoundError:
-        _resolve(commit)  # a download would retry for half a minute before it says that there is no network
-        try:
-            files = {split: get(name, local_files_only=False) for split, name in _REMOTE.items()}
-        except _hub_errors() as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise DiskError(f"the hub's cache cannot be written: {error.strerror}") from error
-            raise _unreachable(commit, error) from error
+    files = download(REPO, commit, REMOTE, cache_dir)
     if commit == PINNED:
         for split, path in files.items():
             if (found := sha256_file(path)) != PINNED_SHA256[split]:
@@ -199,6 +160,50 @@ def _download(commit: str, cache_dir: Path | None) -> dict[str, Path]:
     return files
 
 
+def resolve(repo: str, revision: str) -> str:
+    """The commit that a branch, a tag or a short hash of a data set stands for now; fails at once without a network."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    try:
+        sha = HfApi().dataset_info(repo, revision=revision).sha
+    except RevisionNotFoundError:
+        raise UserError(f"{repo} has no revision {revision!r} on the hub") from None
+    except _hub_errors() as error:
+        raise _unreachable(repo, revision, error) from error
+    assert sha is not None, "the hub answered without a commit"
+    return sha
+
+
+def download(repo: str, commit: str, names: Mapping[str, str], cache_dir: Path | None) -> dict[str, Path]:
+    """The files of a data set at a commit, key → file there, from the hub's cache if all of them are in it."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def get(name: str, local_files_only: bool) -> Path:
+        return Path(
+            hf_hub_download(
+                repo,
+                name,
+                repo_type="dataset",
+                revision=commit,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
+        )
+
+    try:
+        return {key: get(name, local_files_only=True) for key, name in names.items()}
+    except LocalEntryNotFoundError:
+        resolve(repo, commit)  # a download would retry for half a minute before it says that there is no network
+    try:
+        return {key: get(name, local_files_only=False) for key, name in names.items()}
+    except _hub_errors() as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskError(f"the hub's cache cannot be written: {error.strerror}") from error
+        raise _unreachable(repo, commit, error) from error
+
+
 def _hub_errors() -> tuple[type[Exception], ...]:
     """What a call to the hub raises: its own errors, `OSError`, and those of its HTTP client."""
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
@@ -206,9 +211,9 @@ def _hub_errors() -> tuple[type[Exception], ...]:
     return EntryNotFoundError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
 
 
-def _unreachable(revision: str, error: BaseException) -> UserError:
+def _unreachable(repo: str, revision: str, error: BaseException) -> UserError:
     reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-    return UserError(f"{REPO} at {revision} cannot be fetched from the hub: {reason}; {_NOT_THE_HUB}")
+    return UserError(f"{repo} at {revision} cannot be fetched from the hub: {reason}; {_NOT_THE_HUB}")
 
 
 def _folder(folder: Path) -> _Origin:
@@ -218,7 +223,7 @@ def _folder(folder: Path) -> _Origin:
         return _snapshot(folder)
     if (folder / "manifest.json").exists() and (folder / "val.jsonl").exists():
         raise DataError(folder, "is split already, so it cannot be a source; use it as it is")
-    files = {split: folder / f"{split}.jsonl" for split in _REMOTE}
+    files = {split: folder / f"{split}.jsonl" for split in REMOTE}
     for path in files.values():
         if not path.is_file():
             raise DataError(path, "does not exist; a source folder has train.jsonl and test.jsonl")
@@ -241,7 +246,7 @@ def _snapshot(folder: Path) -> _Origin:
         raise DataError(folder / "snapshot.json", f"is no snapshot of this command: {error!r}") from None
     except FileNotFoundError as error:
         raise DataError(error.filename, "is missing, though snapshot.json lists it") from None
-    if set(files) != set(_REMOTE):
+    if set(files) != set(REMOTE):
         raise DataError(folder / "snapshot.json", "must list one train and one test file")
     return origin
 
@@ -323,7 +328,7 @@ def _split(origin: _Origin, eval_n: int, seed: int) -> dict[str, list[Example]]:
 def _source_problems(path: Path, split: str) -> list[Example]:
     """The rows of a source file; whatever ids they have, the index is the id."""
     problems = []
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else read_jsonl(path)
+    rows = parquet_rows(path) if path.suffix == ".parquet" else read_jsonl(path)
     for index, (line, row) in enumerate(rows):
         try:
             problem = example_from_row({key: row[key] for key in row if key != "id"})
@@ -333,7 +338,8 @@ def _source_problems(path: Path, split: str) -> list[Example]:
     return problems
 
 
-def _parquet_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+def parquet_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+    """The rows of a parquet file with 1-based numbers. Raises `DataError` for any other file."""
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 

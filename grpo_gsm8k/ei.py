@@ -76,6 +76,7 @@ def round_rows(
     rows = [solution_row(rollout) for rollout in kept]
     write_jsonl(path, rows)
     metrics = yield_metrics(kept, len(chosen), len(chosen) * cfg.samples_per_prompt, done) | synced
+    metrics["ei/sampled_tokens"] = sum(sum(one.mask) for group in sampled_P_G for one in group)
     note = "nothing to learn from" if not kept else f"{metrics['ei/solved_frac']:.0%} of problems solved"
     say(f"ei: round {done + 1}: {len(kept)} right and distinct solutions of {len(chosen)} problems, {note}")
     return [Datum(tuple(row["token_ids"]), tuple(row["mask"])) for row in rows], groups, metrics

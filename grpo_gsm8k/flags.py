@@ -87,7 +87,7 @@ def _owner(cls: type, name: str) -> type:
 def _flag(cls: type, field: dataclasses.Field[Any], panel: str) -> inspect.Parameter:
     hint, told = typing.get_type_hints(cls)[field.name], field.metadata
     choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-    kind: Any = str if choices else hint  # choices are checked with all other values, in config.py
+    kind: Any = str if choices else list[str] if told["many"] else hint  # config.py checks choices, and joins lists
     shown = "|".join(choices)
     option = typer.Option(
         f"--{field.name}/--no_{field.name}" if hint is bool else f"--{field.name}",
@@ -100,10 +100,16 @@ def _flag(cls: type, field: dataclasses.Field[Any], panel: str) -> inspect.Param
         else told["metavar"] or _metavar(kind, shown),
         hidden=told["expert"],
         rich_help_panel=panel,
+        callback=_given if told["many"] else None,
         autocompletion=(lambda incomplete: [c for c in choices if c.startswith(incomplete)]) if choices else None,
     )
     annotation: Any = Annotated[kind | None, option]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _given(values: list[str] | None) -> Any:
+    """None for a flag that was not given, of which click makes an empty tuple."""
+    return list(values) if values else None
 
 
 def _metavar(kind: type, choices: str) -> str:

@@ -32,17 +32,8 @@ POLL_S = 0.1
 LINE = "interrupted; what was complete is kept: sft, ei, grpo, distill, pipeline and demo continue with --resume"
 COMMANDS = frozenset(
     {
-        "bench",
-        "cli",
-        "data_prep",
-        "distill",
-        "ei",
-        "fast_eval_vllm",
-        "gsm8k.pairs",
-        "grpo",
-        "pretokenize",
-        "sft",
-        "__main__",
+        *("bench", "cli", "data_prep", "distill", "ei", "fast_eval_vllm", "grpo", "pretokenize", "sft"),
+        *("study.job", "__main__"),
     }
 )
 """Modules that users start with `python -m`; engines and the watchdog end in their own ways."""

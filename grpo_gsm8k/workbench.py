@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -471,63 +471,76 @@ def validation_params(bench: Workbench) -> SamplingParams:
     return SamplingParams(cfg.max_new_tokens, temperature=0.0, stop=bench.renderer.stop)
 
 
+@dataclass(frozen=True)
+class EvalJob:
+    """A set to evaluate: its task and examples, the file that errors name, a title for the bar, worked examples."""
+
+    task: Task
+    examples: Sequence[Example]
+    source: str
+    title: str = "eval"
+    shots: Sequence[Example] = ()
+
+
 def evaluate_model(
-    cfg: EvalConfig,
-    task: Task,
-    examples: Sequence[Example],
-    params: SamplingParams,
-    source: str,
-    title: str,
-    *,
-    samples: int = 1,
-    seeds: Sequence[int] = (),
-    shots: Sequence[Example] = (),
-) -> Evaluation:
-    """Load a model, evaluate it on `examples` (with each of `seeds`, after `shots`), let it go."""
-    how: dict[str, Any] = {"samples": samples, "seeds": seeds, "title": title}
+    cfg: EvalConfig, jobs: Sequence[EvalJob], params: SamplingParams, *, samples: int = 1, seeds: Sequence[int] = ()
+) -> Generator[Evaluation, None, None]:
+    """Load a model, evaluate it on each set (with each of `seeds`), let it go. Every prompt is checked at the start."""
+    how: dict[str, Any] = {"samples": samples, "seeds": seeds}
     warn_of_unread(cfg)
     if cfg.engine == "tinker":
-        return _evaluate_at_service(cfg, task, examples, params, source, shots, how)
+        yield from _evaluate_at_service(cfg, jobs, params, how)
+        return
     repro.set_deterministic(cfg.deterministic)
     # An engine gets the weights from a copy on the CPU, as in training, so their hash names what was evaluated.
     if cfg.uses_vllm:
         gpu = placements(cfg, gpus=torch.cuda.device_count())[0][0] != "cpu"
         cfg = dataclasses.replace(cfg, device="cpu", dtype="bfloat16" if cfg.dtype == "auto" and gpu else cfg.dtype)
-    renderer = Renderer(load_tokenizer(cfg), task, shots, date_of(cfg))
-    prompts = [renderer.prompt(example) for example in examples]
+    tokenizer = load_tokenizer(cfg)
+    renderers = [Renderer(tokenizer, job.task, job.shots, date_of(cfg)) for job in jobs]
+    prompts = [[renderer.prompt(e) for e in job.examples] for renderer, job in zip(renderers, jobs, strict=True)]
     model = load_model(cfg)
     context = context_length(model)
-    check_lengths(prompts, context, source)
-    check_ids(prompts, embeddings_of(model), source)
-    params = dataclasses.replace(params, stop=renderer.stop)
+    for own, job in zip(prompts, jobs, strict=True):
+        check_lengths(own, context, job.source)
+        check_ids(own, embeddings_of(model), job.source)
     ref = WeightsRef(0, weights_sha256(adapter.own_weights(model)))
-    with open_sampler(cfg, model, renderer, Path(cfg.out_dir)) as sampler:
+    with open_sampler(cfg, model, renderers[0], Path(cfg.out_dir)) as sampler:
         sampler.load(ref, functools.partial(adapter.own_weights, model))
-        preflight.run_checks(Subject(model, renderer, prompts, sampler=sampler))
+        preflight.run_checks(Subject(model, renderers[0], prompts[0], sampler=sampler))
         del model
         how |= {"context": context, "chunk_size": ENGINE_CHUNK if cfg.uses_vllm else CHUNK}
-        return evaluate(sampler, prompts, params, renderer, ref.sha256, **how)
+        yield from _evaluations(sampler, jobs, renderers, prompts, params, ref.sha256, how)
+
+
+def _evaluations(
+    sampler: Sampler,
+    jobs: Sequence[EvalJob],
+    renderers: Sequence[Renderer],
+    prompts: Sequence[Sequence[Prompt]],
+    params: SamplingParams,
+    sha256: str,
+    how: Mapping[str, Any],
+) -> Iterator[Evaluation]:
+    for job, renderer, own in zip(jobs, renderers, prompts, strict=True):
+        stopped = dataclasses.replace(params, stop=renderer.stop)
+        yield evaluate(sampler, own, stopped, renderer, sha256, title=job.title, **how)
 
 
 def _evaluate_at_service(
-    cfg: EvalConfig,
-    task: Task,
-    examples: Sequence[Example],
-    params: SamplingParams,
-    source: str,
-    shots: Sequence[Example],
-    how: Mapping[str, Any],
-) -> Evaluation:
+    cfg: EvalConfig, jobs: Sequence[EvalJob], params: SamplingParams, how: Mapping[str, Any]
+) -> Iterator[Evaluation]:
     """Evaluate a model that a training service holds; the records carry what `Checkpoint` calls its weights' hash."""
-    renderer = Renderer(load_tokenizer(cfg), task, shots, date_of(cfg))
-    prompts = [renderer.prompt(example) for example in examples]
+    tokenizer = load_tokenizer(cfg)
+    renderers = [Renderer(tokenizer, job.task, job.shots, date_of(cfg)) for job in jobs]
+    prompts = [[renderer.prompt(e) for e in job.examples] for renderer, job in zip(renderers, jobs, strict=True)]
     with connected(cfg) as (service, model):
-        sampler = _remote_sampler(cfg, renderer, service, model)
-        check_lengths(prompts, sampler.context, source)
-        check_ids(prompts, len(renderer.tokenizer), source)
-        params = dataclasses.replace(params, stop=renderer.stop)
+        sampler = _remote_sampler(cfg, renderers[0], service, model)
+        for own, job in zip(prompts, jobs, strict=True):
+            check_lengths(own, sampler.context, job.source)
+            check_ids(own, len(tokenizer), job.source)
         more = {**how, "context": sampler.context, "chunk_size": ENGINE_CHUNK}
-        return evaluate(sampler, prompts, params, renderer, model.identity(), **more)
+        yield from _evaluations(sampler, jobs, renderers, prompts, params, model.identity(), more)
 
 
 def merge(cfg: ModelConfig, out: Path) -> dict[str, Any]:

@@ -52,6 +52,12 @@ class FakeHub:
     def _repo(request: web.Request) -> str:
         return f"{request.match_info['owner']}/{request.match_info['name']}"
 
+    @staticmethod
+    def _commit(request: web.Request) -> str:
+        """A commit stands for itself, any branch for the one there is."""
+        revision = request.match_info.get("revision", "main")
+        return revision if len(revision) == 40 else "c" * 40
+
     def _missing(self, request: web.Request) -> web.Response | None:
         if self._repo(request) in self.files:
             return None
@@ -89,7 +95,7 @@ class FakeHub:
         siblings = [{"rfilename": path} for path in self.files.get(repo, {})]
         said = {
             "id": repo,
-            "sha": "c" * 40,
+            "sha": self._commit(request),
             "siblings": siblings,
             "private": repo not in self.public,
             **self.info.get(repo, {}),
@@ -129,7 +135,7 @@ class FakeHub:
         data = self.files.get(self._repo(request), {}).get(request.match_info["path"])
         if data is None:
             return web.json_response({}, status=404, headers={"X-Error-Code": "EntryNotFound"})
-        headers = {"X-Repo-Commit": "c" * 40, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
+        headers = {"X-Repo-Commit": self._commit(request), "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
         return web.Response(body=data, headers=headers)
 
 

@@ -99,7 +99,7 @@ def whole(run):
 
 
 def test_a_run_is_covered_step_by_step_and_its_rollouts_name_the_weights(tiny, tmp_path):
-    result = grpo.run(config_of(tiny, tmp_path / "run"))
+    result = grpo.run(config_of(tiny, tmp_path / "run", async_save=False))
     run = tmp_path / "run"
     assert whole(run)
     links = links_of(run)
@@ -119,6 +119,14 @@ def test_a_run_is_covered_step_by_step_and_its_rollouts_name_the_weights(tiny, t
     assert weights_sha256(model.named_parameters()) == stored[1].after
     size = sum(path.stat().st_size for path in (run / "rollouts").iterdir())
     assert result["rollouts_bytes"] == size > 0
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_written_meanwhile_is_in_a_later_link(tiny, tmp_path):
+    grpo.run(config_of(tiny, tmp_path / "run", async_save=True))
+    assert whole(tmp_path / "run")
+    named = {name: link["step"] for link in links_of(tmp_path / "run") for name in link.get("files", {})}
+    assert 2 <= named["checkpoints/step_000002"] <= 4 and named["checkpoints/step_000004"] == 4
 
 
 @pytest.mark.slow

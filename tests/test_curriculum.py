@@ -225,7 +225,7 @@ def test_fewer_groups_are_flat_than_with_uniform_prompts(tiny, tmp_path):
         grpo.run(config_of("grpo", tiny, out, **flags))
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         flat[spec] = fmean(row["groups/zero_std_frac"] for row in rows[6:])  # by then each prompt has come once
-    assert flat["target:0.5"] < 0.6 * flat["none"], flat
+    assert flat["target:0.5"] < 0.75 * flat["none"], flat
 
 
 def test_without_a_curriculum_nothing_is_counted(tiny, tmp_path):

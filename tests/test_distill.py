@@ -7,13 +7,17 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from grpo_gsm8k import cli, config, distill, grpo, pipeline, report, sft
+from grpo_gsm8k.audit.fork import fork
+from grpo_gsm8k.audit.replay import replay
+from grpo_gsm8k.audit.verify import Options, verify
 from grpo_gsm8k.datatypes import Datum
-from grpo_gsm8k.errors import CheckpointError, ConfigError, ModelError
+from grpo_gsm8k.errors import CheckpointError, ConfigError, DataError, ModelError
 from grpo_gsm8k.runs import diagnosis
 from grpo_gsm8k.trainer.losses import Objective, make_loss, update_loss
 from grpo_gsm8k.trainer.teacher import CachedTeacher, FrozenTeacher, load_teacher
@@ -286,6 +290,27 @@ def test_a_teacher_that_has_changed_is_refused(tiny, teacher_folder, tmp_path):
             distill.run(settings(tiny, teacher, tmp_path / str(cache), teacher_cache_mb=cache))
 
 
+def test_a_run_is_replayed_verified_and_forked_without_its_teacher(tiny, teacher_folder, tmp_path):
+    run, teacher = tmp_path / "run", tmp_path / "teacher"
+    shutil.copytree(teacher_folder, teacher)
+    flags = {"reward_coef": 0.5, "reward": "tests.toys:even_tokens", "save_every": 2, "engine": "hf"}
+    distill.run(settings(tiny, teacher, run, **flags))
+    found = fork(run, 2, [], tmp_path / "fork")
+    assert found["weights_sha256"] == json.loads((run / "result.json").read_text())["weights_sha256"]
+    shutil.rmtree(teacher)
+    again = replay(run, 4, own_code=True)
+    assert (again["verdict"], again["from_step"]) == ("bitwise", 2) and not again["metrics_that_differ"]
+    whole = verify(run, Options(steps=2, own_code=True))
+    assert whole["ok"], whole["damage"]
+    part = run / "teacher" / "part_000003.safetensors"
+    part.write_bytes(part.read_bytes()[:-1] + b"x")
+    damaged = verify(run, Options(steps=0, own_code=True))
+    assert [one["file"] for one in damaged["damage"]] == ["teacher/part_000003.safetensors"]
+    shutil.rmtree(run / "teacher")
+    with pytest.raises(DataError, match="does not hold the teacher's scores"):
+        replay(run, 4, own_code=True)
+
+
 def test_a_student_comes_nearer_to_its_teacher(tiny, teacher_folder, tmp_path, capsys):
     """From random weights to those after six steps of SFT; the page shows it."""
     out, fitted = tmp_path / "run", {"epochs": 1, "batch_size": 8, "lr": 1e-2, "warmup_steps": 0, "eval_every": 99}
@@ -324,27 +349,33 @@ def test_its_settings_have_all_layers():
 # ------------------------------------------------------------------------------------------------------ the toy
 
 
+def over_tokens(rows: list[dict[str, float]], completions: int, most: float) -> float:
+    """The share of right samples, averaged over the tokens that had been sampled before each step, up to `most`."""
+    spent = np.cumsum([0.0, *(row["length/mean"] * completions for row in rows)])[:-1]
+    grid = np.linspace(0, most, 101)
+    return float(np.interp(grid, spent, [row["outcome/right_frac"] for row in rows]).mean())
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_a_student_learns_faster_from_the_demos_grpo_model_than_by_grpo_alone(tmp_path):
-    """From the demo's SFT model, the same prompts, eight steps of 128 completions, three seeds.
+    """From the demo's SFT model, with the same prompts, at equal tokens, three seeds.
 
     Each at the learning rate of the preset: GRPO's was tuned for the demo.
     """
     demo = pipeline.run(config.build(config.PipelineConfig, {"preset": "tiny", "out_dir": str(tmp_path / "demo")}))
     models = {stage["name"]: stage["model"] for stage in demo["stages"]}
-    where = {"model_id": models["sft"], "data": demo["data"], "rollouts_per_step": 128, "group_size": 8}
-    where |= {"max_steps": 8, "eval_every": 4, "eval_examples": 200}
+    where = {"model_id": models["sft"], "data": demo["data"], "rollouts_per_step": 64, "group_size": 8}
     for seed in range(3):
         found = {}
         for stage, module in (("distill", distill), ("grpo", grpo)):
             out = tmp_path / f"{stage}-{seed}"
             own = {"teacher": models["grpo"]} if stage == "distill" else {}
-            flags = {**where, **own, "seed": seed, "out_dir": str(out)}
+            flags = {**where, **own, "seed": seed, "max_steps": 8, "eval_every": 0, "out_dir": str(out)}
             module.run(config.resolve(stage, preset="tiny", flags=flags))
             found[stage] = metrics_of(out)
-        first = [found[stage][0]["reward/mean"] for stage in found]
+        first = [rows[0]["reward/mean"] for rows in found.values()]
         assert first[0] == first[1]  # the same samples, from the same weights
-        for measure in ("outcome/right_frac", "val/accuracy"):
-            taught, alone = (sum(row.get(measure, 0.0) for row in found[stage][1:]) for stage in ("distill", "grpo"))
-            assert taught > alone, (seed, measure)
+        most = min(sum(row["length/mean"] for row in rows[:-1]) for rows in found.values()) * 64
+        taught, alone = (over_tokens(found[stage], 64, most) for stage in ("distill", "grpo"))
+        assert taught > alone, (seed, taught, alone)

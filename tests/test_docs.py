@@ -28,6 +28,7 @@ from grpo_gsm8k import bench, cli, config, data_prep, r1_traces
 from grpo_gsm8k.datatypes import Completion, Grade, Prompt, Trajectory
 from grpo_gsm8k.grpo import advantages_of
 from grpo_gsm8k.runs import diagnosis
+from grpo_gsm8k.study.plan import read_plan
 from grpo_gsm8k.tasks import load_task
 from grpo_gsm8k.tasks.rewards import Grader, make_reward
 from grpo_gsm8k.trainer.batch import make_batch
@@ -395,7 +396,7 @@ def test_other_blocks_can_be_read(page, tmp_path, monkeypatch):
     for language, text, _ in blocks(page):
         if language == "toml":
             (tmp_path / "recipe.toml").write_text(text)
-            config.read_toml(tmp_path / "recipe.toml")
+            (read_plan if "arms = " in text else config.read_toml)(tmp_path / "recipe.toml")
         elif language == "yaml":
             yaml.safe_load(text)
         elif language == "python":
@@ -449,22 +450,13 @@ def test_what_would_have_gone_wrong_on_a_gpu_has_its_tests():
 
 
 NO_DEFAULT_OF_SPEED = {
-    *("grading", "max_new_tokens", "seed", "wandb_project", "run_name", "engine_patience_s", "data", "out_dir"),
-    *(
-        "resume",
-        "max_steps",
-        "save_every",
-        "keep_last",
-        "keep_rollouts",
-        "eval_every",
-        "eval_examples",
-        "eval_set_path",
-        "eval_device",
-    ),
+    *("grading", "max_new_tokens", "seed", "log", "wandb_project", "run_name", "engine_patience_s", "data", "out_dir"),
+    *("resume", "max_steps", "save_every", "keep_last", "keep_rollouts", "eval_every", "eval_examples"),
+    *("eval_set_path", "eval_device"),
     *("lora_rank", "lora_alpha", "lora_targets", "grader_processes", "grader_timeout_s", "eval_draw"),
     *("learner", "wire_loss"),
     *("eval_backlog", "probe_tolerance", "lr", "lr_schedule", "warmup_steps", "weight_decay", "beta1", "beta2"),
-    *("grad_clip",),
+    *("grad_clip", "keep_rollouts"),
 }
 """Fields that say what is learned and where it is kept, not how fast."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_gsm8k import cli, config, grpo
+from grpo_gsm8k import cli, config, grpo, objective
 from grpo_gsm8k.config import ALGORITHMS, GrpoConfig
 from grpo_gsm8k.engines import hf
 from grpo_gsm8k.engines.hf import HFSampler
@@ -20,7 +20,7 @@ from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.evals import evaluator
 from grpo_gsm8k.evals.evaluator import InlineEvaluator
 from grpo_gsm8k.evals.tables import objective_lines
-from grpo_gsm8k.objective import chain, checks, kl, settings_of, small, table
+from grpo_gsm8k.objective import chain, checks, kl, settings_of, small, table, table_row
 from grpo_gsm8k.objective.estimate import compare, moments, neutral, row_gradients, updates_of
 from grpo_gsm8k.objective.world import (
     COMPLETIONS,
@@ -90,10 +90,10 @@ def test_a_sampled_mean_comes_close_to_the_exact_one():
     generator = torch.Generator().manual_seed(0)
     shares = torch.tensor([update.probability for update in updates], dtype=torch.float64)
     drawn = torch.multinomial(shares, 40_000, replacement=True, generator=generator).bincount(minlength=len(updates))
-    objective, mean = grpo.objective_of(cfg), torch.zeros_like(exact.mean)
+    loss, mean = grpo.objective_of(cfg), torch.zeros_like(exact.mean)
     for update, count in zip(updates, drawn.tolist(), strict=True):
         if count and update.rows:
-            mean += count / 40_000 * row_gradients(update.rows, objective, world).sum(0)
+            mean += count / 40_000 * row_gradients(update.rows, loss, world).sum(0)
     assert float((mean - exact.mean).norm()) < 4 * exact.deviation / math.sqrt(40_000)
 
 
@@ -180,6 +180,14 @@ def test_one_update_after_the_other_gives_the_same():
     cfg, world = settings(2, algorithm="gspo"), make_world(True)
     apart = moments(cfg, world).mean - moments(cfg, world, together=False).mean
     assert float(apart.abs().max()) < 1e-12
+
+
+def test_a_loss_that_couples_rows_is_taken_update_by_update(mine):
+    """`OwnMean` divides by the tokens of its batch, so under `sequence` it is what one update at a time makes of it."""
+    cfg, world = neutral(settings(2), loss="own_losses:OwnMean", aggregation="sequence"), make_world()
+    alone = moments(cfg, world, together=False)
+    assert torch.equal(moments(cfg, world).mean, alone.mean)
+    assert float((moments(cfg, world, together=True).mean - alone.mean).abs().max()) > 1e-5
 
 
 # --------------------------------------------------------------------------------------------- planted bugs
@@ -403,7 +411,7 @@ PLANTS = {
 
 
 def answer_of(check, **flags):
-    if check.__module__ == chain.__name__:
+    if check.__module__ == chain.__name__:  # on the real sampler and learner
         return check(chain.make_chain())
     return check(settings(3, **flags))
 
@@ -497,6 +505,10 @@ class SaysZero(Good):
     def __call__(self, logp, batch):
         return super().__call__(logp, batch) + 0.1 * logp
 
+class NotANumber(Good):
+    def __call__(self, logp, batch):
+        return super().__call__(logp, batch) * float("nan")
+
 class Longer(Good):
     def __call__(self, logp, batch):
         return super().__call__(logp, batch) * batch.mask.sum(1, keepdim=True) ** 2
@@ -517,19 +529,19 @@ FLAWS = {
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    (tmp_path / "court_losses.py").write_text(LOSSES)
+    (tmp_path / "own_losses.py").write_text(LOSSES)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.delitem(sys.modules, "court_losses", raising=False)
+    monkeypatch.delitem(sys.modules, "own_losses", raising=False)
 
 
 def test_a_right_loss_of_ones_own_passes(mine):
-    assert [one for one in checks.all_checks(settings(2, loss="court_losses:Good")) if not one.ok] == []
+    assert [one for one in checks.all_checks(settings(2, loss="own_losses:Good")) if not one.ok] == []
 
 
 @pytest.mark.parametrize("name", FLAWS)
 def test_a_flaw_of_a_loss_is_flagged(name, mine):
-    assert not FLAWS[name](settings(3, loss=f"court_losses:{name}")).ok
+    assert not FLAWS[name](settings(3, loss=f"own_losses:{name}")).ok
 
 
 # --------------------------------------------------------------------------------------------- command and page
@@ -548,7 +560,7 @@ def call(capsys):
     return run
 
 
-def test_the_command_prints_one_object(call, mine):
+def test_the_command_prints_one_object(call, mine, monkeypatch):
     code, out, _ = call("--algorithm", "rloo", "--group_size", "2", "--json")
     result = json.loads(out)
     assert code == 0 and result["ok"] and result["gradient"]["on_policy"]["verdict"] == "unbiased"
@@ -557,8 +569,12 @@ def test_the_command_prints_one_object(call, mine):
         "aggregation": "constant",
     }
     assert len(result["checks"]) == len(checks.CHECKS) + len(chain.CHECKS)
-    code, out, _ = call("court_losses:OtherSign", "--group_size", "2")
+    monkeypatch.setattr(objective, "chain_checks", list)
+    code, out, _ = call("own_losses:OtherSign", "--group_size", "2")
     assert code == 1 and "FAIL the loss pushes along the advantage" in out
+    code, out, _ = call("own_losses:NotANumber", "--group_size", "2", "--json")
+    assert code == 1 and "NaN" not in out
+    assert json.loads(out)["gradient"]["on_policy"]["verdict"] == "not finite"
 
 
 @pytest.mark.parametrize(
@@ -581,6 +597,14 @@ def test_settings_of_an_objective_are_those_that_differ():
     assert settings_of(small(replace(GrpoConfig(), kl_coef=0.1), 2))["kl_coef"] == 0.1
 
 
-def test_the_page_has_the_commands_table():
+def test_the_page_has_the_commands_rows():
+    page = (ROOT / "docs" / "objective-check.md").read_text()
+    lines = objective_lines([table_row(name, 4) for name in ("rloo", "dr_grpo", "maxrl")])
+    assert all(f"{line}\n" in page for line in lines)
+    assert all(f"\n| `{name}` |" in page for name in ALGORITHMS)
+
+
+@pytest.mark.slow
+def test_the_page_has_the_whole_table():
     page = (ROOT / "docs" / "objective-check.md").read_text()
     assert "\n".join(objective_lines(table(4)["algorithms"])) in page

@@ -51,6 +51,8 @@ NEEDS = {
     "python grpo_gsm8k/r1_traces.py": "a teacher's key; test_traces.py runs it",
     "python -m tests.test_golden": "would write the goldens anew",
     "python -m tests.test_parity": "minutes; test_parity.py runs the same",
+    "python -m tests.study_errors": "minutes; test_crossed.py runs the same",
+    "study": "minutes of training; test_study.py runs one, and reads the plan",
     "data": "network",
     "doctor --gpu": "a GPU",
     "doctor --model_id": "network",
@@ -111,7 +113,7 @@ def verb(words):
     if name == "data" and not flags & {"--task", "--source"}:
         return "parsed", name
     name = "grpo-gsm8k export" if name == "export" else name  # the shell has one, too
-    runs = name in (
+    runs = (
         "data",
         "doctor",
         "validate",
@@ -123,7 +125,7 @@ def verb(words):
         "config",
         "objective",
     )
-    return ("run", name) if runs else ("parsed", name)
+    return ("run", name) if name in runs else ("parsed", name)
 
 
 FOUND = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -266,28 +267,47 @@ def grpo_flags(tiny, out):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [20])
-def test_kill_9_and_resume_is_bitwise_the_uninterrupted_run(kills, tiny, tmp_path):
-    """One command line in a restart loop; killed at moments spread over sampling, updates and checkpoints."""
-    whole = cli("grpo", *grpo_flags(tiny, tmp_path / "whole"))
+@pytest.mark.parametrize("flag", ["--async_save", "--no_async_save"])
+def test_kill_9_and_resume_is_bitwise_the_uninterrupted_run(flag, kills, tiny, tmp_path):
+    """One command line in a restart loop; killed at moments spread over sampling, updates and checkpoints.
+
+    Every other kill comes as soon as a checkpoint is being written.
+    """
+    whole = cli("grpo", *grpo_flags(tiny, tmp_path / "whole"), "--no_async_save")
     assert whole.returncode == 0, whole.stderr
-    run, killed = tmp_path / "killed", 0
-    command = [sys.executable, "-m", "grpo_gsm8k.cli", "grpo", *grpo_flags(tiny, run)]
+    run, killed, writing = tmp_path / "killed", 0, 0
+    command = [sys.executable, "-m", "grpo_gsm8k.cli", "grpo", *grpo_flags(tiny, run), flag]
     while killed < kills:
         process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        goal = size_of(run) + 1 + killed % 5
+        goal, left = size_of(run) + 1 + killed % 5, unfinished(run)
         while process.poll() is None and size_of(run) < goal:
             time.sleep(0.002)
-        time.sleep(0.013 * (killed % 7))  # not always at the same place of a step
+        if killed % 2:
+            while process.poll() is None and unfinished(run) <= left:
+                time.sleep(0.001)
+        else:
+            time.sleep(0.013 * (killed % 7))  # not always at the same place of a step
         if process.poll() is not None:
             break
         process.kill()
         process.wait()
         killed += 1
-    assert killed >= min(kills, 2)  # a quick machine is done before the twentieth
-    again = cli("grpo", *grpo_flags(tiny, run))
+        writing += not unfinished(run) <= left
+    assert killed >= min(kills, 2) and writing  # a quick machine is done before the twentieth
+    print(f"{killed} kills, {writing} of them while a checkpoint was written")
+    again = cli("grpo", *grpo_flags(tiny, run), flag)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["weights_sha256"] == json.loads(whole.stdout)["weights_sha256"]
     assert story(run) == story(tmp_path / "whole")
+
+
+def unfinished(run: Path) -> set[tuple[str, int]]:
+    """The checkpoints that a kill has left, or that are being written: names and inodes."""
+    found = set()
+    for path in run.glob("checkpoints/.writing_*"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_ino))
+    return found
 
 
 def size_of(run: Path) -> int:

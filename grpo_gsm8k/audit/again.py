@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from grpo_gsm8k import ei, grpo, sft
+from grpo_gsm8k import distill, ei, grpo, sft
 from grpo_gsm8k.audit.stored import StoredRun, trainable
 from grpo_gsm8k.datatypes import Datum, Example
 from grpo_gsm8k.engines.hf import HFSampler
@@ -29,6 +30,7 @@ from grpo_gsm8k.tasks.render import Renderer, date_of, task_of
 from grpo_gsm8k.trainer import checkpoint
 from grpo_gsm8k.trainer.optimizer import lr_at
 from grpo_gsm8k.trainer.policy import context_length, load_tokenizer, prepare_to_save
+from grpo_gsm8k.trainer.teacher import AbsentTeacher, CachedTeacher
 from grpo_gsm8k.workbench import NoSampler, Workbench, end_ids, load_seeded, make_learner
 
 CLOCKS = ("time/", "perf/", "sync/")  # metrics that no two runs have in common
@@ -150,7 +152,15 @@ class Again:
         return sft.fit_step(self.cfg, self.bench, self._sft_rows, step, lr, seed=self.cfg.seed)
 
     def _distill(self, step: int) -> dict[str, float]:
-        raise ConfigError(f"step {step}: distillation is not trained again: its teacher's scores are not kept")
+        rows = [row for group in self.rollouts(step).groups for one in group if (row := grpo.datum(self.cfg, one))]
+        scores, _ = self._kept_scores.logprobs(rows, self.cfg.temperature)
+        return grpo.update(self.cfg, self.bench, distill.taught(rows, scores, self.cfg.reward_coef), step)
+
+    @cached_property
+    def _kept_scores(self) -> CachedTeacher:
+        """The run's cache of its teacher's scores; the teacher itself is not needed."""
+        folder = self.run.folder / "teacher"
+        return CachedTeacher(AbsentTeacher(folder), folder, sys.maxsize)
 
     @cached_property
     def _sft_rows(self) -> list[Datum]:

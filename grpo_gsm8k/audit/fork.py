@@ -113,6 +113,7 @@ def _fill(folder: Path, run: StoredRun, at: int, cfg: Any, checkpoint: Path | No
         write_jsonl(folder / chain.METRICS, rows)
     for name in ("samples", "evals", "rollouts"):
         _copy(run.folder, folder, (p for p in (run.folder / name).glob("step_*.*") if _step(p) <= at))
+    _copy(run.folder, folder, (run.folder / "teacher").glob("*"))  # a cache, of which later scores do no harm
     if run.stage == "ei":
         begun = -(-at // run.cfg.steps_per_round)
         _copy(run.folder, folder, sorted((run.folder / "rounds").glob("round_*.jsonl"))[:begun])

@@ -342,11 +342,17 @@ def _check_steps(learner: Again, part: Found, options: Options) -> None:
 
 
 def _can_train(run: StoredRun, step: int, kept: Sequence[int]) -> bool:
-    """Whether the rollouts of a step are there, and those of the steps between it and the checkpoint before it."""
+    """Whether the rollouts of a step are there, and those of the steps between it and the checkpoint before it.
+
+    Of a distillation the teacher's scores must be there, too.
+    """
     from grpo_gsm8k.trainer.checkpoint import steps_present
 
     if run.stage not in ("grpo", "distill"):
         return True
+    scores = run.folder / "teacher"
+    if run.stage == "distill" and (not scores.is_dir() or (scores / "full").exists()):
+        return False  # not all that its teacher said was kept
     before = max((found for found in steps_present(run.checkpoints) if found < step), default=0)
     return set(range(before + 1, step + 1)) <= set(kept)
 

@@ -224,6 +224,7 @@ def record(rollout: Rollout, renderer: Renderer) -> Row:
         "finish_reason": trajectory.finish_reason,
         "tokens": sum(trajectory.mask),
         **({"turns": trajectory.turns} if trajectory.turns > 1 else {}),
+        **{key: example.meta[key] for key in ("seed_id", "perturbation") if key in example.meta},
     }
 
 

@@ -208,6 +208,47 @@ def compare(a: Mapping[str, float], b: Mapping[str, float], gain: float | None =
     )
 
 
+@dataclass(frozen=True)
+class Drop:
+    """Accuracy on original problems against that on rewritten forms of them.
+
+    Attributes:
+        drop: `original` - `perturbed`; positive where the rewritten problems are harder for the model.
+        ci95: its interval, a paired bootstrap over the originals: forms of one problem are not independent.
+        original, perturbed: accuracies over the paired originals, each of which counts the same, however many forms
+            it has.
+        seeds: number of paired originals; `problems` of their forms.
+    """
+
+    drop: float
+    ci95: tuple[float, float]
+    original: float
+    perturbed: float
+    seeds: int
+    problems: int
+
+
+def paired_drop(originals: Mapping[str, float], variants: Mapping[str, Sequence[float]]) -> Drop:
+    """Pair each original with its rewritten forms.
+
+    Args:
+        originals: id of an original → accuracy on it.
+        variants: the same id → accuracy on each form. What has no partner is left out.
+    """
+    paired = sorted(originals.keys() & variants.keys())
+    means = [sum(variants[key]) / len(variants[key]) for key in paired]
+    before = [originals[key] for key in paired]
+    differences = [a - b for a, b in zip(before, means, strict=True)]
+    return Drop(
+        drop=sum(differences) / len(paired),
+        ci95=bootstrap_mean(differences),
+        original=sum(before) / len(paired),
+        perturbed=sum(means) / len(paired),
+        seeds=len(paired),
+        problems=sum(len(variants[key]) for key in paired),
+    )
+
+
 def sign_flip(differences: Sequence[float]) -> tuple[float, float]:
     """Two-sided p of a mean difference of 0: exact, and mid-p.
 

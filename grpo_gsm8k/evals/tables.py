@@ -1,4 +1,4 @@
-"""What `eval`, `compare`, `contamination` and `objective check` print for a person: their results as tables."""
+"""What `eval`, `compare`, `contamination`, `objective check` and `study` print for a person."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from grpo_gsm8k.runs.files import real_path
+from grpo_gsm8k.runs.progress import duration
 
 STAGES = {"base": "base", "sft": "SFT", "ei": "EI", "grpo": "GRPO"}
 WIDTH = 130  # where stdout is no terminal
@@ -23,7 +24,10 @@ Result = Mapping[str, Any]
 
 
 def print_eval(result: Result) -> None:
-    """Figures, intervals and the spread of an evaluation."""
+    """Figures, intervals and the spread of an evaluation; of several sets a table."""
+    if "sets" in result:
+        _print_sets(result)
+        return
     out, k, intervals = _console(), result["samples"], result["intervals"]
     seeds = len(result["by_seed"])
     how = "greedy" if result["temperature"] == 0 else f"{k} x {seeds} at temperature {result['temperature']:g}"
@@ -58,6 +62,32 @@ def print_eval(result: Result) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _print_sets(result: Result) -> None:
+    """A row for each set, and what rewritten problems cost against their originals."""
+    out, sets = _console(), result["sets"]
+    how = "greedy" if result["temperature"] == 0 else f"{result['samples']} at temperature {result['temperature']:g}"
+    out.print(f"{escape(result['model_id'])}, {how}; {result['grading']} grading", highlight=False, soft_wrap=True)
+    table = _table("set", "problems", "accuracy", "95 % interval", "in the asked form", "cut off", "tokens")
+    for one in sets:
+        right = one["accuracy"] is not None
+        cells = (_percent(one["accuracy"]), _interval(one["ci95"])) if right else (f"reward {one['reward']:.3f}", "")
+        more = (_percent(one["format_accuracy"]), _percent(one["truncated"]), f"{one['mean_tokens']:.0f}")
+        table.add_row(escape(one["name"]), f"{one['n']:,}", *cells, *more)
+    out.print(table)
+    for drop in result["drops"]:
+        head = f"{drop['set']} against {drop['originals']}: {drop['seeds']:,} originals, {drop['problems']:,} forms"
+        missing = f"; of {drop['unpaired']:,} more the original was not evaluated" if drop["unpaired"] else ""
+        out.print(f"{escape(head)}, paired{missing}", highlight=False, soft_wrap=True)
+        falls = _table("", "originals", "rewritten", "drop in points", "95 % interval", "forms")
+        for name, part in (("all", drop), *drop["by_perturbation"].items()):
+            shares = (_percent(part["original"]), _percent(part["perturbed"]))
+            falls.add_row(escape(name), *shares, _points(part["drop"]), _points(part["ci95"]), f"{part['problems']:,}")
+        out.print(falls)
+    for one in sets:
+        out.print(f"{escape(one['name'])}: rows in {escape(one['results_path'])}", highlight=False, soft_wrap=True)
+    out.print(f"machine, code and inputs in {escape(result['run_dir'])}", highlight=False, soft_wrap=True)
 
 
 def print_pipeline(result: Result) -> None:
@@ -187,7 +217,64 @@ def _where(name: str) -> str:
 
 def _exact(row: Result) -> tuple[str, ...]:
     """Scale, direction, bias and noise; rounding is 0."""
-    return tuple(f"{row[key] if abs(row[key]) > 1e-6 else 0:.3f}" for key in ("scale", "sideways", "bias", "noise"))
+    figures = [row[key] for key in ("scale", "sideways", "bias", "noise")]
+    return tuple("" if value is None else f"{value if abs(value) > 1e-6 else 0:.3f}" for value in figures)
+
+
+def print_dry_run(result: Result) -> None:
+    """What a study will take, and what it can find."""
+    out, power = _console(), result["power"]
+    table = _table("arm", "stage", "runs", "tokens", "time", "dollars")
+    for row in [*result["arms"], {**result, "label": "all", "stage": ""}]:
+        time = "unknown" if row["seconds"] is None else duration(row["seconds"])
+        dollars = "unknown" if row["dollars"] is None else f"{row['dollars']:,.2f}"
+        table.add_row(escape(row["label"]), row["stage"], f"{row['runs']}", f"{row['tokens']:,}", time, dollars)
+    out.print(table)
+    _line(
+        out, f"tokens are the most that the settings allow; time by {result['basis']}; {result['done']} runs are done"
+    )
+    size, share = _points(power["effect"], sign=False), power["power"]
+    chance = "unknown, since the number of problems is" if share is None else f"{100 * share:.0f} %"
+    over = f"{power['seeds']} seeds on {power['problems'] or '?'} problems, {power['comparisons']} comparisons"
+    _line(out, f"chance to find a difference of {size} points with {over}: {chance}")
+    needed = ", ".join(f"{n or 'more than 64'} on {size}" for size, n in power["seeds_needed"].items())
+    _line(out, f"seeds that {100 * power['goal']:g} % of finding it need, by problems: {needed}")
+    _line(out, f"plan: sha256 {result['plan_sha256']}")
+
+
+def print_simulated(result: Result) -> None:
+    """How often simulated studies of a plan were wrong, and how often they found the planted effect."""
+    out, false, planted = _console(), result["false_winners"], result["planted"]
+    over = f"{result['seeds']} seeds, {result['problems']:,} problems, {result['comparisons']} comparisons"
+    _line(out, f"{result['studies']:,} simulated studies of each kind; {over}, {result['looks']} looks")
+    table = _table("", "studies", "share", "95 % interval")
+    none = ("no difference: a false winner", false["studies"], false)
+    real = (f"a difference of {_points(planted['effect'])} points: found", planted["found"], planted)
+    for label, count, row in (none, real):
+        table.add_row(label, f"{count:,}", _percent(row["rate"]), _interval(row["ci95"]))
+    out.print(table)
+
+
+def print_study(result: Result) -> None:
+    """The answer of a study, its arms, and the line that opens its page."""
+    out = _console()
+    _line(out, f"{result['answer']}.")
+    for sentence in result["sentences"]:
+        _line(out, f"  {sentence}")
+    table = _table("arm", "accuracy", "95 % interval", "runs", "tokens a run", "seconds a run")
+    for row in result["arms"]:
+        mean = "" if row["mean"] is None else _percent(row["mean"])
+        width = _interval(row["ci"]) if row["ci"] else ""
+        spent = (f"{row['tokens']:,.0f}", f"{row['seconds']:,.0f}")
+        table.add_row(escape(row["label"]), mean, width, str(len(row["seeds"])), *spent)
+    out.print(table)
+    if result["plan_changed"]:
+        _line(out, "the plan was changed after results existed, see the page")
+    print(f"open the page: {open_command(result['path'])}")
+
+
+def _line(out: Console, text: str) -> None:
+    out.print(escape(text), highlight=False, soft_wrap=True)
 
 
 def _spread(result: Result) -> str:

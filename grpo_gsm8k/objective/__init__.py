@@ -13,6 +13,7 @@ Simplified on purpose: two prompts, seven completions of each, one group an upda
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any, get_args
@@ -53,18 +54,19 @@ def check(cfg: GrpoConfig, group_size: int) -> dict[str, Any]:
     }
 
 
-def table(group_size: int, temperature: float = 1.0) -> dict[str, Any]:
+def table(group_size: int) -> dict[str, Any]:
     """One row for each shipped algorithm: its gradient on-policy and off, and the parts that bias it."""
-    rows = []
-    worlds = {"on_policy": make_world(False, temperature), "off_policy": make_world(True, temperature)}
-    for name, settings in ALGORITHMS.items():
-        cfg = small(replace(GrpoConfig(), **settings), group_size)
-        biased = [
-            part["part"] for part in parts(cfg, {"on_policy": worlds["on_policy"]}) if part["verdict"] == "biased"
-        ]
-        found = {where: verdict(cfg, world) for where, world in worlds.items()}
-        rows.append({"algorithm": name, **found, "biased_by": biased})
-    return {"group_size": group_size, "algorithms": rows}
+    return {"group_size": group_size, "algorithms": [table_row(name, group_size) for name in ALGORITHMS]}
+
+
+def table_row(algorithm: str, group_size: int) -> dict[str, Any]:
+    """An algorithm's row of `table`."""
+    cfg = small(replace(GrpoConfig(), **ALGORITHMS[algorithm]), group_size)
+    worlds = {"on_policy": make_world(False), "off_policy": make_world(True)}
+    alone = parts(cfg, {"on_policy": worlds["on_policy"]})
+    biased = [part["part"] for part in alone if part["verdict"] == "biased"]
+    found = {where: verdict(cfg, world) for where, world in worlds.items()}
+    return {"algorithm": algorithm, **found, "biased_by": biased}
 
 
 def small(cfg: GrpoConfig, group_size: int) -> GrpoConfig:
@@ -94,7 +96,8 @@ def verdict(cfg: GrpoConfig, world: World) -> dict[str, Any]:
 
 
 def _told(found: Against) -> dict[str, Any]:
-    return {"verdict": found.verdict, **asdict(found)}
+    figures = {name: value if math.isfinite(value) else None for name, value in asdict(found).items()}
+    return {"verdict": found.verdict, **figures}
 
 
 def parts(cfg: GrpoConfig, worlds: Mapping[str, World]) -> Iterator[dict[str, Any]]:

@@ -44,16 +44,26 @@ def window_for(n: int) -> int:
     return max(3, n // 20) if n > 20 else 1
 
 
-def _tick(value: float, percent: bool = False) -> str:
+def tick(value: float, percent: bool = False, tiny: bool = False) -> str:
+    """The text beside a tick. `tiny`: all of the axis is, so that each tick has an exponent, or none has."""
     if percent:
         return f"{100 * value:g} %"
+    if tiny and value:
+        mantissa, exponent = f"{value:.5e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}".replace("e-0", "e-")
 
 
-def _svg(
-    name: str, size: tuple[float, float], paint: Callable[[Axes], None], said: str = "", left: float = 0.47
-) -> str:
-    """What `paint` draws, as an inline SVG. `said` is what a screen reader reads in its place; `name` by default."""
+def _breadth(text: str) -> float:
+    """About how many inches a tick's text takes at 9 points: digits and letters are twice as wide as points."""
+    return sum(0.042 if char in ".,- " else 0.082 for char in text)
+
+
+def svg(name: str, size: tuple[float, float], paint: Callable[[Axes], None], said: str = "", left: float = 0) -> str:
+    """What `paint` draws, as an inline SVG. `said` is what a screen reader reads in its place; `name` by default.
+
+    `left` is the margin in inches; 0: what the texts beside the ticks need.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -81,11 +91,13 @@ def _svg(
     with mpl.rc_context(style):
         width, height = size
         fig = Figure(figsize=size)
-        box = (left / width, 0.4 / height, 1 - (left + 0.12) / width, 1 - 0.5 / height)
-        axes = fig.add_axes(box)
+        axes = fig.add_subplot()
         fig.patch.set_visible(False)
         axes.patch.set_visible(False)
         paint(axes)
+        texts = axes.yaxis.get_major_formatter().format_ticks(list(axes.yaxis.get_majorticklocs()))
+        left = left or min(width / 2, max(0.47, *(0.06 + _breadth(text) for text in texts)))  # mostly alike
+        axes.set_position((left / width, 0.4 / height, 1 - (left + 0.12) / width, 1 - 0.5 / height))
         out = io.StringIO()
         fig.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return _inline(out.getvalue(), said or name)
@@ -137,13 +149,13 @@ def draw(
             axes.fill_between(xs, low, high, color=COLOURS[lines[0].colour], alpha=0.18, lw=0)
         axes.grid(axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: tick(v)))
         if len({x for line in lines for x in line.xs}) == 1:
             axes.set_xlim(lines[0].xs[0] - 1, lines[0].xs[0] + 1)
         axes.set_xlabel("round" if panel.x == "ei/round" else "step", labelpad=2)
         _scale(axes, panel, lines)
 
-    return _svg(panel.title, (5.0, 2.5) if panel.wide else (3.6, 2.2), paint, said)
+    return svg(panel.title, (5.0, 2.5) if panel.wide else (3.6, 2.2), paint, said)
 
 
 def _scale(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
@@ -161,7 +173,8 @@ def _scale(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
         if len(values) == 1 and min(values) >= 0:  # a constant: around it there is nothing to zoom into
             axes.set_ylim(0, 1.5 * max(values) or 1)
         axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v, panel.percent)))
+    tiny = max(map(abs, axes.get_ylim())) < 1e-3
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: tick(v, panel.percent, tiny)))
     if panel.kind == "stack":
         axes.margins(0)
     if panel.percent:
@@ -193,12 +206,12 @@ def draw_stages(rows: Sequence[tuple[str, float, float, float]]) -> str:
         axes.grid(axis="x")
         axes.set(xlim=(-0.06, 1.06), ylim=(len(rows) - 0.5, -0.7), xticks=[0, 0.25, 0.5, 0.75, 1])
         axes.set_yticks(range(len(rows)), [row[0] for row in rows], color=COLOURS["ink"])
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v, True)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: tick(v, True)))
 
     said = "; ".join(
         f"{name} {100 * value:.1f} %, {100 * low:.1f} to {100 * high:.1f}" for name, value, low, high in rows
     )
-    return _svg("Accuracy by stage", (5.0, 0.7 + 0.5 * len(rows)), paint, f"Accuracy by stage: {said}")
+    return svg("Accuracy by stage", (5.0, 0.7 + 0.5 * len(rows)), paint, f"Accuracy by stage: {said}")
 
 
 def draw_bars(title: str, rows: Sequence[tuple[str, float, str]]) -> str:
@@ -213,7 +226,7 @@ def draw_bars(title: str, rows: Sequence[tuple[str, float, str]]) -> str:
         axes.spines["bottom"].set_visible(False)
 
     said = "; ".join(f"{name} {text}" for name, _, text in rows)
-    return _svg(title, (5.0, 2.5), paint, f"{title}: {said}")
+    return svg(title, (5.0, 2.5), paint, f"{title}: {said}")
 
 
 def sparkline(ys: Sequence[float]) -> str:

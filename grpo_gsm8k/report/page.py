@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from grpo_gsm8k.report import figures
@@ -27,14 +27,27 @@ def page(runs: Mapping[str, Run]) -> str:
         title, body = f"{len(runs)} runs side by side", comparison_page(runs)
         lead = tag("ul", *(tag("li", tag("b", one), ": ", headline(run)) for one, run in runs.items()))
     notes = [n if len(runs) == 1 else f"{one}: {n}" for one, run in runs.items() for n in dict.fromkeys(run.notes)]
-    box = tag("div", tag("b", "Incomplete"), tag("ul", *(tag("li", n) for n in notes)), class_="notes")
+    return document(name, title, lead, {"Incomplete": notes}, body)
+
+
+def document(name: str, title: str, lead: Html, notes: Mapping[str, Sequence[str]], body: Html) -> str:
+    """A page with its head, its notes and the navigation of its sections.
+
+    Args:
+        notes: what the reader must know first, under a word each; those that are empty are left out.
+    """
+    boxes = [
+        tag("div", tag("b", word), tag("ul", *(tag("li", n) for n in said)), class_="notes")
+        for word, said in notes.items()
+        if said
+    ]
     count = itertools.count(1)
     unique = re.compile("<svg role.*?</svg>", re.S)
     body = Html(unique.sub(lambda m: figures.prefix_ids(m[0], f"f{next(count)}-"), body))
     anchors = re.findall(r'<section id="([\w-]+)"><h2>(.*?)</h2>', body)
     links = (tag("a", Html(text.split(":")[0]), href=f"#{anchor}") for anchor, text in anchors)
     nav = tag("nav", *links, aria_label="Sections of this page")
-    top = tag("header", tag("p", name, class_="mute"), tag("h1", title), lead, box if notes else Html(), nav)
+    top = tag("header", tag("p", name, class_="mute"), tag("h1", title), lead, *boxes, nav)
     return _document(f"{title} – {name}", top, body)
 
 

@@ -28,11 +28,14 @@ from grpo_gsm8k.runs.progress import say
 NAME, METRICS, MANIFEST, CHECKPOINTS = "chain.jsonl", "metrics.jsonl", "manifest.json", "checkpoints"
 JUDGE = "judge.jsonl"  # verdicts of a judge; it grows until the run ends
 FORMAT = 1
-FOLDERS = ("samples", "evals", "rounds", "rollouts")  # a step adds files to them
+FOLDERS = ("samples", "evals", "rounds", "rollouts", "teacher")  # a step adds files to them
 APART = frozenset(
-    {NAME, METRICS, JUDGE, ".lock", "teacher", "wandb", "handover", "engine.log", "evaluator.log", CHECKPOINTS}
+    {
+        *(NAME, METRICS, JUDGE, ".lock", "handover", "engine.log", "evaluator.log", CHECKPOINTS),
+        *("wandb", "tensorboard", "trackio_run.json"),
+    }
 )
-"""What a sweep leaves out: what has a place of its own in the chain, caches, and what is written to the very end."""
+"""What a sweep leaves out: what has a place of its own in the chain, and what is written to the very end."""
 
 Link = dict[str, Any]
 

@@ -6,6 +6,7 @@ told.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
 import itertools
@@ -98,11 +99,10 @@ class Ledger:
         with self._lock:
             entry = self._keys.get(key or "")
             known = self.store.read("SELECT id, digest FROM requests WHERE key = ?", key) if key and not entry else []
-            if (entry and entry.digest != sent.digest) or (known and known[0]["digest"] != sent.digest):
-                entry, known = self._reused(sent), []
-            if known:
+            other = (entry and entry.digest != sent.digest) or (known and known[0]["digest"] != sent.digest)
+            if known and not other:
                 return str(known[0]["id"])
-            if entry is None:
+            if entry is None and not known:
                 if len(self._live) >= MOST_WAITING:
                     raise Refusal(f"{MOST_WAITING} requests are waiting; try again later", 429)
                 entry = sent
@@ -110,27 +110,25 @@ class Ledger:
                 self.store.write(functools.partial(_insert_request, entry, tuple(changes))).add_done_callback(
                     functools.partial(self._accepted, entry, then)
                 )
+        if other or entry is None:
+            await self._fail_reused(sent)
+            return sent.id
         await entry.accepted.get()
         return entry.id
 
-    def _reused(self, sent: Entry) -> Entry:
-        """A request under a number that another one has: it fails, and changes nothing."""
+    async def _fail_reused(self, sent: Entry) -> None:
+        """Write a request that bears another one's number: it has failed, and changes nothing."""
         what = f"seq_id {sent.seq}" if sent.seq is not None else "this number"
         why = f"{what} was given to another request already; a request that is sent again must be the same"
-        entry = Entry(sent.id, sent.kind, sent.owner, b"")
-        self._register(entry)
+        result, now = Result(sent.kind, error=why), time.time()
+        ended: dict[str, Any] = {"state": "failed", "error": why, "category": result.category, "finished": now}
 
-        def accepted(written: Future[Any]) -> None:
-            if error := written.exception():
-                with self._lock:
-                    self._forget(entry)
-                entry.accepted.fail(error)
-                return
-            self._finish(entry, Result(entry.kind, error=why), Outcome(None), False)
-            entry.accepted.set(None)
+        def write(db: sqlite3.Connection) -> None:
+            names: dict[str, Any] = {"id": sent.id, "kind": sent.kind, "owner": sent.owner, "created": now}
+            insert(db, "requests", **names, **ended, number=next(self._numbers))
 
-        self.store.write(functools.partial(_insert_request, entry, ())).add_done_callback(accepted)
-        return entry
+        await asyncio.wrap_future(self.store.write(write))
+        self.note(sent, result)
 
     async def result(self, request_id: str, timeout: float) -> Result | None:
         """How a request ended; None if it has not within `timeout` seconds. Raises `Refusal` 404 for an unknown id."""

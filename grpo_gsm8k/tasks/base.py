@@ -305,6 +305,11 @@ def id_of(row: Mapping[str, Any], identity: str) -> str:
     return text_of(row, "id") if "id" in row else hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
+def seed_id(question: str) -> str:
+    """The id under which the rewritten forms of a question name it: a hash that does not depend on blanks."""
+    return f"seed-{hashlib.sha256(' '.join(question.split()).encode()).hexdigest()[:12]}"
+
+
 def messages_of(value: Any) -> tuple[Message, ...]:
     """A conversation from a JSON array of {role, content}. Raises `ValueError` for anything else."""
     if not isinstance(value, list) or not value:

@@ -1,5 +1,7 @@
 """A folder of splits: train.jsonl, val.jsonl, test.jsonl, and a manifest with their hashes.
 
+A set that is only evaluated has test.jsonl alone, and seeds.jsonl if its problems are rewritten ones.
+
 `manifest.json` is written last. It holds no time and no path, so the same rows give the same bytes anywhere. Writing
 the same rows again only verifies the files; writing other rows into an existing folder is refused. A killed command
 leaves no manifest, and the next one writes the files again.
@@ -29,6 +31,8 @@ from grpo_gsm8k.tasks.base import SPLITS, Task, load_examples
 
 FORMAT = 1
 MEND = "restore it, or delete the folder and run again"
+ASKED = ("question", "messages", "problem")
+LAYOUTS: tuple[tuple[str, ...], ...] = (SPLITS, ("test",), ("seeds", "test"))
 Row = Mapping[str, Any]
 
 
@@ -58,11 +62,11 @@ class Manifest:
 def write_splits(
     out_dir: Path, splits: Mapping[str, Sequence[Row]], provenance: Mapping[str, Any], task: Task | None = None
 ) -> Path:
-    """Write `train.jsonl`, `val.jsonl`, `test.jsonl` and, last, `manifest.json`; or verify them, row by row.
+    """Write a file for each split and, last, `manifest.json`; or verify them, row by row.
 
     Args:
         out_dir: made if missing.
-        splits: the rows of exactly train, val and test, none empty, each with an id, no id twice.
+        splits: the rows of exactly the splits of one of `LAYOUTS`, none empty, each with an id, no id twice.
         provenance: what the rows were made of (plain JSON values); goes into the manifest.
         task: describes the error of a row that was changed.
 
@@ -73,28 +77,29 @@ def write_splits(
         DataError: the folder holds other data, or a row of it was changed: names the file and the line.
     """
     out_dir = Path(out_dir)
-    assert set(splits) == set(SPLITS) and all(splits.values()), "train, val and test are needed, none empty"
+    names = next((layout for layout in LAYOUTS if set(layout) == set(splits)), ())
+    assert names and all(splits.values()), f"the splits must be those of a layout, none empty: {', '.join(splits)}"
     ids = [row["id"] for rows in splits.values() for row in rows]
     assert len(set(ids)) == len(ids), "an id occurs twice"
-    rows = {split: list(splits[split]) for split in SPLITS}
+    rows = {split: list(splits[split]) for split in names}
     manifest = Manifest(
         path=out_dir / "manifest.json",
         provenance=json.loads(json.dumps(dict(provenance))),
-        counts={split: len(rows[split]) for split in SPLITS},
-        files={f"{split}.jsonl": _sha256(map(json_line, rows[split])) for split in SPLITS},
-        content={split: content_sha256(rows[split]) for split in SPLITS},
+        counts={split: len(rows[split]) for split in names},
+        files={f"{split}.jsonl": _sha256(map(json_line, rows[split])) for split in names},
+        content={split: content_sha256(rows[split]) for split in names},
     )
     if manifest.path.exists():
         existing = read_manifest(out_dir)
         refuse_difference(existing, manifest.provenance)
-        for split in SPLITS:
+        for split in names:
             _compare(out_dir / f"{split}.jsonl", rows[split], task)
         if existing != manifest:
             raise DataError(manifest.path, f"was changed after it was written; {MEND}")
         return manifest.path
-    for split in SPLITS:
+    for split in names:
         _refuse_foreign(out_dir / f"{split}.jsonl", tuple(rows[split][0]))
-    for split in SPLITS:
+    for split in names:
         write_jsonl(out_dir / f"{split}.jsonl", rows[split])
     write_json(manifest.path, manifest.as_json())
     return manifest.path
@@ -108,7 +113,7 @@ def verify(out_dir: Path, task: Task) -> Manifest:
     """
     manifest = read_manifest(Path(out_dir))
     line_of: dict[str, str] = {}
-    for split in SPLITS:
+    for split in manifest.counts:
         path = Path(out_dir) / f"{split}.jsonl"
         if not path.exists():
             raise DataError(path, f"is missing, though the manifest lists it; {MEND}")
@@ -125,7 +130,7 @@ def verify(out_dir: Path, task: Task) -> Manifest:
 
 def content_sha256(rows: Iterable[Row]) -> str:
     """Hash of ids, questions and answers in order: one JSON array `[id, question, answer]` a line, UTF-8."""
-    arrays = ([row["id"], row.get("question", row.get("messages")), row.get("answer")] for row in rows)
+    arrays = ([row["id"], next((row[key] for key in ASKED if key in row), None), row.get("answer")] for row in rows)
     return _sha256((json.dumps(array, ensure_ascii=False) + "\n").encode() for array in arrays)
 
 
@@ -138,7 +143,8 @@ def read_manifest(out_dir: Path) -> Manifest:
         raise DataError(path, f"is not a data manifest of format {FORMAT}; choose another folder")
     try:
         counts, files, content = (fields.pop(key) for key in ("counts", "files", "content"))
-        sound = set(counts) == set(content) == set(SPLITS) and set(files) == {f"{s}.jsonl" for s in SPLITS}
+        whole = set(counts) == set(content) and set(files) == {f"{split}.jsonl" for split in counts}
+        sound = whole and any(set(counts) == set(layout) for layout in LAYOUTS)
     except (KeyError, TypeError):
         sound = False
     if not sound:

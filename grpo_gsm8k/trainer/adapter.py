@@ -8,7 +8,7 @@ live pass must give the log-probabilities of a frozen one.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -109,10 +109,14 @@ def own_weights(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
         yield f"base_model.model.{name}", parameter
 
 
-def save(model: Any, folder: Path) -> None:
-    """Save the adapter as peft does, without the embedding weights that peft adds for an adapter on the embedding."""
+def save(model: Any, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Save the adapter as peft does, without the embedding weights that peft adds for an adapter on the embedding.
+
+    Args:
+        weights: its `own_weights`, or a copy of them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: parameter.detach().to("cpu").contiguous() for name, parameter in own_weights(model)}
+    tensors = {name: weight.detach().to("cpu").contiguous() for name, weight in weights.items()}
     save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
     held = copy.copy(model.peft_config["default"])
     held.inference_mode = True

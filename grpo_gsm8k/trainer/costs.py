@@ -242,6 +242,12 @@ def state_bytes(shape: Shape, setup: Setup, gradients: bool = True) -> int:
     return (each * n + 4 * n * setup.reference) // setup.ranks + gathered + copies
 
 
+def copy_bytes(shape: Shape, setup: Setup) -> int:
+    """Main memory that `--async_save` keeps for its copy: what is saved of weights, moments and masters."""
+    trained = shape.adapters(setup.lora_rank) if setup.lora_rank else shape.parameters
+    return (setup.width + 8 + (4 if setup.width == 2 else 0)) * trained
+
+
 def layer_bytes(shape: Shape, setup: Setup) -> int:
     """What autograd keeps of one cell in one layer that is run in full."""
     b, h, i = setup.width, shape.hidden, shape.mlp

@@ -25,7 +25,8 @@ def estimate(cfg: GrpoConfig, name: str) -> dict[str, Any]:
     Lengths are those that the config allows at most; prompts are taken to have 100 tokens. The embedded sampler's copy,
     cache and logits count, with `--engine auto` too, since what is installed there is not known; vLLM has a GPU of its
     own. A teacher on the same GPU counts, with its weights and its pass. `peak_gb` is what torch will say was
-    allocated; that it `fits` leaves room for CUDA's context and between tensors. Raises `ConfigError`.
+    allocated; that it `fits` leaves room for CUDA's context and between tensors. `save_copy_gb` is main memory, for the
+    copy that a checkpoint is written from. Raises `ConfigError`.
     """
     if name not in GPUS:
         raise ConfigError(f"--estimate {name}: known are {', '.join(GPUS)}")
@@ -51,6 +52,7 @@ def estimate(cfg: GrpoConfig, name: str) -> dict[str, Any]:
         "weights": shape.parameters,
         "peak_gb": round(peak / 1e9, 2),
         "fits": FRAGMENTS * peak + CONTEXT < gpu.memory,
+        "save_copy_gb": round(costs.copy_bytes(shape, setup) / 1e9, 2) if cfg.async_save else 0.0,
         "max_tokens_per_microbatch": cells,
         "update_seconds": round(work / (UTILISATION * gpu.flops), 2),
         "update_seconds_at_peak": round(work / gpu.flops, 2),

@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from grpo_gsm8k.config import PromptConfig, TrainConfig
 from grpo_gsm8k.datatypes import Datum, WeightsRef
 from grpo_gsm8k.errors import CheckpointError, NonFiniteError
 from grpo_gsm8k.runs.progress import say
-from grpo_gsm8k.trainer import adapter, architecture, costs, dcp, memory, packing, pretrained
+from grpo_gsm8k.trainer import adapter, architecture, costs, dcp, memory, packing, pretrained, snapshot
 from grpo_gsm8k.trainer.batch import Batch, make_batch, unshifted
 from grpo_gsm8k.trainer.compiled import compiles
 from grpo_gsm8k.trainer.kernels import choose_attention
@@ -68,6 +68,7 @@ class TorchLearner:
         self.optimizer = self._make_optimizer()
         self.gauge = memory.gauge_of(self.model, cfg, self.optimizer.dtype, world().size, compiled)
         self.probed: memory.Probed | None = None
+        self._buffers = snapshot.Buffers()
         self._published: WeightsRef | None = None
 
     @functools.cached_property
@@ -222,23 +223,58 @@ class TorchLearner:
 
     def save(self, folder: Path) -> None:
         """Save a model or adapter that transformers loads, and the state of optimizer and random generators."""
-        if adapter.has_adapter(self.model):
-            adapter.save(self.model, folder)
-        else:
-            self.model.save_pretrained(folder)
-        self._save_beside(folder, self.optimizer.state())
+        self._write(folder, self.model, self._weights_to_save(), self.optimizer.state() | self._generators())
+        self.tokenizer.save_pretrained(folder)
+
+    def snapshot(self) -> Callable[[Path], None] | None:
+        """Copy what `save` saves to main memory, and return what writes the copy, in any thread.
+
+        Returns None where the copy does not fit into main memory. The next snapshot overwrites this one.
+        """
+        weights, state = self._weights_to_save(), self.optimizer.state()
+        held = {f"weights.{n}": t for n, t in weights.items()} | {f"state.{n}": t for n, t in state.items()}
+        free = snapshot.free_main_memory()
+        if free is not None and self._buffers.missing_bytes(held) > snapshot.SHARE * free:
+            return None
+        copied = self._buffers.copy(held)
+        weights = {name: copied[f"weights.{name}"] for name in weights}
+        state = {name: copied[f"state.{name}"] for name in state} | self._generators()
+        files = self._tokenizer_files
+
+        def write(folder: Path) -> None:
+            self._write(folder, self.model, weights, state)
+            snapshot.write_files(folder, files)
+
+        return write
 
     def forget(self, folder: Path) -> None:
         """Nothing: a checkpoint's folder is all there is of it."""
 
-    def _save_beside(self, folder: Path, state: State) -> None:
-        self.tokenizer.save_pretrained(folder)
-        rng = {"rng.cpu": torch.get_rng_state()}
+    @functools.cached_property
+    def _tokenizer_files(self) -> dict[str, bytes]:
+        return snapshot.saved_files(self.tokenizer)
+
+    def _weights_to_save(self) -> State:
+        if adapter.has_adapter(self.model):
+            return dict(self.weights())
+        found: State = self.model.state_dict()
+        return dict(found)
+
+    def _generators(self) -> State:
+        """The states of the random generators."""
+        found = {"rng.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
-            rng["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+            found["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        return found
+
+    def _write(self, folder: Path, model: Any, weights: State, state: Mapping[str, torch.Tensor]) -> None:
+        if adapter.has_adapter(model):
+            adapter.save(model, folder, weights)
+        else:
+            model.save_pretrained(folder, state_dict=weights)
         state = {name: t.detach().cpu().contiguous() for name, t in state.items()}
         (folder / OPTIMIZER).parent.mkdir(exist_ok=True)
-        save_file(state | rng, folder / OPTIMIZER, {"origin": self.origin_sha256})
+        save_file(state, folder / OPTIMIZER, {"origin": self.origin_sha256})
 
     def load(self, folder: Path) -> None:
         """Load what `save` wrote.

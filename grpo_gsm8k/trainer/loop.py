@@ -4,16 +4,17 @@
         ...                         # the stage's own work for this step
         run.log(step, metrics)
 
-A step is complete when the loop body returns. Checkpoints are written only there, so a run that is killed anywhere
-resumes at the end of a step, and logs and draws the same as an uninterrupted run.
+A step is complete when the loop body returns. Checkpoints are made only there, so a run that is killed anywhere
+resumes at the end of a step, and logs and draws the same as an uninterrupted run. With `--async_save` the next step
+begins as soon as weights and optimizer are copied, and a thread writes the copy.
 """
 
 from __future__ import annotations
 
+import copy
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,8 +69,11 @@ def steps(run: Run, learner: Learner, total: int, state: StageState) -> Iterator
             run.complete = step
             seal(run, learner, step)
             bar.update(step, ", ".join(filter(None, [state.note, _validated(run)])))
-            if step % cfg.save_every == 0 or step == last or received:
+            run.writer.check()
+            if step == last or received:
                 save(run, learner, step, state.as_json())
+            elif step % cfg.save_every == 0:
+                save(run, learner, step, state.as_json(), wait=not cfg.async_save)
             if received:
                 name = signal.Signals(received[0]).name
                 raise Interrupted(_saved(name, step, run), 128 + received[0])
@@ -111,18 +115,29 @@ def seal(run: Run, learner: Learner, step: int) -> None:
     run.seal("step", step)
 
 
-def save(run: Run, learner: Learner, step: int, state: Mapping[str, Any]) -> Path:
+def save(run: Run, learner: Learner, step: int, state: Mapping[str, Any], wait: bool = True) -> None:
     """Write the checkpoint of a complete step, and delete old ones.
 
-    Keeps the best one on validation: by accuracy, or by reward if the task has no right answers.
+    Keeps the best one on validation: by accuracy, or by reward if the task has no right answers. Without `wait` a
+    thread writes it from a copy in memory, if the learner can make one; the checkpoint before it is waited for. The
+    hash chain takes in such a checkpoint with its next link.
     """
-    folder = checkpoint.write(run.checkpoints, step, learner.save, dict(state))
+    run.writer.wait()
     scores = run.metric_history("val/accuracy") or run.metric_history("val/reward")
-    kept = [s for s in checkpoint.steps_present(run.checkpoints) if s in scores]
-    best = max(kept, key=lambda s: (scores[s], s), default=None)
-    checkpoint.retain(run.checkpoints, run.cfg.keep_last, best, learner.forget)
-    run.seal("checkpoint", step)
-    return folder
+    snapshot = None if wait else getattr(learner, "snapshot", lambda: None)()
+    stored = copy.deepcopy(dict(state))  # the stage goes on with what is in it
+
+    def job() -> None:
+        checkpoint.write(run.checkpoints, step, snapshot or learner.save, stored)
+        kept = [s for s in checkpoint.steps_present(run.checkpoints) if s in scores]
+        best = max(kept, key=lambda s: (scores[s], s), default=None)
+        checkpoint.retain(run.checkpoints, run.cfg.keep_last, best, learner.forget)
+
+    if snapshot:
+        run.writer.start(step, job)
+    else:
+        job()
+        run.seal("checkpoint", step)
 
 
 def rescue(run: Run, learner: Learner) -> int:
@@ -131,6 +146,7 @@ def rescue(run: Run, learner: Learner) -> int:
     Returns:
         the newest step that a checkpoint holds; 0 if there is none.
     """
+    run.writer.wait()
     if _within_reach(run) and getattr(learner, "in_step", True):
         save(run, learner, run.complete, run.state())
     return max(checkpoint.steps_present(run.checkpoints), default=0)
@@ -150,7 +166,12 @@ def _within_reach(run: Run) -> bool:
     """Whether the weights still are those of the last complete step, and no checkpoint holds it yet."""
     if not run.complete or run.updated > run.complete:
         return False
-    return run.complete not in checkpoint.steps_present(run.checkpoints)
+    return not _is_kept(run)
+
+
+def _is_kept(run: Run) -> bool:
+    """Whether a checkpoint holds the last complete step, or will as soon as it is written."""
+    return run.complete in checkpoint.steps_present(run.checkpoints) or run.writer.writes(run.complete)
 
 
 def _saved(name: str, step: int, run: Run) -> str:
@@ -173,7 +194,7 @@ class _Presses:
         if world().size > 1 and now - self.first < TORCHRUN_S:
             return False
         run = self.run
-        kept = not run.complete or run.complete in checkpoint.steps_present(run.checkpoints) or _within_reach(run)
+        kept = not run.complete or _is_kept(run) or _within_reach(run)
         if count == 2 and not kept:
             say(f"step {run.complete} can only be kept with the one under way, which is being finished; "
                  "once more to lose both")  # fmt: skip

@@ -70,8 +70,8 @@ class ShardedLearner(TorchLearner):
     def save_model(self, folder: Path, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Rank 0 writes the rest of what `TorchLearner.save` writes."""
         assert self.plain is not None
-        self.plain.save_pretrained(folder, state_dict=dict(weights))
-        self._save_beside(folder, {})
+        self._write(folder, self.plain, dict(weights), self._generators())
+        self.tokenizer.save_pretrained(folder)
 
     def _frozen_pass(self, model: Any, batch: Batch, temperature: float, retried: bool = False) -> torch.Tensor:
         out = super()._frozen_pass(model, batch, temperature, retried)

@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 
 from grpo_gsm8k.config import DistillConfig
 from grpo_gsm8k.datatypes import Datum
-from grpo_gsm8k.errors import CheckpointError, ModelError
+from grpo_gsm8k.errors import CheckpointError, DataError, ModelError
 from grpo_gsm8k.runs.files import atomic_path, write_atomic
 from grpo_gsm8k.trainer import architecture, memory, packing
 from grpo_gsm8k.trainer.batch import make_batch, unshifted
@@ -130,6 +130,20 @@ def check_vocabulary(student: Any, teacher: Any, name: str) -> None:
     )
 
 
+class AbsentTeacher:
+    """Stands for the teacher of a run that is over: all that it said is in the cache."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` is the cache, whose first file names the teacher's weights."""
+        self.folder, self.sha256 = folder, ""
+        for path in sorted(folder.glob("part_*.safetensors"))[:1]:
+            self.sha256 = _read_part(path)[0]
+
+    def logprobs(self, data: Sequence[Datum], temperature: float = 1.0) -> list[tuple[float, ...]]:
+        """Raises `DataError`: these rows are not in the cache."""
+        raise DataError(self.folder, "does not hold the teacher's scores of this step (--teacher_cache_mb)")
+
+
 class CachedTeacher:
     """A teacher whose scores are kept in a folder: equal rows are scored once, also by a resumed run.
 
@@ -194,17 +208,22 @@ class CachedTeacher:
         self.parts, self.bytes = self.parts + 1, self.bytes + size
 
     def _read(self, path: Path) -> None:
-        try:
-            with safe_open(path, "np") as stored:
-                teacher = (stored.metadata() or {}).get("teacher", "")
-                keys, ends, scores = (stored.get_tensor(name) for name in ("keys", "ends", "logprobs"))
-        except (SafetensorError, OSError) as fault:
-            raise CheckpointError(f"{path}: damaged ({fault}); delete the folder to score everything again") from None
+        teacher, keys, ends, scores = _read_part(path)
         check_same_teacher(teacher, self.sha256, path)
         for key, part in zip(keys, np.split(scores, ends[:-1]), strict=True):
             self._scores[key.tobytes()] = part
         self.parts = int(path.stem.removeprefix("part_"))
         self.bytes += len(keys) * ROW_BYTES + scores.nbytes
+
+
+def _read_part(path: Path) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
+    """A file of a cache: the hash of the teacher's weights, keys, ends and scores."""
+    try:
+        with safe_open(path, "np") as stored:
+            keys, ends, scores = (stored.get_tensor(name) for name in ("keys", "ends", "logprobs"))
+            return (stored.metadata() or {}).get("teacher", ""), keys, ends, scores
+    except (SafetensorError, OSError) as fault:
+        raise CheckpointError(f"{path}: damaged ({fault}); delete the folder to score everything again") from None
 
 
 def check_same_teacher(before: str, now: str, where: Path | str) -> None:
