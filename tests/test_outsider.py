@@ -53,7 +53,6 @@ NEEDS = {
     "python grpo_gsm8k/r1_traces.py": "a teacher's key; test_traces.py runs it",
     "python -m tests.test_golden": "would write the goldens anew",
     "python -m tests.test_parity": "minutes; test_parity.py runs the same",
-    "python -m tests.study_errors": "minutes; test_crossed.py runs the same",
     "study": "minutes of training; test_study.py runs one, and reads the plan",
     "data": "network",
     "doctor --gpu": "a GPU",
