@@ -45,6 +45,8 @@ NEEDS = {
     "mypy": "is CI's",
     "pre-commit": "a checkout of one's own",
     "mkdocs": "the group docs; test_docs.py builds the site",
+    "tensorboard": "the extra tensorboard, and runs until it is stopped",
+    "trackio": "the extra trackio, and runs until it is stopped",
     "python deploy": "what export has written, and a server",
     "python scripts/against_lm_eval.py": "the extra lm-eval",
     "tensorboard": "runs until it is stopped; test_loggers.py reads what it shows",
