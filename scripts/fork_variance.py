@@ -46,7 +46,8 @@ def measure(run: Path, at: int, sets: list[str], seeds: int, out: Path, metric: 
             found.append(outcome(folder, at, metric))
         pairs.append((found[0], found[1]))
     draw = random.Random(0)
-    drawn = sorted(ratio(draw.choices(pairs, k=len(pairs))) for _ in range(DRAWS) if len(set(pairs)) > 2)
+    resampled = (draw.choices(pairs, k=len(pairs)) for _ in range(DRAWS))
+    drawn = sorted(ratio(sample) for sample in resampled if len(set(sample)) > 1)  # one seed alone has no variance
     a, b = zip(*pairs, strict=True)
     return {
         "metric": metric,
