@@ -174,7 +174,10 @@ def print_objective(result: Result) -> None:
         table.add_row("the objective", _where(where), *_exact(row), row["verdict"])
     for row in result["parts"]:
         table.add_row(
-            f"{row['part']} {escape(row['setting'])} alone", _where(row["where"]), *_exact(row), row["verdict"]
+            " ".join(filter(None, (row["part"], escape(row["setting"]), "alone"))),
+            _where(row["where"]),
+            *_exact(row),
+            row["verdict"],
         )
     for row in result["baselines"]:
         table.add_row(f"REINFORCE, baseline {row['baseline']}", "on-policy", *_exact(row), row["verdict"])
