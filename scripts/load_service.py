@@ -93,8 +93,7 @@ class Client:
         async with self.http.post(self.url + path, json=body, headers={"X-API-Key": KEY}) as answer:
             found = await answer.json()
             if answer.status != 200 or "error" in found:
-                self.counts.errors.append(f"{path}: {answer.status}: {found}"[:300])
-                raise ConnectionError(str(found))
+                raise ConnectionError(f"{path}: {answer.status}: {found}")
             return found
 
     async def future(self, sent: Any) -> Any:
@@ -166,7 +165,8 @@ async def load(url: str, pid: int, args: argparse.Namespace) -> dict[str, Any]:
         clients = [Client(http, url, counts) for _ in range(args.samplers + args.trainers)]
         jobs = [sampling(client, k) for k, client in enumerate(clients[: args.samplers])]
         jobs += [training(client) for client in clients[args.samplers :]]
-        await asyncio.gather(watching(), *jobs, return_exceptions=True)
+        ended = await asyncio.gather(watching(), *jobs, return_exceptions=True)
+    counts.errors += [repr(fault)[:300] for fault in ended if isinstance(fault, BaseException)]
     third = len(memory) // 3
     grown = statistics.fmean(memory[-third:]) - statistics.fmean(memory[third : 2 * third])
     figures = {"rss_mb_first_third": statistics.fmean(memory[:third]), "rss_mb_end": memory[-1]}
@@ -213,7 +213,6 @@ async def over_http(url: str, steps: int) -> list[float]:
             ]
             await client.learn(data, "importance_sampling")
             seconds.append(time.monotonic() - began)
-    assert not counts.errors, counts.errors
     return seconds
 
 

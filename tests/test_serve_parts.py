@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import random
+import socket
 import sqlite3
 import threading
 import time
@@ -456,3 +457,24 @@ def test_what_is_thrown_away_in_time(client: Client, monkeypatch) -> None:
     assert service.books.session(session).ended
     client.post("session_heartbeat", {"session_id": session})
     assert service.books.session(session).ended is None
+
+
+# ------------------------------------------------------------------------------------------------- the process
+
+
+def test_the_address_can_be_reached_when_it_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached = []
+
+    @contextmanager
+    def opened(cfg: Any, folder: Path) -> Iterator[None]:
+        yield None
+
+    def announce(cfg: Any, service: Any, port: int, minted: str) -> None:
+        socket.create_connection((cfg.host, port), timeout=5).close()
+        reached.append(port)
+
+    monkeypatch.setattr(server, "opened", opened)
+    monkeypatch.setattr(server, "announce", announce)
+    monkeypatch.setattr(server, "_server", lambda *_: SimpleNamespace(run=lambda sockets: None))
+    server.run(settings(tmp_path, tmp_path / "out"))
+    assert len(reached) == 1

@@ -23,6 +23,7 @@ from grpo_gsm8k.serve import watch
 from grpo_gsm8k.serve.settings import ServeConfig
 
 DATABASE = "journal.sqlite"
+BACKLOG = 2048  # connections that wait to be accepted
 
 
 def run(cfg: ServeConfig) -> None:
@@ -44,6 +45,7 @@ def run(cfg: ServeConfig) -> None:
             with doing("loading the model"):
                 service = stack.enter_context(opened(cfg, folder))
                 serving = _server(service, keeper)
+            listening.listen(BACKLOG)  # before the address is announced: whoever reads it may connect at once
             announce(cfg, service, listening.getsockname()[1], minted)
             serving.run(sockets=[listening])
     say("the server has ended; start it with the same --out_dir to go on")
@@ -203,7 +205,7 @@ def _server(service: Any, keeper: Any) -> Any:
         timeout_graceful_shutdown=30,
         timeout_keep_alive=75,
         server_header=False,
-        backlog=2048,
+        backlog=BACKLOG,
     )
     return Server(settings)
 
