@@ -113,7 +113,7 @@ def register(
     own = list(inspect.signature(call, eval_str=True).parameters.values())[1:]
     json_flag = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
     parameters = [*(p.replace(kind=p.KEYWORD_ONLY) for p in own), json_flag]
-    if expert := [field.name for field in dataclasses.fields(cls) if field.metadata["expert"]]:
+    if expert := [f.name for f in dataclasses.fields(cls) if f.metadata["expert"] and f.name not in skip]:
         parameters.append(help_all(expert))
     parameters += flags_of(cls, skip)
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -601,7 +601,7 @@ OF_AN_OBJECTIVE = {
 
 def _objective_check(
     flags: Mapping[str, Any],
-    own: Annotated[str, typer.Argument(metavar="[LOSS]", help="the loss, as --loss takes it")] = "",
+    own: Annotated[str, typer.Argument(metavar="LOSS", help="the loss, as --loss takes it")] = "",
     preset: Preset = None,
     config_file: Recipe = None,
     sets: Sets = None,

@@ -40,6 +40,7 @@ PRESETS = Path(__file__).parent / "presets"
 STAGES = ("base", "sft", "ei", "grpo")
 ENGINES = ("hf", "vllm", "tinker")
 SERVICE, SERVICE_FILE = "tinker://", "service.json"  # a checkpoint's name there, and the file that holds it here
+LOGGERS = ("wandb", "tensorboard", "trackio")
 DATASETS = ("gsm8k", "gsm8k_platinum", "gsm_plus", "gsm_symbolic", "math", "math500")
 EVAL_SETS = "artifacts/sets"  # a folder for each of them but GSM8K
 DATA, OTHER_DATA = "artifacts/data", "artifacts/gsm8k"  # where data lie that nobody names: the first that is there
@@ -158,7 +159,7 @@ class PreferenceConfig(PromptConfig):
 
 @dataclass(frozen=True)
 class ModelConfig(PreferenceConfig):
-    """Device, length, seed, W&B."""
+    """Device, length, seed, loggers."""
 
     device: str = opt("auto", "cpu, cuda, cuda:0, or auto")
     dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "auto: bfloat16 on a GPU, else float32")
@@ -184,9 +185,17 @@ class ModelConfig(PreferenceConfig):
     )
     seed: int = opt(0, "decides every random draw", ge=0)
     deterministic: bool = opt(False, "bitwise repeatable kernels, TF32 off")
+    log: str = opt(
+        "",
+        f"where metrics and samples go besides metrics.jsonl: {', '.join(LOGGERS)}, several separated by commas; W&B "
+        "also without it, when WANDB_API_KEY is set or WANDB_MODE=offline",
+        runtime=True,
+        metavar="NAME",
+        many=True,
+    )
     wandb_project: str = opt(
         "grpo-gsm8k",
-        "W&B project; used when WANDB_API_KEY is set or WANDB_MODE=offline",
+        "project in W&B and Trackio",
         runtime=True,
         env="WANDB_PROJECT",
     )
@@ -247,6 +256,11 @@ class EngineConfig(ModelConfig):
             object.__setattr__(self, "engine", "tinker")
         if self.engine not in ("auto", *ENGINES) and not is_users(self.engine):
             raise ConfigError(f"engine = {self.engine!r}: must be auto, {', '.join(ENGINES)}, or package.module:Class")
+        unknown = [name for name in self.log.split(",") if self.log and name.strip() not in LOGGERS]
+        if unknown:
+            raise ConfigError(
+                f"--log {self.log}: must be {', '.join(LOGGERS)}, with commas between; not {unknown[0]!r}"
+            )
         if at_service(self.model_id) and self.engine != "tinker":
             raise ConfigError(
                 f"{self.model_id} is at a training service, which samples itself: leave --engine and vLLM's flags out"
@@ -537,9 +551,9 @@ rates and group sizes stay the recipe's."""
 class GrpoConfig(TrainConfig):
     """Group relative policy optimisation and its kin; the defaults are arXiv 2402.03300 without the KL term."""
 
-    algorithm: str = opt("", f"a paper's settings over the recipe, weaker than flags: {', '.join(ALGORITHMS)}")
+    algorithm: str = opt("", f"a paper's settings, over the preset and under the flags: {', '.join(ALGORITHMS)}")
     loss: str = opt(
-        "grpo_clip", "what is minimised: grpo_clip, gspo, luspo, cispo, sapo, vespo, reinforce, or package.module:Class"
+        "grpo_clip", "per-token loss: grpo_clip, gspo, luspo, cispo, sapo, vespo, reinforce, or package.module:Class"
     )
     steps: int = opt(200, "GRPO steps: sample, grade, update", ge=1)
     rollouts_per_step: int = opt(256, "completions per step; a multiple of the group size", ge=1)
@@ -554,11 +568,13 @@ class GrpoConfig(TrainConfig):
     sapo_temperature_pos: float = opt(
         1.0, "SAPO: how fast the gate closes away from a ratio of 1, where A > 0", gt=0, expert=True
     )
-    sapo_temperature_neg: float = opt(1.05, "SAPO: the same elsewhere", gt=0, expert=True)
-    vespo_k_pos: float = opt(2.0, "VESPO: dampens responses that became unlikely, where A >= 0", ge=0, expert=True)
-    vespo_lambda_pos: float = opt(3.0, "VESPO: dampens responses that became likely, where A >= 0", ge=0, expert=True)
-    vespo_k_neg: float = opt(3.0, "VESPO: dampens responses that became unlikely, where A < 0", ge=0, expert=True)
-    vespo_lambda_neg: float = opt(2.0, "VESPO: dampens responses that became likely, where A < 0", ge=0, expert=True)
+    sapo_temperature_neg: float = opt(1.05, "SAPO: the same where A <= 0", gt=0, expert=True)
+    vespo_k_pos: float = opt(2.0, "VESPO: damps responses that became less likely, where A >= 0", ge=0, expert=True)
+    vespo_lambda_pos: float = opt(
+        3.0, "VESPO: damps responses that became more likely, where A >= 0", ge=0, expert=True
+    )
+    vespo_k_neg: float = opt(3.0, "VESPO: damps responses that became less likely, where A < 0", ge=0, expert=True)
+    vespo_lambda_neg: float = opt(2.0, "VESPO: damps responses that became more likely, where A < 0", ge=0, expert=True)
     advantage: str = opt(
         "group_relative",
         "group_relative (by baseline and std_norm), maxrl (reward over its group's mean, less 1), or "
@@ -573,21 +589,23 @@ class GrpoConfig(TrainConfig):
     advantage_eps: float = opt(1e-6, "added to the group's standard deviation", ge=0, expert=True)
     aggregation: Literal["sequence", "token", "constant"] = opt(
         "sequence",
-        "mean over a response then over responses (GRPO); over all tokens; or over max_new_tokens",
+        "how token losses are averaged: over each response, then over responses (GRPO); over all tokens (DAPO); or "
+        "their sum over max_new_tokens (Dr. GRPO)",
         expert=True,
     )
     entropy_coef: float = opt(0.0, "weight of the entropy bonus; 0 for none", ge=0, expert=True)
-    kl_coef: float = opt(0.0, "weight of the KL to the model that the run began with; 0 for none, at no cost", ge=0)
+    kl_coef: float = opt(0.0, "weight of the KL to the starting model; 0 for none, at no cost", ge=0)
     kl_estimator: Literal["k1", "k2", "k3"] = opt("k3", "estimator of that KL", expert=True)
     kl_bias_correction: bool = opt(
         True,
-        "weigh the estimator by the ratio, so that its gradient is that KL's; without, k3's is another KL's",
+        "weight the estimator by the importance ratio, so that it has the gradient of KL(pi || pi_ref); alone, k3 has "
+        "that of KL(pi_ref || pi)",
         expert=True,
     )
     old_logprobs: Literal["sampler", "recompute"] = opt(
         "sampler",
-        "denominator of the ratio: as sampled, or as the trainer has it before the step's updates (a frozen pass, "
-        "where there are several)",
+        "old policy in the ratio: the sampler's log-probabilities, or the trainer's own before the step's updates (a "
+        "frozen pass, if there are several)",
         expert=True,
     )
     mode: Literal["on_policy", "one_step_off"] = opt(
@@ -597,8 +615,8 @@ class GrpoConfig(TrainConfig):
         "none", "truncate", "mask", "sequence_truncate", "sequence_mask", "geometric_mask"
     ] = opt(
         "none",
-        "weigh each token by trainer / sampler probability, its own or its whole response's: clipped to "
-        "importance_cap, or left out beyond it; geometric_mask only leaves responses out",
+        "weight each token by the ratio trainer / sampler probability, per token or per response: truncated at "
+        "importance_cap, or masked beyond it; geometric_mask only masks",
         expert=True,
     )
     importance_cap: float = opt(2.0, "upper bound of the correction's ratio", ge=1, expert=True)
@@ -607,7 +625,7 @@ class GrpoConfig(TrainConfig):
     )
     mask_truncated: bool = opt(False, "leave completions cut at max_new_tokens out of the loss", expert=True)
     resample_zero_variance: int = opt(
-        0, "times that groups with equal rewards are replaced by fresh prompts", ge=0, expert=True
+        0, "how many times to replace groups of equal rewards by fresh prompts", ge=0, expert=True
     )
     curriculum: str = opt(
         "none",

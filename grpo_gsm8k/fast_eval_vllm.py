@@ -34,7 +34,7 @@ from grpo_gsm8k.errors import ConfigError, DataError, DiskError, UserError
 from grpo_gsm8k.evals.accuracy import Evaluation, Row
 from grpo_gsm8k.evals.drops import drops_of
 from grpo_gsm8k.repro import derive_seed, shuffled
-from grpo_gsm8k.runs import wandb_sink
+from grpo_gsm8k.runs import loggers, sinks
 from grpo_gsm8k.runs.directory import recorded
 from grpo_gsm8k.runs.files import check_writable, real_path, write_json, write_jsonl
 from grpo_gsm8k.runs.progress import say
@@ -219,11 +219,11 @@ def _keep(cfg: EvalConfig, task: str, result: Evaluation, results_path: Path) ->
         write_json(results_path.with_suffix(".json"), summary)
     except DiskError as fault:
         raise DiskError(f"{fault}; {keep_elsewhere(result.rows, summary)}") from fault
-    if wandb_sink.wanted():
-        page = wandb_sink.WandbSink(cfg.wandb_project, results_path.stem, results_path.with_suffix(".wandb"), vars(cfg))
-        page.log(0, result.metrics())
-        page.table(0, "val/samples", result.rows)
-        page.close()
+    place = sinks.Place(cfg.wandb_project, results_path.stem, results_path.with_suffix(".logs"), vars(cfg))
+    for sink in loggers.open_sinks(cfg.log, place):
+        sink.log(0, result.metrics())
+        sink.table(0, "val/samples", result.rows)
+        sink.close()
     return summary
 
 

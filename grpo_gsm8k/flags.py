@@ -100,10 +100,16 @@ def _flag(cls: type, field: dataclasses.Field[Any], panel: str) -> inspect.Param
         else told["metavar"] or _metavar(kind, shown),
         hidden=told["expert"],
         rich_help_panel=panel,
+        callback=_given if told["many"] else None,
         autocompletion=(lambda incomplete: [c for c in choices if c.startswith(incomplete)]) if choices else None,
     )
     annotation: Any = Annotated[kind | None, option]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _given(values: list[str] | None) -> Any:
+    """None for a flag that was not given, of which click makes an empty tuple."""
+    return list(values) if values else None
 
 
 def _metavar(kind: type, choices: str) -> str:

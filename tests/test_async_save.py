@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 import threading
 import time
@@ -17,7 +18,7 @@ from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.policy import load_model, load_tokenizer
 from grpo_gsm8k.trainer.snapshot import Buffers, free_main_memory
 from grpo_gsm8k.workbench import open_workbench
-from tests.test_resume import config_of, story
+from tests.test_resume import config_of, size_of, story, unfinished
 from tests.toys import train_config
 
 
@@ -218,3 +219,25 @@ def test_the_copy_is_predicted_to_the_byte(tiny):
 
     shape, setup = memory.shape_of(learner.model), costs.setup_of(cfg, 4, device="cpu")
     assert sum(held.values()) == costs.copy_bytes(shape, setup) + counters
+
+
+@pytest.mark.slow
+def test_twenty_kills_and_the_run_is_bitwise_the_one_that_waits(tiny, tmp_path):
+    """Children of this process, which are there at once; every other one dies while a checkpoint is being written."""
+    flags = {"steps": 100, "save_every": 2, "eval_every": 50, "rollouts_per_step": 4}
+    whole = grpo.run(config_of("grpo", tiny, tmp_path / "whole", **flags, async_save=False))
+    run, forked, writing = tmp_path / "killed", multiprocessing.get_context("fork"), 0
+    cfg = config_of("grpo", tiny, run, **flags)
+    for kill in range(20):
+        goal, left = size_of(run) + 5, unfinished(run)
+        child = forked.Process(target=grpo.run, args=(cfg,))
+        child.start()
+        while child.is_alive() and (unfinished(run) <= left if kill % 2 else size_of(run) < goal):
+            time.sleep(0.001)
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL, "it was done before the twentieth kill"
+        writing += not unfinished(run) <= left
+    assert writing >= 5
+    again = grpo.run(cfg)
+    assert again["weights_sha256"] == whole["weights_sha256"] and story(run) == story(tmp_path / "whole")

@@ -121,6 +121,7 @@ def test_a_run_is_covered_step_by_step_and_its_rollouts_name_the_weights(tiny, t
     assert result["rollouts_bytes"] == size > 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_written_meanwhile_is_in_a_later_link(tiny, tmp_path):
     grpo.run(config_of(tiny, tmp_path / "run", async_save=True))
     assert whole(tmp_path / "run")
@@ -128,6 +129,7 @@ def test_a_checkpoint_that_is_written_meanwhile_is_in_a_later_link(tiny, tmp_pat
     assert 2 <= named["checkpoints/step_000002"] <= 4 and named["checkpoints/step_000004"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "ei"])
 def test_the_other_stages_have_a_chain(tiny, tmp_path, stage, monkeypatch):
     monkeypatch.setattr(ei, "keep_right", lambda cfg, group: list(group[:2]))
@@ -141,6 +143,7 @@ def test_the_other_stages_have_a_chain(tiny, tmp_path, stage, monkeypatch):
         assert [[r.advantage for r in group] for group in groups] == [[1.0, 1.0, 0.0]] * 4
 
 
+@pytest.mark.slow
 def test_rollouts_are_pruned_and_left_out_as_asked(tiny, tmp_path):
     grpo.run(config_of(tiny, tmp_path / "two", keep_rollouts=2))
     assert sorted(p.name for p in (tmp_path / "two/rollouts").iterdir()) == [
@@ -171,6 +174,7 @@ def test_the_chain_of_a_killed_run_goes_on_from_its_checkpoint(tiny, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_an_older_run_gets_a_chain_when_it_goes_on(tiny, tmp_path):
     run = tmp_path / "run"
     grpo.run(config_of(tiny, run, max_steps=2))

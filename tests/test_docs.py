@@ -46,6 +46,7 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=IDS)
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS, GROUPS = set(PYPROJECT["project"]["optional-dependencies"]), set(PYPROJECT["dependency-groups"])
 OTHER_TOOLS = {"bash", "git", "cd", "export", "ssh", "ruff", "mypy", "mkdocs", "pre-commit", "uvx", "curl"}
+OTHER_TOOLS |= {"tensorboard", "trackio"}
 OTHER_FLAGS = {"--help", "--extra", "--group", "--torch-backend", "--runslow", "--strict", "--apply-chat-template"}
 OTHER_FLAGS |= {"--generation-config"}  # vLLM's
 OTHER_FLAGS |= {"--gpus", "--shm-size", "--max-restarts", "--shutdown-timeout"}  # docker's and torchrun's
@@ -450,12 +451,13 @@ def test_what_would_have_gone_wrong_on_a_gpu_has_its_tests():
 
 
 NO_DEFAULT_OF_SPEED = {
-    *("grading", "max_new_tokens", "seed", "wandb_project", "run_name", "engine_patience_s", "data", "out_dir"),
-    *("resume", "max_steps", "save_every", "keep_last", "eval_every", "eval_examples", "eval_set_path", "eval_device"),
+    *("grading", "max_new_tokens", "seed", "log", "wandb_project", "run_name", "engine_patience_s", "data", "out_dir"),
+    *("resume", "max_steps", "save_every", "keep_last", "keep_rollouts", "eval_every", "eval_examples"),
+    *("eval_set_path", "eval_device"),
     *("lora_rank", "lora_alpha", "lora_targets", "grader_processes", "grader_timeout_s", "eval_draw"),
     *("learner", "wire_loss"),
     *("eval_backlog", "probe_tolerance", "lr", "lr_schedule", "warmup_steps", "weight_decay", "beta1", "beta2"),
-    *("grad_clip",),
+    *("grad_clip", "keep_rollouts"),
 }
 """Fields that say what is learned and where it is kept, not how fast."""
 

@@ -664,8 +664,9 @@ def test_a_job_that_ends_while_it_is_looked_at_is_not_lost(tmp_path, files, kill
 
 WANDB_JOB = """
 from pathlib import Path
+from grpo_gsm8k.runs.sinks import Place
 from grpo_gsm8k.runs.wandb_sink import WandbSink
-sink = WandbSink("project", "run", Path("artifacts/run"), {"data": "/home/alice/secret.jsonl", "lr": 1.0})
+sink = WandbSink(Place("project", "run", Path("artifacts/run"), {"data": "/home/alice/secret.jsonl", "lr": 1.0}))
 sink.log(1, {"loss": 1.0})
 sink.close()
 Path("artifacts/model.safetensors").write_bytes(b"weights")

@@ -53,12 +53,23 @@ NETWORK = {
     "urllib3",
 }
 MAY_USE_THE_NETWORK = {"data_prep", "hub_datasets", "judge", "r1_traces", "launch", "serve"}  # and a function of doctor
-IN_ONE_MODULE_ONLY = ("vllm", "wandb", "datasets", "tinker")
+IN_ONE_MODULE_ONLY = ("vllm", "wandb", "datasets", "tinker", "trackio", "tensorboard")
 PRIVATE = {
     f"{PACKAGE}.trainer.batch": ("trainer", "serve", "objective")
 }  # a learner is given data; the tensors are its own affair
 MAY_CATCH_EVERYTHING = {"plugins"}  # a user's own function can raise anything; it becomes one line
-HEAVY = {"torch", "transformers", "vllm", "datasets", "wandb", "matplotlib", "scipy", "tinker"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "vllm",
+    "datasets",
+    "wandb",
+    "matplotlib",
+    "scipy",
+    "tinker",
+    "trackio",
+    "tensorboard",
+}
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,16 @@ from grpo_gsm8k.runs import lock
 from grpo_gsm8k.runs.directory import open_run
 from tests.toys import REPOSITORY, stage_config
 
-HOLDER = "import sys, time; from grpo_gsm8k.runs import lock\n"
-HOLDER += (
-    "with lock.hold(__import__('pathlib').Path(sys.argv[1]), sys.argv[2]): print('held', flush=True); time.sleep(60)"
-)
+HOLDER = "import pathlib, sys; from grpo_gsm8k.runs import lock\n"
+HOLDER += "with lock.hold(pathlib.Path(sys.argv[1]), sys.argv[2]): print('held', flush=True); sys.stdin.read()"
 
 
 @contextlib.contextmanager
 def another(folder, name):
-    """A process that is at work in a folder."""
+    """A process that is at work in a folder until the test has ended, however long that takes."""
     command = [sys.executable, "-c", HOLDER, str(folder), name]
-    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=REPOSITORY, stdin=pipe, stdout=pipe, text=True) as process:
         assert process.stdout.readline() == "held\n"
         yield process
         process.kill()

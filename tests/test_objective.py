@@ -182,6 +182,14 @@ def test_one_update_after_the_other_gives_the_same():
     assert float(apart.abs().max()) < 1e-12
 
 
+def test_a_loss_that_couples_rows_is_taken_update_by_update(mine):
+    """`OwnMean` divides by the tokens of its batch, so under `sequence` it is what one update at a time makes of it."""
+    cfg, world = neutral(settings(2), loss="own_losses:OwnMean", aggregation="sequence"), make_world()
+    alone = moments(cfg, world, together=False)
+    assert torch.equal(moments(cfg, world).mean, alone.mean)
+    assert float((moments(cfg, world, together=True).mean - alone.mean).abs().max()) > 1e-5
+
+
 # --------------------------------------------------------------------------------------------- planted bugs
 
 
@@ -497,6 +505,10 @@ class SaysZero(Good):
     def __call__(self, logp, batch):
         return super().__call__(logp, batch) + 0.1 * logp
 
+class NotANumber(Good):
+    def __call__(self, logp, batch):
+        return super().__call__(logp, batch) * float("nan")
+
 class Longer(Good):
     def __call__(self, logp, batch):
         return super().__call__(logp, batch) * batch.mask.sum(1, keepdim=True) ** 2
@@ -560,6 +572,9 @@ def test_the_command_prints_one_object(call, mine, monkeypatch):
     monkeypatch.setattr(objective, "chain_checks", list)
     code, out, _ = call("own_losses:OtherSign", "--group_size", "2")
     assert code == 1 and "FAIL the loss pushes along the advantage" in out
+    code, out, _ = call("own_losses:NotANumber", "--group_size", "2", "--json")
+    assert code == 1 and "NaN" not in out
+    assert json.loads(out)["gradient"]["on_policy"]["verdict"] == "not finite"
 
 
 @pytest.mark.parametrize(

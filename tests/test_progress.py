@@ -36,6 +36,10 @@ def test_rate_and_time_left_by_hand(monkeypatch):
     assert bar.line() == "grpo 30/500, 3.0 s each, 23 min 30 s left, reward 0.5"
     clock[0] = 140.0  # in the middle of a step
     assert bar.left() == "23 min 20 s left"
+    bar.update(499)
+    clock[0] = 200.0  # the last one is slower than the others were
+    assert bar.line() == "grpo 499/500, 12.0 a second, 1 min 40 s so far"
+    clock[0] = 140.0
     bar.update(500)
     assert bar.line() == "grpo 500/500, 12.0 a second, took 40 s"
 
@@ -63,6 +67,7 @@ def test_outside_a_terminal_a_long_step_is_not_silent(soon, capfd):
     with progress.doing("demo"):
         until(lambda: heard("demo: 0 s so far"))
         with progress.part(2, 4), progress.doing("sft"), progress.progress("sft", 300) as bar:
+            time.sleep(0.05)
             bar.update(1, "loss 5.1")
             until(lambda: heard("s left, loss 5.1\n2/4 sft 1/300"))  # the thread says it again within the step
             with progress.progress("validation", 100, keep=False) as inner:

@@ -28,19 +28,36 @@ EI = {
 }
 
 
+def slow(*values):
+    """A case of the slow tests."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+STAGES = [slow("sft"), slow("ei"), "grpo"]
+
+
+class Runs:
+    """A run of each stage, with a checkpoint after every second step, made when it is first asked for."""
+
+    def __init__(self, tiny, folder):
+        self.tiny, self.folder = tiny, folder
+
+    def __truediv__(self, stage):
+        if not (run := self.folder / stage).exists():
+            more = {"ei": EI, "grpo": {"minibatches": 2, "epochs": 2, "old_logprobs": "recompute"}}.get(stage, {})
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(ei, "keep_right", lambda cfg, group: list(group[:2]))
+                {"sft": sft, "ei": ei, "grpo": grpo}[stage].run(config_of(self.tiny, run, stage, **more))
+        return run
+
+
 @pytest.fixture(scope="module")
 def runs(tiny, tmp_path_factory):
-    """A run of each stage, with a checkpoint after every second step."""
-    folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ei, "keep_right", lambda cfg, group: list(group[:2]))
-        sft.run(config_of(tiny, folder / "sft", "sft"))
-        ei.run(config_of(tiny, folder / "ei", "ei", **EI))
-    grpo.run(config_of(tiny, folder / "grpo", minibatches=2, epochs=2, old_logprobs="recompute"))
-    return folder
+    """See `Runs`."""
+    return Runs(tiny, tmp_path_factory.mktemp("runs"))
 
 
-@pytest.mark.parametrize("stage", ["sft", "ei", "grpo"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_every_step_is_trained_again_to_the_same_weights(runs, stage):
     for step in (1, 3, 4):
         found = replay(runs / stage, step, own_code=True)
@@ -48,7 +65,7 @@ def test_every_step_is_trained_again_to_the_same_weights(runs, stage):
         assert found["from_step"] == (step - 1 if stage == "ei" else 2 if step > 2 else 0)
 
 
-@pytest.mark.parametrize("stage", ["sft", "ei", "grpo"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_run_is_what_it_says_it_is(runs, stage, monkeypatch):
     monkeypatch.setattr(ei, "keep_right", lambda cfg, group: list(group[:2]))
     found = verify(runs / stage, Options(steps=2, own_code=True))
@@ -65,7 +82,7 @@ def figures_of(run):
     return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
 
 
-@pytest.mark.parametrize(("stage", "at"), [("sft", 2), ("ei", 3), ("grpo", 0), ("grpo", 2)])
+@pytest.mark.parametrize(("stage", "at"), [slow("sft", 2), slow("ei", 3), slow("grpo", 0), ("grpo", 2)])
 def test_an_unchanged_fork_is_its_origin_bit_for_bit(runs, stage, at, tmp_path, monkeypatch):
     monkeypatch.setattr(ei, "keep_right", lambda cfg, group: list(group[:2]))
     found = fork(runs / stage, at, [], tmp_path / "fork")
@@ -104,6 +121,7 @@ def test_a_fork_that_cannot_be_is_one_line(runs, tmp_path, at, sets, what):
     assert not (tmp_path / "fork").exists()
 
 
+@pytest.mark.slow
 def test_the_report_of_a_fork_says_where_it_left_its_origin(runs, tmp_path):
     shutil.copytree(runs / "grpo", tmp_path / "origin")
     fork(tmp_path / "origin", 2, [], tmp_path / "same")

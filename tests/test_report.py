@@ -19,8 +19,10 @@ from scipy.stats import binomtest
 
 from grpo_gsm8k.errors import RunDirError
 from grpo_gsm8k.report import write_report
+from grpo_gsm8k.report.figures import draw
 from grpo_gsm8k.report.headline import comparison_sentence, headline
 from grpo_gsm8k.report.page import page
+from grpo_gsm8k.report.panels import Line, Panel
 from grpo_gsm8k.report.read import read_run
 from grpo_gsm8k.report.words import p_value
 
@@ -583,3 +585,24 @@ def test_import_is_light() -> None:
     code = "import grpo_gsm8k.report, sys; print({'matplotlib', 'torch', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("ys", "label"),
+    [
+        ([1e-4] * 8, "1.2e-4"),
+        ([13800.0, 14400.0, 12000.0], "14,400"),
+        ([0.00012, 0.0021], "0.0005"),
+        ([3.0, -2e5], "-200,000"),
+    ],
+)
+def test_the_text_beside_each_tick_has_room_within_the_figure(ys, label):
+    """Measured with the font that the figure was laid out in; a text ends 3.5 points left of the axis."""
+    from matplotlib.textpath import TextPath
+
+    panel = Panel("Learning rate", (("lr", "rate"),), "")
+    svg = draw(panel, [Line("rate", "c1", list(range(len(ys))), ys)])
+    texts = re.findall(r'text-anchor: end[^>]* x="([\d.]+)"[^>]*>([^<]+)<', svg)
+    assert len(texts) > 2 and label in [text for _, text in texts], svg
+    for right, text in texts:
+        assert float(right) - TextPath((0, 0), text, size=9).get_extents().width > 0, text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from grpo_gsm8k import config, grpo, pipeline
 from grpo_gsm8k.audit.files import manifest_of
+from grpo_gsm8k.audit.fork import fork
 from grpo_gsm8k.audit.replay import replay
 from grpo_gsm8k.audit.verify import Options, lines_of, verify
 from grpo_gsm8k.errors import ConfigError, DataError, RunDirError
@@ -57,6 +59,7 @@ def copied(run, tmp_path):
     return Path(shutil.copytree(run, tmp_path / "copy"))
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_verified_where_it_was_copied_to(whole):
     found = verify(whole, Options(steps=2))
     assert found["ok"], "\n".join(lines_of(found))
@@ -80,21 +83,29 @@ def change_a_byte(run, draw):
 
 def located(found, run):
     """The files that are named as damaged."""
-    where = {"pipeline": run}
+    where = {"pipeline": run, run.name: run}
     return {where.get(one["part"], run / one["part"]) / one["file"] for one in found["damage"]}
 
 
-def test_a_hundred_changed_bytes_are_all_found_where_they_are(whole):
-    draw = random.Random(0)
+def change_a_hundred_bytes(run, draw):
+    """Change one byte of the run's files a hundred times; each must be found in its file and at its step."""
     for _ in range(100):
-        path, before = change_a_byte(whole, draw)
-        found = verify(whole, Options(steps=0))
-        assert not found["ok"] and located(found, whole) == {path}
-        steps = [one["step"] for one in found["damage"]]
-        if "step_" in str(path.relative_to(whole)):
-            assert f"step_{steps[0]:06d}" in str(path)
+        path, before = change_a_byte(run, draw)
+        found = verify(run, Options(steps=0))
+        assert not found["ok"] and located(found, run) == {path}
+        if numbered := re.search(r"step_(\d+)", str(path.relative_to(run))):
+            assert {one["step"] for one in found["damage"]} == {int(numbered[1])}
         path.write_bytes(before)
-    assert verify(whole, Options(steps=0))["ok"]
+    assert verify(run, Options(steps=0))["ok"]
+
+
+def test_a_hundred_changed_bytes_are_all_found_where_they_are(one):
+    change_a_hundred_bytes(one, random.Random(0))
+
+
+@pytest.mark.slow
+def test_a_hundred_changed_bytes_of_a_pipeline_are_all_found(whole):
+    change_a_hundred_bytes(whole, random.Random(0))
 
 
 @pytest.mark.parametrize(
@@ -110,14 +121,11 @@ def test_a_hundred_changed_bytes_are_all_found_where_they_are(whole):
 def test_a_missing_file_is_found(one, tmp_path, name, step):
     run = copied(one, tmp_path)
     shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
-    if name == "config.toml":
-        with pytest.raises(RunDirError, match=r"has no config\.toml"):
-            verify(run, Options())
-        return
     (damage,) = verify(run, Options())["damage"]
     assert (damage["file"], damage["step"], damage["what"]) == (name, step, "is missing")
 
 
+@pytest.mark.slow
 def test_the_whole_stage_of_a_pipeline_is_missed(whole, tmp_path):
     run = copied(whole, tmp_path)
     shutil.rmtree(run / "ei")
@@ -208,6 +216,7 @@ def test_a_forged_evaluation_is_found(one, tmp_path):
     assert (damage["file"], damage["step"]) == ("evals/step_000002.jsonl", 2) and "row 2" in damage["what"]
 
 
+@pytest.mark.slow
 def test_forged_weights_are_found_by_training_again(one, tmp_path):
     run = copied(one, tmp_path)
     weights = run / "checkpoints/step_000003/model.safetensors"
@@ -232,6 +241,7 @@ def test_the_published_hash_gives_a_forged_chain_away(one, tmp_path):
 # ---------------------------------------------------------------------------------------- reports, code, versions
 
 
+@pytest.mark.slow
 def test_a_report_that_is_written_again_belongs_to_the_run(one, tmp_path):
     run = copied(one, tmp_path)
     for _ in range(2):
@@ -264,6 +274,7 @@ def test_code_that_a_run_names_is_not_imported_unasked(tiny, tmp_path, monkeypat
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_another_machine_is_held_to_a_tolerance(one, tmp_path):
     run = copied(one, tmp_path)
     machine = json.loads((run / "sys/machine.json").read_text())
@@ -297,7 +308,7 @@ def test_a_run_of_an_older_version_is_read_as_far_as_it_goes(one, tmp_path):
         verify(run, Options())
 
 
-def test_what_is_no_run_is_refused_in_one_line(tmp_path, whole):
+def test_what_is_no_run_is_refused_in_one_line(tmp_path, one):
     (tmp_path / "empty").mkdir()
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd/config.toml").write_text("[eval]\nlimit = 1\n")
@@ -308,12 +319,14 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, whole):
     ]:
         with pytest.raises(RunDirError, match=what):
             verify(folder, Options())
+    (tmp_path / "empty/pipeline_config.json").write_text("{}")
     with pytest.raises(RunDirError, match="is a pipeline; name one of its stages"):
-        replay(whole, 1)
-    with pytest.raises(ConfigError, match="has the steps 1 to 3"):
-        replay(whole / "grpo", 4)
+        replay(tmp_path / "empty", 1)
+    with pytest.raises(ConfigError, match="has the steps 1 to 4"):
+        replay(one, 5)
 
 
+@pytest.mark.slow
 def test_the_commands_print_one_object_and_end_with_their_code(one, tmp_path):
     done = cli("replay", one, "--step", "2", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["verdict"] == "bitwise"
@@ -323,3 +336,20 @@ def test_the_commands_print_one_object_and_end_with_their_code(one, tmp_path):
     (run / "command.txt").write_text("another")
     done = cli("verify", run)
     assert done.returncode == 1 and "DAMAGED: command.txt: was changed" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_demo_is_what_it_says_it_is(tmp_path):
+    """All of docs/replay.md on the demo: verified in time, replayed, forked, and a hundred bytes changed."""
+    run, draw = tmp_path / "demo", random.Random(0)
+    pipeline.run(config.build(config.PipelineConfig, {"out_dir": str(run)}), sets=["common.keep_last=9"])
+    found = verify(run, Options())
+    assert found["ok"] and not any(part["close"] or part["unchecked"] for part in found["parts"])
+    assert found["seconds"] <= found["recorded_seconds"] + 30, found["seconds"]
+    print("\n".join(lines_of(found)))
+    steps = draw.sample(range(1, 51), 10)
+    assert [replay(run / "grpo", step)["verdict"] for step in steps] == ["bitwise"] * 10
+    for stage, at in [("grpo", 0), ("grpo", 20), ("grpo", 40), ("grpo", 50), ("sft", 2000)]:
+        ended = json.loads((run / stage / "result.json").read_text())["weights_sha256"]
+        assert fork(run / stage, at, [], tmp_path / f"{stage}{at}")["weights_sha256"] == ended
+    change_a_hundred_bytes(run, draw)

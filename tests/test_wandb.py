@@ -10,7 +10,8 @@ import types
 import pytest
 
 from grpo_gsm8k import grpo, sft
-from grpo_gsm8k.runs import wandb_sink
+from grpo_gsm8k.runs import sinks, wandb_sink
+from grpo_gsm8k.runs.sinks import Place
 from tests.toys import stage_config
 
 
@@ -19,11 +20,15 @@ class FakeError(Exception):
 
 
 class FakeTable:
-    """A table that keeps its rows by column."""
+    """A table that keeps its rows by column, and grows."""
 
-    def __init__(self, columns, data, allow_mixed_types):
+    def __init__(self, columns, data, allow_mixed_types, log_mode):
         assert allow_mixed_types  # an answer may be missing in the first row and a text in the second
-        self.rows = [dict(zip(columns, row, strict=True)) for row in data]
+        assert log_mode == "INCREMENTAL" and not data  # any other mode forgets, or uploads every row again
+        self.columns, self.rows = columns, []
+
+    def add_data(self, *row):
+        self.rows.append(dict(zip(self.columns, row, strict=True)))
 
 
 @pytest.fixture
@@ -92,7 +97,7 @@ def test_rows_reach_it_with_their_steps_and_a_resumed_run_keeps_its_id(fake, tin
 
 def test_a_late_evaluation_stands_over_its_own_step(fake, tmp_path):
     """What an evaluator says about step 2 while step 5 is being trained; wandb drops what goes back on its own step."""
-    sink = wandb_sink.WandbSink("p", "n", tmp_path, {})
+    sink = wandb_sink.WandbSink(Place("p", "n", tmp_path, {}))
     for step in (4, 5):
         sink.log(step, {"loss": 1.0 / step})
     sink.log(2, {"val/accuracy": 0.2})
@@ -109,7 +114,7 @@ def test_a_late_evaluation_stands_over_its_own_step(fake, tmp_path):
 
 def test_what_a_resumed_run_says_again_is_there_already(fake, tmp_path):
     fake["summary"].update({"step": 5, "val/step": 4})
-    sink = wandb_sink.WandbSink("p", "n", tmp_path, {})
+    sink = wandb_sink.WandbSink(Place("p", "n", tmp_path, {}))
     for step in (4, 5, 6):
         sink.log(step, {"loss": 0.0, "val/accuracy": 0.0})
     sink.close()
@@ -132,7 +137,7 @@ def test_validation_samples_are_a_table_with_the_reference_solutions(fake, tiny,
 
 
 def test_rollouts_are_a_table_with_their_rewards_of_bounded_length(fake, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(wandb_sink, "TABLE_ROWS", 5)
+    monkeypatch.setattr(sinks, "TABLE_ROWS", 5)
     flags = {"model_id": str(tiny.model), "data": str(tiny.data), "out_dir": str(tmp_path / "run"), "eval_every": 1}
     flags |= {"rollouts_per_step": 8, "group_size": 4, "max_steps": 1, "reward": "tests.toys:even_tokens"}
     grpo.run(stage_config("grpo", **flags))
@@ -152,10 +157,10 @@ def test_what_it_raises_ends_the_sink_and_not_the_run(fail, fake, tiny, tmp_path
 
 
 def test_a_slow_one_never_blocks_and_drops_are_counted(fake, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(wandb_sink, "QUEUE_ROWS", 5)
-    monkeypatch.setattr(wandb_sink, "CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(sinks, "QUEUE_ROWS", 5)
+    monkeypatch.setattr(sinks, "CLOSE_SECONDS", 0.1)
     fake["hang"] = 60.0
-    sink, started = wandb_sink.WandbSink("p", "n", tmp_path, {}), time.monotonic()
+    sink, started = wandb_sink.WandbSink(Place("p", "n", tmp_path, {})), time.monotonic()
     for step in range(50):
         sink.log(step, {"loss": 0.0})
     sink.close()
@@ -180,3 +185,13 @@ def test_eval_has_a_page_of_its_own(fake, tiny, tmp_path, monkeypatch):
     assert fake["init"]["name"] == "mine" and fake["init"]["project"] == "grpo-gsm8k" and fake["finished"]
     logged = {key: value for row in fake["rows"] for key, value in row.items()}
     assert logged["val/accuracy"] == result["accuracy"] and len(logged["val/samples"].rows) == 3
+
+
+def test_the_samples_of_all_steps_stay_in_one_table(fake, tmp_path):
+    sink = wandb_sink.WandbSink(Place("p", "n", tmp_path, {}))
+    for step in (2, 4):
+        sink.table(step, "val/samples", [{"id": f"{step}-{k}", "tokens": k} for k in range(3)])
+    sink.close()
+    tables = [row["val/samples"] for row in fake["rows"]]
+    assert tables[0] is tables[1] and [row["val/step"] for row in fake["rows"]] == [2, 4]
+    assert [(row["step"], row["id"]) for row in tables[1].rows] == [(s, f"{s}-{k}") for s in (2, 4) for k in range(3)]

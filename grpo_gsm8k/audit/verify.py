@@ -183,9 +183,11 @@ def _any_checkpoint(run: StoredRun) -> Path:
 
 def _run(folder: Path, name: str, options: Options, head: str) -> Found:
     part = Found(name)
-    open_run(folder)  # refuses what is no run
+    if not (folder / chain.NAME).is_file():
+        open_run(folder)  # refuses what is no run
     _check_bytes(folder, part, head)
     if not part.damage:
+        open_run(folder)
         _check_meaning(folder, part, options)
     return part
 

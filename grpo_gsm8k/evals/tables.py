@@ -174,7 +174,10 @@ def print_objective(result: Result) -> None:
         table.add_row("the objective", _where(where), *_exact(row), row["verdict"])
     for row in result["parts"]:
         table.add_row(
-            f"{row['part']} {escape(row['setting'])} alone", _where(row["where"]), *_exact(row), row["verdict"]
+            " ".join(filter(None, (row["part"], escape(row["setting"]), "alone"))),
+            _where(row["where"]),
+            *_exact(row),
+            row["verdict"],
         )
     for row in result["baselines"]:
         table.add_row(f"REINFORCE, baseline {row['baseline']}", "on-policy", *_exact(row), row["verdict"])
@@ -217,7 +220,8 @@ def _where(name: str) -> str:
 
 def _exact(row: Result) -> tuple[str, ...]:
     """Scale, direction, bias and noise; rounding is 0."""
-    return tuple(f"{row[key] if abs(row[key]) > 1e-6 else 0:.3f}" for key in ("scale", "sideways", "bias", "noise"))
+    figures = [row[key] for key in ("scale", "sideways", "bias", "noise")]
+    return tuple("" if value is None else f"{value if abs(value) > 1e-6 else 0:.3f}" for value in figures)
 
 
 def print_dry_run(result: Result) -> None:
@@ -260,10 +264,13 @@ def print_study(result: Result) -> None:
     _line(out, f"{result['answer']}.")
     for sentence in result["sentences"]:
         _line(out, f"  {sentence}")
-    table = _table("arm", "accuracy", "95 % interval", "runs", "tokens a run", "seconds a run")
+    graded = result["graded"]
+    head = ("arm", "accuracy" if graded else "reward", "95 % interval", "runs", "tokens a run", "seconds a run")
+    table = _table(*head)
     for row in result["arms"]:
-        mean = "" if row["mean"] is None else _percent(row["mean"])
-        width = _interval(row["ci"]) if row["ci"] else ""
+        ends, form = row["ci"] or (), "{:.3f}"
+        mean = "" if row["mean"] is None else _percent(row["mean"]) if graded else form.format(row["mean"])
+        width = _interval(ends) if ends and graded else " to ".join(map(form.format, ends))
         spent = (f"{row['tokens']:,.0f}", f"{row['seconds']:,.0f}")
         table.add_row(escape(row["label"]), mean, width, str(len(row["seeds"])), *spent)
     out.print(table)

@@ -29,7 +29,10 @@ from grpo_gsm8k.runs.progress import say
 
 WHERE = "run"
 # Not pushed to a public repository: what tells of the machine and of whoever started the job.
-PERSONAL = [*(f"{start}{name}" for start in ("", "*/") for name in ("wandb/*", "sys/*", "command.txt", "log")), "*.log"]
+PERSONAL = [
+    *(f"{start}{name}" for start in ("", "*/") for name in ("wandb/*", "tensorboard/*", "sys/*", "command.txt", "log")),
+    "*.log",
+]
 UNFINISHED = [".tmp-*", "**/.tmp-*", ".writing*", "**/.writing*/**", "**/.lock", ".lock"]
 
 

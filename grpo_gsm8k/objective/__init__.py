@@ -13,6 +13,7 @@ Simplified on purpose: two prompts, seven completions of each, one group an upda
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any, get_args
@@ -95,7 +96,8 @@ def verdict(cfg: GrpoConfig, world: World) -> dict[str, Any]:
 
 
 def _told(found: Against) -> dict[str, Any]:
-    return {"verdict": found.verdict, **asdict(found)}
+    figures = {name: value if math.isfinite(value) else None for name, value in asdict(found).items()}
+    return {"verdict": found.verdict, **figures}
 
 
 def parts(cfg: GrpoConfig, worlds: Mapping[str, World]) -> Iterator[dict[str, Any]]:

@@ -82,14 +82,9 @@ def make_chain() -> Chain:
     logging.disable_progress_bar()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        sizes: dict[str, Any] = {
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "max_position_embeddings": 512,
-        }
-        heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
-        model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(_tokenizer()), **sizes, **heads))
+        sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+        sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512}
+        model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(_tokenizer()), tie_word_embeddings=True, **sizes))
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)

@@ -20,6 +20,7 @@ from grpo_gsm8k import grpo
 from grpo_gsm8k.config import GrpoConfig
 from grpo_gsm8k.datatypes import Datum, Rollout
 from grpo_gsm8k.objective.world import LONGEST, World, policy_gradient
+from grpo_gsm8k.plugins import is_users
 from grpo_gsm8k.tasks.rewards import overlong_penalty
 from grpo_gsm8k.trainer.batch import Batch, make_batch
 from grpo_gsm8k.trainer.logprobs import plain_logprobs
@@ -58,21 +59,20 @@ def neutral(cfg: GrpoConfig, **parts: Any) -> GrpoConfig:
 
 
 @functools.lru_cache(maxsize=256)
-def moments(cfg: GrpoConfig, world: World, together: bool = True) -> Moments:
+def moments(cfg: GrpoConfig, world: World, together: bool | None = None) -> Moments:
     """The exact moments of the gradient that training with `cfg` has in this world.
 
     Args:
         together: compute the loss of all updates in one batch, which any loss that is a sum over rows allows; False
-            takes one update after the other.
+            takes one update after the other; None does so for a user's loss, which may do anything.
     """
     updates = updates_of(cfg, world)
-    rows = [(row, number) for number, update in enumerate(updates) for row in update.rows]
-    objective, size = grpo.objective_of(cfg), world.policy.table.numel()
-    gradients = torch.zeros(len(updates), size, dtype=torch.float64)
-    parts = [rows] if together else [[pair for pair in rows if pair[1] == n] for n in range(len(updates))]
-    for part in filter(None, parts):
-        owners = torch.tensor([number for _, number in part])
-        gradients.index_add_(0, owners, row_gradients([row for row, _ in part], objective, world))
+    rows = [row for update in updates for row in update.rows]
+    owners = [number for number, update in enumerate(updates) for _ in update.rows]
+    alone = is_users(cfg.loss) if together is None else not together
+    each = row_gradients(rows, grpo.objective_of(cfg), world, owners if alone else [0] * len(rows))
+    gradients = torch.zeros(len(updates), each.shape[1], dtype=torch.float64)
+    gradients.index_add_(0, torch.tensor(owners), each)
     shares = torch.tensor([update.probability for update in updates], dtype=torch.float64)
     mean = shares @ gradients
     return Moments(mean, math.sqrt(float(shares @ (gradients - mean).square().sum(1))))
@@ -118,20 +118,29 @@ def resampled(cfg: GrpoConfig, groups: Sequence[Sequence[Rollout]], shares: Sequ
 # ----------------------------------------------------------------------------------------- the gradient of each row
 
 
-def row_gradients(rows: Sequence[Datum], objective: Objective, world: World) -> torch.Tensor:
+def row_gradients(
+    rows: Sequence[Datum], objective: Objective, world: World, owners: Sequence[int] = ()
+) -> torch.Tensor:
     """Gradient of `update_loss` in the policy's table, by row, `(B, parameters)`.
 
     The loss's derivatives in log-probability and entropy, times theirs in the table.
+
+    Args:
+        owners: rows of the same owner are one batch; by default all rows are.
     """
     kinds = list({(row.token_ids, row.mask): row for row in rows}.values())
     number = {(row.token_ids, row.mask): k for k, row in enumerate(kinds)}
     logp, entropy, of_logp, of_entropy = _scored(kinds, world)
     which = torch.tensor([number[row.token_ids, row.mask] for row in rows])
-    batch = make_batch(rows)
-    columns = batch.mask.shape[1]
-    d_logp, d_entropy = loss_derivatives(batch, objective, logp[which, :columns], entropy[which, :columns])
-    flat = torch.einsum("bt,btp->bp", d_logp, of_logp[which, :columns])
-    return flat + torch.einsum("bt,btp->bp", d_entropy, of_entropy[which, :columns])
+    whole, found = make_batch(rows), torch.zeros(len(rows), of_logp.shape[-1], dtype=torch.float64)
+    for _, numbered in itertools.groupby(enumerate(owners or [0] * len(rows)), key=lambda pair: pair[1]):
+        part = [number for number, _ in numbered]
+        batch, kind = whole.select(part), which[part]
+        columns = batch.mask.shape[1]
+        d_logp, d_entropy = loss_derivatives(batch, objective, logp[kind, :columns], entropy[kind, :columns])
+        found[part] = torch.einsum("bt,btp->bp", d_logp, of_logp[kind, :columns])
+        found[part] += torch.einsum("bt,btp->bp", d_entropy, of_entropy[kind, :columns])
+    return found
 
 
 def loss_derivatives(
@@ -184,11 +193,15 @@ class Against:
     @property
     def verdict(self) -> str:
         """In a word."""
+        if not math.isfinite(self.bias):
+            return "not finite"
+        if self.scale == self.sideways == 0:
+            return "no gradient"
         if self.bias < EXACT:
             return "unbiased"
         if self.sideways < EXACT:
             return "scaled"
-        return "biased" if math.isfinite(self.bias) else "not finite"
+        return "biased"
 
 
 def compare(cfg: GrpoConfig, world: World, found: Moments) -> Against:
@@ -201,5 +214,5 @@ def compare(cfg: GrpoConfig, world: World, found: Moments) -> Against:
         scale=along,
         sideways=float((mine - along * truth).norm()) / size if size else 0.0,
         bias=float((mine - truth).norm() / truth.norm()),
-        noise=found.deviation / factor / size if size else math.inf,
+        noise=found.deviation / factor / size if size else 0.0,
     )

@@ -44,14 +44,26 @@ def window_for(n: int) -> int:
     return max(3, n // 20) if n > 20 else 1
 
 
-def tick(value: float, percent: bool = False) -> str:
+def tick(value: float, percent: bool = False, tiny: bool = False) -> str:
+    """The text beside a tick. `tiny`: all of the axis is, so that each tick has an exponent, or none has."""
     if percent:
         return f"{100 * value:g} %"
+    if tiny and value:
+        mantissa, exponent = f"{value:.5e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}".replace("e-0", "e-")
 
 
-def svg(name: str, size: tuple[float, float], paint: Callable[[Axes], None], said: str = "", left: float = 0.47) -> str:
-    """What `paint` draws, as an inline SVG. `said` is what a screen reader reads in its place; `name` by default."""
+def _breadth(text: str) -> float:
+    """About how many inches a tick's text takes at 9 points: digits and letters are twice as wide as points."""
+    return sum(0.042 if char in ".,- " else 0.082 for char in text)
+
+
+def svg(name: str, size: tuple[float, float], paint: Callable[[Axes], None], said: str = "", left: float = 0) -> str:
+    """What `paint` draws, as an inline SVG. `said` is what a screen reader reads in its place; `name` by default.
+
+    `left` is the margin in inches; 0: what the texts beside the ticks need.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -79,11 +91,13 @@ def svg(name: str, size: tuple[float, float], paint: Callable[[Axes], None], sai
     with mpl.rc_context(style):
         width, height = size
         fig = Figure(figsize=size)
-        box = (left / width, 0.4 / height, 1 - (left + 0.12) / width, 1 - 0.5 / height)
-        axes = fig.add_axes(box)
+        axes = fig.add_subplot()
         fig.patch.set_visible(False)
         axes.patch.set_visible(False)
         paint(axes)
+        texts = axes.yaxis.get_major_formatter().format_ticks(list(axes.yaxis.get_majorticklocs()))
+        left = left or min(width / 2, max([0.47, *(0.06 + _breadth(text) for text in texts)]))  # mostly alike
+        axes.set_position((left / width, 0.4 / height, 1 - (left + 0.12) / width, 1 - 0.5 / height))
         out = io.StringIO()
         fig.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return _inline(out.getvalue(), said or name)
@@ -159,7 +173,8 @@ def _scale(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
         if len(values) == 1 and min(values) >= 0:  # a constant: around it there is nothing to zoom into
             axes.set_ylim(0, 1.5 * max(values) or 1)
         axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: tick(v, panel.percent)))
+    tiny = max(map(abs, axes.get_ylim())) < 1e-3
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: tick(v, panel.percent, tiny)))
     if panel.kind == "stack":
         axes.margins(0)
     if panel.percent:

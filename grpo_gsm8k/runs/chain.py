@@ -29,7 +29,12 @@ NAME, METRICS, MANIFEST, CHECKPOINTS = "chain.jsonl", "metrics.jsonl", "manifest
 JUDGE = "judge.jsonl"  # verdicts of a judge; it grows until the run ends
 FORMAT = 1
 FOLDERS = ("samples", "evals", "rounds", "rollouts", "teacher")  # a step adds files to them
-APART = frozenset({NAME, METRICS, JUDGE, ".lock", "wandb", "handover", "engine.log", "evaluator.log", CHECKPOINTS})
+APART = frozenset(
+    {
+        *(NAME, METRICS, JUDGE, ".lock", "handover", "engine.log", "evaluator.log", CHECKPOINTS),
+        *("wandb", "tensorboard", "trackio_run.json"),
+    }
+)
 """What a sweep leaves out: what has a place of its own in the chain, and what is written to the very end."""
 
 Link = dict[str, Any]

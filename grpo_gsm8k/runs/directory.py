@@ -26,7 +26,7 @@ from grpo_gsm8k import config, repro
 from grpo_gsm8k.config import TrainConfig
 from grpo_gsm8k.datatypes import Rollout
 from grpo_gsm8k.errors import DataError, RunDirError
-from grpo_gsm8k.runs import chain, lock, rollouts, wandb_sink
+from grpo_gsm8k.runs import chain, lock, loggers, rollouts, sinks
 from grpo_gsm8k.runs.files import (
     SOURCE_SUFFIX,
     append_jsonl,
@@ -61,23 +61,24 @@ class Run:
         self.writer = Writer()  # of checkpoints, while training goes on
         self.weights: dict[int, str] = {}  # step → sha256 of the weights after it, where they were hashed
         self.chain, self._grades = chain.Chain(path), ""
-        self._wandb: wandb_sink.WandbSink | None = None
+        self.first = 1  # the step that is logged first; later in a resumed run
+        self._sinks: list[sinks.Sink] | None = None
         self._rows: list[dict[str, Any]] | None = None  # of metrics.jsonl, once they were read
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One row of metrics.jsonl, and of W&B when that is wanted."""
+        """One row of metrics.jsonl, and of the loggers."""
         row = {"step": step, **metrics}
         append_jsonl(self.path / "metrics.jsonl", row)
         if self._rows is not None:
             self._rows.append(row)
-        if sink := self._sink():
+        for sink in self._opened():
             sink.log(step, metrics)
 
     def samples(self, step: int, rows: Iterable[Mapping[str, Any]], folder: str = "samples") -> None:
-        """What was sampled at a step, one row a completion; the first of them as a table of W&B, too."""
+        """What was sampled at a step, one row a completion; the first of them go to the loggers, too."""
         rows = list(rows)
         write_jsonl(self.path / folder / f"step_{step:06d}.jsonl", rows)
-        if sink := self._sink():
+        for sink in self._opened():
             sink.table(step, "val/samples" if folder == "evals" else folder, rows)
 
     def keep_rollouts(self, step: int, groups: Sequence[Sequence[Rollout]]) -> None:
@@ -104,12 +105,13 @@ class Run:
         grades, self._grades = self._grades, ""
         self.chain.seal(kind, step, weights=self.weights.get(step, ""), grades=grades, **more)
 
-    def _sink(self) -> wandb_sink.WandbSink | None:
-        """W&B, from the first thing that is logged on: only then is it a run worth a page there."""
-        if self._wandb is None and wandb_sink.wanted():
+    def _opened(self) -> list[sinks.Sink]:
+        """The loggers, from the first thing that is logged on: only then is it a run worth a page there."""
+        if self._sinks is None:
             name = self.cfg.run_name or f"{self.path.parent.name}-{self.path.name}"
-            self._wandb = wandb_sink.WandbSink(self.cfg.wandb_project, name, self.path, vars(self.cfg))
-        return self._wandb
+            place = sinks.Place(self.cfg.wandb_project, name, self.path, vars(self.cfg), self.first)
+            self._sinks = loggers.open_sinks(self.cfg.log, place)
+        return self._sinks
 
     def rewind(self, step: int) -> None:
         """Forget what was logged beyond `step`: a resumed run says it again, and nothing stands twice."""
@@ -120,7 +122,7 @@ class Run:
                 write_atomic(log, whole[: whole.rfind(b"\n") + 1])
         if log.is_file() and log.stat().st_size:
             write_jsonl(log, [row for _, row in read_jsonl(log) if row["step"] <= step])
-        self._rows = None
+        self._rows, self.first = None, step + 1
         for folder in ("samples", "evals", "evals/pending", rollouts.FOLDER):
             for path in (self.path / folder).glob("step_*"):
                 if int(path.stem.removeprefix("step_")) > step:
@@ -152,10 +154,10 @@ class Run:
         return result
 
     def close(self) -> None:
-        """Wait for a checkpoint that is being written, and let go of W&B."""
+        """Wait for a checkpoint that is being written, and let go of the loggers."""
         self.writer.close()
-        if self._wandb:
-            self._wandb.close()
+        for sink in self._sinks or ():
+            sink.close()
 
 
 @contextmanager

@@ -67,10 +67,11 @@ class Progress:
             return duration(self.seconds())
         if self.done >= self.total:
             return f"took {duration(self._moved - self._began)}"
-        if not self.pace():
-            return f"{duration(self.seconds())} so far" if self.seconds() >= 1 else ""
         ahead = self.pace() * (self.total - self.done) - (time.monotonic() - self._moved)
-        return f"{duration(max(ahead, 0.0))} left"
+        if self.pace() and ahead >= 1:
+            return f"{duration(ahead)} left"
+        # Nothing is done yet, or the unit under way takes longer than all that were left should have.
+        return f"{duration(self.seconds())} so far" if self.seconds() >= 1 else ""
 
     def line(self) -> str:
         """Stage, step, rate, time left and the figures, where there is no bar."""

@@ -121,10 +121,10 @@ class Ledger:
         what = f"seq_id {sent.seq}" if sent.seq is not None else "this number"
         why = f"{what} was given to another request already; a request that is sent again must be the same"
         result, now = Result(sent.kind, error=why), time.time()
-        ended = {"state": "failed", "error": why, "category": result.category, "finished": now}
+        ended: dict[str, Any] = {"state": "failed", "error": why, "category": result.category, "finished": now}
 
         def write(db: sqlite3.Connection) -> None:
-            names = {"id": sent.id, "kind": sent.kind, "owner": sent.owner, "created": now}
+            names: dict[str, Any] = {"id": sent.id, "kind": sent.kind, "owner": sent.owner, "created": now}
             insert(db, "requests", **names, **ended, number=next(self._numbers))
 
         await asyncio.wrap_future(self.store.write(write))

@@ -238,4 +238,5 @@ def as_json(analysis: Analysis, reference: Arm) -> dict[str, Any]:
             row |= {"verdict": {1: "better", -1: "worse", 0: "not told apart"}[verdict.sign]}
             row |= {key: getattr(verdict.found, key) for key in ("seeds", "seed_sd", "problem_sd", "rest_sd")}
         rows.append(row)
-    return {"arms": arms, "comparisons": rows, "problems": analysis.problems, "final": analysis.final}
+    known = {key: getattr(analysis, key) for key in ("problems", "graded", "final")}
+    return {"arms": arms, "comparisons": rows, **known}

@@ -51,13 +51,13 @@ def register(plan: Plan, folder: Path, resume: bool) -> list[Registered]:
     """Keep the plan, unless it is the one that was registered last.
 
     Raises:
-        RunDirError: the folder holds a study, and `--resume` was not given; or it holds something else.
+        RunDirError: the folder holds runs of a study, and `--resume` was not given; or it holds something else.
     """
     before = registered(folder)
     held = [path.name for path in folder.iterdir() if path.name != ".lock"] if folder.is_dir() else []
     if held and not before:
         raise RunDirError(f"{folder}: is not empty and holds no study; pick another --out_dir")
-    if before and not resume:
+    if (folder / "runs").is_dir() and not resume:  # a study that has run nothing has nothing to lose
         raise RunDirError(f"{folder}: holds a study already; pass --resume to go on with it, or another --out_dir")
     if before and before[-1].sha256 == plan.sha256:
         return before

@@ -1,8 +1,7 @@
 """Per-token data of an update: loss weights, and the log-probabilities of the old policy and the reference model.
 
 They are set over a whole pass before it is split into minibatches and microbatches, so any split, order or packing
-gives
-the same gradient: the loss is the sum of weight x per-token loss.
+gives the same gradient: the loss is the sum of weight x per-token loss.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def loss_weights(mask: torch.Tensor, aggregation: Aggregation, max_tokens: int =
 
 @dataclass(frozen=True)
 class ImportanceCorrection:
-    """Weighs each token's loss by p = pi_old / pi_sampler, held fixed.
+    """Weights each token's loss by p = pi_old / pi_sampler, held fixed.
 
     The sampler drew the tokens with other kernels than the trainer's (and, one step off, other weights). The ratio in
     the loss is then pi / pi_old only (the decoupled objective of arXiv 2110.00641 and arXiv 2505.24298).

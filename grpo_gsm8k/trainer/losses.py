@@ -1,8 +1,8 @@
 """The losses. Each is a small dataclass that maps (log-probabilities, batch) to a per-token loss `(B, T)`.
 
-The loss of an update is `sum(batch.weights * per_token_loss)`; how tokens and responses are averaged lies in the
-weights (`trainer/data.py`), what a response is credited with in the advantages (`grpo.py`), and both are the same for
-all losses. So most published algorithms are settings: `config.ALGORITHMS` lists them. To add a loss, write a dataclass
+The loss of an update is `sum(batch.weights * per_token_loss)`. The weights (`trainer/data.py`) say how tokens and
+responses are averaged, the advantages (`grpo.py`) what a response is credited with, and both are the same for all
+losses. So most published algorithms are settings: `config.ALGORITHMS` lists them. To add a loss, write a dataclass
 here and enter it in `LOSSES`, or keep it in a file of your own and pass `--loss mine:MyLoss`.
 
     @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Loss:
         separable: the loss of a target depends on no other target's log-probability, so the head can form the gradient
             in the forward pass. False is always right, and slower.
         zero_without_advantage: loss and gradient vanish where the advantage is 0, so such rows can be skipped.
-        supervised: knows neither advantages nor an old policy, so no figures of them are logged.
+        supervised: uses neither advantages nor an old policy, so no metrics of them are logged.
     """
 
     separable: ClassVar[bool] = False
@@ -50,7 +50,7 @@ class Loss:
         raise NotImplementedError
 
     def clipped(self, logp: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where a clip acts, above and below, two `(B, T)` of bool; nowhere unless a loss has a clip."""
+        """Where a clip acts, above and below: two boolean `(B, T)`, all false for a loss without a clip."""
         nowhere = torch.zeros_like(batch.mask, dtype=torch.bool)
         return nowhere, nowhere
 
@@ -98,7 +98,7 @@ class GrpoClip(Loss):
     zero_without_advantage: ClassVar[bool] = True
 
     def ratio(self, logp: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """What is clipped, `(B, T)`."""
+        """The ratio that is clipped, `(B, T)`."""
         return importance_ratio(logp, batch)
 
     def __call__(self, logp: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -109,7 +109,7 @@ class GrpoClip(Loss):
         return -torch.minimum(ratio * batch.advantages, clipped * batch.advantages)
 
     def clipped(self, logp: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The clip takes the gradient away: above for A > 0, below for A < 0."""
+        """Where the clip zeroes the gradient: above its range for A > 0, below it for A < 0."""
         ratio = self.ratio(logp, batch)
         above, below = ratio > 1 + self.clip_eps_high, ratio < 1 - self.clip_eps
         dual = (ratio > self.dual_clip) if self.dual_clip else torch.zeros_like(above)
@@ -121,7 +121,7 @@ class GrpoClip(Loss):
 class Gspo(GrpoClip):
     """The clipped surrogate with one ratio for a whole response (arXiv 2507.18071 eq. 5).
 
-    It stands at each of the response's tokens; under the "sequence" aggregation it counts once, as in the paper.
+    Every token of the response carries it; under the "sequence" aggregation it counts once, as in the paper.
     """
 
     separable: ClassVar[bool] = False
@@ -145,7 +145,7 @@ class Luspo(Gspo):
 
 @dataclass(frozen=True)
 class Cispo(Loss):
-    """REINFORCE weighted by the clipped ratio, which takes no gradient away (arXiv 2506.13585 eq. 4-5)."""
+    """REINFORCE weighted by the clipped ratio, held fixed: no token loses its gradient (arXiv 2506.13585 eq. 4-5)."""
 
     clip_eps: float = 1.0
     clip_eps_high: float = 4.0
@@ -250,9 +250,9 @@ def make_loss(spec: str, settings: Mapping[str, Any]) -> Loss:
 
 
 def unread_settings(spec: str, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
-    """The settings of other losses that were changed from their defaults though the loss of `spec` has none such.
+    """Settings of other losses that were changed from their defaults, though the loss of `spec` does not read them.
 
-    The clip range does not count: recipes give it for whatever loss may come.
+    The clip range does not count: recipes set it whatever the loss.
     """
     mine = LOSSES.get(spec) or plugins.load_object(spec, "loss", LOSSES)
     fields_of = {kind: {f.name for f in fields(kind)} for kind in LOSSES.values()}  # type: ignore[arg-type]
@@ -262,9 +262,9 @@ def unread_settings(spec: str, settings: Mapping[str, Any], defaults: Mapping[st
 
 
 class UserLoss(Loss):
-    """A loss from outside of the package: a callable of (logp, batch), whatever else of `Loss` it has.
+    """A user's loss: a callable of (logp, batch), with whatever else of `Loss` it defines.
 
-    What it raises, and what is no `(B, T)` tensor, becomes one line that names it.
+    An exception in it, or a result that is not a `(B, T)` tensor, becomes one line that names the loss.
     """
 
     def __init__(self, spec: str, inner: Any, settings: Mapping[str, Any] | None = None) -> None:
@@ -319,16 +319,16 @@ def sequence_ratio(logp: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss, the terms beside it, and how its log-probabilities are taken.
+    """What an update minimises: a per-token loss, the terms added to it, and the old policy that it refers to.
 
     Attributes:
         loss: the per-token loss.
-        temperature: the one that was sampled with.
+        temperature: of sampling; log-probabilities are those of softmax(logits / temperature).
         kl_coef: weight of the KL to the reference model; 0 for none.
         kl_estimator, kl_bias_correction: see `kl_to_reference`.
-        on_policy: the old policy is the very one that is trained, held fixed: true of the only update of a step. No
-            frozen pass is needed for its log-probabilities; those of the batch are the sampler's.
-        correction: with `on_policy`, of that policy over the sampler.
+        on_policy: the old policy is the live one, held fixed, as in a step's only update. Its log-probabilities need no
+            frozen pass; those of the batch are the sampler's.
+        correction: with `on_policy`, the importance weight of the old policy over the sampler.
         entropy_coef: weight of the entropy bonus, the entropy of the policy's distribution at each target; 0 for none.
     """
 
@@ -374,7 +374,7 @@ def per_token_loss(
 
 
 def with_old_policy(batch: Batch, logp: torch.Tensor, objective: Objective) -> Batch:
-    """The batch with the old log-probabilities, and the weights, that the objective means."""
+    """The batch with the old log-probabilities and the corrected weights that the objective calls for."""
     if not objective.on_policy:
         return batch
     old = logp.detach()
@@ -384,22 +384,22 @@ def with_old_policy(batch: Batch, logp: torch.Tensor, objective: Objective) -> B
 def rows_to_train(batch: Batch, objective: Objective) -> list[int]:
     """The rows of an update that can have a gradient.
 
-    A response without advantage has none under a loss that the advantage multiplies, unless another term pulls at it.
-    Where no response of the update has one, the shortest stands in for all: the optimizer then steps with a gradient
-    of zero, as it would have, and there is something to report.
+    A loss that is proportional to the advantage has no gradient where the advantage is 0, unless a KL term or an
+    entropy bonus is added. If no row has a gradient, the shortest one is kept: the optimizer then steps with a gradient
+    of zero, as it would have, and there are metrics to log.
     """
     share = batch.weights
     if objective.loss.zero_without_advantage and not (objective.kl_coef or objective.entropy_coef):
         share = share * batch.advantages
-    rows = share.abs().sum(1).ne(0).nonzero().flatten().tolist()  # what is not a number is not nothing
+    rows = share.abs().sum(1).ne(0).nonzero().flatten().tolist()  # NaN counts as nonzero
     return rows or sorted(batch.rows_with_targets(), key=lambda row: batch.lengths[row])[:1]
 
 
 def fused_grad(batch: Batch, objective: Objective) -> FusedGrad | None:
-    """d `update_loss` of any run of the batch's trained targets, from their logp alone.
+    """The derivative of `update_loss` in the log-probabilities of any slice of the batch's trained targets.
 
-    The head calls it chunk by chunk, to form its gradient in the forward pass (`trainer/head.py`). None where a
-    target's loss depends on others.
+    The head calls it chunk by chunk, to form its gradient in the forward pass (`trainer/head.py`). None if a target's
+    loss depends on other targets.
     """
     if not objective.separable:
         return None
@@ -430,19 +430,19 @@ def kl_to_reference(logp: torch.Tensor, batch: Batch, objective: Objective) -> t
     """The KL term of each target, `(B, T)`; its expectation has the gradient of KL(pi || pi_ref).
 
     With d = log pi - log pi_ref the estimators are k1 = d, k2 = d^2 / 2, k3 = e^-d - 1 + d
-    (http://joschu.net/blog/kl-approx.html). An estimator of the value is not one of the gradient (arXiv 2512.21852,
-    trl#4967). Expected gradients as a loss, with r = pi / pi_old:
+    (http://joschu.net/blog/kl-approx.html). An estimator of the KL's value is not one of its gradient
+    (arXiv 2512.21852, trl#4967). Expected gradients as a loss, with r = pi / pi_old:
 
         estimator   alone, on-policy       times r (with gradient)     times r (held fixed)
         k1          0: no KL at all        KL(pi || pi_ref)            0
         k2          KL(pi || pi_ref)       biased                      KL(pi || pi_ref)
         k3          KL(pi_ref || pi)       KL(pi || pi_ref)            KL(pi_ref || pi)
 
-    "Alone" is off by the ratio, too, once the policy has moved from the one that sampled; the other two columns are
-    not. So k1 and k3 are multiplied by r and k2 by r held fixed: per sample, k2 and k3 then pull with r d, and k1
-    with r (d + 1), whose 1 is noise without mean. `kl_bias_correction=False` leaves the estimator alone, as
-    arXiv 2402.03300 eq. 4 has it. The KL is that of each next token; that the policy also chose the tokens before
-    it is left out of the gradient, as everywhere.
+    "Alone" is also off by the ratio once the policy has moved away from the one that sampled; the other two columns
+    are not. So k1 and k3 are multiplied by r, and k2 by r held fixed. Per sample, the gradient is then r d times that
+    of log pi for k2 and k3, and r (d + 1) times it for k1, whose 1 adds noise of mean 0. `kl_bias_correction=False`
+    leaves the estimator alone, as arXiv 2402.03300 eq. 4 has it. The KL is that of each next token; the gradient leaves
+    out that the policy also chose the prefix, as other trainers do. `objective check` measures both.
     """
     d = ((logp - batch.ref_logprobs) * batch.mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     kl = KL_ESTIMATORS[objective.kl_estimator](d)
