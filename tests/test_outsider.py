@@ -207,11 +207,12 @@ def test_rented_runs_are_tried_dry(page, words, monkeypatch, tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------ really run
 
 RECIPE = next(text for page in PAGES for language, text, _ in blocks(page) if language == "toml")
+DATA = ["--data", "artifacts/data", "--eval_examples", "2"]
 SMALL = {
     "sft": ["--batch_size", "2", "--max_steps", "1", "--eval_examples", "2"],
     "ei": ["--prompts_per_round", "2", "--steps_per_round", "1", "--max_steps", "1", "--eval_examples", "2"],
-    "grpo": ["--rollouts_per_step", "4", "--group_size", "2", "--max_steps", "1", "--eval_examples", "2"],
-    "distill": ["--rollouts_per_step", "4", "--max_steps", "1", "--eval_examples", "2", "--teacher", "tiny"],
+    "grpo": ["--rollouts_per_step", "4", "--group_size", "2", "--max_steps", "1", *DATA],
+    "distill": ["--rollouts_per_step", "4", "--group_size", "2", "--max_steps", "1", "--teacher", "tiny", *DATA],
     "eval": ["--limit", "2"],
 }
 TINY = ["toy.train=40", "toy.val=6", "toy.test=10", "tiny_model.hidden_size=32", "tiny_model.layers=1"]
