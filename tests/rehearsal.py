@@ -150,6 +150,9 @@ class OnGpu(torch.Tensor):
     def numpy(self, *args, **kwargs):
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
 
+    def data_ptr(self):
+        return self.inner.data_ptr()
+
     def pin_memory(self, *args):
         raise RuntimeError("cannot pin a tensor of a GPU")
 

@@ -375,6 +375,7 @@ def test_a_loss_that_is_no_number_keeps_the_batch_and_the_last_checkpoint(bench_
         grpo.train(cfg, bench, prompts, graded(bench, even_tokens))
     kept = load_file(bench.run.path / "nonfinite_step_000003.safetensors")
     assert kept["advantages"].isnan().any() and kept["input_ids"].shape == kept["mask"].shape
+    bench.run.writer.wait()  # as the command does on its way out
     folder, state = checkpoint.newest(bench.run.checkpoints, print)
     assert state["step"] == 2 and checkpoint.verify(folder)
 

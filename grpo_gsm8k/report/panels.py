@@ -14,7 +14,7 @@ from grpo_gsm8k.runs.diagnosis import ends
 Row = Mapping[str, float]
 
 
-SERIES = ("c1", "c2", "c3", "c4", "c5", "c6", "mute")
+SERIES = ("c1", "c2", "c3", "c4", "c5", "c6", "c7", "mute")
 TIMES = ("save_weights", "sampling", "compute_rewards", "build_data", "teacher", "training", "eval")
 
 

@@ -37,7 +37,8 @@ class Buffers:
                 held = self._held.get(name)
                 if held is None or not _fits(held, tensor):
                     held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                copied[place] = held.copy_(tensor, non_blocking=tensor.is_cuda)
+                held.copy_(tensor, non_blocking=tensor.is_cuda)
+                copied[place] = held
             self._held[name] = copied[place]
         for device in {t.device for t in tensors.values() if t.is_cuda}:
             torch.cuda.synchronize(device)
