@@ -583,6 +583,9 @@ def _loaded(from_pretrained):
 
 def _saved(save_pretrained):
     def save(self, *args, **kwargs):
+        given = kwargs.get("state_dict")
+        if given is not None and not any(isinstance(t, OnGpu) for t in given.values()):
+            return save_pretrained(self, *args, **kwargs)  # a copy, which a thread writes while the model is trained
         with Pretend.here.offstage(self):
             return save_pretrained(self, *args, **kwargs)
 
