@@ -49,8 +49,6 @@ NEEDS = {
     "trackio": "the extra trackio, and runs until it is stopped",
     "python deploy": "what export has written, and a server",
     "python scripts/against_lm_eval.py": "the extra lm-eval",
-    "tensorboard": "runs until it is stopped; test_loggers.py reads what it shows",
-    "trackio": "runs until it is stopped; test_loggers.py reads what it shows",
     "python scripts/check_image.py": "an image",
     "python grpo_gsm8k/r1_traces.py": "a teacher's key; test_traces.py runs it",
     "python -m tests.test_golden": "would write the goldens anew",
