@@ -198,12 +198,10 @@ async def over_http(url: str, steps: int) -> list[float]:
             saved = await client.future(await client.op("save_weights_for_sampler", sampling_session_seq_id=step))
             body = {"sampling_session_id": saved["sampling_session_id"], "num_samples": GROUP}
             body |= {"prompt": {"chunks": [{"tokens": PROMPT}]}}
-            sent = [
-                await client.post(
-                    "/api/v1/asample", {**body, "seq_id": k, "sampling_params": {**params, "seed": step * GROUPS + k}}
-                )
-                for k in range(GROUPS)
+            asked = [
+                {**body, "seq_id": k, "sampling_params": {**params, "seed": step * GROUPS + k}} for k in range(GROUPS)
             ]
+            sent = await asyncio.gather(*(client.post("/api/v1/asample", one) for one in asked))  # as the SDK does
             drawn = [s for one in sent for s in (await client.future(one))["sequences"]]
             credit = advantages(len(drawn), GROUP_TOKENS)
             before = [0.0] * (len(PROMPT) - 1)

@@ -26,6 +26,7 @@ from grpo_gsm8k.serve.weights import SampleWeights
 from grpo_gsm8k.serve.work import Outcome, Workshop
 
 SLICE_S = 0.05  # of sampling, at least
+GATHER_S = 0.02  # a batch begins that long after its oldest request, so that those sent together are decoded together
 BATCHES = 4  # that are decoded in turns
 CELLS = 1 << 15  # of the prompts of a batch, padded
 
@@ -181,6 +182,10 @@ class Engine:
 
     def _sample(self, until: float) -> None:
         """Advance samples until then; longer only while nothing waits for training."""
+        with self._changed:
+            idle, young = not self._batches and bool(self._samples), self._youth()
+        if idle and young > 0:
+            time.sleep(young)
         while True:
             with self._changed:
                 self._admit()
@@ -201,9 +206,18 @@ class Engine:
                 with self._changed:
                     self._batches.append(batch)
 
+    def _youth(self) -> float:
+        """Seconds until the oldest sample that waits has waited for others of its client's to join it."""
+        if not self._samples:
+            return 0.0
+        oldest = min(queue[0][0].created for queue in self._samples.values())
+        return min(GATHER_S, oldest + GATHER_S - time.time())
+
     def _admit(self) -> None:
         """Make batches of what waits, the oldest first, as long as few are being decoded."""
         while self._samples and len(self._batches) < BATCHES:
+            if self._batches and self._youth() > 0:
+                return
             for key in sorted(self._samples, key=lambda key: self._samples[key][0][0].created):
                 if not self._blocked(key[0]):
                     break
