@@ -29,7 +29,7 @@ NUMBERS = (signal.SIGINT, signal.SIGTERM)
 GRACE_S = 8.0
 EXIT_S = 2.0  # seconds for threads that the interpreter waits for
 POLL_S = 0.1
-LINE = "interrupted; what was complete is kept: sft, ei, grpo, distill, pipeline and demo continue with --resume"
+LINE = "interrupted; what was complete is kept: sft, ei, grpo, distill, pipeline, demo and study continue with --resume"
 COMMANDS = frozenset(
     {
         *("bench", "cli", "data_prep", "distill", "ei", "fast_eval_vllm", "grpo", "pretokenize", "sft"),
