@@ -24,7 +24,6 @@ import dataclasses
 import errno
 import hashlib
 import json
-import random
 import re
 import shutil
 import sys
@@ -48,7 +47,7 @@ from grpo_gsm8k.runs.files import (
 )
 from grpo_gsm8k.tasks import load_task
 from grpo_gsm8k.tasks.base import Task, load_examples
-from grpo_gsm8k.tasks.dataset import Manifest, read_manifest, refuse_difference, verify, write_splits
+from grpo_gsm8k.tasks.dataset import Manifest, read_manifest, refuse_difference, reserve, verify, write_splits
 from grpo_gsm8k.tasks.gsm8k.problems import KEYS, example_from_row, row_of
 
 REPO = "openai/gsm8k"
@@ -289,14 +288,8 @@ def prepare_task(
     rows = {split: _rows_with_ids(task, path) for split, path in files.items()}
     if sizes["val"] >= len(rows["train"]):
         raise ConfigError(f"eval_n {sizes['val']} leaves nothing to train on: the source has {len(rows['train'])}")
-    order = list(range(len(rows["train"])))
-    random.Random(seed).shuffle(order)
-    reserved = set(order[: sizes["val"]])
-    splits = {
-        "train": [row for i, row in enumerate(rows["train"]) if i not in reserved],
-        "val": [row for i, row in enumerate(rows["train"]) if i in reserved],
-        "test": rows["test"],
-    }
+    train, val = reserve(rows["train"], sizes["val"], seed)
+    splits = {"train": train, "val": val, "test": rows["test"]}
     hashes = {split: sha256_file(path) for split, path in files.items()}
     write_splits(out_dir, splits, {"task": task.spec, "source": hashes, "seed": seed, "eval_n": sizes["val"]})
     return _summary(read_manifest(out_dir), verified=False)
@@ -315,14 +308,8 @@ def _split(origin: _Origin, eval_n: int, seed: int) -> dict[str, list[Example]]:
         raise ConfigError(
             f"eval_n {eval_n} leaves no problem to train on: the source has {len(train)}; choose an eval_n below that"
         )
-    shuffled = list(range(len(train)))
-    random.Random(seed).shuffle(shuffled)
-    reserved = set(shuffled[:eval_n])
-    return {
-        "train": [problem for i, problem in enumerate(train) if i not in reserved],
-        "val": [problem for i, problem in enumerate(train) if i in reserved],
-        "test": test,
-    }
+    train, val = reserve(train, eval_n, seed)
+    return {"train": train, "val": val, "test": test}
 
 
 def _source_problems(path: Path, split: str) -> list[Example]:

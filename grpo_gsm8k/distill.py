@@ -66,8 +66,6 @@ def train(
             timer.lap("training")
             bench.keep_rollouts(step, groups)
             timer.lap("keep_rollouts")
-            bench.keep_rollouts(step, groups)
-            timer.lap("keep_rollouts")
             if bench.due(step, cfg.steps):
                 source.settle()
                 bench.run.samples(step, (sample_row(bench, r, k) for k, group in enumerate(groups) for r in group))

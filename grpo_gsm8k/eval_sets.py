@@ -13,7 +13,6 @@ original question, so that it finds the same problem in GSM8K's own test split.
 from __future__ import annotations
 
 import hashlib
-import random
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from grpo_gsm8k.runs.files import read_jsonl, sha256_file
 from grpo_gsm8k.runs.progress import say
 from grpo_gsm8k.tasks import load_task
 from grpo_gsm8k.tasks.base import seed_id, text_of
-from grpo_gsm8k.tasks.dataset import Manifest, read_manifest, refuse_difference, verify, write_splits
+from grpo_gsm8k.tasks.dataset import Manifest, read_manifest, refuse_difference, reserve, verify, write_splits
 from grpo_gsm8k.tasks.gsm8k.grading import parse_number
 from grpo_gsm8k.tasks.gsm8k.problems import KEYS, example_from_row, row_of
 
@@ -323,11 +322,5 @@ def _reserved(rows: Mapping[str, list[Row]], eval_n: int, seed: int) -> dict[str
     train = rows["train"]
     if not 0 < eval_n < len(train):
         raise ConfigError(f"eval_n {eval_n} must be at least 1 and leave a problem to train on, of {len(train)}")
-    order = list(range(len(train)))
-    random.Random(seed).shuffle(order)
-    val = set(order[:eval_n])
-    return {
-        "train": [row for i, row in enumerate(train) if i not in val],
-        "val": [row for i, row in enumerate(train) if i in val],
-        "test": rows["test"],
-    }
+    left, val = reserve(train, eval_n, seed)
+    return {"train": left, "val": val, "test": rows["test"]}

@@ -33,7 +33,7 @@ LINE = "interrupted; what was complete is kept: sft, ei, grpo, distill, pipeline
 COMMANDS = frozenset(
     {
         *("bench", "cli", "data_prep", "distill", "ei", "fast_eval_vllm", "grpo", "pretokenize", "sft"),
-        *("study.job", "__main__"),
+        *("study.worker", "__main__"),
     }
 )
 """Modules that users start with `python -m`; engines and the watchdog end in their own ways."""

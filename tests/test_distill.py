@@ -18,7 +18,7 @@ from grpo_gsm8k.audit.replay import replay
 from grpo_gsm8k.audit.verify import Options, verify
 from grpo_gsm8k.datatypes import Datum
 from grpo_gsm8k.errors import CheckpointError, ConfigError, DataError, ModelError
-from grpo_gsm8k.runs import diagnosis
+from grpo_gsm8k.runs import diagnosis, rollouts
 from grpo_gsm8k.trainer.losses import Objective, make_loss, update_loss
 from grpo_gsm8k.trainer.teacher import CachedTeacher, FrozenTeacher, load_teacher
 from grpo_gsm8k.trainer.tiny_model import make_tiny_model
@@ -263,6 +263,13 @@ def test_a_run_in_pieces_is_the_run_in_one(name, tiny, teacher_folder, tmp_path)
     rows = metrics_of(tmp_path / "whole")
     assert all(row["policy/grad_norm"] > 0 and row["time/teacher"] > 0 for row in rows)
     assert (tmp_path / "whole" / "teacher").is_dir() == (name != "mixed")
+
+
+def test_a_steps_rollouts_are_written_once(tiny, teacher_folder, tmp_path, monkeypatch):
+    written, write = [], rollouts.write
+    monkeypatch.setattr(rollouts, "write", lambda run, stored: (written.append(stored.step), write(run, stored))[1])
+    distill.run(settings(tiny, teacher_folder, tmp_path / "run", max_steps=2))
+    assert written == [1, 2]
 
 
 def test_a_run_that_was_killed_scores_nothing_again(tiny, teacher_folder, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.evals import evaluator
 from grpo_gsm8k.evals.evaluator import InlineEvaluator
 from grpo_gsm8k.evals.tables import objective_lines
-from grpo_gsm8k.objective import chain, checks, kl, settings_of, small, table, table_row
+from grpo_gsm8k.objective import checks, kl, settings_of, small, stack, table, table_row
 from grpo_gsm8k.objective.estimate import compare, moments, neutral, row_gradients, updates_of
 from grpo_gsm8k.objective.world import (
     COMPLETIONS,
@@ -370,7 +370,7 @@ def late_hash(patch):
 
 
 def gold_counts_right(patch):
-    task = type(chain.make_chain().renderer.task)
+    task = type(stack.make_stack().renderer.task)
     inner = task.grade
 
     def grade(self, example, response):
@@ -391,28 +391,28 @@ PLANTS = {
     "mask off by one": (shifted_mask, checks.pipeline),
     "forced EOS on truncation": (forced_end, checks.pipeline),
     "PAD == EOS": (pad_is_end, checks.pipeline),
-    "several EOS ids": (one_end_only, chain.every_end),
+    "several EOS ids": (one_end_only, stack.every_end),
     "re-tokenising text": (tokenised_again, checks.pipeline),
-    "double BOS": (double_bos, chain.one_bos),
-    "text crosses the boundary": (text_crosses, chain.ids_cross),
+    "double BOS": (double_bos, stack.one_bos),
+    "text crosses the boundary": (text_crosses, stack.ids_cross),
     "temperature in log-probs": (without_temperature, checks.sampler),
     "top_p with importance ratios": (truncated_sampling, checks.sampler),
     "group index by text": (groups_by_text, checks.groups_apart),
-    "stale weights": (stale_weights, chain.fresh_weights),
-    "low precision": (no_masters, chain.small_updates),
+    "stale weights": (stale_weights, stack.fresh_weights),
+    "low precision": (no_masters, stack.small_updates),
     "clip never active": (live_ratio, checks.clip),
     "sign of the clip": (clip_sign, checks.direction),
     "gradient of the KL term": (kl_alone, checks.kl_term),
     "ratio explosion": (exploding_ratio, checks.extremes),
-    "resume": (lost_moments, chain.resumed),
-    "evaluation under the wrong step": (late_hash, chain.evaluated_weights),
-    "unparsable gold counted right": (gold_counts_right, chain.readable_gold),
+    "resume": (lost_moments, stack.resumed),
+    "evaluation under the wrong step": (late_hash, stack.evaluated_weights),
+    "unparsable gold counted right": (gold_counts_right, stack.readable_gold),
 }
 
 
 def answer_of(check, **flags):
-    if check.__module__ == chain.__name__:  # on the real sampler and learner
-        return check(chain.make_chain())
+    if check.__module__ == stack.__name__:  # on the real sampler and learner
+        return check(stack.make_stack())
     return check(settings(3, **flags))
 
 
@@ -568,8 +568,8 @@ def test_the_command_prints_one_object(call, mine, monkeypatch):
         **{"algorithm": "rloo", "loss": "reinforce", "baseline": "leave_one_out", "std_norm": False},
         "aggregation": "constant",
     }
-    assert len(result["checks"]) == len(checks.CHECKS) + len(chain.CHECKS)
-    monkeypatch.setattr(objective, "chain_checks", list)
+    assert len(result["checks"]) == len(checks.CHECKS) + len(stack.CHECKS)
+    monkeypatch.setattr(objective, "stack_checks", list)
     code, out, _ = call("own_losses:OtherSign", "--group_size", "2")
     assert code == 1 and "FAIL the loss pushes along the advantage" in out
     code, out, _ = call("own_losses:NotANumber", "--group_size", "2", "--json")

@@ -478,3 +478,20 @@ def test_the_address_can_be_reached_when_it_is_announced(tmp_path: Path, monkeyp
     monkeypatch.setattr(server, "_server", lambda *_: SimpleNamespace(run=lambda sockets: None))
     server.run(settings(tmp_path, tmp_path / "out"))
     assert len(reached) == 1
+
+
+def test_requests_that_arrive_together_are_decoded_together(tiny, tmp_path, monkeypatch) -> None:
+    """One pass over the model serves them all, and each gets what it would have got alone."""
+    from grpo_gsm8k.serve import engine
+
+    sizes: list[int] = []
+    real = engine.Decoding
+    monkeypatch.setattr(engine, "Decoding", lambda *how: (sizes.append(len(how[2])), real(*how))[1])
+    with in_process(tiny.model, tmp_path / "data") as client:
+        sampler = client.sampler(client.session())
+        alone = [client.sample(sampler, [5, 6, 7 + k], seq=k) for k in range(4)]
+        assert sizes == [1] * 4
+        monkeypatch.setattr(engine, "GATHER_S", 1.0)
+        sent = [client.submit_sample(sampler, [5, 6, 7 + k], seq=10 + k) for k in range(4)]
+        assert [client.result(one)["sequences"] for one in sent] == [one["sequences"] for one in alone]
+    assert sizes == [1, 1, 1, 1, 4]

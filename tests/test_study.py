@@ -15,7 +15,7 @@ import pytest
 
 from grpo_gsm8k import cli, study
 from grpo_gsm8k.errors import ConfigError, DataError, GrpoError, RunDirError
-from grpo_gsm8k.study import ahead, job, page, registry, runs
+from grpo_gsm8k.study import ahead, page, registry, scheduler, worker
 from grpo_gsm8k.study.analysis import analyse, decide, is_decided
 from grpo_gsm8k.study.jobs import answers, jobs_of, material_of, spent
 from grpo_gsm8k.study.plan import read_plan
@@ -259,14 +259,14 @@ def test_expert_iteration_ends_at_the_round_nearest_to_its_budget(limit, rounds,
             log.writelines(f"{json.dumps(row)}\n" for row in rows)
         (own / "result.json").write_text(json.dumps({"step": cfg.max_steps}))
 
-    monkeypatch.setattr(job, "_stage", lambda name: fake)
+    monkeypatch.setattr(worker, "_stage", lambda name: fake)
     budget = {"of": "tokens", "run": str(other), "dollars_per_hour": [0, 0]}
     values = {"out_dir": str(own), "steps_per_round": 2, "rounds": 50, "model_id": "m", "resume": True}
-    assert job.train_within(budget, values)["step"] == 2 * rounds == calls[-1]
+    assert worker.train_within(budget, values)["step"] == 2 * rounds == calls[-1]
     before = list(calls)
-    assert job.train_within(budget, values)["step"] == 2 * rounds and calls == before  # nothing is left to do
+    assert worker.train_within(budget, values)["step"] == 2 * rounds and calls == before  # nothing is left to do
     (own / "result.json").unlink()  # killed just before it was written
-    assert job.train_within(budget, values)["step"] == 2 * rounds and calls == [*before, 2 * rounds]
+    assert worker.train_within(budget, values)["step"] == 2 * rounds and calls == [*before, 2 * rounds]
 
 
 class FakeProcess:
@@ -301,8 +301,8 @@ class FakeProcess:
 @pytest.fixture
 def faked(monkeypatch):
     """No process is started, and none is waited for."""
-    monkeypatch.setattr(runs, "_Process", FakeProcess)
-    monkeypatch.setattr(runs, "POLL_S", 0.0)
+    monkeypatch.setattr(scheduler, "_Process", FakeProcess)
+    monkeypatch.setattr(scheduler, "POLL_S", 0.0)
     monkeypatch.setattr(FakeProcess, "alive", [])
     monkeypatch.setattr(FakeProcess, "log", [])
     return FakeProcess
@@ -311,26 +311,26 @@ def faked(monkeypatch):
 @pytest.mark.parametrize("at_once", [1, 3, 20])
 def test_runs_are_made_once_each_after_what_they_need(at_once, write, tmp_path, faked):
     _, jobs = planned(write(), tmp_path)
-    assert runs.run_jobs(tmp_path, jobs, at_once, 0, lambda: False) == {}
+    assert scheduler.run_jobs(tmp_path, jobs, at_once, 0, lambda: False) == {}
     assert sorted(faked.log) == sorted(one.name for one in jobs)
     for one in jobs:
         assert all(faked.log.index(name) < faked.log.index(one.name) for name in one.needs)
-    assert runs.run_jobs(tmp_path, jobs, at_once, 0, lambda: False) == {} and len(faked.log) == len(jobs)
+    assert scheduler.run_jobs(tmp_path, jobs, at_once, 0, lambda: False) == {} and len(faked.log) == len(jobs)
 
 
 def test_a_run_that_fails_stops_only_what_needs_it(write, tmp_path, faked, monkeypatch):
     monkeypatch.setattr(faked, "fails", ("grpo",))
     _, jobs = planned(write(), tmp_path)
-    failed = runs.run_jobs(tmp_path, jobs, 2, 0, lambda: False)
+    failed = scheduler.run_jobs(tmp_path, jobs, 2, 0, lambda: False)
     assert set(failed.values()) == {"it broke"} and {name.split("-")[0] for name in failed} == {"grpo"}
     assert {name.split("-")[0] for name in faked.log} == {"start", "grpo", "random", "base"}  # EI waits for grpo
 
 
 def test_as_many_as_asked_and_no_more_than_needed(write, tmp_path, faked):
     _, jobs = planned(write(), tmp_path)
-    runs.run_jobs(tmp_path, jobs, 2, 3, lambda: False)
+    scheduler.run_jobs(tmp_path, jobs, 2, 3, lambda: False)
     assert len(faked.log) == 3
-    runs.run_jobs(tmp_path, jobs, 2, 0, lambda: len(faked.log) >= 7)
+    scheduler.run_jobs(tmp_path, jobs, 2, 0, lambda: len(faked.log) >= 7)
     assert len(faked.log) in (7, 8)  # one more may have been under way
 
 

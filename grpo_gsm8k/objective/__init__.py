@@ -21,9 +21,9 @@ from typing import Any, get_args
 from grpo_gsm8k import grpo
 from grpo_gsm8k.config import ALGORITHMS, GrpoConfig
 from grpo_gsm8k.errors import ConfigError
-from grpo_gsm8k.objective.chain import chain_checks
 from grpo_gsm8k.objective.checks import all_checks, kl_pulls_along
 from grpo_gsm8k.objective.estimate import EXACT, Against, compare, moments, neutral
+from grpo_gsm8k.objective.stack import stack_checks
 from grpo_gsm8k.objective.world import LONGEST, World, make_world, sequence_kl_gradient, token_kl_gradients
 from grpo_gsm8k.trainer.data import Correction
 
@@ -39,7 +39,7 @@ PARTS = (
 def check(cfg: GrpoConfig, group_size: int) -> dict[str, Any]:
     """Everything that the command prints about one objective."""
     cfg = small(cfg, group_size)
-    checks = all_checks(cfg) + chain_checks()
+    checks = all_checks(cfg) + stack_checks()
     worlds = {"on_policy": make_world(False, cfg.temperature), "off_policy": make_world(True, cfg.temperature)}
     return {
         "objective": settings_of(cfg),

@@ -89,23 +89,13 @@ def reward(curves: Curves) -> Reading | None:
         return Reading("note", f"{few} ({ends[0]:.3g} to {ends[1]:.3g}).")
     if change.still:
         return Reading("note", f"The reward stayed at {change.after:.3g} at every step.")
-    if not change.clear:
-        span = f"from {change.before:.3g} to {change.after:.3g}"
-        return Reading("noise", f"The reward went {span}, no more than its steps differ: {_interval(change)}.")
-    tone, way = ("better", "rose") if change.size > 0 else ("worse", "fell")
-    return Reading(tone, f"The reward {_moved(way, change)}.")
+    return _trend(change, "The reward", rising_is_better=True)
 
 
 def distance(curves: Curves) -> Reading | None:
     """Whether a student came nearer to its teacher by more than its steps differ from each other."""
     change = over_steps(curves.series("distill/reverse_kl")[1])
-    if not change:
-        return None
-    if not change.clear:
-        span = f"from {change.before:.3g} to {change.after:.3g}"
-        return Reading("noise", f"The reverse KL went {span}, no more than its steps differ: {_interval(change)}.")
-    tone, way = ("better", "fell") if change.size < 0 else ("worse", "rose")
-    return Reading(tone, f"The reverse KL to the teacher {_moved(way, change)}.")
+    return _trend(change, "The reverse KL to the teacher") if change else None
 
 
 def validation(found: Validated | None) -> list[Reading]:
@@ -217,13 +207,17 @@ def cut_off(curves: Curves) -> Reading | None:
 def loss(curves: Curves) -> Reading | None:
     """Whether the training loss fell by more than its steps differ from each other."""
     change = over_steps(curves.series("loss")[1])
-    if not change:
-        return None
+    return _trend(change, "The loss") if change else None
+
+
+def _trend(change: Change, what: str, rising_is_better: bool = False) -> Reading:
+    """Whether `what` moved by more than its steps differ from each other, and the right way."""
     if not change.clear:
         span = f"from {change.before:.3g} to {change.after:.3g}"
-        return Reading("noise", f"The loss went {span}, no more than its steps differ: {_interval(change)}.")
-    tone, way = ("better", "fell") if change.size < 0 else ("worse", "rose")
-    return Reading(tone, f"The loss {_moved(way, change)}.")
+        return Reading("noise", f"{what} went {span}, no more than its steps differ: {_interval(change)}.")
+    rose = change.size > 0
+    tone = "better" if rose == rising_is_better else "worse"
+    return Reading(tone, f"{what} {_moved('rose' if rose else 'fell', change)}.")
 
 
 def _moved(way: str, change: Change) -> str:

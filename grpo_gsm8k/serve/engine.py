@@ -183,9 +183,9 @@ class Engine:
     def _sample(self, until: float) -> None:
         """Advance samples until then; longer only while nothing waits for training."""
         with self._changed:
-            idle, young = not self._batches and bool(self._samples), self._youth()
-        if idle and young > 0:
-            time.sleep(young)
+            wait_s = 0.0 if self._batches else self._gathering_s()
+        if wait_s > 0:
+            time.sleep(wait_s)
         while True:
             with self._changed:
                 self._admit()
@@ -206,8 +206,8 @@ class Engine:
                 with self._changed:
                     self._batches.append(batch)
 
-    def _youth(self) -> float:
-        """Seconds until the oldest sample that waits has waited for others of its client's to join it."""
+    def _gathering_s(self) -> float:
+        """Seconds that the oldest request that waits still waits for others, to be decoded together with them."""
         if not self._samples:
             return 0.0
         oldest = min(queue[0][0].created for queue in self._samples.values())
@@ -216,7 +216,7 @@ class Engine:
     def _admit(self) -> None:
         """Make batches of what waits, the oldest first, as long as few are being decoded."""
         while self._samples and len(self._batches) < BATCHES:
-            if self._batches and self._youth() > 0:
+            if self._batches and self._gathering_s() > 0:
                 return
             for key in sorted(self._samples, key=lambda key: self._samples[key][0][0].created):
                 if not self._blocked(key[0]):

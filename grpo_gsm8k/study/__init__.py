@@ -46,7 +46,7 @@ def run(
         from grpo_gsm8k.study.jobs import jobs_of, prepare
         from grpo_gsm8k.study.plan import read_plan
         from grpo_gsm8k.study.registry import register
-        from grpo_gsm8k.study.runs import run_jobs
+        from grpo_gsm8k.study.scheduler import run_jobs
     plan = read_plan(plan_path)
     folder = folder_of(plan_path, out_dir)
     with disk_errors(folder):

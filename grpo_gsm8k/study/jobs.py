@@ -37,7 +37,7 @@ class Job:
         seed: of the run; None for a start that all seeds share.
         needs: names of the jobs that come first.
         run_dir, results: what it writes.
-        content: what the process that does it reads, see study/job.py.
+        content: what the process that does it reads, see study/worker.py.
     """
 
     name: str

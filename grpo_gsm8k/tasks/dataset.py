@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from grpo_gsm8k.errors import DataError
 from grpo_gsm8k.runs.files import (
@@ -34,6 +35,7 @@ MEND = "restore it, or delete the folder and run again"
 ASKED = ("question", "messages", "problem")
 LAYOUTS: tuple[tuple[str, ...], ...] = (SPLITS, ("test",), ("seeds", "test"))
 Row = Mapping[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,17 @@ def verify(out_dir: Path, task: Task) -> Manifest:
         if facts != (manifest.counts[split], manifest.files[path.name], manifest.content[split]):
             raise DataError(path, f"is not what the manifest says: one of them was changed; {MEND}")
     return manifest
+
+
+def reserve(train: Sequence[T], n: int, seed: int) -> tuple[list[T], list[T]]:
+    """Train and validation rows: `random.Random(seed)` shuffles the indices, the first `n` are the validation rows.
+
+    Both keep the order that they came in, and a smaller `n` reserves a subset of a larger one's.
+    """
+    order = list(range(len(train)))
+    random.Random(seed).shuffle(order)
+    chosen = set(order[:n])
+    return [row for i, row in enumerate(train) if i not in chosen], [train[i] for i in sorted(chosen)]
 
 
 def content_sha256(rows: Iterable[Row]) -> str:

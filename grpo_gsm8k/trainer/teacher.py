@@ -1,6 +1,6 @@
 """The teacher of a distillation: a frozen model that scores what the student sampled, and a cache of its scores.
 
-    teacher = load_teacher(cfg, renderer, longest)
+    teacher = load_teacher(cfg, longest)
     cached = CachedTeacher(teacher, run / "teacher", limit=256 << 20)
     scores, metrics = cached.logprobs(rows, temperature)  # a number per id, as a learner's
 

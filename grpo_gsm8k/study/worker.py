@@ -1,4 +1,4 @@
-"""One run of a study in a process of its own: train, then evaluate. `python -m grpo_gsm8k.study.job JOB.json`.
+"""One run of a study in a process of its own: train, then evaluate. `python -m grpo_gsm8k.study.worker JOB.json`.
 
 It can be started again at any moment: a run that was killed continues from its checkpoint, one that is done is only
 evaluated, and one that is evaluated is left alone.

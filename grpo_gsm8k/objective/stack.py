@@ -46,7 +46,7 @@ STEPS, TINY = 500, 1e-5  # at 1.0 bfloat16 has steps of 2^-7, so each update alo
 
 
 @dataclass
-class Chain:
+class Stack:
     """A learner, a sampler that holds its weights, and prompts."""
 
     renderer: Renderer
@@ -77,8 +77,8 @@ class Chain:
         return self.learner.publish(1)
 
 
-def make_chain() -> Chain:
-    """A fresh chain; always the same."""
+def make_stack() -> Stack:
+    """A fresh stack; always the same."""
     logging.disable_progress_bar()
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -92,7 +92,7 @@ def make_chain() -> Chain:
     model.generation_config = GenerationConfig(eos_token_id=[EOS, *ends], pad_token_id=EOS)
     renderer = Renderer(_tokenizer(), load_task("gsm8k", TaskOptions("gsm8k", Tags())))
     prompts = [renderer.prompt(Example(f"p{k}", text, "7", {"solution": ""})) for k, text in enumerate(QUESTIONS)]
-    return Chain(renderer, TorchLearner(model, renderer, CONFIG), HFSampler(model, renderer), prompts)
+    return Stack(renderer, TorchLearner(model, renderer, CONFIG), HFSampler(model, renderer), prompts)
 
 
 @functools.cache
@@ -109,34 +109,34 @@ def _tokenizer() -> Any:
 # ------------------------------------------------------------------------------------------------------ checks
 
 
-def one_bos(chain: Chain) -> Check:
+def one_bos(stack: Stack) -> Check:
     """A prompt has one BOS, though the tokenizer adds one by itself."""
-    counts = [prompt.token_ids.count(BOS) for prompt in chain.prompts]
+    counts = [prompt.token_ids.count(BOS) for prompt in stack.prompts]
     return Check("a prompt begins with one BOS", set(counts) == {1}, f"counted {counts}")
 
 
-def ids_cross(chain: Chain) -> Check:
+def ids_cross(stack: Stack) -> Check:
     """The sampler's model reads the very ids of the prompt."""
-    seen, inner = [], chain.sampler.model.forward
+    seen, inner = [], stack.sampler.model.forward
 
     def spy(input_ids: torch.Tensor, **more: Any) -> Any:
         seen.append(input_ids)
         return inner(input_ids=input_ids, **more)
 
-    chain.sampler.model.forward = spy
+    stack.sampler.model.forward = spy
     try:
-        for prompt in chain.prompts:
-            chain.sampler.sample(requests([prompt], 1, 0), SamplingParams(1))
+        for prompt in stack.prompts:
+            stack.sampler.sample(requests([prompt], 1, 0), SamplingParams(1))
     finally:
-        chain.sampler.model.forward = inner
-    same = [tuple(ids[0].tolist()) for ids in seen] == [prompt.token_ids for prompt in chain.prompts]
+        stack.sampler.model.forward = inner
+    same = [tuple(ids[0].tolist()) for ids in seen] == [prompt.token_ids for prompt in stack.prompts]
     return Check("the sampler reads the prompt's own ids", same, "two prompts with odd spaces and bytes")
 
 
-def every_end(chain: Chain) -> Check:
+def every_end(stack: Stack) -> Check:
     """Each of the model's end-of-sequence ids ends a completion, and nothing else does before the limit."""
-    name, ends = "any end-of-sequence id ends a completion", set(chain.learner.model.generation_config.eos_token_id)
-    drawn = [one for group in chain.draw(n=16) for one in group]
+    name, ends = "any end-of-sequence id ends a completion", set(stack.learner.model.generation_config.eos_token_id)
+    drawn = [one for group in stack.draw(n=16) for one in group]
     for one in drawn:
         stopped = one.token_ids[-1] in ends
         if ends & set(one.token_ids[:-1]) or (one.finish_reason == "stop") != stopped:
@@ -145,48 +145,48 @@ def every_end(chain: Chain) -> Check:
     return Check(name, stops > 0, f"{stops} of {len(drawn)} ended")
 
 
-def same_logprobs(chain: Chain) -> Check:
+def same_logprobs(stack: Stack) -> Check:
     """At a temperature, the sampler's log-probabilities are the trainer's."""
-    rows = chain.rows(WARM)
-    apart = max(logprob_differences(rows, chain.learner.logprobs(rows, WARM)))
+    rows = stack.rows(WARM)
+    apart = max(logprob_differences(rows, stack.learner.logprobs(rows, WARM)))
     return Check("sampler and trainer agree on log-probabilities at a temperature", apart < SAME, f"within {apart:.1g}")
 
 
-def fresh_weights(chain: Chain) -> Check:
+def fresh_weights(stack: Stack) -> Check:
     """After an update the sampler samples from the new weights, and says which."""
-    name, ref = "an update's weights reach the sampler, with their version", chain.train()
-    chain.sampler.load(ref, chain.learner.weights)
-    versions = {one.policy_version for group in chain.draw() for one in group}
+    name, ref = "an update's weights reach the sampler, with their version", stack.train()
+    stack.sampler.load(ref, stack.learner.weights)
+    versions = {one.policy_version for group in stack.draw() for one in group}
     try:
-        found = probe(chain.sampler, chain.learner, chain.prompts, 1, SAME)
+        found = probe(stack.sampler, stack.learner, stack.prompts, 1, SAME)
     except EngineError as fault:
         return Check(name, False, str(fault))
     return Check(name, versions == {1}, f"version {versions}, within {found['sync/probe_logp_abs_max']:.1g}")
 
 
-def evaluated_weights(chain: Chain) -> Check:
+def evaluated_weights(stack: Stack) -> Check:
     """An evaluation's records carry the hash of the weights that it scored."""
 
     def sync(step: int) -> WeightsRef:
-        ref = chain.learner.publish(step)
-        chain.sampler.load(ref, chain.learner.weights)
+        ref = stack.learner.publish(step)
+        stack.sampler.load(ref, stack.learner.weights)
         return ref
 
-    evaluator = InlineEvaluator(sync, chain.sampler, chain.prompts, SamplingParams(2, 0.0), chain.renderer)
+    evaluator = InlineEvaluator(sync, stack.sampler, stack.prompts, SamplingParams(2, 0.0), stack.renderer)
     wrong = 0
     for step in (1, 2):
-        chain.train()
+        stack.train()
         with contextlib.redirect_stderr(io.StringIO()):  # its bar would speak of a validation
-            evaluator.submit(step, chain.learner.weights())
-        digest = weights_sha256(chain.learner.weights())
+            evaluator.submit(step, stack.learner.weights())
+        digest = weights_sha256(stack.learner.weights())
         found = [row["weights_sha256"] for at, one in evaluator.results() if at == step for row in one.rows]
-        wrong += found != [digest] * len(chain.prompts) or weights_sha256(chain.sampler.weights()) != digest
+        wrong += found != [digest] * len(stack.prompts) or weights_sha256(stack.sampler.weights()) != digest
     return Check("evaluation records carry the hash of their step's weights", not wrong, f"{2 - wrong} of 2 steps")
 
 
-def small_updates(chain: Chain) -> Check:
+def small_updates(stack: Stack) -> Check:
     """Updates smaller than a bfloat16 weight can show add up."""
-    del chain
+    del stack
     layer = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
     nn.init.ones_(layer.weight)
     optimizer = MasterAdamW(layer, CONFIG)
@@ -198,25 +198,25 @@ def small_updates(chain: Chain) -> Check:
     return Check("updates of 1e-5 add up in bfloat16", ok, f"{STEPS} of them moved a weight by {moved:.2g}")
 
 
-def resumed(chain: Chain) -> Check:
+def resumed(stack: Stack) -> Check:
     """A learner loaded from a checkpoint takes the next step, bit for bit."""
-    chain.train()
-    rows = chain.rows()
+    stack.train()
+    rows = stack.rows()
     with tempfile.TemporaryDirectory() as folder:
-        chain.learner.save(Path(folder))
-        other = make_chain().learner
+        stack.learner.save(Path(folder))
+        other = make_stack().learner
         other.load(Path(folder))
     digests = set()
-    for learner in (chain.learner, other):
+    for learner in (stack.learner, other):
         learner.forward_backward(rows, Objective(GrpoClip()))
         learner.step(CONFIG.lr)
         digests.add(weights_sha256(learner.weights()))
     return Check("a resumed learner takes the same next step, bitwise", len(digests) == 1, "weights, moments, counters")
 
 
-def readable_gold(chain: Chain) -> Check:
+def readable_gold(stack: Stack) -> Check:
     """A gold that is no number is refused where it is read, and no answer is right against it."""
-    name, task, gold = "no answer is right against a gold that cannot be read", chain.renderer.task, "I do not know"
+    name, task, gold = "no answer is right against a gold that cannot be read", stack.renderer.task, "I do not know"
     example = Example("bad", "How many?", gold)
     try:
         read = task.example({"question": "How many?", "answer": gold})
@@ -230,12 +230,12 @@ def readable_gold(chain: Chain) -> Check:
     return Check(name, not right, "counted as right" if right else "the row is refused")
 
 
-CHECKS: tuple[Callable[[Chain], Check], ...] = (
+CHECKS: tuple[Callable[[Stack], Check], ...] = (
     *(one_bos, ids_cross, every_end, same_logprobs, fresh_weights, evaluated_weights, small_updates, resumed),
     readable_gold,
 )
 
 
-def chain_checks() -> list[Check]:
-    """Every check, each on a fresh chain."""
-    return [check(make_chain()) for check in CHECKS]
+def stack_checks() -> list[Check]:
+    """Every check, each on a fresh stack."""
+    return [check(make_stack()) for check in CHECKS]

@@ -84,7 +84,7 @@ class _Process:
         env = dict(os.environ)
         if at_once > 1:
             env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
-        command = [sys.executable, "-m", "grpo_gsm8k.study.job", str(path)]
+        command = [sys.executable, "-m", "grpo_gsm8k.study.worker", str(path)]
         out: IO[bytes]
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
