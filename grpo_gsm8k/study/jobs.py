@@ -164,13 +164,13 @@ def _job(
     of: dict[str, Any] = {"stage": stage, "settings": fixed}
     of |= {"start": start.run_dir.parent.name} if start else {}
     of |= {"budget": {**budget, "run": budget["run"].run_dir.parent.name}} if budget else {}
-    place = f"{arm}-{digest(of)}"
+    place = f"{arm}-{digest(of, folder)}"
     name = f"{place}/seed_{'all' if seed is None else seed}"
     run_dir = folder / "runs" / name
     asked = plan.settings("eval", {})
     asked |= {"eval_path": str(material.data / "test.jsonl"), "limit": plan.problems, "task": material.task.spec}
     asked |= {key: values[key] for key in ("engine", "device", "dtype", "prompt_style") if asked[key] == "auto"}
-    results = folder / "results" / digest({**asked, "out_dir": ""}) / f"{name.replace('/', '_')}.jsonl"
+    results = folder / "results" / digest({**asked, "out_dir": ""}, folder) / f"{name.replace('/', '_')}.jsonl"
     content = {
         "stage": stage,
         "config": {**values, "seed": plan.top.seed if seed is None else seed, "out_dir": str(run_dir)},
@@ -183,9 +183,11 @@ def _job(
     return Job(name, arm, seed, stage, needs, run_dir, results, content)
 
 
-def digest(value: Any) -> str:
-    """Eight letters that stand for a value."""
+def digest(value: Any, folder: Path | None = None) -> str:
+    """Eight letters that stand for a value. What the study made in its `folder` counts the same wherever that is."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    if folder is not None:
+        text = text.replace(json.dumps(f"{folder}/", ensure_ascii=False)[:-1], '"')
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
