@@ -5,14 +5,16 @@
 
 A server is started on the demo's tiny model (or --model_id). Clients of OpenAI's wire sample in a loop, clients of the
 Tinker wire train in a loop, each with an adapter of its own; latencies, tokens, errors and the server's memory are
-counted. Then one client takes --overhead_steps of sampling, gradient and optimizer step over HTTP, and the same jobs
-are done in this process by the same sampler and learner without a server: the ratio of the two times is the overhead.
+counted. Then one client takes --overhead_steps of sampling, gradient and optimizer step over HTTP, in protobuf as
+Tinker's own client does, and in turns with it another process does the same jobs by the same sampler and learner
+without a server: the median of the steps' ratios is the overhead.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -32,11 +34,12 @@ import aiohttp
 from grpo_gsm8k.runs.files import write_json
 
 KEY = "tml-of-the-load-test"
+PROTOBUF = "application/x-protobuf"
 NAME = "tiny"
 PROMPT = list(range(5, 37))
 SAMPLES, SAMPLED_TOKENS = 2, 24
 ROWS, ROW_TOKENS = 8, 48
-GROUPS, GROUP, GROUP_TOKENS = 8, 8, 64  # of the comparison with one process
+GROUPS, GROUP, GROUP_TOKENS, WARM_UP = 8, 8, 64, 3  # of the comparison with one process
 
 
 @contextmanager
@@ -96,6 +99,27 @@ class Client:
                 raise ConnectionError(f"{path}: {answer.status}: {found}")
             return found
 
+    async def send(self, message: Any) -> Any:
+        """A forward_backward in protobuf; not yet its value."""
+        headers = {"X-API-Key": KEY, "Content-Type": PROTOBUF}
+        body = message.SerializeToString()
+        async with self.http.post(self.url + "/api/v1/forward_backward", data=body, headers=headers) as answer:
+            return await answer.json()
+
+    async def answer(self, sent: Any, name: str) -> Any:
+        """A future's value, as the message of this name."""
+        from grpo_gsm8k.serve import proto
+
+        headers, body = {"X-API-Key": KEY, "Accept": PROTOBUF}, {"request_id": sent["request_id"]}
+        while True:
+            async with self.http.post(self.url + "/api/v1/retrieve_future", json=body, headers=headers) as answer:
+                if answer.content_type == PROTOBUF:
+                    found = proto.message(name)
+                    found.ParseFromString(await answer.read())
+                    return found
+                if "error" in (said := await answer.json()):
+                    raise ConnectionError(said["error"])
+
     async def future(self, sent: Any) -> Any:
         """A future's value."""
         while True:
@@ -126,14 +150,10 @@ class Client:
         return await self.post("/v1/completions", {**body, "ignore_eos": True})
 
 
-def tensor(values: list[Any]) -> dict[str, Any]:
-    return {"data": values, "dtype": "int64" if isinstance(values[0], int) else "float32"}
-
-
-def row(ids: list[int], **inputs: list[float]) -> dict[str, Any]:
-    """A datum of the wire: position i predicts id i + 1."""
-    named = {"target_tokens": tensor(ids[1:]), **{name: tensor(values) for name, values in inputs.items()}}
-    return {"model_input": {"chunks": [{"tokens": ids[:-1]}]}, "loss_fn_inputs": named}
+def row(ids: list[int]) -> dict[str, Any]:
+    """A datum of the wire in JSON: position i predicts id i + 1."""
+    targets = {"data": ids[1:], "dtype": "int64"}
+    return {"model_input": {"chunks": [{"tokens": ids[:-1]}]}, "loss_fn_inputs": {"target_tokens": targets}}
 
 
 async def load(url: str, pid: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -181,41 +201,55 @@ def rss_mb(pid: int) -> float:
 # --------------------------------------------------------------------------------------------------- the overhead
 
 
-def advantages(count: int, length: int) -> list[list[float]]:
-    """Made-up ones, which sum to zero."""
-    return [[0.0] * (len(PROMPT) - 1) + [(-1.0) ** k / count / length] * length for k in range(count)]
+def credit() -> list[float]:
+    """Made-up advantages of a step's samples, which sum to zero."""
+    return [(-1.0) ** k / (GROUPS * GROUP * GROUP_TOKENS) for k in range(GROUPS * GROUP)]
 
 
-async def over_http(url: str, steps: int) -> list[float]:
-    """Seconds of each step of a client that samples from its newest weights and trains on what it drew."""
-    counts, seconds = Counts(), list[float]()
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as http:
-        client = Client(http, url, counts)
-        await client.begin()
-        params = {"max_tokens": GROUP_TOKENS, "temperature": 1.0, "stop": []}
-        for step in range(steps):
-            began = time.monotonic()
-            saved = await client.future(await client.op("save_weights_for_sampler", sampling_session_seq_id=step))
-            body = {"sampling_session_id": saved["sampling_session_id"], "num_samples": GROUP}
-            body |= {"prompt": {"chunks": [{"tokens": PROMPT}]}}
-            asked = [
-                {**body, "seq_id": k, "sampling_params": {**params, "seed": step * GROUPS + k}} for k in range(GROUPS)
-            ]
-            sent = await asyncio.gather(*(client.post("/api/v1/asample", one) for one in asked))  # as the SDK does
-            drawn = [s for one in sent for s in (await client.future(one))["sequences"]]
-            credit = advantages(len(drawn), GROUP_TOKENS)
-            before = [0.0] * (len(PROMPT) - 1)
-            data = [
-                row([*PROMPT, *s["tokens"]], logprobs=before + s["logprobs"], advantages=a)
-                for s, a in zip(drawn, credit, strict=True)
-            ]
-            await client.learn(data, "importance_sampling")
-            seconds.append(time.monotonic() - began)
-    return seconds
+def tensor_message(into: Any, values: Any) -> None:
+    """A tensor of the wire's protobuf."""
+    from grpo_gsm8k.serve import proto
+
+    into.dense, into.dtype = values.tobytes(), proto.INT64 if values.dtype.kind == "i" else proto.FLOAT32
+    into.shape.append(len(values))
 
 
-def in_process(model: Path, steps: int) -> list[float]:
-    """The same jobs by the same sampler and learner, without a server."""
+async def http_step(client: Client, step: int) -> float:
+    """Seconds in which a client samples from its newest weights and trains on what it drew."""
+    import numpy as np
+
+    from grpo_gsm8k.serve import proto
+
+    began = time.monotonic()
+    saved = await client.future(await client.op("save_weights_for_sampler", sampling_session_seq_id=step))
+    body = {"sampling_session_id": saved["sampling_session_id"], "num_samples": GROUP}
+    body |= {"prompt": {"chunks": [{"tokens": PROMPT}]}}
+    params = {"max_tokens": GROUP_TOKENS, "temperature": 1.0, "stop": []}
+    asked = [{**body, "seq_id": k, "sampling_params": {**params, "seed": step * GROUPS + k}} for k in range(GROUPS)]
+    sent = await asyncio.gather(*(client.post("/api/v1/asample", one) for one in asked))  # as Tinker's client does
+    client.seq += 1
+    request = proto.message("ForwardBackwardRequest")
+    request.model_id, request.seq_id, request.loss_fn = client.model, client.seq, "importance_sampling"
+    drawn = [s for one in sent for s in (await client.answer(one, "SampleResponse")).sequences]
+    before = np.zeros(len(PROMPT) - 1, "<f4")
+    for sample, advantage in zip(drawn, credit(), strict=True):
+        new = np.frombuffer(sample.tokens, "<i4")
+        ids = np.concatenate([np.array(PROMPT, "<i8"), new])
+        datum = request.data.add()
+        datum.model_input.add().encoded_text.tokens = ids[:-1].astype("<i4").tobytes()
+        tensor_message(datum.loss_fn_inputs["target_tokens"], ids[1:])
+        logprobs = np.frombuffer(sample.logprobs, "<f4")
+        tensor_message(datum.loss_fn_inputs["logprobs"], np.concatenate([before, logprobs]))
+        advantages = np.full(len(new), advantage, "<f4")
+        tensor_message(datum.loss_fn_inputs["advantages"], np.concatenate([before, advantages]))
+    futures = [await client.send(request), await client.op("optim_step", adam_params={"learning_rate": 1e-4})]
+    await client.answer(futures[0], "ForwardBackwardOutput")
+    await client.future(futures[1])
+    return time.monotonic() - began
+
+
+def alone(model: Path) -> Iterator[float]:
+    """Seconds of each step in which the same sampler and learner do the same jobs, without a server."""
     import numpy as np
     import torch
 
@@ -230,23 +264,45 @@ def in_process(model: Path, steps: int) -> list[float]:
     repro.set_deterministic(True)
     base = BaseModel(config.build(config.ModelConfig, {"model_id": str(model), "device": "cpu"}))
     sampler, trained = Sampler(base), Trained(base, "m1", ModelSpec(8, seed=1), 8192)
-    seconds = []
-    for step in range(steps):
+    before = np.zeros(len(PROMPT) - 1, "<f4")
+    for step in itertools.count():
         began = time.monotonic()
         jobs = [
             SampleJob(tuple(PROMPT), GROUP, GROUP_TOKENS, seed=step * GROUPS + k, stop_ids=()) for k in range(GROUPS)
         ]
         with torch.inference_mode():
             drawn = [s for result in sampler.decode(base.activate("m1"), jobs) for s in result.sequences]
-        before, data = [0.0] * (len(PROMPT) - 1), []
-        for s, credit in zip(drawn, advantages(len(drawn), GROUP_TOKENS), strict=True):
+        data = []
+        for s, advantage in zip(drawn, credit(), strict=True):
             ids = np.array([*PROMPT, *s.token_ids], "<i8")
-            inputs = {"target_tokens": ids[1:], "logprobs": np.array(before + list(s.logprobs), "<f4")}
-            data.append(WireDatum(ids[:-1], inputs | {"advantages": np.array(credit, "<f4")}))
+            advantages = np.full(len(s.token_ids), advantage, "<f4")
+            inputs = {"target_tokens": ids[1:], "logprobs": np.concatenate([before, np.array(s.logprobs, "<f4")])}
+            data.append(WireDatum(ids[:-1], inputs | {"advantages": np.concatenate([before, advantages])}))
         trained.forward_backward(TrainingJob(tuple(data), "importance_sampling", {}))
         trained.optim_step(adam_of({"adam_params": {"learning_rate": 1e-4}}))
-        seconds.append(time.monotonic() - began)
-    return seconds
+        yield time.monotonic() - began
+
+
+async def overhead(url: str, model: Path, steps: int) -> dict[str, float]:
+    """Steps by turns over HTTP and in another process, which waits at its standard input; the first ones warm up."""
+    policy = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}  # as the command line has it
+    command = [sys.executable, __file__, "--alone", "--model_id", str(model)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    served, unserved = list[float](), list[float]()
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as http:
+        client = Client(http, url, Counts())
+        await client.begin()
+        with subprocess.Popen(command, text=True, env={**os.environ, **policy}, **pipes) as other:  # type: ignore[call-overload]
+            for step in range(steps + WARM_UP):
+                served.append(await http_step(client, step))
+                other.stdin.write("\n")
+                other.stdin.flush()
+                unserved.append(float(other.stdout.readline()))
+            other.stdin.close()
+    ratios = [a / b for a, b in zip(served[WARM_UP:], unserved[WARM_UP:], strict=True)]
+    quarters = statistics.quantiles(ratios, n=4)
+    medians = {"http_s": statistics.median(served[WARM_UP:]), "alone_s": statistics.median(unserved[WARM_UP:])}
+    return {"steps": steps, "ratio": quarters[1], "quartile_1": quarters[0], "quartile_3": quarters[2], **medians}
 
 
 def tiny_model(folder: Path) -> Path:
@@ -267,40 +323,25 @@ def main() -> None:
     parser.add_argument("--trainers", type=int, default=8)
     parser.add_argument("--overhead_steps", type=int, default=0)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.alone:
+        seconds = alone(args.model_id)
+        for _ in sys.stdin:
+            print(next(seconds), flush=True)
+        return
     found: dict[str, Any] = {"cores": os.cpu_count(), "seconds": args.seconds}
     with tempfile.TemporaryDirectory() as temporary:
         model = args.model_id or tiny_model(Path(temporary))
         with server(model, Path(temporary) / "server") as (url, pid):
             if args.seconds:
                 found |= {"samplers": args.samplers, "trainers": args.trainers, **asyncio.run(load(url, pid, args))}
-            served = asyncio.run(over_http(url, args.overhead_steps)) if args.overhead_steps else []
-        if served:
-            # Of another process, so that nothing of the load is in its memory; the first steps warm up.
-            command = [
-                sys.executable,
-                __file__,
-                "--model_id",
-                str(model),
-                "--overhead_steps",
-                str(-args.overhead_steps),
-            ]
-            done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-            alone = json.loads(done.stdout)
-            ratio = statistics.median(served[2:]) / statistics.median(alone[2:])
-            found["overhead"] = {
-                "ratio": ratio,
-                "http_s": statistics.median(served),
-                "alone_s": statistics.median(alone),
-            }
+            if args.overhead_steps:
+                found["overhead"] = asyncio.run(overhead(url, model, args.overhead_steps))
     if args.out:
         write_json(args.out, found)
     print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
-    if "--overhead_steps" in sys.argv and int(sys.argv[sys.argv.index("--overhead_steps") + 1]) < 0:
-        model_id = Path(sys.argv[sys.argv.index("--model_id") + 1])
-        print(json.dumps(in_process(model_id, -int(sys.argv[-1]))))
-    else:
-        main()
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import random
@@ -20,7 +21,7 @@ import pytest
 import zstandard
 
 from grpo_gsm8k.errors import ConfigError, DiskError
-from grpo_gsm8k.serve import auth, codec, data, proto, server
+from grpo_gsm8k.serve import auth, codec, data, proto, server, weights
 from grpo_gsm8k.serve.books import Entry, SeqQueue, check_name, parse_path
 from grpo_gsm8k.serve.jobs import Refusal, SampledSequence, SampleResult, TrainingResult
 from grpo_gsm8k.serve.store import Store
@@ -321,6 +322,23 @@ def test_an_address_that_is_taken(tmp_path: Path) -> None:
             server.listen(again)
 
 
+def test_an_answer_does_not_wait_for_an_acknowledgement(tmp_path: Path) -> None:
+    """Its head and its body are two packets; with Nagle's algorithm the second one leaves 40 ms later."""
+
+    async def nodelay(listening: socket.socket) -> int:
+        connected: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
+        serving = await asyncio.start_server(lambda _, writer: connected.put(writer), sock=listening)
+        async with serving:
+            _, mine = await asyncio.open_connection(*listening.getsockname())
+            theirs = await connected.get()
+            found: int = theirs.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            theirs.close()
+            mine.close()
+        return found
+
+    assert asyncio.run(nodelay(server.listen(settings(Path("m"), tmp_path)))) != 0
+
+
 # ------------------------------------------------------------------------------------------------- company
 
 
@@ -495,3 +513,21 @@ def test_requests_that_arrive_together_are_decoded_together(tiny, tmp_path, monk
         sent = [client.submit_sample(sampler, [5, 6, 7 + k], seq=10 + k) for k in range(4)]
         assert [client.result(one)["sequences"] for one in sent] == [one["sequences"] for one in alone]
     assert sizes == [1, 1, 1, 1, 4]
+
+
+def test_an_adapter_holds_one_snapshot_after_the_other(client: Client) -> None:
+    """What is sampled from a snapshot stays the same when its place was taken, and memory holds no more of them."""
+    session = client.session()
+    model = client.model(session)
+    rows = [datum([5, 9, 14, 7, 22, 31])]
+    kept = []
+    for number in range(6):
+        client.learn(model, rows)
+        client.step(model)
+        kept.append(client.train("save_weights_for_sampler", model, path=f"s{number}")["path"])
+    samplers = [client.sampler(session, 200 + k, path) for k, path in enumerate(kept)]
+    drawn = [client.sample(one, [5, 9, 14], seed=4, stop=[])["sequences"] for one in samplers]
+    assert len({str(each) for each in drawn}) == 6
+    held = client.service.weights._adapters  # type: ignore[attr-defined]
+    assert sum(slot.kind.rank == 4 for slot in held.values()) == weights.ALIKE
+    assert [client.sample(one, [5, 9, 14], seq=1, seed=4, stop=[])["sequences"] for one in samplers] == drawn

@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grpo_gsm8k.serve.adapters import BaseModel, ModelSpec, copy_into
+from grpo_gsm8k.serve.adapters import BaseModel, ModelSpec, Tensors, copy_into
 from grpo_gsm8k.serve.jobs import Refusal
 from grpo_gsm8k.serve.learn import stored_weights
 from grpo_gsm8k.serve.sampling import Sampler
 
 HELD = 16  # adapters in memory
+ALIKE = 4  # of them of one rank on the same layers, as many as are decoded in turns (`engine.BATCHES`)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """An adapter on the base that holds one folder's weights, and later another's."""
+
+    name: str
+    kind: ModelSpec
+    parameters: Tensors
 
 
 class SampleWeights:
-    """Brings what a folder holds into memory, the least recently used adapter making room."""
+    """Brings what a folder holds into memory, the least recently used adapter making room.
+
+    An adapter takes in the weights of another one of its kind in a tenth of the time in which a new one is laid.
+    """
 
     def __init__(self, base: BaseModel, folder: Path) -> None:
         """`base` may be the one that is trained on, or another copy of it on another device."""
         self.base, self.folder = base, folder
         self.sampler = Sampler(base)
-        self._adapters: OrderedDict[str, str] = OrderedDict()  # folder → name on the base
+        self._adapters: OrderedDict[str, _Slot] = OrderedDict()  # by folder
         self._whole: tuple[str, Any] = ("", None)  # folder, a model of its own
         self._names = 0
 
@@ -32,7 +46,7 @@ class SampleWeights:
             return self.base.activate("")
         if folder in self._adapters:
             self._adapters.move_to_end(folder)
-            return self.base.activate(self._adapters[folder])
+            return self.base.activate(self._adapters[folder].name)
         if self._whole[0] == folder:
             return self._whole[1]
         where = self.folder / folder
@@ -41,13 +55,22 @@ class SampleWeights:
         spec = ModelSpec(**json.loads((where / "spec.json").read_text()))
         if not spec.rank:
             return self._take_whole(folder)
+        slot = self._adapters[folder] = self._slot(spec, stored_weights(where, self.base.model.dtype))
+        return self.base.activate(slot.name)
+
+    def _slot(self, spec: ModelSpec, tensors: Tensors) -> _Slot:
+        """An adapter with these weights: a new one, or one that held others of this kind."""
+        kind = replace(spec, seed=0)  # which decides how it begins
+        alike = [folder for folder, slot in self._adapters.items() if slot.kind == kind]
+        if len(alike) >= ALIKE:
+            copy_into(self._adapters[alike[0]].parameters, tensors)
+            return self._adapters.pop(alike[0])
         while len(self._adapters) >= HELD:
-            self.base.drop(self._adapters.popitem(last=False)[1])
+            self.base.drop(self._adapters.popitem(last=False)[1].name)
         self._names += 1
         name = f"s{self._names}"
-        self.base.put(name, spec, stored_weights(where, self.base.model.dtype))
-        self._adapters[folder] = name
-        return self.base.activate(name)
+        self.base.put(name, spec, tensors)
+        return _Slot(name, kind, dict(self.base.parameters(name)))
 
     def is_whole(self, folder: str) -> bool:
         """Whether a folder holds weights of their own, of which one set at a time is in memory."""
