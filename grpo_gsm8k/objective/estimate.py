@@ -128,8 +128,8 @@ def row_gradients(
     Args:
         owners: rows of the same owner are one batch; by default all rows are.
     """
-    kinds = list({(row.token_ids, row.mask): row for row in rows}.values())
-    number = {(row.token_ids, row.mask): k for k, row in enumerate(kinds)}
+    kinds = tuple(sorted({(row.token_ids, row.mask) for row in rows}))
+    number = {kind: k for k, kind in enumerate(kinds)}
     logp, entropy, of_logp, of_entropy = _scored(kinds, world)
     which = torch.tensor([number[row.token_ids, row.mask] for row in rows])
     whole, found = make_batch(rows), torch.zeros(len(rows), of_logp.shape[-1], dtype=torch.float64)
@@ -156,9 +156,14 @@ def loss_derivatives(
     return d_logp, d_entropy
 
 
-def _scored(rows: Sequence[Datum], world: World) -> tuple[torch.Tensor, ...]:
-    """Log-probability and entropy of each target `(B, T)`, and their derivatives in the table `(B, T, parameters)`."""
-    batch = make_batch(rows)
+@functools.lru_cache(maxsize=64)
+def _scored(kinds: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...], world: World) -> tuple[torch.Tensor, ...]:
+    """Log-probability and entropy of each target `(B, T)`, and their derivatives in the table `(B, T, parameters)`.
+
+    Args:
+        kinds: ids and mask of each row.
+    """
+    batch = make_batch([Datum(*kind) for kind in kinds])
     logp, found = plain_logprobs(world.policy, batch, world.temperature)
     entropy = batch.everywhere(found["entropy"])
     derivatives = []

@@ -85,6 +85,7 @@ class TableLearner:
 
     def __init__(self, policy: TablePolicy, reference: TablePolicy) -> None:
         self.policy, self.reference = policy, reference
+        self._known: dict[Any, tuple[float, ...]] = {}  # few rows stand in many groups
 
     def logprobs(self, data: Sequence[Datum], temperature: float = 1.0) -> list[tuple[float, ...]]:
         """See `datatypes.Learner`."""
@@ -96,8 +97,13 @@ class TableLearner:
 
     @torch.no_grad()
     def _scored(self, model: TablePolicy, data: Sequence[Datum], temperature: float) -> list[tuple[float, ...]]:
-        batch = make_batch(data)
-        return unshifted(plain_logprobs(model, batch, temperature)[0], batch.lengths)
+        keys = [(model, temperature, row.token_ids, row.mask) for row in data]
+        new = {key: row for key, row in zip(keys, data, strict=True) if key not in self._known}
+        if new:
+            batch = make_batch(list(new.values()))
+            rows = unshifted(plain_logprobs(model, batch, temperature)[0], batch.lengths)
+            self._known.update(zip(new, rows, strict=True))
+        return [self._known[key] for key in keys]
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ class World:
     temperature: float
     sampled_P: tuple[tuple[Sampled, ...], ...]
 
-    @property
+    @functools.cached_property
     def learner(self) -> TableLearner:
         """Scores rows under the live policy and the reference model."""
         return TableLearner(self.policy, self.reference)
