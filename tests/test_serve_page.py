@@ -120,7 +120,8 @@ needs_chromium = pytest.mark.skipif(not browser.PROGRAM, reason="no chromium")
 
 @pytest.mark.slow
 @needs_chromium
-@pytest.mark.parametrize(("width", "height", "scheme"), [(1280, 900, "light"), (390, 844, "dark")])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
 def test_in_a_browser(tiny, tmp_path, width, height, scheme):
     """The key is asked for, all is shown and stays text, nothing overflows, and a server that is gone is told."""
     process = Process(tiny.model, tmp_path / "out", free_port(), served_name="tiny")
@@ -155,7 +156,7 @@ async def look(process, folder, width, height, scheme):
         wide = await page.value("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
         assert wide[0] <= wide[1]
         out = Path(os.environ.get("GRPO_GSM8K_PICTURES") or folder)
-        await page.picture(out / f"service-{width}.png", width)
+        await page.picture(out / f"service-{width}-{scheme}.png", width)
         hosts = {httpx.URL(event["request"]["url"]).host for event in page.of("Network.requestWillBeSent")}
         assert hosts <= {"127.0.0.1", ""} and page.of("Runtime.exceptionThrown") == []
         assert KEY not in await page.value("document.documentElement.outerHTML")
