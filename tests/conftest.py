@@ -22,6 +22,7 @@ os.environ.update(
     WANDB_MODE="disabled",
 )
 os.environ.pop("WANDB_API_KEY", None)
+os.environ.pop("PYTHONUNBUFFERED", None)  # few users have it, and it hides output that stays in a buffer
 # Toy models gain nothing from threads, and one thread gives the same bits whatever the number of cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests start some hundred processes that import torch and transformers: compiling those takes most of their time.

@@ -56,6 +56,7 @@ def _machine(monkeypatch: pytest.MonkeyPatch, gpus: list[dict[str, Any]], **vers
     monkeypatch.setattr(doctor, "_version", installed.get)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(total=500 * GIB, free=500 * GIB))
     monkeypatch.setattr(repro, "memory_bytes", lambda: 128 * GIB)
+    monkeypatch.setattr(repro, "compiler", lambda gpu: "/usr/bin/gcc")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
@@ -87,6 +88,7 @@ def test_every_failed_check_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(total=GIB // 16, free=GIB))
     monkeypatch.setattr(repro, "memory_bytes", lambda: GIB)
     monkeypatch.setattr(shutil, "which", lambda tool: None)
+    monkeypatch.setattr(repro, "compiler", lambda gpu: None)
     monkeypatch.setattr(repro, "git_commit", lambda: "nogit")
     monkeypatch.setenv("WANDB_MODE", "online")
     failed = [check for check in doctor.checks(tmp_path) if not check.ok]

@@ -123,7 +123,8 @@ class _Process:
         self._pipe, theirs = Pipe()
         quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self._child = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import serve; serve({theirs.fileno()}, {os.getpid()})"],
+            # Unbuffered: what is printed is read while it says something, and is not lost when the process is ended.
+            [sys.executable, "-u", "-c", f"from {__name__} import serve; serve({theirs.fileno()}, {os.getpid()})"],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=2,  # stdout is for data: what a user's function prints goes to stderr
