@@ -408,6 +408,15 @@ def test_a_fixed_plan_gives_no_verdict_before_its_end(stopping, seeds, verdicts,
     assert ("after Holm" in text) == bool(verdicts) and ("one look" in text or stopping != "fixed" or verdicts)
 
 
+def test_an_interval_holds_nothing_that_cannot_be(write, tmp_path):
+    """Seeds that disagree make a wide one, which ends where accuracies and their differences do."""
+    plan, jobs = planned(write(), tmp_path)
+    fabricate(jobs, lambda arm, seed: {"grpo": 1.0, "random": float(seed == 1)}.get(arm, 0.0))
+    found = analyse(plan, jobs)
+    assert next(one.ci for one in found.arms if one.arm.name == "random") == (0.0, 1.0)
+    assert found.verdicts["random"].found.ci[0] == -1.0 < found.verdicts["random"].found.ci[1]
+
+
 def test_an_always_valid_study_stops_when_everything_is_decided(write, tmp_path):
     path = write("preset", 'stopping = "always_valid"\npreset', '"random", "base", "ei"', '"random"', "[arm.ei]\n", "",
                  "prompts_per_round = 4\nsteps_per_round = 2\n", "", "problems = 12", "problems = 0")  # fmt: skip

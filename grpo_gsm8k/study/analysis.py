@@ -9,7 +9,7 @@ study stops (a union bound, which needs nothing of how the looks hang together).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -75,7 +75,7 @@ class ArmResult:
 
     Attributes:
         seeds, accuracies: of the runs that are done, in the plan's order.
-        ci: of the mean over other seeds and problems; None for fewer than two seeds.
+        ci: of the mean over other seeds and problems, of an accuracy from 0 to 1; None for fewer than two seeds.
         tokens, seconds, dollars: of a run, on average.
     """
 
@@ -169,9 +169,16 @@ def analyse(plan: Plan, jobs: Sequence[Job]) -> Analysis:
     verdicts = verdicts_of(plan, table)
     ended = [job for job in jobs if job.done]
     rows = [read_json(job.summary) for job in ended if job.arm != START]
-    seeds = complete_seeds(plan, table)
+    seeds, graded = complete_seeds(plan, table), all(row["accuracy"] is not None for row in rows)
+    arms = [_arm_result(plan, arm, jobs, table) for arm in plan.arms]
+    if graded:  # an interval by Student's t knows no bounds, an accuracy has them
+        arms = [replace(one, ci=one.ci and _within(one.ci, 0.0)) for one in arms]
+        verdicts = {
+            name: replace(one, found=replace(one.found, ci=_within(one.found.ci, -1.0)))
+            for name, one in verdicts.items()
+        }
     return Analysis(
-        arms=[_arm_result(plan, arm, jobs, table) for arm in plan.arms],
+        arms=arms,
         verdicts=verdicts,
         differences={arm.name: gap for arm in plan.others if (gap := _gap(plan, arm, table)) is not None},
         seeds=seeds,
@@ -179,8 +186,12 @@ def analyse(plan: Plan, jobs: Sequence[Job]) -> Analysis:
         runs=len(jobs),
         done=len(ended),
         stopped=len(ended) < len(jobs) and bool(verdicts) and plan.looks > 1 and all(v.sign for v in verdicts.values()),
-        graded=all(row["accuracy"] is not None for row in rows),
+        graded=graded,
     )
+
+
+def _within(ci: tuple[float, float], least: float) -> tuple[float, float]:
+    return max(ci[0], least), min(ci[1], 1.0)
 
 
 def _arm_result(plan: Plan, arm: Arm, jobs: Sequence[Job], table: Mapping[tuple[str, int], Answers]) -> ArmResult:

@@ -136,7 +136,7 @@ def _draw_arms(analysis: Analysis) -> str:
 
         for y, one in enumerate(rows):
             if one.ci:
-                axes.plot(_clipped(one.ci, analysis), [y, y], color=COLOURS["c1"], lw=5, alpha=0.35)
+                axes.plot(one.ci, [y, y], color=COLOURS["c1"], lw=5, alpha=0.35)
             dots = {"color": COLOURS["mute"], "marker": "o", "ms": 4, "mfc": "none", "lw": 0}
             axes.plot(one.accuracies, [y + 0.22] * len(one.accuracies), **dots)  # type: ignore[arg-type]
             axes.plot([one.mean or 0.0], [y], color=COLOURS["c1"], marker="o", ms=6)
@@ -153,11 +153,6 @@ def _draw_arms(analysis: Analysis) -> str:
     told = "; ".join(f"{one.arm.label} {score(analysis, one.mean)}" for one in rows)
     size = (5.0, 0.7 + 0.55 * len(rows))
     return figures.svg(_title(analysis), size, paint, f"{_title(analysis)}: {told}", left=1.35)
-
-
-def _clipped(ci: tuple[float, float], analysis: Analysis) -> tuple[float, float]:
-    """An interval as far as there can be an accuracy."""
-    return (max(ci[0], 0.0), min(ci[1], 1.0)) if analysis.graded else ci
 
 
 def _draw_differences(plan: Plan, analysis: Analysis) -> str:
