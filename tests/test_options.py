@@ -121,7 +121,8 @@ def same_as_eager(tmp_path, **flags):
             learner.said = learner.forward_backward(data, POLICY)
         assert compiled.said["loss"] == pytest.approx(plain.said["loss"], abs=1e-5)
         for name, expected in gradient(plain).items():
-            torch.testing.assert_close(gradient(compiled)[name], expected, rtol=1e-3, atol=1e-6)
+            noise = 1e-4 * float(expected.abs().max())  # sums in another order, of which small entries have their share
+            torch.testing.assert_close(gradient(compiled)[name], expected, rtol=1e-3, atol=noise)
         mine, own = (tensor_of(learner.logprobs(data)) for learner in (compiled, plain))
         torch.testing.assert_close(mine, own, rtol=0, atol=1e-5)
         for learner in (plain, compiled):

@@ -25,7 +25,9 @@ from tests.toys import cli as command_line
 from tests.toys import make_data, make_model
 
 STAGES = ("sft", "ei", "grpo", "distill", "eval", "prep-eval", "pairs", "tokenize")
-ELSEWHERE = {"--vllm_device", "--vllm_devices", "--estimate", "--judge_base_url", "--base_url"}  # a GPU or a network
+ELSEWHERE = {  # a GPU or a network
+    *("--vllm_device", "--vllm_devices", "--estimate", "--judge_base_url", "--base_url", "--dataset"),
+}
 NEEDS = {
     "git": "network",
     "cd": "the clone",
@@ -88,7 +90,7 @@ def verb(words):
     """What this test does with a command, and what it is called in `NEEDS`."""
     program, *rest = bare(words)
     flags = {word.partition("=")[0].replace("-", "_").replace("__", "--", 1) for word in rest if word.startswith("--")}
-    elsewhere = bool(flags & ELSEWHERE) or "torchrun" in words or "vllm" in rest
+    elsewhere = bool(flags & ELSEWHERE) or "torchrun" in words or bool({"vllm", "tinker"} & {*rest})
     elsewhere |= any(word.startswith(("hf:", "tinker:")) or word == "math" for word in rest)
     if program == "python":
         if rest[:2] == ["-m", "grpo_gsm8k.bench"] or rest[:2] == ["-m", "tests.fake_api"]:
@@ -241,6 +243,8 @@ def furnished(tmp_path_factory):
         text for page in PAGES for language, text, _ in blocks(page) if language == "python" and "# mine.py" in text
     ]
     (folder / "mine.py").write_text("\n".join(mine))
+    for name in ("a", "b"):
+        shutil.copy(data / "test.jsonl", folder / f"{name}.jsonl")
     for number, name in enumerate(("base", "sft", "grpo")):
         verdicts = [{"id": str(i), "correct": i % 3 <= number} for i in range(30)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in verdicts))
@@ -265,7 +269,7 @@ def furnished(tmp_path_factory):
         "--max_new_tokens",
         "4",
     ]
-    for name in ("grpo", "other", "full"):
+    for name in ("grpo", "other", "full", "wider", "demo/grpo"):
         where = folder / "artifacts" / "runs" / name
         command_line("grpo", *flags, "--prompt_style", "gsm8k", "--out_dir", str(where), cwd=folder)
     return folder
