@@ -668,6 +668,9 @@ class DistillConfig(GrpoConfig):
     )
     teacher_revision: str = opt("", "revision of a teacher on the hub; empty for its default branch", expert=True)
     teacher_device: str = opt("", "where the teacher computes, as in cuda:1; empty: where the student is trained")
+    teacher_engine: Literal["hf", "vllm"] = opt(
+        "hf", "hf: in this process; vllm: in an engine of its own, at temperature 1 (as --teacher_device says)"
+    )
     teacher_cache_mb: int = opt(
         256,
         "scores of the teacher that are kept, in MiB, in the run directory and in memory; what does not fit is scored "

@@ -20,8 +20,8 @@ settings are GRPO's (`grpo.py`); `--reward_coef` mixes its advantage in.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from typing import Any
 from grpo_gsm8k import grpo, preflight
 from grpo_gsm8k.config import DistillConfig, at_service
 from grpo_gsm8k.datatypes import Datum, Prompt
+from grpo_gsm8k.engines import teacher as engine_teacher
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.evals.diversity import diversity
 from grpo_gsm8k.rollout import RolloutSource, StepTimer, rollout_metrics, sample_row
@@ -39,7 +40,8 @@ from grpo_gsm8k.tasks.rewards import Grader, make_reward
 from grpo_gsm8k.trainer import loop
 from grpo_gsm8k.trainer.data import Values
 from grpo_gsm8k.trainer.estimate import estimate
-from grpo_gsm8k.trainer.teacher import CachedTeacher, check_same_teacher, check_tokenizer, load_teacher
+from grpo_gsm8k.trainer.policy import pick_device
+from grpo_gsm8k.trainer.teacher import CachedTeacher, Teacher, check_same_teacher, check_tokenizer, load_teacher
 from grpo_gsm8k.workbench import Workbench, open_workbench
 
 MIB = 1 << 20
@@ -105,6 +107,8 @@ def check(cfg: DistillConfig) -> None:
         raise ConfigError("resample_zero_variance: groups of equal rewards learn from the teacher; leave it at 0")
     if cfg.curriculum_unbiased:
         raise ConfigError("curriculum_unbiased: weighs the task's advantages, and not a teacher's; leave it out")
+    if cfg.teacher_engine == "vllm":
+        engine_teacher.check(cfg)
     # Without the task's reward nothing is relative to a group.
     grpo.check(cfg if cfg.reward_coef else replace(cfg, advantage="group_relative", baseline="none", std_norm=False))
 
@@ -156,12 +160,26 @@ def run(cfg: DistillConfig) -> dict[str, Any]:
     with open_workbench(cfg, "distill", {"train": source}, overlaps=cfg.mode == "one_step_off") as bench:
         prompts = bench.prompts(examples, source)
         longest = max(len(prompt.token_ids) for prompt in prompts) + cfg.max_new_tokens
-        teacher = load_teacher(cfg, min(longest, bench.context))
-        preflight.check_teacher(teacher, bench.renderer, prompts)
-        cached = CachedTeacher(teacher, bench.run.path / "teacher", cfg.teacher_cache_mb * MIB)
         grader = Grader(bench.renderer.task, reward, (cfg.max_new_tokens, buffer) if buffer else None)
-        train(cfg, bench, prompts, grader, cached)
+        with open_teacher(cfg, bench, prompts, min(longest, bench.context)) as teacher:
+            cached = CachedTeacher(teacher, bench.run.path / "teacher", cfg.teacher_cache_mb * MIB)
+            train(cfg, bench, prompts, grader, cached)
         return bench.finish()
+
+
+@contextmanager
+def open_teacher(cfg: DistillConfig, bench: Workbench, prompts: Sequence[Prompt], longest: int) -> Iterator[Teacher]:
+    """The teacher, in this process or in vLLM; what it says was held against its model's logits."""
+    frozen = load_teacher(cfg, longest)
+    if cfg.teacher_engine == "hf":
+        preflight.check_teacher(frozen, frozen.model, bench.renderer, prompts)
+        yield frozen
+        return
+    log = bench.run.path / "teacher.log"
+    with engine_teacher.opened(cfg, frozen, bench.renderer, str(pick_device(cfg.device)), log) as teacher:
+        preflight.check_teacher(teacher, frozen.model, bench.renderer, prompts)
+        del frozen
+        yield teacher
 
 
 if __name__ == "__main__":

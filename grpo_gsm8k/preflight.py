@@ -41,7 +41,7 @@ from grpo_gsm8k.trainer.learner import TorchLearner
 from grpo_gsm8k.trainer.logprobs import frozen_logprobs, own_logprobs
 from grpo_gsm8k.trainer.policy import dtype_name, load_model, load_tokenizer, prepare_to_save, weights_sha256
 from grpo_gsm8k.trainer.ranks import world
-from grpo_gsm8k.trainer.teacher import FrozenTeacher
+from grpo_gsm8k.trainer.teacher import Teacher
 
 LIMIT = {"float32": 1e-4, "bfloat16": TOLERANCE["bfloat16"]}  # mean difference that another order of sums can cause
 SAMPLED = SamplingParams(max_new_tokens=8, temperature=1.0)
@@ -120,11 +120,11 @@ def check_service(renderer: Renderer, prompts: Sequence[Prompt], learner: Learne
     probe(sampler, learner, prompts[:2], ref.version, TOLERANCE["bfloat16"])
 
 
-def check_teacher(teacher: FrozenTeacher, renderer: Renderer, prompts: Sequence[Prompt]) -> None:
-    """Raise `ModelError` unless a teacher's scores are the log-probabilities of its own logits."""
+def check_teacher(teacher: Teacher, model: Any, renderer: Renderer, prompts: Sequence[Prompt]) -> None:
+    """Raise `ModelError` unless a teacher's scores are the log-probabilities of its model's own logits."""
     rows = _rows(prompts)
-    data = [replace(row, logprobs=own) for row, own in zip(rows, own_logprobs(teacher.model, rows), strict=True)]
-    _near(data, teacher.logprobs(data), Subject(teacher.model, renderer, prompts), "the teacher's")
+    data = [replace(row, logprobs=own) for row, own in zip(rows, own_logprobs(model, rows), strict=True)]
+    _near(data, teacher.logprobs(data), Subject(model, renderer, prompts), "the teacher's")
 
 
 def check_model(cfg: ModelConfig, folder: Path) -> Iterator[tuple[str, bool, str]]:

@@ -76,6 +76,11 @@ def build(start, pulse):
         groups = [[completion(request, k, seed) for k, seed in enumerate(request["seeds"])] for request in requests]
         return {"completions": groups[1:] if faulty("fewer_groups") else groups}
 
+    def score(rows):
+        if faulty("die_in_score"):
+            die()
+        return {"logprobs": [[-float(i) for i in ids[faulty("fewer_scores") :]] for ids in rows]}
+
     def judge(version, sha256, where):
         if faulty("die_in_judge"):
             die()
@@ -123,6 +128,7 @@ def build(start, pulse):
         "hold": hold,
         "load": load,
         "sample": sample,
+        "score": score,
         "judge": judge,
     }
 

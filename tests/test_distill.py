@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_gsm8k import cli, config, distill, grpo, pipeline, report, sft
 from grpo_gsm8k.audit.fork import fork
 from grpo_gsm8k.audit.replay import replay
 from grpo_gsm8k.audit.verify import Options, verify
 from grpo_gsm8k.datatypes import Datum
+from grpo_gsm8k.engines.process import Engine
+from grpo_gsm8k.engines.teacher import EngineTeacher, opened
 from grpo_gsm8k.errors import CheckpointError, ConfigError, DataError, ModelError
 from grpo_gsm8k.runs import diagnosis, rollouts
 from grpo_gsm8k.trainer.losses import Objective, make_loss, update_loss
 from grpo_gsm8k.trainer.teacher import CachedTeacher, FrozenTeacher, load_teacher
 from grpo_gsm8k.trainer.tiny_model import make_tiny_model
 from tests.test_resume import story
-from tests.toys import SMALL, attentive, batch_of, datum, make_model, stage_config
+from tests.toys import SMALL, attentive, batch_of, datum, make_model, renderer_for, stage_config
 
 # ------------------------------------------------------------------------------------------------ the advantages
 
@@ -142,6 +145,7 @@ def test_a_teacher_is_refused_whose_words_or_context_are_not_the_students(tiny, 
         ({"group_size": 1, "reward_coef": 0.5}, "group of one"),
         ({"reward_coef": -1.0}, "at least 0"),
         ({"loss": "cross_entropy"}, "advantages"),
+        ({"teacher_engine": "vllm", "temperature": 0.7}, "vLLM scores at temperature 1 alone"),
     ],
 )
 def test_settings_that_cannot_mean_what_they_say_are_refused(flags, word):
@@ -151,6 +155,34 @@ def test_settings_that_cannot_mean_what_they_say_are_refused(flags, word):
 
 def test_without_the_tasks_reward_a_group_may_be_of_one():
     distill.check(stage_config("distill", teacher="somewhere", group_size=1))
+
+
+@pytest.mark.parametrize("fault", ["", "die_in_score", "fewer_scores"])
+def test_a_teacher_in_an_engine_is_asked_again_when_it_fails(fault, tiny, teacher_folder, tmp_path):
+    """A stand-in engine says minus each id: the trained tokens' are kept, and an answer of other lengths is none."""
+    cfg = stage_config("distill", model_id=str(teacher_folder))
+    renderer = renderer_for(AutoTokenizer.from_pretrained(teacher_folder))
+    how = {"module": "tests.fake_engine", "fault": fault, "marker": str(tmp_path / "marker")}
+    frozen = FrozenTeacher(AutoModelForCausalLM.from_pretrained(teacher_folder))
+    teacher = EngineTeacher(frozen, Engine(cfg, renderer, ["cpu"], **how), tmp_path / "handover")
+    with closing(teacher):
+        expected = [tuple(-float(i) if m else 0.0 for i, m in zip(r.token_ids, r.mask, strict=True)) for r in ROWS]
+        assert teacher.logprobs(ROWS) == expected and teacher.sha256 == frozen.sha256
+        assert teacher.engine.restarts == bool(fault)
+
+
+def test_a_teacher_in_vllm_has_a_gpu_of_its_own_and_is_a_model(teacher_folder, tmp_path):
+    cfg = stage_config("distill", teacher=str(teacher_folder), teacher_engine="vllm")
+    with (
+        pytest.raises(ConfigError, match="name the teacher's GPU"),
+        opened(cfg, None, None, "cuda:0", tmp_path / "log"),
+    ):
+        pass
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ConfigError, match="is an adapter; make it a model"):
+        distill.check(replace(cfg, teacher=str(tmp_path)))
+    with pytest.raises(ModelError, match="lower --max_new_tokens"):  # vLLM draws a token behind the row
+        load_teacher(cfg, SMALL.get("context", 1024))
 
 
 # ----------------------------------------------------------------------------------------------------- the cache

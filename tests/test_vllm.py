@@ -11,6 +11,7 @@ import contextlib
 import copy
 import json
 import os
+import shutil
 import signal
 import statistics
 import threading
@@ -21,7 +22,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 from grpo_gsm8k import config, fast_eval_vllm, grpo, pipeline, sft
 from grpo_gsm8k.config import EngineConfig
@@ -323,6 +326,44 @@ def test_the_probe_fires_when_the_prefix_cache_keeps_old_weights(
     probe(vllm, learner, long, 1, TOLERANCE["float32"])
     with pytest.raises(EngineError, match="does not sample from it"):
         probe(stale, learner, long, 1, TOLERANCE["float32"])
+
+
+# ------------------------------------------------------------------------------------------------------ a teacher
+
+
+def test_a_teacher_in_vllm_says_what_it_says_in_this_process(trained, tmp_path):
+    """Whole runs: the same samples of the student, scored by a teacher of other weights."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(trained.model, teacher)
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(teacher)
+    found = {}
+    for engine in ENGINES:
+        out = tmp_path / engine
+        where = ("--model_id", trained.model, "--teacher", teacher, "--data", trained.data, "--out_dir", out)
+        small = (
+            "--max_new_tokens",
+            24,
+            "--rollouts_per_step",
+            8,
+            "--max_steps",
+            2,
+            "--eval_every",
+            0,
+            "--device",
+            "cpu",
+        )
+        done = cli("distill", *map(str, (*where, *small)), "--teacher_engine", engine, "--prompt_style", "gsm8k")
+        assert done.returncode == 0, done.stderr
+        found[engine] = [row for _, row in read_jsonl(out / "metrics.jsonl")]
+    for ours, theirs in zip(found["hf"], found["vllm"], strict=True):
+        assert ours["length/mean"] == theirs["length/mean"]
+        for key in ("distill/reverse_kl", "distill/surprise_max", "distill/teacher_logp"):
+            assert theirs[key] == pytest.approx(ours[key], abs=BOUND), key
+    assert abs(found["hf"][0]["distill/reverse_kl"]) > 10 * BOUND
 
 
 # ------------------------------------------------------------------------------------------------- the command line

@@ -169,6 +169,26 @@ class VLLMSampler:
         self.busy_s += time.monotonic() - began
         return [[next(drawn) for _ in request.seeds] for request in requests]
 
+    def score(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The log-probability of each id of each row behind those before it, at temperature 1; 0 for a row's first."""
+        from vllm import SamplingParams as VLLMParams
+        from vllm.sampling_params import RequestOutputKind
+
+        how = {"prompt_logprobs": 0, "max_tokens": 1, "detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
+        self._wake()
+        engine, read = self.llm.llm_engine, dict[str, Any]()
+        for number, ids in enumerate(rows):
+            asked = {"prompt_token_ids": list(ids)}
+            engine.add_request(str(number), asked, VLLMParams(**how), lora_request=self._request)
+        while engine.has_unfinished_requests():
+            read |= {out.request_id: out.prompt_logprobs for out in engine.step() if out.finished}
+            self.pulse()
+        self._rest()
+        return [
+            [0.0 if known is None else known[i].logprob for known, i in zip(read[str(number)], ids, strict=True)]
+            for number, ids in enumerate(rows)
+        ]
+
     def _params(self, params: SamplingParams, token_ids: Sequence[int], seed: int) -> Any:
         from vllm import SamplingParams as VLLMParams
         from vllm.sampling_params import RequestOutputKind

@@ -53,6 +53,9 @@ def build(start: Mapping[str, Any], pulse: Pulse) -> dict[str, Handler]:
         drawn = sampler.sample(asked, SamplingParams(**{**params, "stop": tuple(params["stop"])}))
         return {"completions": [[vars(completion) for completion in group] for group in drawn]}
 
+    def score(rows: list[list[int]]) -> dict[str, Any]:
+        return {"logprobs": sampler.score(rows)}  # type: ignore[attr-defined]  # asked of vLLM alone
+
     def load(version: int, sha256: str, where: str) -> dict[str, Any]:
         return take_weights(sampler, version, sha256, where)
 
@@ -67,7 +70,7 @@ def build(start: Mapping[str, Any], pulse: Pulse) -> dict[str, Handler]:
     def ping() -> dict[str, Any]:
         return {}
 
-    return {"ping": ping, "sample": sample, "load": load, "transfer": transfer, "hold": hold}
+    return {"ping": ping, "sample": sample, "score": score, "load": load, "transfer": transfer, "hold": hold}
 
 
 def renderer_of(cfg: PolicyConfig, start: Mapping[str, Any]) -> Renderer:

@@ -31,7 +31,7 @@ FORMAT = 1
 FOLDERS = ("samples", "evals", "rounds", "rollouts", "teacher")  # a step adds files to them
 APART = frozenset(
     {
-        *(NAME, METRICS, JUDGE, ".lock", "handover", "engine.log", "evaluator.log", CHECKPOINTS),
+        *(NAME, METRICS, JUDGE, ".lock", "handover", "engine.log", "evaluator.log", "teacher.log", CHECKPOINTS),
         *("wandb", "tensorboard", "trackio_run.json"),
     }
 )

@@ -44,7 +44,10 @@ from grpo_gsm8k.runs.writer import Writer
 
 RUNS = Path("artifacts/runs")
 OWN = frozenset(
-    {".lock", "sys", "command.txt", "code.diff", "data.json", "config.toml", "handover", "engine.log", "evaluator.log"}
+    {
+        *(".lock", "sys", "command.txt", "code.diff", "data.json", "config.toml", "handover"),
+        *("engine.log", "evaluator.log", "teacher.log"),
+    }
 )
 """What a run directory holds before its first step; the logs are of engines whose last words have been printed."""
 

@@ -87,7 +87,7 @@ class FrozenTeacher:
 
 def check_tokenizer(cfg: DistillConfig) -> None:
     """Raise `ModelError` if there is no such teacher, or its vocabulary is not the student's. Loads no weights."""
-    check_vocabulary(load_tokenizer(cfg), load_tokenizer(_config_of(cfg)), cfg.teacher)
+    check_vocabulary(load_tokenizer(cfg), load_tokenizer(config_of(cfg)), cfg.teacher)
 
 
 def load_teacher(cfg: DistillConfig, longest: int) -> FrozenTeacher:
@@ -99,9 +99,12 @@ def load_teacher(cfg: DistillConfig, longest: int) -> FrozenTeacher:
     Raises:
         ModelError: it cannot be loaded, or its context is shorter than `longest`.
     """
-    theirs = _config_of(cfg)
+    theirs = config_of(cfg)
+    if cfg.teacher_engine == "vllm":  # which is handed the weights from main memory
+        theirs = replace(theirs, device="cpu")
     model = load_model(theirs)
-    if longest > (context := context_length(model)):
+    context = context_length(model) - (cfg.teacher_engine == "vllm")  # vLLM draws a token behind what it reads
+    if longest > context:
         raise ModelError(
             f"--teacher {cfg.teacher}: reads {context} tokens, and the student's rows have up to {longest}; lower "
             "--max_new_tokens"
@@ -109,7 +112,7 @@ def load_teacher(cfg: DistillConfig, longest: int) -> FrozenTeacher:
     return FrozenTeacher(model, cfg.max_tokens_per_microbatch, cfg.packing)
 
 
-def _config_of(cfg: DistillConfig) -> DistillConfig:
+def config_of(cfg: DistillConfig) -> DistillConfig:
     """The student's config with its teacher in the student's place."""
     device = cfg.teacher_device or cfg.device
     own = replace(cfg, model_id=cfg.teacher, revision=cfg.teacher_revision, tokenizer_id="", device=device)
