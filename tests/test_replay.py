@@ -143,6 +143,6 @@ def test_the_report_of_a_fork_says_where_it_left_its_origin(runs, tmp_path):
 @pytest.mark.slow
 def test_common_random_numbers_halve_the_variance_of_a_difference_at_least(tiny, tmp_path):
     grpo.run(config_of(tiny, tmp_path / "origin", rollouts_per_step=16, steps=6, eval_every=0, keep_last=9, lr=3e-4))
-    how = {"seeds": 16, "out": tmp_path / "forks", "metric": "reward/mean", "max_steps": 0}
+    how = {"seeds": 64, "out": tmp_path / "forks", "metric": "reward/mean", "max_steps": 0}
     found = measure(tmp_path / "origin", 2, ["lr=4e-4"], **how)
-    assert found["ratio"] <= 0.5 and found["ci95"][1] < 1, found
+    assert found["ratio"] <= found["ci95"][1] <= 0.5, found
