@@ -687,6 +687,11 @@ class DistillConfig(GrpoConfig):
         expert=True,
     )
 
+    @property
+    def unread(self) -> list[str]:
+        """See `EngineConfig.unread`; a teacher in vLLM reads these, too."""
+        return [] if self.teacher_engine == "vllm" else super().unread
+
 
 @dataclass(frozen=True)
 class EvalConfig(EngineConfig):

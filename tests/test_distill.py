@@ -23,7 +23,7 @@ from grpo_gsm8k.engines.teacher import EngineTeacher, opened
 from grpo_gsm8k.errors import CheckpointError, ConfigError, DataError, ModelError
 from grpo_gsm8k.runs import diagnosis, rollouts
 from grpo_gsm8k.trainer.losses import Objective, make_loss, update_loss
-from grpo_gsm8k.trainer.teacher import CachedTeacher, FrozenTeacher, load_teacher
+from grpo_gsm8k.trainer.teacher import CachedTeacher, FrozenTeacher, config_of, load_teacher
 from grpo_gsm8k.trainer.tiny_model import make_tiny_model
 from tests.test_resume import story
 from tests.toys import SMALL, attentive, batch_of, datum, make_model, renderer_for, stage_config
@@ -169,6 +169,15 @@ def test_a_teacher_in_an_engine_is_asked_again_when_it_fails(fault, tiny, teache
         expected = [tuple(-float(i) if m else 0.0 for i, m in zip(r.token_ids, r.mask, strict=True)) for r in ROWS]
         assert teacher.logprobs(ROWS) == expected and teacher.sha256 == frozen.sha256
         assert teacher.engine.restarts == bool(fault)
+
+
+def test_a_teacher_is_here_wherever_the_student_samples(teacher_folder):
+    """The engine's devices are the student's; a teacher in vLLM reads what vLLM is told."""
+    cfg = stage_config("distill", teacher=str(teacher_folder), engine="vllm", vllm_device="cuda:1", gpu_mem_util=0.5)
+    theirs = config_of(replace(cfg, teacher_device="cpu"))
+    assert (theirs.engine, theirs.vllm_device, theirs.device) == ("hf", "", "cpu")
+    alone = stage_config("distill", teacher="t", engine="hf", tp_size=2)
+    assert alone.unread == ["--tp_size 2"] and replace(alone, teacher_engine="vllm").unread == []
 
 
 def test_a_teacher_in_vllm_has_a_gpu_of_its_own_and_is_a_model(teacher_folder, tmp_path):

@@ -116,7 +116,7 @@ def config_of(cfg: DistillConfig) -> DistillConfig:
     """The student's config with its teacher in the student's place."""
     device = cfg.teacher_device or cfg.device
     own = replace(cfg, model_id=cfg.teacher, revision=cfg.teacher_revision, tokenizer_id="", device=device)
-    return replace(own, learner="torch", engine="hf")  # wherever the student is trained
+    return replace(own, learner="torch", engine="hf", vllm_device="", vllm_devices="")  # wherever the student is
 
 
 def check_vocabulary(student: Any, teacher: Any, name: str) -> None:
