@@ -97,7 +97,7 @@ def opened(cfg: DistillConfig, frozen: FrozenTeacher, renderer: Renderer, learne
     theirs = replace(config_of(cfg), engine="vllm", vllm_device=cfg.teacher_device, vllm_devices="", lora_rank=0)
     theirs = replace(theirs, dtype=dtype_name(frozen.model.named_parameters()), weight_transfer="file")
     (row,) = placements(theirs, learner, torch.cuda.device_count())
-    with closing(
-        EngineTeacher(frozen, Engine(theirs, renderer, row, log=log), log.parent / "handover" / "teacher")
-    ) as teacher:
+    teacher = EngineTeacher(frozen, Engine(theirs, renderer, row, log=log), log.parent / "handover" / "teacher")
+    del frozen  # the engine has it
+    with closing(teacher):
         yield teacher
