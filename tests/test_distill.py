@@ -22,6 +22,7 @@ from grpo_gsm8k.engines.process import Engine
 from grpo_gsm8k.engines.teacher import EngineTeacher, opened
 from grpo_gsm8k.errors import CheckpointError, ConfigError, DataError, ModelError
 from grpo_gsm8k.runs import diagnosis, rollouts
+from grpo_gsm8k.trainer import teacher as teacher_module
 from grpo_gsm8k.trainer.losses import Objective, make_loss, update_loss
 from grpo_gsm8k.trainer.teacher import CachedTeacher, FrozenTeacher, config_of, load_teacher
 from grpo_gsm8k.trainer.tiny_model import make_tiny_model
@@ -178,6 +179,14 @@ def test_a_teacher_is_here_wherever_the_student_samples(teacher_folder):
     assert (theirs.engine, theirs.vllm_device, theirs.device) == ("hf", "", "cpu")
     alone = stage_config("distill", teacher="t", engine="hf", tp_size=2)
     assert alone.unread == ["--tp_size 2"] and replace(alone, teacher_engine="vllm").unread == []
+
+
+def test_a_teacher_that_is_handed_to_vllm_has_the_dtype_of_its_gpu(teacher_folder, monkeypatch):
+    """It is loaded into main memory, where `auto` means float32."""
+    monkeypatch.setattr(teacher_module, "pick_device", torch.device)
+    cfg = stage_config("distill", teacher=str(teacher_folder), teacher_engine="vllm", teacher_device="cuda:1")
+    model = load_teacher(replace(cfg, dtype="auto"), 8).model
+    assert (model.device.type, model.dtype) == ("cpu", torch.bfloat16)
 
 
 def test_a_teacher_in_vllm_has_a_gpu_of_its_own_and_is_a_model(teacher_folder, tmp_path):

@@ -345,18 +345,9 @@ def test_a_teacher_in_vllm_says_what_it_says_in_this_process(trained, tmp_path):
         out = tmp_path / engine
         where = ("--model_id", trained.model, "--teacher", teacher, "--data", trained.data, "--out_dir", out)
         small = (
-            "--max_new_tokens",
-            24,
-            "--rollouts_per_step",
-            8,
-            "--max_steps",
-            2,
-            "--eval_every",
-            0,
-            "--device",
-            "cpu",
+            "--max_new_tokens 24 --rollouts_per_step 8 --max_steps 2 --eval_every 0 --device cpu --prompt_style gsm8k"
         )
-        done = cli("distill", *map(str, (*where, *small)), "--teacher_engine", engine, "--prompt_style", "gsm8k")
+        done = cli("distill", *map(str, where), *small.split(), "--teacher_engine", engine)
         assert done.returncode == 0, done.stderr
         found[engine] = [row for _, row in read_jsonl(out / "metrics.jsonl")]
     for ours, theirs in zip(found["hf"], found["vllm"], strict=True):

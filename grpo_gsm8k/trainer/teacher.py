@@ -32,7 +32,14 @@ from grpo_gsm8k.trainer.batch import make_batch, unshifted
 from grpo_gsm8k.trainer.data import Values
 from grpo_gsm8k.trainer.kernels import choose_attention
 from grpo_gsm8k.trainer.logprobs import check_head, token_logprobs
-from grpo_gsm8k.trainer.policy import context_length, load_model, load_tokenizer, weights_sha256
+from grpo_gsm8k.trainer.policy import (
+    context_length,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    weights_sha256,
+)
 
 KEY_BYTES = 16
 ROW_BYTES = KEY_BYTES + 8  # of a cached row, besides 4 a token
@@ -100,8 +107,9 @@ def load_teacher(cfg: DistillConfig, longest: int) -> FrozenTeacher:
         ModelError: it cannot be loaded, or its context is shorter than `longest`.
     """
     theirs = config_of(cfg)
-    if cfg.teacher_engine == "vllm":  # which is handed the weights from main memory
-        theirs = replace(theirs, device="cpu")
+    if cfg.teacher_engine == "vllm":  # which is handed the weights from main memory, in the dtype of its device
+        dtype: Any = str(pick_dtype(theirs.dtype, pick_device(theirs.device))).removeprefix("torch.")
+        theirs = replace(theirs, device="cpu", dtype=dtype)
     model = load_model(theirs)
     context = context_length(model) - (cfg.teacher_engine == "vllm")  # vLLM draws a token behind what it reads
     if longest > context:
