@@ -71,7 +71,8 @@ def flags_of(cls: type, skip: typing.Container[str] = ()) -> list[inspect.Parame
     """One optional keyword parameter per config field, the command's own fields first."""
     owners = {field.name: _owner(cls, field.name) for field in dataclasses.fields(cls)}
     fields = sorted(dataclasses.fields(cls), key=lambda field: owners[field.name] is not cls)
-    return [_flag(cls, field, panel(owners[field.name])) for field in fields if field.name not in skip]
+    hints = typing.get_type_hints(cls)
+    return [_flag(field, hints[field.name], panel(owners[field.name])) for field in fields if field.name not in skip]
 
 
 def panel(cls: type) -> str:
@@ -84,8 +85,8 @@ def _owner(cls: type, name: str) -> type:
     return next(base for base in reversed(cls.__mro__) if name in vars(base).get("__annotations__", {}))
 
 
-def _flag(cls: type, field: dataclasses.Field[Any], panel: str) -> inspect.Parameter:
-    hint, told = typing.get_type_hints(cls)[field.name], field.metadata
+def _flag(field: dataclasses.Field[Any], hint: Any, panel: str) -> inspect.Parameter:
+    told = field.metadata
     choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
     kind: Any = str if choices else list[str] if told["many"] else hint  # config.py checks choices, and joins lists
     shown = "|".join(choices)
