@@ -78,7 +78,8 @@ def moments(cfg: GrpoConfig, world: World, together: bool | None = None) -> Mome
     return Moments(mean, math.sqrt(float(shares @ (gradients - mean).square().sum(1))))
 
 
-def updates_of(cfg: GrpoConfig, world: World) -> list[Update]:
+@functools.lru_cache(maxsize=64)
+def updates_of(cfg: GrpoConfig, world: World) -> tuple[Update, ...]:
     """Every update of one prompt's group, with its probability."""
     groups, shares, size = [], [], cfg.group_size
     world = with_length_penalty(cfg, world)
@@ -95,7 +96,7 @@ def updates_of(cfg: GrpoConfig, world: World) -> list[Update]:
         rows = [row for rollout in group if (row := grpo.datum(cfg, rollout))]
         data = grpo.whole_pass(cfg, world.learner, rows, step=1)[0] if rows else []  # type: ignore[arg-type]
         updates.append(Update(share, tuple(data)))
-    return updates
+    return tuple(updates)
 
 
 def with_length_penalty(cfg: GrpoConfig, world: World) -> World:
