@@ -1,12 +1,14 @@
 """Rows of tokens go in, logits come out, with a cache: side by side with the bits that each row gets alone, or plainly.
 
-A matrix product of at least four rows a thread sums each row in the same order, so rows are filled up to a multiple of
-that; and attention reads each row's own keys alone, without the padding of its neighbours.
+How a matrix product sums a row depends on how many rows there are. Rows are filled up to a multiple of `align`, at most
+`MOST_ROWS` come from several requests, and `sums_alike` proves that within these bounds their number does not matter.
+Attention reads each row's own keys alone, without the padding of its neighbours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +23,10 @@ from grpo_gsm8k.trainer.architecture import trunk
 ATTENTION = "sdpa_row_by_row"
 EXCHANGEABLE = (*packing.EXCHANGEABLE, ATTENTION)
 LEAST_ROWS = 4  # of a matrix product, on each thread: fewer have kernels of their own, which sum in another order
+FEWEST_ROWS = 16  # on all threads: with two or three columns, or with many terms, fewer have kernels of their own
+MOST_ROWS = 2048  # of several prompts: with more, the sums may be split in other places
+MOST_DRAWN = 256  # rows that draw together, so many has the head's product
+WIDE = 1 << 15  # columns that the head alone has
 Group = tuple[int, int, int]  # rows start ... stop - 1 of a batch have this much padding before them
 
 
@@ -71,28 +77,63 @@ AttentionInterface.register(ATTENTION, row_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
+@functools.cache
+def sums_alike(terms: int, columns: int, dtype: torch.dtype, align: int, threads: int) -> bool:
+    """Whether a matrix product of these sizes sums a row alike in any company: tried with many numbers of rows.
+
+    Args:
+        threads: torch's, which decide the kernel too.
+    """
+    del threads
+    most = MOST_DRAWN if columns > WIDE else MOST_ROWS
+    draws = torch.Generator().manual_seed(0)
+    x = torch.randn(most + 3, terms, generator=draws).to(dtype)
+    weight = torch.randn(columns, terms, generator=draws).to(dtype)
+    whole = torch.nn.functional.linear(x[:most].clone(), weight)
+    return all(  # three rows further down, so that each stands elsewhere
+        torch.equal(torch.nn.functional.linear(x[3 : rows + 3].clone(), weight)[:-3], whole[3:rows])
+        for rows in _sizes(align, most)
+    )
+
+
+def _sizes(align: int, most: int) -> Iterator[int]:
+    """Every multiple of `align` at first, then one in each eighth."""
+    rows = align
+    while rows <= most:
+        yield rows
+        rows = up(rows + max(align, rows // 8 if rows >= MOST_DRAWN else 0), align)
+
+
 class RowDecoder:
-    """Decodes rows of which each gets the bits that it would get alone. `rows` are padded on the left."""
+    """Decodes rows of which each gets the bits that it would get alone. They are padded on the left."""
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], copies: Sequence[int], align: int) -> None:
-        """`copies`: how many rows of each prompt; prompts of one length stand together."""
+        """`copies`: how many rows of each prompt. The prompts are sorted by length."""
         self.model, self.align = model, align
-        longest = up(max(map(len, prompts)), align)
-        pads = [longest - len(ids) for ids in prompts]
-        ids = torch.tensor([[0] * pad + list(p) for pad, p in zip(pads, prompts, strict=True)]).to(model.device)
-        positions = (torch.arange(longest) - torch.tensor(pads).unsqueeze(1)).clamp(min=0).to(model.device)
-        self.cache = DynamicCache(config=model.config)
-        self.hidden = self._read(ids, positions, _groups(pads))  # (P, T, H)
-        self.prompt_pads = pads
-        index = [number for number, count in enumerate(copies) for _ in range(count)]
-        self.pads, self.positions = pads, positions[:, -1:]
-        self.last = self.hidden[:, -1]
-        if index:
+        self.hidden: list[torch.Tensor] = []  # of each prompt (N, H)
+        caches = [self._prefill(part) for part in _parts(prompts, align)]
+        longest = up(len(prompts[-1]), align)
+        self.cache = _joined(caches, longest, model.config)
+        self.pads = [longest - len(ids) for ids in prompts]
+        self.positions = torch.tensor([[len(ids) - 1] for ids in prompts], device=model.device)
+        self.last = torch.stack([hidden[-1] for hidden in self.hidden])
+        if index := [number for number, count in enumerate(copies) for _ in range(count)]:
             self.select(index)
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> DynamicCache:
+        """Read these prompts, `hidden` of each; their keys and values."""
+        longest, device = up(len(prompts[-1]), self.align), self.model.device
+        pads = [longest - len(ids) for ids in prompts]
+        ids = torch.tensor([[0] * pad + list(p) for pad, p in zip(pads, prompts, strict=True)]).to(device)
+        positions = (torch.arange(longest) - torch.tensor(pads).unsqueeze(1)).clamp(min=0).to(device)
+        cache = DynamicCache(config=self.model.config)
+        found = self._read(ids, positions, _groups(pads), cache)  # (P, T, H)
+        self.hidden += [row[pad:] for row, pad in zip(found, pads, strict=True)]
+        return cache
 
     def prompt_hidden(self, number: int) -> torch.Tensor:
         """`(N, H)`, the last hidden states of a prompt."""
-        return self.hidden[number, self.prompt_pads[number] :]
+        return self.hidden[number]
 
     def select(self, index: Sequence[int]) -> None:
         """Keep these rows, filled up with the last of them."""
@@ -111,15 +152,17 @@ class RowDecoder:
         """Append a token to each row."""
         filled = torch.cat([tokens, tokens[-1:].expand(len(self.pads) - len(tokens))])
         self.positions = self.positions + 1
-        self.last = self._read(filled.unsqueeze(1), self.positions, _groups(self.pads))[:, -1]
+        self.last = self._read(filled.unsqueeze(1), self.positions, _groups(self.pads), self.cache)[:, -1]
 
-    def _read(self, ids: torch.Tensor, positions: torch.Tensor, groups: list[Group]) -> torch.Tensor:
+    def _read(
+        self, ids: torch.Tensor, positions: torch.Tensor, groups: list[Group], cache: DynamicCache
+    ) -> torch.Tensor:
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # of four dimensions, so that none is made
         out = trunk(self.model)(
             input_ids=ids,
             position_ids=positions,
             attention_mask=mask,
-            past_key_values=self.cache,
+            past_key_values=cache,
             use_cache=True,
             row_groups=groups,
         )
@@ -156,6 +199,32 @@ class PlainDecoder:
     def step(self, tokens: torch.Tensor) -> None:
         """Append a token to each row."""
         self.last_logits = self.decoder.step(tokens).float()
+
+
+def _parts(prompts: Sequence[Sequence[int]], align: int) -> Iterator[list[Sequence[int]]]:
+    """Prompts that are read together: as many as have `MOST_ROWS` tokens, padded; a longer one by itself."""
+    part: list[Sequence[int]] = []
+    for ids in prompts:
+        if part and (len(part) + 1) * up(len(ids), align) > MOST_ROWS:
+            yield part
+            part = []
+        part.append(ids)
+    yield part
+
+
+def _joined(caches: Sequence[DynamicCache], longest: int, config: Any) -> DynamicCache:
+    """The keys and values of all rows, padded on the left to one length."""
+    if len(caches) == 1:
+        return caches[0]
+    found = DynamicCache(config=config)
+    for number, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
+        keys = torch.cat([_padded(layer.keys, longest) for layer in layers])
+        found.update(keys, torch.cat([_padded(layer.values, longest) for layer in layers]), number)
+    return found
+
+
+def _padded(x: torch.Tensor, longest: int) -> torch.Tensor:
+    return torch.nn.functional.pad(x, (0, 0, longest - x.shape[2], 0))
 
 
 def _groups(pads: Sequence[int]) -> list[Group]:

@@ -20,6 +20,7 @@ from grpo_gsm8k.errors import DiskError, GrpoError, NonFiniteError, UserError
 from grpo_gsm8k.runs.progress import say
 from grpo_gsm8k.serve.bodies import unpack
 from grpo_gsm8k.serve.books import Entry
+from grpo_gsm8k.serve.decoders import MOST_DRAWN
 from grpo_gsm8k.serve.jobs import Result, SampledSequence, SampleJob, Table
 from grpo_gsm8k.serve.sampling import Decoding
 from grpo_gsm8k.serve.weights import SampleWeights
@@ -84,8 +85,7 @@ class Engine:
         with self._changed:
             if entry.kind == "sample":
                 job = job_of(unpack(entry.body)[1])
-                alone = None if self.weights.sampler.rowwise else entry.id
-                group: Any = (folder, job.temperature, max(job.top_k, 0), job.top_p, alone)
+                group: Any = (folder, job.temperature, max(job.top_k, 0), job.top_p)
                 self._samples.setdefault(group, deque()).append((entry, job))
             else:
                 self._training.setdefault(entry.owner, deque()).append(entry)
@@ -187,6 +187,7 @@ class Engine:
         if wait_s > 0:
             time.sleep(wait_s)
         while True:
+            self._prove()
             with self._changed:
                 self._admit()
                 if not self._batches or (self._training and time.monotonic() > until) or self._stopping:
@@ -213,6 +214,13 @@ class Engine:
         oldest = min(queue[0][0].created for queue in self._samples.values())
         return min(GATHER_S, oldest + GATHER_S - time.time())
 
+    def _prove(self) -> None:
+        """Whether samples may be decoded together is found out here, as it takes a moment, and not under the lock."""
+        with self._changed:
+            folders = {key[0] for key in self._samples}
+        for folder in folders:
+            self.weights.together(folder)
+
     def _admit(self) -> None:
         """Make batches of what waits, the oldest first, as long as few are being decoded."""
         while self._samples and len(self._batches) < BATCHES:
@@ -224,11 +232,12 @@ class Engine:
             else:
                 return
             queue, entries, jobs = self._samples[key], list[Entry](), list[SampleJob]()
+            most = min(self.work.cfg.sample_rows, MOST_DRAWN) if self.weights.together(key[0]) else 1
             while queue:
                 job = queue[0][1]
                 rows = sum(j.num_samples for j in jobs) + job.num_samples
                 longest = max(len(j.token_ids) for j in [*jobs, job])
-                if jobs and (rows > self.work.cfg.sample_rows or longest * (len(jobs) + 1) > CELLS):
+                if jobs and (most == 1 or rows > most or longest * (len(jobs) + 1) > CELLS):
                     break
                 entries.append(queue[0][0])
                 jobs.append(job)

@@ -15,6 +15,7 @@ from typing import Any
 from grpo_gsm8k.config import EngineConfig
 from grpo_gsm8k.datatypes import Completion, Request, SamplingParams
 from grpo_gsm8k.engines.hf import HFSampler
+from grpo_gsm8k.serve.decoders import MOST_DRAWN
 from grpo_gsm8k.serve.jobs import SampleJob
 from grpo_gsm8k.serve.sampling import Sampler
 from grpo_gsm8k.tasks.render import Renderer
@@ -34,7 +35,7 @@ class RowSampler(HFSampler):
         """A completion for each seed of each request."""
         began = time.monotonic()
         jobs = [self._job(request.token_ids, seed, params) for request in requests for seed in request.seeds]
-        most = self.rows if self.rowwise.rowwise else 1
+        most = min(self.rows, MOST_DRAWN) if self.rowwise.rowwise else 1
         drawn = [
             done
             for start in range(0, len(jobs), most)

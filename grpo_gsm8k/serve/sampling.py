@@ -1,15 +1,16 @@
 """Samples for many clients at once, each as if it were alone.
 
 Requests with the same weights and temperature are decoded side by side, whoever sent them. What a row draws and its
-log-probabilities are the same bits in any company (`decoders.py`); `Sampler` proves it at the start. Where it does not
-hold (a GPU, windows, states, experts), each request is decoded by itself, which costs speed and not bits.
+log-probabilities are the same bits in any company (`decoders.py`); `Sampler` proves it at the start for the model, and
+later for each rank of adapters. Where it does not hold (a GPU, windows, states, experts, wide layers on several
+threads), each request is decoded by itself, which costs speed and not bits.
 
 A row draws from a stream of uniform numbers that its seed decides, by inversion: see `engines/hf.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,16 @@ from transformers.cache_utils import DynamicLayer
 from grpo_gsm8k.datatypes import SamplingParams
 from grpo_gsm8k.engines.hf import draw
 from grpo_gsm8k.repro import derive_seed
-from grpo_gsm8k.serve.decoders import ATTENTION, EXCHANGEABLE, LEAST_ROWS, PlainDecoder, RowDecoder
+from grpo_gsm8k.serve.decoders import (
+    ATTENTION,
+    EXCHANGEABLE,
+    FEWEST_ROWS,
+    LEAST_ROWS,
+    PlainDecoder,
+    RowDecoder,
+    sums_alike,
+    up,
+)
 from grpo_gsm8k.serve.jobs import Chosen, SampledSequence, SampleJob, SampleResult
 from grpo_gsm8k.serve.prompts import Reading, likeliest
 
@@ -144,8 +154,18 @@ class Sampler:
         """Prove whether rows are independent; `base` is an `adapters.BaseModel`."""
         self.renderer, self.stop_ids = base.renderer, base.stop_ids
         self.context, self.vocabulary = base.context, base.vocabulary
-        self.align = max(LEAST_ROWS * torch.get_num_threads(), 8)
+        self.align = up(max(LEAST_ROWS * torch.get_num_threads(), FEWEST_ROWS), FEWEST_ROWS)
         self.rowwise = self._proven(base.model)
+
+    def adapted(self, model: Any, layers: Sequence[str], rank: int) -> bool:
+        """Whether rows are independent under adapters of this rank on these layers, too."""
+        wide = {(model.get_submodule(name).in_features, model.get_submodule(name).out_features) for name in layers}
+        products = {(terms, rank) for terms, _ in wide} | {(rank, columns) for _, columns in wide}
+        return self.rowwise and self._alike(products, model.dtype)
+
+    def _alike(self, products: Iterable[tuple[int, int]], dtype: torch.dtype) -> bool:
+        threads = torch.get_num_threads()
+        return all(sums_alike(*sizes, dtype, self.align, threads) for sizes in sorted(products))
 
     @torch.inference_mode()
     def decode(self, model: Any, jobs: Sequence[SampleJob]) -> list[SampleResult]:
@@ -180,6 +200,9 @@ class Sampler:
         experts = any("expert" in name for name, _ in model.named_modules())
         whole = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
         if model.device.type != "cpu" or experts or not whole or before not in EXCHANGEABLE:
+            return False
+        linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        if not self._alike({(layer.in_features, layer.out_features) for layer in linear}, model.dtype):
             return False
         model.set_attn_implementation(ATTENTION)
         self.rowwise = True

@@ -72,6 +72,16 @@ class SampleWeights:
         self.base.put(name, spec, tensors)
         return _Slot(name, kind, dict(self.base.parameters(name)))
 
+    def together(self, folder: str) -> bool:
+        """Whether samples from what a folder holds may be decoded side by side."""
+        file = self.folder / folder / "spec.json"
+        if not folder or not file.is_file():
+            return self.sampler.rowwise
+        spec = ModelSpec(**json.loads(file.read_text()))
+        if not spec.rank:
+            return self.sampler.rowwise
+        return self.sampler.adapted(self.base.model, self.base.targets(spec), spec.rank)
+
     def is_whole(self, folder: str) -> bool:
         """Whether a folder holds weights of their own, of which one set at a time is in memory."""
         return bool(folder) and not (self.folder / folder / "adapter_config.json").is_file()
