@@ -13,8 +13,9 @@ import torch
 from grpo_gsm8k import config
 from grpo_gsm8k.serve import decoders
 from grpo_gsm8k.serve.adapters import BaseModel, ModelSpec
-from grpo_gsm8k.serve.jobs import SampleJob
+from grpo_gsm8k.serve.jobs import Refusal, SampleJob
 from grpo_gsm8k.serve.sampling import Sampler
+from grpo_gsm8k.serve.weights import SampleWeights
 from tests.serve_tools import in_process
 
 
@@ -100,3 +101,10 @@ def test_where_rows_are_not_independent_each_request_is_decoded_by_itself(tiny, 
             found.append([client.result(each) for each in sent])
         assert max(most) == (6 if together else 1)
     assert found[0] == found[1]
+
+
+def test_weights_that_were_deleted_while_samples_waited_stop_nothing(base, tmp_path: Path) -> None:
+    weights = SampleWeights(base, tmp_path)
+    assert weights.together("gone")
+    with pytest.raises(Refusal, match="deleted"):
+        weights.model("gone")

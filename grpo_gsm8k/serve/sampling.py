@@ -159,9 +159,11 @@ class Sampler:
 
     def adapted(self, model: Any, layers: Sequence[str], rank: int) -> bool:
         """Whether rows are independent under adapters of this rank on these layers, too."""
+        if not self.rowwise:
+            return False
         wide = {(model.get_submodule(name).in_features, model.get_submodule(name).out_features) for name in layers}
         products = {(terms, rank) for terms, _ in wide} | {(rank, columns) for _, columns in wide}
-        return self.rowwise and self._alike(products, model.dtype)
+        return self._alike(products, model.dtype)
 
     def _alike(self, products: Iterable[tuple[int, int]], dtype: torch.dtype) -> bool:
         threads = torch.get_num_threads()

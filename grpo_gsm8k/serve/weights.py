@@ -39,6 +39,7 @@ class SampleWeights:
         self._adapters: OrderedDict[str, _Slot] = OrderedDict()  # by folder
         self._whole: tuple[str, Any] = ("", None)  # folder, a model of its own
         self._names = 0
+        self._together: dict[ModelSpec, bool] = {}
 
     def model(self, folder: str) -> Any:
         """The model with what a folder holds; "" is the base. Raises `Refusal` if it is gone."""
@@ -74,13 +75,15 @@ class SampleWeights:
 
     def together(self, folder: str) -> bool:
         """Whether samples from what a folder holds may be decoded side by side."""
-        file = self.folder / folder / "spec.json"
-        if not folder or not file.is_file():
-            return self.sampler.rowwise
-        spec = ModelSpec(**json.loads(file.read_text()))
-        if not spec.rank:
-            return self.sampler.rowwise
-        return self.sampler.adapted(self.base.model, self.base.targets(spec), spec.rank)
+        try:
+            spec = ModelSpec(**json.loads((self.folder / folder / "spec.json").read_text()))
+        except FileNotFoundError:  # the base; or what has been deleted, and `model` says so
+            spec = ModelSpec(rank=0)
+        kind = replace(spec, seed=0)
+        if kind not in self._together:
+            layers = self.base.targets(spec) if spec.rank else []
+            self._together[kind] = self.sampler.adapted(self.base.model, layers, spec.rank)
+        return self._together[kind]
 
     def is_whole(self, folder: str) -> bool:
         """Whether a folder holds weights of their own, of which one set at a time is in memory."""
