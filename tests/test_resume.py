@@ -183,6 +183,30 @@ def test_retention_keeps_the_last_and_the_best(tmp_path):
     assert checkpoint.steps_present(tmp_path) == [2, 4, 5]
 
 
+def test_a_kill_in_the_middle_of_a_deletion_leaves_whole_checkpoints(tmp_path, monkeypatch):
+    """Half a checkpoint has no record any more of what it stands for at a service, and could not be forgotten."""
+    for step in (1, 2):
+        checkpoint.write(tmp_path, step, lambda folder: (folder / "w").write_text("x"), {})
+    forgotten, rmtree = [], shutil.rmtree
+
+    def killed(folder: Path) -> None:
+        (folder / checkpoint.MANIFEST).unlink()
+        raise KeyboardInterrupt
+
+    def forget(folder: Path) -> None:
+        forgotten.append(checkpoint.verify(folder)["step"])
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.retain(tmp_path, 1, None, forget)
+    assert [
+        checkpoint.verify(tmp_path / f"step_{step:06d}")["step"] for step in checkpoint.steps_present(tmp_path)
+    ] == [2]
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    checkpoint.retain(tmp_path, 1, None, forget)
+    assert forgotten == [1] and [path.name for path in tmp_path.iterdir()] == ["step_000002"]
+
+
 def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stays_good(tiny, tmp_path):
     """On a real, tiny file system where the machine allows one."""
     disk = tmp_path / "disk"

@@ -163,9 +163,10 @@ def test_kill_9_in_the_middle_of_a_run(tiny, tmp_path, undisturbed) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_twenty_kills_at_random_moments(tiny, tmp_path) -> None:
+    steps = 150  # more than a server takes in the 16 s that it lives between so many kills
     with in_process(tiny.model, tmp_path / "calm", snapshot_every=2) as client:
-        expected = a_run(client, 60)
-    found, kills, _, _ = disturbed(tiny.model, tmp_path / "out", 60, 20, seed=11)
+        expected = a_run(client, steps)
+    found, kills, _, _ = disturbed(tiny.model, tmp_path / "out", steps, 20, seed=11)
     assert kills == 20
     assert found == expected
 

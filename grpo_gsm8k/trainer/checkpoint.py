@@ -20,6 +20,7 @@ from grpo_gsm8k.errors import CheckpointError, DiskError
 from grpo_gsm8k.runs.files import disk_errors, sha256_file, sync_tree, write_json
 
 MANIFEST = "manifest.json"
+DELETED = ".deleted_"  # before its step, the name of a checkpoint that is on its way out
 
 
 def write(root: Path, step: int, fill: Callable[[Path], None], state: dict[str, Any]) -> Path:
@@ -98,11 +99,15 @@ def newest(root: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any
 def retain(root: Path, keep_last: int, best: int | None, forget: Callable[[Path], None] = lambda folder: None) -> None:
     """Delete all but the last `keep_last` checkpoints and the best one.
 
+    A kill leaves none of them half deleted: each is renamed first.
+
     Args:
-        forget: is called with each folder before it is deleted.
+        forget: is called with each folder before it is deleted; after a kill, perhaps once more.
     """
+    for left in root.glob(f"{DELETED}*"):
+        shutil.rmtree(left)
     steps = steps_present(root)
     for step in steps[: -max(keep_last, 1)]:
         if step != best:
             forget(root / f"step_{step:06d}")
-            shutil.rmtree(root / f"step_{step:06d}")
+            shutil.rmtree((root / f"step_{step:06d}").rename(root / f"{DELETED}{step:06d}"))
