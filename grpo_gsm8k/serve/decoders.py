@@ -1,7 +1,7 @@
 """Rows of tokens go in, logits come out, with a cache: side by side with the bits that each row gets alone, or plainly.
 
 How a matrix product sums a row depends on how many rows there are. Rows are filled up to a multiple of `align`, at most
-`MOST_ROWS` come from several requests, and `sums_alike` proves that within these bounds their number does not matter.
+`MOST_ROWS` come from several requests, and `sums_alike` tries whether their number matters within these bounds.
 Attention reads each row's own keys alone, without the padding of its neighbours.
 """
 
