@@ -155,17 +155,9 @@ class VLLMSampler:
     def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
         """A completion for each seed of each request, in order."""
         began = time.monotonic()
-        self._wake()
         asked = [(request.token_ids, seed) for request in requests for seed in request.seeds]
-        engine, outputs = self.llm.llm_engine, dict[str, Any]()
-        for number, (token_ids, seed) in enumerate(asked):
-            ids = {"prompt_token_ids": list(token_ids)}
-            engine.add_request(str(number), ids, self._params(params, token_ids, seed), lora_request=self._request)
-        while engine.has_unfinished_requests():
-            outputs |= {out.request_id: out.outputs[0] for out in engine.step() if out.finished}
-            self.pulse()
-        self._rest()
-        drawn = iter([self._completion(outputs[str(number)], seed) for number, (_, seed) in enumerate(asked)])
+        outputs = self._answered([(ids, self._params(params, ids, seed)) for ids, seed in asked])
+        drawn = iter([self._completion(out.outputs[0], seed) for out, (_, seed) in zip(outputs, asked, strict=True)])
         self.busy_s += time.monotonic() - began
         return [[next(drawn) for _ in request.seeds] for request in requests]
 
@@ -175,19 +167,23 @@ class VLLMSampler:
         from vllm.sampling_params import RequestOutputKind
 
         how = {"prompt_logprobs": 0, "max_tokens": 1, "detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
+        read = [out.prompt_logprobs for out in self._answered([(ids, VLLMParams(**how)) for ids in rows])]
+        return [
+            [0.0 if known is None else known[i].logprob for known, i in zip(found, ids, strict=True)]
+            for found, ids in zip(read, rows, strict=True)
+        ]
+
+    def _answered(self, asked: Sequence[tuple[Sequence[int], Any]]) -> list[Any]:
+        """vLLM's output for each prompt and its parameters, in order."""
         self._wake()
-        engine, read = self.llm.llm_engine, dict[str, Any]()
-        for number, ids in enumerate(rows):
-            asked = {"prompt_token_ids": list(ids)}
-            engine.add_request(str(number), asked, VLLMParams(**how), lora_request=self._request)
+        engine, outputs = self.llm.llm_engine, dict[str, Any]()
+        for number, (ids, params) in enumerate(asked):
+            engine.add_request(str(number), {"prompt_token_ids": list(ids)}, params, lora_request=self._request)
         while engine.has_unfinished_requests():
-            read |= {out.request_id: out.prompt_logprobs for out in engine.step() if out.finished}
+            outputs |= {out.request_id: out for out in engine.step() if out.finished}
             self.pulse()
         self._rest()
-        return [
-            [0.0 if known is None else known[i].logprob for known, i in zip(read[str(number)], ids, strict=True)]
-            for number, ids in enumerate(rows)
-        ]
+        return [outputs[str(number)] for number in range(len(asked))]
 
     def _params(self, params: SamplingParams, token_ids: Sequence[int], seed: int) -> Any:
         from vllm import SamplingParams as VLLMParams

@@ -89,7 +89,7 @@ def sums_alike(terms: int, columns: int, dtype: torch.dtype, align: int, threads
     draws = torch.Generator().manual_seed(0)
     x = torch.randn(most + 3, terms, generator=draws).to(dtype)
     weight = torch.randn(columns, terms, generator=draws).to(dtype)
-    whole = torch.nn.functional.linear(x[:most].clone(), weight)
+    whole = torch.nn.functional.linear(x[:most], weight)
     return all(  # three rows further down, so that each stands elsewhere
         torch.equal(torch.nn.functional.linear(x[3 : rows + 3].clone(), weight)[:-3], whole[3:rows])
         for rows in _sizes(align, most)
@@ -97,7 +97,7 @@ def sums_alike(terms: int, columns: int, dtype: torch.dtype, align: int, threads
 
 
 def _sizes(align: int, most: int) -> Iterator[int]:
-    """Every multiple of `align` at first, then one in each eighth."""
+    """Every number of rows that may draw together, and behind them one in each eighth."""
     rows = align
     while rows <= most:
         yield rows

@@ -154,7 +154,7 @@ class Sampler:
         """Prove whether rows are independent; `base` is an `adapters.BaseModel`."""
         self.renderer, self.stop_ids = base.renderer, base.stop_ids
         self.context, self.vocabulary = base.context, base.vocabulary
-        self.align = up(max(LEAST_ROWS * torch.get_num_threads(), FEWEST_ROWS), FEWEST_ROWS)
+        self.align = up(LEAST_ROWS * torch.get_num_threads(), FEWEST_ROWS)
         self.rowwise = self._proven(base.model)
 
     def adapted(self, model: Any, layers: Sequence[str], rank: int) -> bool:
